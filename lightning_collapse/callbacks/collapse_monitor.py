@@ -1,0 +1,403 @@
+"""Curves of the geometry of layers while the model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from math import isnan, nan
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_collapse.callbacks.monitor import Monitor
+from lightning_collapse.callbacks.plan import Plan
+from lightning_collapse.callbacks.readings import LayerRows, read
+from lightning_collapse.functional.null import expected_under_isotropy
+from lightning_collapse.reporting import LOG10_EDGES, History, heat_map, log10_histogram, log_histogram, log_image
+from lightning_collapse.spectral.cost import rows_within
+from lightning_collapse.spectral.sketch import GaussianSketch
+from lightning_collapse.utilities.distributed import all_reduce_max, world_size
+from lightning_collapse.utilities.features import evenly
+from lightning_collapse.utilities.flops import TrainingFlops
+from lightning_collapse.utilities.modules import Tap, default_taps, find_taps
+from lightning_collapse.utilities.points import Flag, Point
+from lightning_collapse.utilities.registry import MEASURES, Measure, get_measure
+from lightning_collapse.utilities.taps import RowTaps
+from lightning_collapse.utilities.trainer import logging_step
+
+PICTURE_EVERY = 10
+
+
+class CollapseMonitor(Monitor):
+    """Log how many directions the outputs of chosen layers use, and how far they spread.
+
+    **Logged metrics**, one curve per layer, to every logger and to ``trainer.callback_metrics``:
+
+    - ``collapse/{layer}/{measure}`` for every measure;
+    - ``collapse/{layer}/n``: the number of rows behind them, over all processes: never compare ranks at different n;
+    - ``collapse/{layer}/nonfinite_fraction``: share of rows left out for NaN or infinity;
+    - ``collapse/{layer}/flag``: 0, or why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`;
+    - ``val/collapse/...``: the same of the validation batches, with ``validation=True``.
+
+    Besides, to loggers that can show them, every tenth point: a histogram of log10 standard deviations along the
+    principal axes per layer, and a picture of the first measure over layers and steps.
+
+    A point rests on a window of the training batches just before it: as many as four rows per feature need, as long
+    as that costs no more than ``max_overhead`` of the training. Vectors ``(N, D)`` count as they are, tokens
+    ``(N, L, D)`` each by itself (those with a zero in ``batch["attention_mask"]`` not at all), maps ``(N, C, H, W)``
+    by their spatial mean.
+
+    Args:
+        layers: Names of submodules, or glob patterns of them; ``"name:input"`` is what a module receives instead of
+            what it returns. ``None`` takes up to a dozen by the rule of
+            :func:`~lightning_collapse.utilities.default_taps`.
+        measures: Names of registered measures (``python -m lightning_collapse measures`` lists them), or ``"all"``.
+        every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
+        rows: Rows per layer and point, over all processes, instead of the automatic number.
+        max_overhead: Share of the floating-point operations of training that the points may cost, which bounds the
+            automatic number of rows (from below by 64).
+        max_dim: A layer with more features is watched through a random projection to this many.
+        validation: Also make a point of every validation epoch during the fit.
+
+    Raises:
+        ValueError: On an unknown measure or an argument out of range; when the fit starts, as
+            ``MisconfigurationException``, on a pattern that matches nothing.
+
+    Example::
+
+        trainer = Trainer(callbacks=[CollapseMonitor()])
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str] | None = None,
+        measures: Sequence[str] | Literal["all"] = ("effective_rank", "eigenvalue_effective_rank", "feature_std"),
+        every_n_steps: int | None = None,
+        rows: int | None = None,
+        max_overhead: float = 0.02,
+        max_dim: int = 2048,
+        validation: bool = False,
+    ) -> None:
+        super().__init__(every_n_steps)
+        if isinstance(layers, str):
+            raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
+        if layers is not None and not layers:
+            raise ValueError("`layers` is empty. Leave it out to watch the default layers.")
+        if rows is not None and rows < 2:
+            raise ValueError(f"`rows` must be at least 2, or None for the automatic number, got {rows}.")
+        if not max_overhead > 0:
+            raise ValueError(
+                f"`max_overhead` is a share of the training cost and must be positive, got {max_overhead}."
+            )
+        if max_dim < 2:
+            raise ValueError(f"`max_dim` must be at least 2, got {max_dim}.")
+        self.layers = layers
+        self.measures = measures
+        self.rows = rows
+        self.max_overhead = max_overhead
+        self.max_dim = max_dim
+        self.validation = validation
+        self._measures = _measures(measures)
+        self._taps: list[Tap] = []
+        self._heard: RowTaps | None = None
+        self._heard_in_validation: RowTaps | None = None
+        self._flops: TrainingFlops | None = None
+        self._sketches: dict[int, GaussianSketch] = {}
+        self._restored: dict[str, Any] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._plans: dict[str, Plan] = {}
+        self._batch_flops = 0
+        self._points = 0
+        self._history = History()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(layers=self.layers, every_n_steps=self.every_n_steps)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        pending = {} if self._heard is None else {name: self._heard.take(name) for name in self._heard.rows}
+        return {
+            "plans": {name: list(plan) for name, plan in self._plans.items()},
+            "batch_flops": self._batch_flops,
+            "points": self._points,
+            "history": self._history.state_dict(),
+            "pending": {name: list(kept) for name, kept in pending.items() if kept is not None},
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    @override
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._taps = self._choose(pl_module)
+        names = [tap.name for tap in self._taps]
+        self._heard = RowTaps(self._taps)
+        self._heard_in_validation = RowTaps(self._taps) if self.validation else None
+        self._flops = TrainingFlops(pl_module)
+        self._reset()
+        self._restore(names, pl_module.device)
+        if self.layers is None:
+            rank_zero_info(
+                f"`CollapseMonitor` watches {', '.join(names) or 'nothing: no layer holds a weight'}."
+                " Choose others with `layers=[...]`."
+            )
+
+    @override
+    def stop(self) -> None:
+        for listener in (self._heard, self._heard_in_validation, self._flops):
+            if listener is not None:
+                listener.remove()
+        self._heard = self._heard_in_validation = self._flops = None
+        self._sketches = {}
+
+    @override
+    def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
+        if self._heard is None:
+            return
+        self._heard.armed = self._flops is not None or batches_left < self._window()
+        if self._heard.armed:
+            self._heard.mask = _padding_mask(batch)
+
+    @override
+    def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
+        if self._heard is None or not self._heard.armed:
+            return
+        self._heard.armed = False
+        if self._flops is not None:  # the first batch of a fit is heard for its shapes
+            self._flops.remove()
+            self._batch_flops = self._batch_flops or self._flops.total
+            self._flops = None
+            self._plan(trainer, pl_module.device)
+            if batches_left >= self._window():
+                self._heard.clear()
+        self._project(self._heard)
+
+    @override
+    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Point]:
+        if self._heard is None:
+            return []
+        if len(self._plans) < len(self._taps):  # a layer may run later than in the first batch
+            self._plan(trainer, pl_module.device)
+        pictures = bool(trainer.loggers) and self._points % PICTURE_EVERY == 0
+        points = self._read(trainer, pl_module.device, self._heard, step, "collapse", pictures)
+        self._heard.clear()
+        self._points += 1
+        self._remember(points, step)
+        if pictures:
+            self._draw(trainer, step)
+        return points
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        heard = self._heard_in_validation
+        if heard is None or trainer.sanity_checking:
+            return
+        batches = sum(trainer.num_val_batches)
+        for name, plan in self._plans.items():
+            total = plan.limit * plan.batches
+            heard.limits[name] = plan.limit if batches == float("inf") else max(-(-total // max(int(batches), 1)), 1)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        heard = self._heard_in_validation
+        if heard is not None and not trainer.sanity_checking:
+            enough = max((plan.limit * plan.calls * plan.batches for plan in self._plans.values()), default=1024)
+            heard.armed = max(sum(map(len, rows)) for rows in heard.rows.values()) < enough
+            heard.mask = _padding_mask(batch)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._heard_in_validation is not None:
+            self._heard_in_validation.armed = False
+            self._project(self._heard_in_validation)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        heard = self._heard_in_validation
+        if heard is None or trainer.sanity_checking:
+            return
+        step = logging_step(trainer)
+        self.publish(trainer, pl_module, self._read(trainer, pl_module.device, heard, step, "val/collapse", False))
+        heard.clear()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._points:
+            self._draw(trainer, logging_step(trainer))
+        elif self.cadence(trainer) and not trainer.fast_dev_run:
+            self.warn_once(
+                f"the fit ended before the first point, due after {self.cadence(trainer)} steps."
+                " Set `every_n_steps` to less."
+            )
+
+    def _choose(self, pl_module: LightningModule) -> list[Tap]:
+        if self.layers is None:
+            return default_taps(pl_module)
+        try:
+            return find_taps(pl_module, self.layers)
+        except ValueError as error:
+            raise MisconfigurationException(f"`CollapseMonitor(layers={list(self.layers)!r})`: {error}") from error
+
+    def _window(self) -> int:
+        return max((plan.batches for plan in self._plans.values()), default=1)
+
+    def _plan(self, trainer: Trainer, device: torch.device) -> None:
+        """Decide how rows are collected, from the shapes of the last batch.
+
+        Collective: every process calls it after its first batch, and at a point while a layer has not run yet.
+        """
+        assert self._heard is not None
+        facts = [
+            (sum(count for count, _ in shapes), len(shapes), max((width for _, width in shapes), default=0))
+            for shapes in self._heard.shapes.values()
+        ]
+        # off the step path: it happens once, as a rule
+        table = all_reduce_max(torch.tensor([self._batch_flops, *chain(*facts)], dtype=torch.float64, device=device))
+        self._batch_flops, *numbers = map(int, table.tolist())
+        between = (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
+        budget = self.max_overhead * self._batch_flops * between / len(self._taps)
+        for i, name in enumerate(self._heard.shapes):
+            count, calls, width = numbers[3 * i : 3 * i + 3]
+            if count and name not in self._plans:
+                rows = self.rows or rows_within(budget, min(width, self.max_dim))
+                self._plans[name] = Plan.make(rows, width, count, calls, between)
+        self._heard.limits = {name: plan.limit for name, plan in self._plans.items()}
+
+    def _project(self, heard: RowTaps) -> None:
+        """Make rows that are too wide narrow, batch by batch, so that memory stays bounded."""
+        for rows in heard.rows.values():
+            for i, wide in enumerate(rows):
+                width = wide.shape[1]
+                # a projection has `max_dim` features, so it is not projected again
+                if width > self.max_dim:
+                    if width not in self._sketches:
+                        self._sketches[width] = GaussianSketch(width, self.max_dim, wide.device)
+                    rows[i] = self._sketches[width](wide)
+
+    def _read(
+        self, trainer: Trainer, device: torch.device, heard: RowTaps, step: int, family: str, pictures: bool
+    ) -> list[Point]:
+        """Points of all layers. Collective."""
+        layers = {}
+        for name, plan in self._plans.items():
+            width = min(plan.width, self.max_dim)
+            kept = heard.take(name)
+            rows, mask = kept if kept is not None else (torch.zeros(0, width, device=device), None)
+            if rows.shape[1] != width:  # every process must bring the same width
+                rows, mask = rows.new_zeros(0, width), None
+            mask = rows.new_ones(len(rows), dtype=torch.bool) if mask is None else mask
+            if len(rows) or world_size() > 1:
+                own, sketched = plan.limit * plan.calls * plan.batches, plan.width > self.max_dim
+                layers[name] = LayerRows(evenly(rows, own), evenly(mask, own), own * world_size(), sketched)
+        vectors, spectra = read(list(layers.values()), self._measures)
+        counts = [log10_histogram(s.singular_values, s.count) for s in spectra] if pictures else []
+        head = 3 + len(self._measures)
+        vectors = [torch.cat([vector, *counts[i : i + 1]]) for i, vector in enumerate(vectors)]
+        numbers = torch.stack(vectors).tolist() if vectors else []  # the one transfer of a point
+        for name, row in zip(layers, numbers if pictures else [], strict=False):
+            for logger in trainer.loggers:
+                log_histogram(logger, f"{family}/{name}/log10_std", row[head:], LOG10_EDGES, step)
+        points: list[Point] = []
+        readings = {name: row[:head] for name, row in zip(layers, numbers, strict=True)}
+        for tap in self._taps:
+            layer, numbers_of = layers.get(tap.name), readings.get(tap.name)
+            points += self._points_of(f"{family}/{tap.name}", step, layer, numbers_of)
+            if numbers_of is None or not numbers_of[1]:
+                self.warn_once(
+                    f"layer `{tap.name}` did not run before step {step}; its curves read NaN. Choose other `layers`,"
+                    " or if the model was compiled before the fit call `torch.compiler.reset()` first."
+                )
+        return points
+
+    def _points_of(self, key: str, step: int, layer: LayerRows | None, numbers: list[float] | None) -> list[Point]:
+        finite, seen, top, *values = numbers or [0.0, 0.0, nan, *[nan] * len(self._measures)]
+        n, width = int(finite), 0 if layer is None else layer.rows.shape[1]
+        flag = _flag(n, int(seen), top, layer is not None and layer.sketched)
+        if flag in (Flag.NOT_CALLED, Flag.FEW_ROWS):
+            values = [nan] * len(values)
+        points = []
+        for measure, value in zip(self._measures, values, strict=True):
+            null = expected_under_isotropy(measure.name, n, width) if n > 1 else nan
+            points.append(Point(f"{key}/{measure.curve}", step, value, n, null, flag))
+        lost = 1 - n / seen if seen else nan
+        return [
+            *points,
+            Point(f"{key}/n", step, float(n), n),
+            Point(f"{key}/nonfinite_fraction", step, lost, n),
+            Point(f"{key}/flag", step, float(flag), n, flag=flag),
+        ]
+
+    def _remember(self, points: Sequence[Point], step: int) -> None:
+        """Keep the first measure for the picture, as a share of what noise would read where there is such a null."""
+        last = f"/{self._measures[0].curve}"
+        shown = {p.key[len("collapse/") : -len(last)]: p for p in points if p.key.endswith(last)}
+        self._history.append(step, {k: p.value / p.null if p.null > 0 else p.value for k, p in shown.items()})
+
+    def _draw(self, trainer: Trainer, step: int) -> None:
+        top = 1.0 if self._measures[0].kind == "spectrum" else None
+        for logger in trainer.loggers:
+            log_image(logger, f"collapse/{self._measures[0].curve}", heat_map(self._history.values, 0.0, top), step)
+
+    def _restore(self, names: Sequence[str], device: torch.device) -> None:
+        state, self._restored = self._restored, {}
+        if not state:
+            return
+        assert self._heard is not None
+        self._plans = {name: Plan(*plan) for name, plan in state["plans"].items() if name in names}
+        self._heard.limits = {name: plan.limit for name, plan in self._plans.items()}
+        self._batch_flops, self._points = state["batch_flops"], state["points"]
+        self._history.load_state_dict(state["history"])
+        # a checkpoint holds the rows of the process that wrote it: with several, the window starts anew
+        for name, (rows, mask) in state["pending"].items() if world_size() == 1 else ():
+            if name in names:
+                self._heard.rows[name].append(rows.to(device))
+                self._heard.masks[name].append(mask.to(device))
+
+
+def _measures(names: Sequence[str] | str) -> list[Measure]:
+    if names == "all":
+        return [measure for measure in MEASURES.values() if measure.kind != "pairs"]
+    if isinstance(names, str) or not names:
+        raise ValueError(f"`measures` takes a list of names or 'all', got {names!r}.")
+    measures = [get_measure(name) for name in dict.fromkeys(names)]
+    for measure in measures:
+        if measure.kind == "pairs":
+            raise ValueError(f"Measure {measure.name!r} compares two views and cannot watch a layer. Leave it out.")
+    return measures
+
+
+def _padding_mask(batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _flag(n: int, seen: int, top: float, sketched: bool) -> Flag:
+    if not seen:
+        return Flag.NOT_CALLED
+    if n < 2:
+        return Flag.FEW_ROWS
+    if isnan(top):
+        return Flag.SOLVER
+    if top == 0:
+        return Flag.CONSTANT
+    return Flag.NONFINITE if n < seen else Flag.SKETCHED if sketched else Flag.OK

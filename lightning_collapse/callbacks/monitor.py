@@ -1,0 +1,107 @@
+"""What every monitor shares: cadence, lifecycle, publication and a promise never to end a run."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish
+from lightning_collapse.utilities.points import Point
+from lightning_collapse.utilities.trainer import batches_until, is_due, logging_step
+
+
+class Monitor(Callback, ABC):
+    """Watches a fit and publishes points at a cadence; subclass it to watch something new.
+
+    A subclass listens in :meth:`start`, stops in :meth:`stop`, and turns what it heard into points in :meth:`measure`;
+    the rest of the lifecycle is here. It listens from ``on_fit_start``, when the model is built, moved and sharded, to
+    the end or the failure of the fit; ``trainer.validate``, ``test`` and ``predict`` do not concern it. Points reach
+    every logger, ``trainer.callback_metrics`` and every callback with ``on_points``
+    (:class:`~lightning_collapse.reporting.PointReader`).
+
+    Args:
+        every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
+
+    Raises:
+        ValueError: If ``every_n_steps`` is not positive.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(
+                f"`every_n_steps` must be at least 1, or None to follow the trainer's, got {every_n_steps}."
+            )
+        self.every_n_steps = every_n_steps
+        self._warned: set[str] = set()
+
+    @abstractmethod
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to listen. The only place that may raise."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Cease to listen and forget what was heard; called more than once."""
+
+    @abstractmethod
+    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> Sequence[Point]:
+        """Turn what was heard into points of ``step``.
+
+        Collective: every process calls it, and every process must return the same points.
+        """
+
+    def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
+        """Called before every training batch; ``batches_left`` is 0 if it ends in a point."""
+
+    def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
+        """Called after every training batch, before :meth:`measure` if it ends in a point."""
+
+    def cadence(self, trainer: Trainer) -> int:
+        """Optimizer steps between two points; 0 for never."""
+        return trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not in `setup`: `configure_model` and sharding come later, and SWA deep-copies hooks registered there
+        self.stop()
+        self.start(trainer, pl_module)
+        if next(c for c in trainer.callbacks if isinstance(c, Monitor)) is self:  # a run has one dashboard
+            for logger in trainer.loggers:
+                log_dashboard(logger, dashboard_layout())
+                log_text(logger, "collapse/legend", legend(), step=0)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if every := self.cadence(trainer):
+            self.before_batch(trainer, batch, batches_until(trainer, every))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not (every := self.cadence(trainer)):
+            return
+        self.after_batch(trainer, pl_module, batches_until(trainer, every))
+        if is_due(trainer, every):
+            self.publish(trainer, pl_module, self.measure(trainer, pl_module, logging_step(trainer)))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.stop()  # `teardown` is not called when the trainer fails
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.stop()
+
+    @staticmethod
+    def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
+        """Hand points on; see :func:`~lightning_collapse.reporting.publish`."""
+        publish(trainer, pl_module, points)
+
+    def warn_once(self, message: str) -> None:
+        """Say something once per callback, on the first process."""
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(f"`{type(self).__name__}`: {message}")

@@ -1,0 +1,251 @@
+"""Measures of the rows themselves, for what a spectrum cannot see: scale, dead features, direction, spread."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
+from lightning_collapse.spectral.rows import finite_rows
+from lightning_collapse.utilities.registry import register_measure
+
+
+@register_measure(
+    kind="rows", range="0 to infinity", collapsed="near 0", source="VICReg, arXiv 2105.04906", scale_free=False
+)
+@full_precision
+def feature_std(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Standard deviation over the rows, averaged over the features.
+
+    Falls to 0 in complete collapse (all rows equal), which ranks cannot see: they do not change with scale.
+
+    Args:
+        features: Shape ``(N, D)``. Rows with NaN or infinity are left out.
+        mask: Boolean, shape ``(N,)``: rows to count.
+
+    Returns:
+        0-dimensional, 0 (all rows equal) or more, in units of the features; NaN for fewer than two rows.
+
+    Example:
+        >>> feature_std(torch.tensor([[1.0, 5.0], [-1.0, 5.0]]))
+        tensor(0.7071)
+    """
+    return _std(features, mask).mean()
+
+
+@register_measure(
+    kind="rows", range="0 to infinity", collapsed="near 0", source="VICReg, arXiv 2105.04906", scale_free=False
+)
+@full_precision
+def feature_std_floor(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Standard deviation over the rows of the feature that varies least.
+
+    Args:
+        features: Shape ``(N, D)``. Rows with NaN or infinity are left out.
+        mask: Boolean, shape ``(N,)``: rows to count.
+
+    Returns:
+        0-dimensional, 0 (a feature is constant) or more, in units of the features; NaN for fewer than two rows.
+
+    Example:
+        >>> feature_std_floor(torch.tensor([[1.0, 5.0], [-1.0, 5.0]]))
+        tensor(0.)
+    """
+    return _std(features, mask).amin()
+
+
+@register_measure(kind="rows", range="0 to 1", collapsed="near 0", source="spread over root mean square")
+@full_precision
+def relative_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Share of the features' root mean square that is variation and not the common mean.
+
+    .. math:: \sqrt{\operatorname{tr} \Sigma / (\operatorname{tr} \Sigma + \|\mu\|^2)}
+
+    Separates complete collapse (all rows near one point that is not the origin) from features that merely shrink.
+
+    Args:
+        features: Shape ``(N, D)``. Rows with NaN or infinity are left out.
+        mask: Boolean, shape ``(N,)``: rows to count.
+
+    Returns:
+        0-dimensional, between 0 (all rows equal) and 1 (no common mean); NaN for no rows.
+
+    Example:
+        >>> relative_spread(torch.tensor([[4.0], [2.0]]))
+        tensor(0.3162)
+    """
+    rows, _, weight = finite_rows(features, mask)
+    count = weight.sum()
+    scale = rows.detach().abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)
+    rows = rows / scale
+    mean = rows.sum(dim=0) / count
+    spread = ((rows - mean) * weight.unsqueeze(1)).square().sum() / count
+    return _root(spread / (spread + mean.square().sum()).clamp_min(torch.finfo(rows.dtype).tiny))
+
+
+@register_measure(
+    kind="rows", range="0 to 1", collapsed="near 1", source="share of constant features", sketchable=False
+)
+@full_precision
+def dead_dimensions(features: Tensor, mask: Tensor | None = None, threshold: float = 0.01) -> Tensor:
+    r"""Share of features whose standard deviation is below a fraction of the layer's mean standard deviation.
+
+    Args:
+        features: Shape ``(N, D)``. Rows with NaN or infinity are left out.
+        mask: Boolean, shape ``(N,)``: rows to count.
+        threshold: The fraction.
+
+    Returns:
+        0-dimensional, between 0 and 1; 1 if all rows are equal, NaN for fewer than two rows.
+
+    Example:
+        >>> dead_dimensions(torch.tensor([[1.0, 5.0], [-1.0, 5.0]]))
+        tensor(0.5000)
+    """
+    std = _std(features, mask)
+    # <=, so that features of which all are constant are dead and not alive
+    dead = (std <= threshold * std.mean()).to(std.dtype).mean()
+    return torch.where(std.isnan().any(), torch.nan, dead)
+
+
+@register_measure(
+    kind="rows",
+    range="-1 / (n - 1) to 1",
+    collapsed="near 1",
+    source="Ethayarajh, EMNLP 2019, arXiv 1909.00512",
+    null=lambda n, d: 0.0,
+)
+@full_precision
+def mean_cosine(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Mean cosine over all pairs of rows, in ``O(N D)``.
+
+    .. math:: \frac{\|\sum_i \hat x_i\|^2 - n}{n (n - 1)}, \quad \hat x = x / \|x\|
+
+    Near 1 all rows point one way: complete collapse, or only a large common mean (as after a ReLU).
+
+    Args:
+        features: Shape ``(N, D)``. Rows with NaN or infinity and zero rows are left out.
+        mask: Boolean, shape ``(N,)``: rows to count.
+
+    Returns:
+        0-dimensional, between ``-1 / (n - 1)`` and 1; 0 for isotropic features, NaN for fewer than two rows.
+
+    References:
+        Ethayarajh, *How Contextual are Contextualized Word Representations?*, EMNLP 2019.
+        https://arxiv.org/abs/1909.00512
+
+    Example:
+        >>> mean_cosine(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
+        tensor(0.3333)
+    """
+    unit, weight = _unit_rows(features, mask)
+    count = weight.sum()
+    cosine = (unit.sum(dim=0).square().sum() - count) / (count * (count - 1))
+    return torch.where(count > 1, cosine, torch.nan)
+
+
+@register_measure(
+    kind="rows",
+    range="-4 n / (n - 1) to 0",
+    collapsed="near 0",
+    source="Wang & Isola, ICML 2020, arXiv 2005.10242",
+    null=lambda n, d: _uniformity_on_sphere(d),
+)
+@full_precision
+def uniformity(features: Tensor, mask: Tensor | None = None, t: float = 2.0) -> Tensor:
+    r"""Log of the mean Gaussian potential between all pairs of rows on the unit sphere.
+
+    .. math:: \log \frac{2}{n (n - 1)} \sum_{i < j} e^{-t \|\hat x_i - \hat x_j\|^2}
+
+    Args:
+        features: Shape ``(N, D)``; rows are normalized here. Rows with NaN or infinity and zero rows are left out.
+        mask: Boolean, shape ``(N,)``: rows to count.
+        t: The paper's 2.
+
+    Returns:
+        0-dimensional, between ``-2 t n / (n - 1)`` (a simplex) and 0 (all rows parallel); NaN for fewer than two rows.
+
+    References:
+        Wang & Isola, *Understanding Contrastive Representation Learning through Alignment and Uniformity on the
+        Hypersphere*, ICML 2020. https://arxiv.org/abs/2005.10242
+
+    Example:
+        >>> uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]]))
+        tensor(-8.)
+    """
+    unit, weight = _unit_rows(features, mask)
+    # |x - y|^2 = 2 - 2 x.y on the sphere
+    potential = t * (2 * unit @ unit.T - 2).clamp_max(0)
+    pairs = weight.unsqueeze(1) * weight * (1 - torch.eye(len(unit), device=unit.device, dtype=unit.dtype))
+    count = weight.sum()
+    value = potential.masked_fill(pairs == 0, -torch.inf).flatten().logsumexp(dim=0) - (count * (count - 1)).log()
+    return torch.where(count > 1, value, torch.nan)
+
+
+@register_measure(
+    kind="pairs",
+    range="0 to 4",
+    collapsed="near 0",
+    source="Wang & Isola, ICML 2020, arXiv 2005.10242",
+)
+@full_precision
+def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
+    r"""Mean distance between the two views of a sample on the unit sphere.
+
+    .. math:: \tfrac{1}{n} \sum_i \|\hat x_i - \hat y_i\|^\alpha
+
+    0 alone says nothing: a collapsed encoder is perfectly aligned. Read it beside :func:`uniformity`.
+
+    Args:
+        x: First views, shape ``(N, D)``; rows are normalized here.
+        y: Second views, shape ``(N, D)``.
+        alpha: The paper's 2.
+
+    Returns:
+        0-dimensional, between 0 (views agree) and ``2 ** alpha`` (opposite).
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    References:
+        Wang & Isola, ICML 2020. https://arxiv.org/abs/2005.10242
+
+    Example:
+        >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
+        tensor(2.)
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"`x` and `y` are views of the same rows, got shapes {tuple(x.shape)} and {tuple(y.shape)}.")
+    x, y = _unit_rows(x, None)[0], _unit_rows(y, None)[0]
+    return (x - y).square().sum(dim=1).pow(alpha / 2).mean()
+
+
+def _std(features: Tensor, mask: Tensor | None) -> Tensor:
+    # in float32 the rounding of the mean alone gives a constant feature of 1000 a spread of 1e-5
+    rows, _, weight = finite_rows(features.to(accumulation_dtype(features.device)), mask)
+    count = weight.sum()
+    centered = (rows - rows.sum(dim=0) / count) * weight.unsqueeze(1)
+    std = _root(centered.square().sum(dim=0) / (count - 1)).to(features.dtype)
+    return torch.where(count > 1, std, torch.nan)
+
+
+def _root(square: Tensor) -> Tensor:
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), square)
+
+
+def _unit_rows(features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows, _, weight = finite_rows(features, mask)
+    rows = rows / rows.detach().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    norm = rows.norm(dim=1, keepdim=True)
+    return rows / norm.clamp_min(torch.finfo(rows.dtype).tiny), weight * (norm.squeeze(1) > 0)
+
+
+def _uniformity_on_sphere(d: int, t: float = 2.0) -> float:
+    """Expectation on the uniform sphere: ``-2t + lgamma(d/2) + (1 - d/2) log t + log I_{d/2-1}(2t)``."""
+    order = d / 2 - 1
+    m = np.arange(60)
+    log_terms = (2 * m + order) * math.log(t) - np.array([math.lgamma(k + 1) + math.lgamma(k + order + 1) for k in m])
+    bessel = log_terms.max() + math.log(np.exp(log_terms - log_terms.max()).sum())
+    return float(-2 * t + math.lgamma(d / 2) + (1 - d / 2) * math.log(t) + bessel) if d > 1 else math.nan

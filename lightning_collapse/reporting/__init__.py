@@ -1,0 +1,23 @@
+"""What leaves us: points to loggers and readers, the TensorBoard dashboard, its legend, and pictures for any logger."""
+
+from lightning_collapse.reporting.dashboard import dashboard_layout, legend, legend_for_terminal
+from lightning_collapse.reporting.heat_map import History, heat_map
+from lightning_collapse.reporting.publish import PointReader, publish
+from lightning_collapse.reporting.sinks import log_dashboard, log_histogram, log_image, log_text
+from lightning_collapse.reporting.spectrum import LOG10_EDGES, log10_histogram
+
+__all__ = [
+    "LOG10_EDGES",
+    "History",
+    "PointReader",
+    "dashboard_layout",
+    "heat_map",
+    "legend",
+    "legend_for_terminal",
+    "log10_histogram",
+    "log_dashboard",
+    "log_histogram",
+    "log_image",
+    "log_text",
+    "publish",
+]

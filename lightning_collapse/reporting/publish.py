@@ -1,0 +1,35 @@
+"""The one way a reading leaves us: to the loggers, to ``callback_metrics`` and to whoever reads points."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_collapse.utilities.points import Point
+
+
+@runtime_checkable
+class PointReader(Protocol):
+    """A callback that wants every point: :class:`~lightning_collapse.CollapseGuard` is one, yours can be another."""
+
+    def on_points(self, trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
+        """Called on every process, with the same points, right after they were measured."""
+
+
+def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
+    """Hand ``points`` of one step to every logger, to ``trainer.callback_metrics`` and to every :class:`PointReader`.
+
+    Not ``self.log``: it resamples at Lightning's own cadence, repeats stale values, and costs more than the
+    mathematics. Every process must publish the same points, so that ``EarlyStopping`` and ``ModelCheckpoint`` decide
+    alike everywhere.
+    """
+    if not points:
+        return
+    values = {point.key: point.value for point in points}
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=points[0].step)
+    for callback in trainer.callbacks:
+        if isinstance(callback, PointReader):
+            callback.on_points(trainer, pl_module, points)

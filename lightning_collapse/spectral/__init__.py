@@ -1,0 +1,18 @@
+"""Linear algebra that is safe under any precision plugin and on any numbers."""
+
+from lightning_collapse.spectral.eigenvalues import eigenvalues
+from lightning_collapse.spectral.moments import Moments, reduce_moments
+from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.spectral.sketch import GaussianSketch
+from lightning_collapse.spectral.spectrum import Spectrum, singular_values, spectrum_of
+
+__all__ = [
+    "GaussianSketch",
+    "Moments",
+    "Spectrum",
+    "eigenvalues",
+    "full_precision",
+    "reduce_moments",
+    "singular_values",
+    "spectrum_of",
+]

@@ -1,0 +1,46 @@
+"""Eigenvalues of Gram matrices, on every device, whatever the numbers."""
+
+import torch
+from torch import Tensor
+
+
+def eigenvalues(gram: Tensor) -> Tensor:
+    """Eigenvalues of symmetric positive semi-definite matrices, descending and not negative.
+
+    A matrix with NaN or infinity, and one on which no solver converges (CUDA's can fail on exactly the rank-deficient
+    matrices of a collapse, https://github.com/pytorch/pytorch/issues/94772), yields NaN instead of an error. Waits
+    for the device: decompositions do.
+
+    Args:
+        gram: Shape ``(..., K, K)``, ``float32`` or ``float64``.
+
+    Returns:
+        Shape ``(..., K)``.
+    """
+    finite = gram.isfinite().all(dim=-1).all(dim=-1)
+    safe = torch.where(finite[..., None, None], gram, 0.0)
+    try:
+        values = torch.linalg.eigvalsh(safe)
+    except torch.linalg.LinAlgError:
+        values = (
+            torch.stack([_second_try(matrix) for matrix in safe.flatten(0, -3)]) if safe.ndim > 2 else _second_try(safe)
+        )
+        values = values.view(*safe.shape[:-1])
+    return torch.where(finite[..., None], values.flip(-1).clamp_min(0), torch.nan)
+
+
+def safe_sqrt(values: Tensor) -> Tensor:
+    """Square root whose gradient at zero is zero instead of infinite."""
+    positive = values > 0
+    return torch.where(positive, torch.where(positive, values, 1.0).sqrt(), torch.where(values.isnan(), values, 0.0))
+
+
+def _second_try(matrix: Tensor) -> Tensor:
+    """On the host in double precision; a little of the trace on the diagonal separates what made the solver fail."""
+    size = len(matrix)
+    jitter = 1e-14 * matrix.trace().abs().cpu().double() / max(size, 1)
+    try:
+        values = torch.linalg.eigvalsh(matrix.cpu().double() + jitter * torch.eye(size, dtype=torch.float64))
+    except torch.linalg.LinAlgError:
+        values = torch.full((size,), torch.nan, dtype=torch.float64)
+    return values.to(matrix)

@@ -1,0 +1,23 @@
+"""Rows that count and rows that do not, without asking the device."""
+
+import torch
+from torch import Tensor
+
+from lightning_collapse.spectral.precision import accumulation_dtype
+
+
+def finite_rows(features: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Set rows that must not count to zero and say which they are.
+
+    Args:
+        features: Shape ``(N, D)``.
+        mask: Boolean, shape ``(N,)``: rows to consider; all if ``None``.
+
+    Returns:
+        The features with the other rows zero, ``(N, D)``; how many rows were considered, 0-dimensional; one for each
+        considered row without NaN or infinity and zero for the others, ``(N,)``, in the dtype of the features.
+    """
+    considered = torch.ones_like(features[:, 0], dtype=torch.bool) if mask is None else mask
+    # a sum is finite if and only if its terms are, and costs a quarter of asking each of them
+    counts = considered & features.sum(dim=1, dtype=accumulation_dtype(features.device)).isfinite()
+    return torch.where(counts.unsqueeze(1), features, 0.0), considered.sum(), counts.to(features.dtype)

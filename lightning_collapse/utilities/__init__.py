@@ -1,0 +1,1 @@
+"""What everything else stands on: the registry, layer outputs as rows, layer choice, trainer facts, sums over ranks."""

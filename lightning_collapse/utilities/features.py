@@ -1,0 +1,86 @@
+"""From what a layer returns to rows of features."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PREFERRED_KEYS = ("last_hidden_state", "hidden_state", "hidden_states", "embedding", "embeddings", "features")
+"""Keys of a mapping that are looked up first, in this order; otherwise its first floating-point tensor counts."""
+
+
+def as_rows(output: Any, channels_first: bool = False) -> Tensor | None:
+    """View what a layer returns as rows of features; keeps the autograd graph and copies nothing if it can.
+
+    Args:
+        output: One of
+
+            - vectors ``(N, D)``: as they are; ``(N,)``: one feature each;
+            - tokens ``(N, L, D)``: every token is a row, ``(N * L, D)``;
+            - maps ``(N, C, *spatial)`` with two or more spatial dimensions: their spatial mean, ``(N, C)``;
+            - a tuple or list: its first element that holds a floating-point tensor (so an LSTM's sequence output, an
+              attention module's output and not its weights);
+            - a mapping or Hugging Face ``ModelOutput``: the first of :data:`PREFERRED_KEYS` it has, else its first
+              floating-point tensor. Of a sequence under such a key (``hidden_states``) the last element counts.
+        channels_first: Read three dimensions as maps ``(N, C, L)``, what ``nn.Conv1d`` returns.
+
+    Returns:
+        ``(rows, D)`` in the dtype of the output, pooled maps at least ``float32``; ``None`` where there is no
+        floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> as_rows(torch.zeros(4, 8, 7, 7)).shape, as_rows({"loss": 0.0, "features": torch.zeros(4, 5, 8)}).shape
+        (torch.Size([4, 8]), torch.Size([20, 8]))
+    """
+    features = _pick(output)
+    if features is None or features.ndim == 0:
+        return None
+    if features.ndim == 1:
+        return features.unsqueeze(1)
+    if features.ndim == 3 and not channels_first:
+        return features.flatten(0, 1)
+    if features.ndim == 2:
+        return features
+    # autocast leaves a mean in half precision
+    return features.flatten(2).mean(dim=2, dtype=torch.promote_types(features.dtype, torch.float32))
+
+
+def as_row_mask(output: Any, mask: Tensor | None) -> Tensor | None:
+    """Flatten a padding mask the way :func:`as_rows` flattens tokens.
+
+    Args:
+        output: What the layer returned.
+        mask: Shape ``(N, L)``, true or non-zero for real tokens (Hugging Face's ``attention_mask``).
+
+    Returns:
+        Boolean, shape ``(N * L,)``, or ``None`` if the output is not tokens of that shape.
+    """
+    features = _pick(output)
+    if mask is None or features is None or features.ndim != 3 or mask.shape != features.shape[:2]:
+        return None
+    return mask.flatten().bool()
+
+
+def evenly(rows: Tensor, limit: int) -> Tensor:
+    """A copy of at most ``limit`` rows, evenly spaced over all of them."""
+    count = rows.shape[0]
+    if count <= limit:
+        return rows.clone()
+    return rows.index_select(0, torch.arange(limit, device=rows.device) * count // limit)
+
+
+def _pick(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    if isinstance(output, Mapping):
+        for key in PREFERRED_KEYS:
+            value = output.get(key)
+            found = _pick(value[-1] if isinstance(value, Sequence) and value else value)
+            if found is not None:
+                return found
+        output = list(output.values())
+    if isinstance(output, Sequence) and not isinstance(output, str):
+        return next((found for element in output if (found := _pick(element)) is not None), None)
+    return None

@@ -1,0 +1,44 @@
+"""What one training step costs, counted from shapes alone: the measure of what monitoring may cost."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_collapse.utilities.modules import weighted_layers
+
+
+class TrainingFlops:
+    """Counts the floating-point operations of forward and backward through every layer that holds a weight.
+
+    Six per weight and position (two forward, four backward); attention scores, normalisation and activations are left
+    out, so the count is a floor. It reads shapes only: no tensor is touched, nothing leaves the device, and it is the
+    same on every run. Code inside ``torch.compile`` is not counted.
+
+    Args:
+        root: The model to count.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.total = 0
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(self._count) for _, module in weighted_layers(root)
+        ]
+
+    def remove(self) -> None:
+        """Stop counting."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _count(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        output = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(output, Tensor) or output.ndim < 2 or not output.numel():
+            return
+        for weight in module.parameters(recurse=True):
+            if weight.ndim >= 2:
+                channels = output.shape[1 if weight.ndim > 2 else -1]
+                self.total += 6 * weight.numel() * output.numel() // channels

@@ -1,0 +1,193 @@
+"""Which layers to look at, and what to call them."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+MAX_DEFAULT_LAYERS = 12
+INPUT_SUFFIX = ":input"
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+_CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.MaxPool1d, nn.AvgPool1d)
+Named = tuple[str, nn.Module]
+
+
+class Tap(NamedTuple):
+    """One place to look at: the output or the input of a module, and the name of its curves."""
+
+    name: str
+    module: nn.Module
+    side: Literal["output", "input"] = "output"
+
+
+def clean_name(name: str) -> str:
+    """Module name without the marks that compilation and sharding leave in it.
+
+    Example:
+        >>> clean_name("net._orig_mod.0._fsdp_wrapped_module.linear")
+        'net.0.linear'
+    """
+    parts = name.split(".")
+    return ".".join(part for part in parts if part not in _WRAPPERS) or name
+
+
+def curve_name(name: str) -> str:
+    """Module name as part of a tag or file name: letters, digits, ``_``, ``-`` and single inner dots.
+
+    Example:
+        >>> curve_name("../my block/<b>.0"), curve_name("head:input")
+        ('my_block__b_.0', 'head.input')
+    """
+    name = name[: -len(INPUT_SUFFIX)] + ".input" if name.endswith(INPUT_SUFFIX) else name
+    return re.sub(r"\.{2,}", ".", re.sub(r"[^\w.\-]", "_", name, flags=re.ASCII)).strip("._") or "layer"
+
+
+def find_modules(root: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Submodules by exact clean name or glob, in the order of the model, keyed by clean name.
+
+    Raises:
+        ValueError: If a pattern matches nothing; the message lists what there is.
+    """
+    names = {clean_name(name): module for name, module in reversed(list(_named(root)))}
+    names = dict(reversed(names.items()))  # of a compiled or sharded module the outermost wrapper
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise ValueError(f"{pattern!r} matches no submodule of {type(root).__name__}. It has: {', '.join(names)}.")
+    found = {name: module for name, module in names.items() if any(_matches(name, p) for p in patterns)}
+    first = {id(module): name for name, module in reversed(found.items())}  # a shared module once
+    return {name: found[name] for name in found if first[id(found[name])] == name}
+
+
+def find_taps(root: nn.Module, patterns: Sequence[str]) -> list[Tap]:
+    """Taps chosen by glob; a pattern that ends in ``:input`` means the inputs of the modules it matches.
+
+    Raises:
+        ValueError: If a pattern matches nothing; the message lists what there is.
+    """
+    outputs = [pattern for pattern in patterns if not pattern.endswith(INPUT_SUFFIX)]
+    inputs = [pattern[: -len(INPUT_SUFFIX)] for pattern in patterns if pattern.endswith(INPUT_SUFFIX)]
+    taps = [Tap(name, module) for name, module in find_modules(root, outputs).items()]
+    return _unique(
+        taps + [Tap(name + INPUT_SUFFIX, module, "input") for name, module in find_modules(root, inputs).items()]
+    )
+
+
+def default_taps(root: nn.Module) -> list[Tap]:
+    """At most a dozen taps that span the depth of any model: block outputs, and always the last Linear's input.
+
+    The rule, from the root down (only modules that hold a weight of two or more dimensions count, embeddings do not):
+
+    - three or more siblings of one class (a convnet's stages), two or more in an ``nn.ModuleList`` or
+      ``nn.Sequential`` (a transformer's blocks), or the three or more layers of an ``nn.Sequential`` are the blocks;
+    - a module with a single such child is a wrapper: look inside;
+    - other modules are looked into if there are blocks further down; if there are none, their children are the blocks;
+    - of more than eleven blocks eleven are kept, evenly spaced, with the first and the last.
+    """
+    blocks = [named for kid in _kids("", root) for named in _blocks(*kid)] if not _is_stack(root) else _kids("", root)
+    blocks = [named for block in blocks for named in _callable(*block)]
+    keep = MAX_DEFAULT_LAYERS - 1
+    if len(blocks) > keep:
+        blocks = [blocks[round(i * (len(blocks) - 1) / (keep - 1))] for i in range(keep)]
+    taps = [Tap(clean_name(name), module) for name, module in blocks]
+    linears = [
+        (name, module) for name, module in weighted_layers(root) if getattr(module, "weight", torch.empty(0)).ndim == 2
+    ]
+    if linears:
+        name, module = linears[-1]
+        taps.append(Tap(clean_name(name) + INPUT_SUFFIX, module, "input"))
+    return _unique(taps)
+
+
+def has_weight(module: nn.Module) -> bool:
+    """Whether a module itself, not a child, multiplies by a weight of two or more dimensions."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return False
+    recurse = _is_opaque(module)
+    return any(nn.parameter.is_lazy(p) or p.ndim >= 2 for p in module.parameters(recurse=recurse))
+
+
+def weighted_layers(root: nn.Module) -> list[Named]:
+    """The innermost modules that hold a weight and are called, in the order of the model, by name."""
+    return list(_leaves("", root))
+
+
+def is_channels_first(module: nn.Module) -> bool:
+    """Whether the last layer inside ``module`` returns ``(N, C, L)``."""
+    return isinstance(list(module.modules())[-1], _CHANNELS_FIRST)
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running: then a forward call is activation checkpointing's recomputation."""
+    # dynamo cannot trace the question, and recomputation of a compiled graph does not run Python again
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _named(root: nn.Module) -> Iterator[Named]:
+    return ((name, module) for name, module in root.named_modules(remove_duplicate=False) if name)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def _unique(taps: list[Tap]) -> list[Tap]:
+    """The same taps under names that are fit for tags and differ from each other."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for tap in taps:
+        name = curve_name(tap.name)
+        seen[name] += 1
+        unique.append(tap._replace(name=f"{name}_{seen[name]}" if seen[name] > 1 else name))
+    return unique
+
+
+def _kids(name: str, module: nn.Module) -> list[Named]:
+    """Children that hold weights."""
+    if _is_opaque(module):
+        return []
+    prefix = f"{name}." if name else ""
+    return [(prefix + key, kid) for key, kid in module.named_children() if any(map(has_weight, kid.modules()))]
+
+
+def _leaves(name: str, module: nn.Module) -> Iterator[Named]:
+    kids = _kids(name, module)
+    if not kids and has_weight(module):
+        yield name, module
+    for kid in kids:
+        yield from _leaves(*kid)
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """Whether the children are only holders of weights that the module itself multiplies by."""
+    return isinstance(module, nn.MultiheadAttention) or hasattr(module, "parametrizations")
+
+
+def _is_stack(module: nn.Module) -> bool:
+    kids = [kid for _, kid in _kids("", module)]
+    listed = isinstance(module, nn.ModuleList | nn.Sequential)
+    if isinstance(module, nn.Sequential) and len(kids) >= 3:
+        return True
+    classes = Counter(
+        type(kid) for kid in kids if _kids("", kid) and not isinstance(kid, nn.ModuleList | nn.ModuleDict)
+    )
+    return any(count >= (2 if listed and cls is not nn.Sequential else 3) for cls, count in classes.items())
+
+
+def _blocks(name: str, module: nn.Module) -> list[Named]:
+    kids = _kids(name, module)
+    if not kids:
+        return [(name, module)]
+    if len(kids) > 1 and (_is_stack(module) or not any(_is_stack(m) for _, kid in kids for m in kid.modules())):
+        return kids
+    return [named for kid in kids for named in _blocks(*kid)]
+
+
+def _callable(name: str, module: nn.Module) -> list[Named]:
+    """A module list is never called: its elements are."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [(name, module)]
+    return [named for kid in _kids(name, module) for named in _callable(*kid)]

@@ -1,0 +1,118 @@
+"""The tables of what the package knows: one decorated function is one curve, one decorated class is one loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, overload
+
+from torch import Tensor, nn
+
+MeasureFn = TypeVar("MeasureFn", bound=Callable[..., Tensor])
+LossClass = TypeVar("LossClass", bound=type[nn.Module])
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A registered measure and what its reader must know.
+
+    Attributes:
+        name: Name of the function, and of the curve.
+        fn: ``kind="spectrum"``: maps singular values ``(..., K)`` or a ``Spectrum`` record to ``(...)``;
+            ``kind="rows"``: maps features ``(N, D)`` and an optional boolean mask ``(N,)`` to a scalar;
+            ``kind="pairs"``: maps two feature matrices ``(N, D)`` to a scalar, and is not for monitors.
+        kind: What ``fn`` reads.
+        spectrum: Which singular values ``fn`` reads: of ``"centered"`` or of ``"raw"`` features.
+        range: Smallest and largest value in words.
+        collapsed: What a collapsed representation reads.
+        source: Authors, year, identifier.
+        null: What isotropic noise reads, as a function of ``(n, d)``; for spectral measures ``None`` stands for the
+            Marchenko-Pastur law, see :func:`~lightning_collapse.functional.expected_under_isotropy`.
+        sketchable: Whether the value keeps its meaning on a random projection of the features.
+        scale_free: Whether multiplying the features by a constant leaves the value as it is.
+        key: What the curve is called if not ``name``, for measures whose settings must be told with the value.
+    """
+
+    name: str
+    fn: Callable[..., Tensor]
+    kind: Literal["spectrum", "rows", "pairs"] = "spectrum"
+    spectrum: Literal["centered", "raw"] = "centered"
+    range: str = ""
+    collapsed: str = ""
+    source: str = ""
+    null: Callable[[int, int], float] | None = None
+    sketchable: bool = True
+    scale_free: bool = True
+    key: str = ""
+
+    @property
+    def curve(self) -> str:
+        """Last part of the curve's name."""
+        return self.key or self.name
+
+
+MEASURES: dict[str, Measure] = {}
+LOSSES: dict[str, type[nn.Module]] = {}
+
+
+@overload
+def register_measure(fn: MeasureFn) -> MeasureFn: ...
+@overload
+def register_measure(**facts: Any) -> Callable[[MeasureFn], MeasureFn]: ...
+def register_measure(fn: MeasureFn | None = None, **facts: Any) -> MeasureFn | Callable[[MeasureFn], MeasureFn]:
+    """Make a measure known by name to every monitor: ``CollapseMonitor(measures=["<fn name>"])``.
+
+    Also known then to the dashboard and to ``python -m lightning_collapse measures``.
+
+    Args:
+        fn: The measure; its function name is the curve's name.
+        facts: Fields of :class:`Measure` other than ``name`` and ``fn``; their defaults fit a function of the
+            singular values of centered features.
+
+    Returns:
+        ``fn`` itself, or a decorator if only ``facts`` are given.
+
+    Raises:
+        ValueError: If the name is taken.
+
+    Example:
+        >>> @register_measure(range="0 to 1", collapsed="1")
+        ... def top_share(singular_values):
+        ...     return singular_values[..., 0] / singular_values.sum(dim=-1)
+        >>> get_measure("top_share").collapsed
+        '1'
+        >>> del MEASURES["top_share"]
+    """
+
+    def register(fn: MeasureFn) -> MeasureFn:
+        _add(MEASURES, fn.__name__, Measure(name=fn.__name__, fn=fn, **facts))
+        return fn
+
+    return register if fn is None else register(fn)
+
+
+def register_loss(cls: LossClass) -> LossClass:
+    """Make a loss known to the contract tests and the tables, under its class name."""
+    _add(LOSSES, cls.__name__, cls)
+    return cls
+
+
+def get_measure(name: str) -> Measure:
+    """Look a measure up by name.
+
+    Raises:
+        ValueError: If there is none of that name; the message lists what there is.
+    """
+    try:
+        return MEASURES[name]
+    except KeyError:
+        raise ValueError(f"Unknown measure {name!r}. Choose from: {', '.join(sorted(MEASURES))}.") from None
+
+
+def _origin(item: Any) -> tuple[str, str]:
+    item = item.fn if isinstance(item, Measure) else item
+    return item.__module__, item.__qualname__
+
+
+def _add(table: dict[str, Any], name: str, item: object) -> None:
+    if name in table and _origin(table[name]) != _origin(item):  # a notebook cell may run twice
+        raise ValueError(f"`{name}` is already registered. Choose another name.")
+    table[name] = item

@@ -1,0 +1,132 @@
+"""The dashboard as a TensorBoard server reads it, and the legend."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from unittest.mock import patch
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_collapse.reporting import dashboard_layout, legend, legend_for_terminal, log_dashboard
+from lightning_collapse.utilities.registry import MEASURES, Measure
+
+FACTS = {
+    "effective_rank": Measure("effective_rank", torch.sum, range="1 to K", collapsed="1", source="Roy & Vetterli 2007"),
+    "eigenvalue_effective_rank": Measure("eigenvalue_effective_rank", torch.sum, spectrum="raw", range="|x| to K"),
+    "uniformity": Measure("uniformity", torch.sum, kind="rows", collapsed="0, all\n    points   equal"),
+    "alignment": Measure("alignment", torch.sum, kind="pairs"),
+}
+
+
+@pytest.fixture(autouse=True)
+def measures():
+    with patch.dict(MEASURES, FACTS, clear=True):
+        yield
+
+
+def lines_of(category, chart, tags):
+    """The tags in a chart, matched as TensorBoard's server does."""
+    kind, [pattern] = dashboard_layout()[category][chart]
+    assert kind == "Multiline"
+    return {tag for tag in tags if re.compile(pattern).match(tag)}
+
+
+def test_one_chart_per_measure_of_features_and_three_for_their_health():
+    layout = dashboard_layout()
+    assert list(layout) == ["Collapse", "Regularizer", "Guard"]
+    assert list(layout["Collapse"]) == [
+        *("effective_rank", "eigenvalue_effective_rank", "uniformity"),
+        *("n", "nonfinite_fraction", "flag"),
+    ]
+
+
+def test_a_chart_has_the_lines_of_its_measure_only():
+    rank = {
+        "collapse/encoder/effective_rank",
+        "val/collapse/encoder/effective_rank",
+        "collapse/net.layers.0/block/effective_rank",
+        "run-collapse/encoder/effective_rank",
+    }
+    others = {
+        "collapse/encoder/eigenvalue_effective_rank",
+        "collapse/encoder/effective_rank_null",
+        "neural_collapse/encoder/effective_rank",
+        "effective_rank",
+    }
+    assert lines_of("Collapse", "effective_rank", rank | others) == rank
+    assert lines_of("Collapse", "n", {"collapse/a/n", "collapse/a/nonfinite_fraction", "collapse/n"}) == {
+        "collapse/a/n"
+    }
+
+
+@pytest.mark.parametrize("family", ["regularizer", "guard"])
+def test_a_family_is_one_chart(family):
+    tags = {f"{family}/a", f"val/{family}/b"}
+    assert lines_of(family.capitalize(), family, tags | {"collapse/a/n", f"collapse/{family}/n"}) == tags
+
+
+def test_tensorboard_serves_every_chart_over_http(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    log_dashboard(logger, dashboard_layout())
+    logger.log_metrics({"collapse/a/effective_rank": 2.0, "collapse/a/eigenvalue_effective_rank": 1.0}, step=0)
+    logger.experiment.close()
+
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", tmp_path, "--host", "127.0.0.1", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            url = next(found[0] for line in server.stderr if (found := re.search(r"http://\S+:\d+/", line)))
+            layout, served = ask(f"{url}data/plugin/custom_scalars")
+        finally:
+            server.terminate()
+    assert [category["title"] for category in layout["category"]] == ["Collapse", "Regularizer", "Guard"]
+    assert served.pop("effective_rank") == ["collapse/a/effective_rank"]
+    assert served.pop("eigenvalue_effective_rank") == ["collapse/a/eigenvalue_effective_rank"]
+    assert served == {name: [] for name in ("uniformity", "n", "nonfinite_fraction", "flag", "regularizer", "guard")}
+
+
+def ask(url):
+    """The layout and the tags per chart, as TensorBoard's page asks its server for them."""
+
+    def get(path, **query):
+        with urlopen(f"{url}/{path}?{urlencode(query)}") as response:
+            return json.load(response)
+
+    served, deadline = {}, time.monotonic() + 30
+    while not any(served.values()) and time.monotonic() < deadline:  # the server reads the files in the background
+        time.sleep(0.1)
+        layout = get("layout")
+        charts = [chart for category in layout.get("category", []) for chart in category["chart"]]
+        patterns = {chart["title"]: chart["multiline"]["tag"][0] for chart in charts}
+        served = {title: list(get("scalars", run="run", tag=tag)["tag_to_events"]) for title, tag in patterns.items()}
+    return layout, served
+
+
+def test_legend_is_a_markdown_table():
+    header, rule, *rows = legend().splitlines()
+    assert header == "| measure | reads | range | collapsed | source |"
+    assert rule == "| --- | --- | --- | --- | --- |"
+    assert rows == [
+        "| `effective_rank` | centered spectrum | 1 to K | 1 | Roy & Vetterli 2007 |",
+        r"| `eigenvalue_effective_rank` | raw spectrum | \|x\| to K |  |  |",
+        "| `uniformity` | rows |  | 0, all points equal |  |",
+        "| `alignment` | pairs |  |  |  |",
+    ]
+
+
+@pytest.mark.parametrize("width", [10, 74, 80, 400])
+def test_legend_for_the_terminal_says_the_same_and_fits(width):
+    text = legend_for_terminal(width)
+    assert width < 74 or max(map(len, text.splitlines())) <= width
+    assert sorted(re.findall(r"\w+", text)) == sorted(re.findall(r"\w+", legend().replace("---", "")))
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_legend_for_the_terminal_asks_it_for_its_width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "72")
+    assert legend_for_terminal() == legend_for_terminal(72) != legend_for_terminal(400)
