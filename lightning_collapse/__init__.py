@@ -1,5 +1,16 @@
 """See and stop representation collapse in PyTorch Lightning with one line in a ``Trainer``."""
 
-from lightning_collapse.callbacks import CollapseMonitor, Monitor
+from lightning_collapse.callbacks import CollapseGuard, CollapseMonitor, Monitor, Regularizer
+from lightning_collapse.mixins import AntiCollapseMixin
+from lightning_collapse.utilities.registry import register_measure
 
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AntiCollapseMixin",
+    "CollapseGuard",
+    "CollapseMonitor",
+    "Monitor",
+    "Regularizer",
+    "register_measure",
+]

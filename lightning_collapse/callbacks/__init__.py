@@ -1,6 +1,8 @@
 """Lightning callbacks: one line in a ``Trainer``."""
 
+from lightning_collapse.callbacks.collapse_guard import CollapseGuard, Verdict
 from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.monitor import Monitor
+from lightning_collapse.callbacks.regularizer import Regularizer
 
-__all__ = ["CollapseMonitor", "Monitor"]
+__all__ = ["CollapseGuard", "CollapseMonitor", "Monitor", "Regularizer", "Verdict"]

@@ -17,17 +17,16 @@ from typing_extensions import override
 from lightning_collapse.callbacks.monitor import Monitor
 from lightning_collapse.callbacks.plan import Plan
 from lightning_collapse.callbacks.readings import LayerRows, read
+from lightning_collapse.callbacks.row_store import RowStore
 from lightning_collapse.functional.null import expected_under_isotropy
 from lightning_collapse.reporting import LOG10_EDGES, History, heat_map, log10_histogram, log_histogram, log_image
 from lightning_collapse.spectral.cost import rows_within
-from lightning_collapse.spectral.sketch import GaussianSketch
 from lightning_collapse.utilities.distributed import all_reduce_max, world_size
-from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.flops import TrainingFlops
-from lightning_collapse.utilities.modules import Tap, default_taps, find_taps
+from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, is_compiled, weighted_layers
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Measure, get_measure
-from lightning_collapse.utilities.taps import RowTaps
+from lightning_collapse.utilities.taps import Heard, RowTaps
 from lightning_collapse.utilities.trainer import logging_step
 
 PICTURE_EVERY = 10
@@ -76,7 +75,12 @@ class CollapseMonitor(Monitor):
     def __init__(
         self,
         layers: Sequence[str] | None = None,
-        measures: Sequence[str] | Literal["all"] = ("effective_rank", "eigenvalue_effective_rank", "feature_std"),
+        measures: Sequence[str] | Literal["all"] = (
+            "effective_rank",
+            "eigenvalue_effective_rank",
+            "feature_std",
+            "relative_spread",
+        ),
         every_n_steps: int | None = None,
         rows: int | None = None,
         max_overhead: float = 0.02,
@@ -105,9 +109,7 @@ class CollapseMonitor(Monitor):
         self._measures = _measures(measures)
         self._taps: list[Tap] = []
         self._heard: RowTaps | None = None
-        self._heard_in_validation: RowTaps | None = None
         self._flops: TrainingFlops | None = None
-        self._sketches: dict[int, GaussianSketch] = {}
         self._restored: dict[str, Any] = {}
         self._reset()
 
@@ -116,6 +118,13 @@ class CollapseMonitor(Monitor):
         self._batch_flops = 0
         self._points = 0
         self._history = History()
+        self._store = RowStore(self.max_dim)
+        self._validation_store = RowStore(self.max_dim)
+
+    @property
+    def curves(self) -> list[str]:
+        """Names of the measures it draws."""
+        return [measure.curve for measure in self._measures]
 
     @property
     @override
@@ -124,13 +133,12 @@ class CollapseMonitor(Monitor):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        pending = {} if self._heard is None else {name: self._heard.take(name) for name in self._heard.rows}
         return {
             "plans": {name: list(plan) for name, plan in self._plans.items()},
             "batch_flops": self._batch_flops,
             "points": self._points,
             "history": self._history.state_dict(),
-            "pending": {name: list(kept) for name, kept in pending.items() if kept is not None},
+            "rows": self._store.state_dict(),
         }
 
     @override
@@ -141,11 +149,19 @@ class CollapseMonitor(Monitor):
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._taps = self._choose(pl_module)
         names = [tap.name for tap in self._taps]
-        self._heard = RowTaps(self._taps)
-        self._heard_in_validation = RowTaps(self._taps) if self.validation else None
+        if is_compiled(pl_module):
+            # Dynamo does not guard on hooks: code it compiled before ours is there would never call it
+            torch.compiler.reset()
+        self._heard = RowTaps(self._taps, self.rows)
         self._flops = TrainingFlops(pl_module)
         self._reset()
-        self._restore(names, pl_module.device)
+        if state := self._restored:
+            self._restored = {}
+            self._plans = {name: Plan(*plan) for name, plan in state["plans"].items() if name in names}
+            self._batch_flops, self._points = state["batch_flops"], state["points"]
+            self._history.load_state_dict(state["history"])
+            if world_size() == 1:  # a checkpoint holds the rows of one process: with several the window starts anew
+                self._store.load_state_dict(state["rows"], names, pl_module.device)
         if self.layers is None:
             rank_zero_info(
                 f"`CollapseMonitor` watches {', '.join(names) or 'nothing: no layer holds a weight'}."
@@ -154,43 +170,43 @@ class CollapseMonitor(Monitor):
 
     @override
     def stop(self) -> None:
-        for listener in (self._heard, self._heard_in_validation, self._flops):
+        for listener in (self._heard, self._flops):
             if listener is not None:
                 listener.remove()
-        self._heard = self._heard_in_validation = self._flops = None
-        self._sketches = {}
+        self._heard = self._flops = None
+        self._store.clear()
+        self._validation_store.clear()
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
-        if self._heard is None:
-            return
-        self._heard.armed = self._flops is not None or batches_left < self._window()
-        if self._heard.armed:
-            self._heard.mask = _padding_mask(batch)
+        # the first batch of a fit is heard for its shapes
+        if self._flops is not None or batches_left < self._window():
+            self._listen(batch)
 
     @override
     def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
         if self._heard is None or not self._heard.armed:
             return
         self._heard.armed = False
-        if self._flops is not None:  # the first batch of a fit is heard for its shapes
+        heard = self._heard.drain()
+        if self._flops is not None:
             self._flops.remove()
-            self._batch_flops = self._batch_flops or self._flops.total
+            weights = sum(p.numel() for _, layer in weighted_layers(pl_module) for p in layer.parameters())
+            positions = max((of_layer.count for of_layer in heard.values()), default=0)
+            self._batch_flops = self._batch_flops or self._flops.total or 6 * weights * positions
+        # a layer may run later than in the first batch
+        if self._flops is not None or (batches_left == 0 and len(self._plans) < len(self._taps)):
             self._flops = None
-            self._plan(trainer, pl_module.device)
-            if batches_left >= self._window():
-                self._heard.clear()
-        self._project(self._heard)
+            self._plan(trainer, heard, pl_module.device)
+        for name, of_layer in heard.items():
+            plan = self._plans.get(name)
+            if plan is not None and batches_left < plan.batches:
+                self._store.add(name, of_layer.rows, of_layer.mask, plan.quota)
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Point]:
-        if self._heard is None:
-            return []
-        if len(self._plans) < len(self._taps):  # a layer may run later than in the first batch
-            self._plan(trainer, pl_module.device)
         pictures = bool(trainer.loggers) and self._points % PICTURE_EVERY == 0
-        points = self._read(trainer, pl_module.device, self._heard, step, "collapse", pictures)
-        self._heard.clear()
+        points = self._read(trainer, pl_module.device, self._store, step, "collapse", pictures)
         self._points += 1
         self._remember(points, step)
         if pictures:
@@ -198,24 +214,11 @@ class CollapseMonitor(Monitor):
         return points
 
     @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        heard = self._heard_in_validation
-        if heard is None or trainer.sanity_checking:
-            return
-        batches = sum(trainer.num_val_batches)
-        for name, plan in self._plans.items():
-            total = plan.limit * plan.batches
-            heard.limits[name] = plan.limit if batches == float("inf") else max(-(-total // max(int(batches), 1)), 1)
-
-    @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        heard = self._heard_in_validation
-        if heard is not None and not trainer.sanity_checking:
-            enough = max((plan.limit * plan.calls * plan.batches for plan in self._plans.values()), default=1024)
-            heard.armed = max(sum(map(len, rows)) for rows in heard.rows.values()) < enough
-            heard.mask = _padding_mask(batch)
+        if self.validation and not trainer.sanity_checking:
+            self._listen(batch)
 
     @override
     def on_validation_batch_end(
@@ -227,18 +230,21 @@ class CollapseMonitor(Monitor):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._heard_in_validation is not None:
-            self._heard_in_validation.armed = False
-            self._project(self._heard_in_validation)
+        if self._heard is None or not self._heard.armed:
+            return
+        self._heard.armed = False
+        batches = sum(trainer.num_val_batches)
+        for name, heard in self._heard.drain().items():
+            if (plan := self._plans.get(name)) is not None and len(self._validation_store) < plan.rows:
+                quota = plan.quota if batches == float("inf") else -(-plan.rows // max(int(batches), 1))
+                self._validation_store.add(name, heard.rows, heard.mask, quota)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        heard = self._heard_in_validation
-        if heard is None or trainer.sanity_checking:
-            return
-        step = logging_step(trainer)
-        self.publish(trainer, pl_module, self._read(trainer, pl_module.device, heard, step, "val/collapse", False))
-        heard.clear()
+        if self.validation and self._heard is not None and not trainer.sanity_checking:
+            step = logging_step(trainer)
+            points = self._read(trainer, pl_module.device, self._validation_store, step, "val/collapse", False)
+            self.publish(trainer, pl_module, points)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -258,78 +264,64 @@ class CollapseMonitor(Monitor):
         except ValueError as error:
             raise MisconfigurationException(f"`CollapseMonitor(layers={list(self.layers)!r})`: {error}") from error
 
+    def _listen(self, batch: Any) -> None:
+        if self._heard is not None:
+            self._heard.armed = True
+            self._heard.mask = _padding_mask(batch)
+
     def _window(self) -> int:
         return max((plan.batches for plan in self._plans.values()), default=1)
 
-    def _plan(self, trainer: Trainer, device: torch.device) -> None:
-        """Decide how rows are collected, from the shapes of the last batch.
+    def _plan(self, trainer: Trainer, heard: Mapping[str, Heard], device: torch.device) -> None:
+        """Decide how rows are collected, from what one batch brought.
 
-        Collective: every process calls it after its first batch, and at a point while a layer has not run yet.
+        Collective: every process calls it after its first batch, and at points while a layer has not run yet.
         """
-        assert self._heard is not None
         facts = [
-            (sum(count for count, _ in shapes), len(shapes), max((width for _, width in shapes), default=0))
-            for shapes in self._heard.shapes.values()
+            (len(heard[tap.name].rows), heard[tap.name].rows.shape[1]) if tap.name in heard else (0, 0)
+            for tap in self._taps
         ]
-        # off the step path: it happens once, as a rule
-        table = all_reduce_max(torch.tensor([self._batch_flops, *chain(*facts)], dtype=torch.float64, device=device))
+        table = torch.tensor([self._batch_flops, *chain(*facts)], dtype=torch.float64)
+        if world_size() > 1:  # off the step path: it happens once, as a rule
+            table = all_reduce_max(table.to(device)).cpu()
         self._batch_flops, *numbers = map(int, table.tolist())
         between = (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
-        budget = self.max_overhead * self._batch_flops * between / len(self._taps)
-        for i, name in enumerate(self._heard.shapes):
-            count, calls, width = numbers[3 * i : 3 * i + 3]
-            if count and name not in self._plans:
+        budget = self.max_overhead * self._batch_flops * between / max(len(self._taps), 1)
+        for tap, per_batch, width in zip(self._taps, numbers[::2], numbers[1::2], strict=True):
+            if per_batch and tap.name not in self._plans:
                 rows = self.rows or rows_within(budget, min(width, self.max_dim))
-                self._plans[name] = Plan.make(rows, width, count, calls, between)
-        self._heard.limits = {name: plan.limit for name, plan in self._plans.items()}
-
-    def _project(self, heard: RowTaps) -> None:
-        """Make rows that are too wide narrow, batch by batch, so that memory stays bounded."""
-        for rows in heard.rows.values():
-            for i, wide in enumerate(rows):
-                width = wide.shape[1]
-                # a projection has `max_dim` features, so it is not projected again
-                if width > self.max_dim:
-                    if width not in self._sketches:
-                        self._sketches[width] = GaussianSketch(width, self.max_dim, wide.device)
-                    rows[i] = self._sketches[width](wide)
+                self._plans[tap.name] = Plan.make(rows, width, per_batch, between)
 
     def _read(
-        self, trainer: Trainer, device: torch.device, heard: RowTaps, step: int, family: str, pictures: bool
+        self, trainer: Trainer, device: torch.device, store: RowStore, step: int, family: str, pictures: bool
     ) -> list[Point]:
         """Points of all layers. Collective."""
         layers = {}
         for name, plan in self._plans.items():
-            width = min(plan.width, self.max_dim)
-            kept = heard.take(name)
-            rows, mask = kept if kept is not None else (torch.zeros(0, width, device=device), None)
-            if rows.shape[1] != width:  # every process must bring the same width
-                rows, mask = rows.new_zeros(0, width), None
-            mask = rows.new_ones(len(rows), dtype=torch.bool) if mask is None else mask
-            if len(rows) or world_size() > 1:
-                own, sketched = plan.limit * plan.calls * plan.batches, plan.width > self.max_dim
-                layers[name] = LayerRows(evenly(rows, own), evenly(mask, own), own * world_size(), sketched)
+            rows, mask = store.read(name, min(plan.width, self.max_dim), device)
+            if len(rows) or world_size() > 1:  # every process must bring every layer, if only its width
+                layers[name] = LayerRows(rows, mask, plan.rows * world_size(), plan.width > self.max_dim)
+        store.clear()
         vectors, spectra = read(list(layers.values()), self._measures)
-        counts = [log10_histogram(s.singular_values, s.count) for s in spectra] if pictures else []
-        head = 3 + len(self._measures)
-        vectors = [torch.cat([vector, *counts[i : i + 1]]) for i, vector in enumerate(vectors)]
+        if pictures:
+            bins = [log10_histogram(spectrum.singular_values, spectrum.count) for spectrum in spectra]
+            vectors = [torch.cat(pair) for pair in zip(vectors, bins, strict=True)]
         numbers = torch.stack(vectors).tolist() if vectors else []  # the one transfer of a point
-        for name, row in zip(layers, numbers if pictures else [], strict=False):
-            for logger in trainer.loggers:
-                log_histogram(logger, f"{family}/{name}/log10_std", row[head:], LOG10_EDGES, step)
         points: list[Point] = []
-        readings = {name: row[:head] for name, row in zip(layers, numbers, strict=True)}
+        readings, head = dict(zip(layers, numbers, strict=True)), 3 + len(self._measures)
         for tap in self._taps:
-            layer, numbers_of = layers.get(tap.name), readings.get(tap.name)
-            points += self._points_of(f"{family}/{tap.name}", step, layer, numbers_of)
-            if numbers_of is None or not numbers_of[1]:
+            reading = readings.get(tap.name, [])
+            points += self._points_of(f"{family}/{tap.name}", step, layers.get(tap.name), reading[:head])
+            for logger in trainer.loggers if reading[head:] else ():
+                log_histogram(logger, f"{family}/{tap.name}/log10_std", reading[head:], LOG10_EDGES, step)
+            if points[-1].flag == Flag.NOT_CALLED:
                 self.warn_once(
-                    f"layer `{tap.name}` did not run before step {step}; its curves read NaN. Choose other `layers`,"
-                    " or if the model was compiled before the fit call `torch.compiler.reset()` first."
+                    f"layer `{tap.name}` did not run before every point; its curves read NaN there. If it is one that"
+                    " never runs choose other `layers`."
                 )
         return points
 
-    def _points_of(self, key: str, step: int, layer: LayerRows | None, numbers: list[float] | None) -> list[Point]:
+    def _points_of(self, key: str, step: int, layer: LayerRows | None, numbers: list[float]) -> list[Point]:
         finite, seen, top, *values = numbers or [0.0, 0.0, nan, *[nan] * len(self._measures)]
         n, width = int(finite), 0 if layer is None else layer.rows.shape[1]
         flag = _flag(n, int(seen), top, layer is not None and layer.sketched)
@@ -337,13 +329,12 @@ class CollapseMonitor(Monitor):
             values = [nan] * len(values)
         points = []
         for measure, value in zip(self._measures, values, strict=True):
-            null = expected_under_isotropy(measure.name, n, width) if n > 1 else nan
-            points.append(Point(f"{key}/{measure.curve}", step, value, n, null, flag))
+            points.append(Point(f"{key}/{measure.curve}", step, value, n, _null(measure, n, width), flag))
         lost = 1 - n / seen if seen else nan
         return [
             *points,
-            Point(f"{key}/n", step, float(n), n),
-            Point(f"{key}/nonfinite_fraction", step, lost, n),
+            Point(f"{key}/n", step, float(n), n, flag=flag),
+            Point(f"{key}/nonfinite_fraction", step, lost, n, flag=flag),
             Point(f"{key}/flag", step, float(flag), n, flag=flag),
         ]
 
@@ -358,21 +349,6 @@ class CollapseMonitor(Monitor):
         for logger in trainer.loggers:
             log_image(logger, f"collapse/{self._measures[0].curve}", heat_map(self._history.values, 0.0, top), step)
 
-    def _restore(self, names: Sequence[str], device: torch.device) -> None:
-        state, self._restored = self._restored, {}
-        if not state:
-            return
-        assert self._heard is not None
-        self._plans = {name: Plan(*plan) for name, plan in state["plans"].items() if name in names}
-        self._heard.limits = {name: plan.limit for name, plan in self._plans.items()}
-        self._batch_flops, self._points = state["batch_flops"], state["points"]
-        self._history.load_state_dict(state["history"])
-        # a checkpoint holds the rows of the process that wrote it: with several, the window starts anew
-        for name, (rows, mask) in state["pending"].items() if world_size() == 1 else ():
-            if name in names:
-                self._heard.rows[name].append(rows.to(device))
-                self._heard.masks[name].append(mask.to(device))
-
 
 def _measures(names: Sequence[str] | str) -> list[Measure]:
     if names == "all":
@@ -384,6 +360,13 @@ def _measures(names: Sequence[str] | str) -> list[Measure]:
         if measure.kind == "pairs":
             raise ValueError(f"Measure {measure.name!r} compares two views and cannot watch a layer. Leave it out.")
     return measures
+
+
+def _null(measure: Measure, n: int, width: int) -> float:
+    try:
+        return expected_under_isotropy(measure.name, n, width) if n > 1 else nan
+    except Exception:  # a measure of the user's own, which has said so already
+        return nan
 
 
 def _padding_mask(batch: Any) -> Tensor | None:

@@ -12,27 +12,29 @@ class Plan(NamedTuple):
 
     Attributes:
         width: Number of features the layer has.
-        limit: Rows to keep per call.
-        calls: Calls per batch.
+        quota: Rows to keep of every batch, on each process.
         batches: Training batches before a point to keep rows from.
     """
 
     width: int
-    limit: int
-    calls: int
+    quota: int
     batches: int
 
     @classmethod
-    def make(cls, rows: int, width: int, count: int, calls: int, between: int) -> Plan:
+    def make(cls, rows: int, width: int, per_batch: int, between: int) -> Plan:
         """Spread rows over as few batches as hold them.
 
         Args:
             rows: How many are wanted, on all processes together.
             width: Number of features.
-            count: Rows that one batch brings on one process, over all calls.
-            calls: Calls per batch.
+            per_batch: Rows that one batch brings on one process.
             between: Batches between two points.
         """
         own = -(-rows // world_size())
-        batches = min(-(-own // count), between)
-        return cls(width, -(-own // (batches * calls)), calls, batches)
+        batches = min(-(-own // per_batch), between)
+        return cls(width, -(-own // batches), batches)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a point on each process, at most."""
+        return self.quota * self.batches

@@ -74,7 +74,7 @@ def _evaluate(measure: Measure, layer: LayerRows, spectra: dict[str, Spectrum]) 
         return layer.rows.new_full((), torch.nan)
     try:
         if measure.kind == "spectrum":
-            return measure.fn(spectra[measure.spectrum]).reshape(())
+            return measure.of_spectrum(spectra[measure.spectrum]).reshape(())
         return measure.fn(layer.rows, layer.mask).reshape(())
     except Exception as error:  # a measure of the user's own must not end the run either
         rank_zero_warn(f"Measure `{measure.name}` failed and reads NaN: {error}")

@@ -49,7 +49,7 @@ def _expected(measure: Measure, n: int, d: int) -> float:
     # centering costs one degree of freedom
     rows = n - 1 if measure.spectrum == "centered" else n
     values = torch.from_numpy(np.sqrt(rows * marchenko_pastur_quantiles(rows, d)))
-    return float(measure.fn(Spectrum(values, torch.tensor(float(n), dtype=torch.float64), d)))
+    return float(measure.of_spectrum(Spectrum(values, torch.tensor(float(n), dtype=torch.float64), d)))
 
 
 def marchenko_pastur_quantiles(n: int, d: int, grid: int = 4096) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

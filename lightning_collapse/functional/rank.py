@@ -99,7 +99,9 @@ def eigenvalue_effective_rank(singular_values: Tensor | Spectrum) -> Tensor:
     return _exp_entropy(_relative(singular_values).square())
 
 
-@register_measure(range="1 to min(n - 1, d)", collapsed="near 1", source="Gao & Ganguli 2015; Recanatesi et al. 2022")
+@register_measure(
+    record=True, range="1 to min(n - 1, d)", collapsed="near 1", source="Gao & Ganguli 2015; Recanatesi et al. 2022"
+)
 @full_precision
 def participation_ratio(singular_values: Tensor | Spectrum) -> Tensor:
     r"""Squared sum over sum of squares of the covariance eigenvalues.
@@ -124,6 +126,7 @@ def participation_ratio(singular_values: Tensor | Spectrum) -> Tensor:
 
 
 @register_measure(
+    record=True,
     range="1 to d",
     collapsed="near 1",
     source="U-statistics of Himeno & Yamada 2014, doi 10.1016/j.jmva.2014.05.013",
@@ -227,6 +230,7 @@ def nesum(singular_values: Tensor | Spectrum) -> Tensor:
 
 
 @register_measure(
+    record=True,
     range="0 to min(n - 1, d), an integer",
     collapsed="few",
     source="the tolerance of numpy.linalg.matrix_rank",

@@ -75,13 +75,11 @@ def relative_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> relative_spread(torch.tensor([[4.0], [2.0]]))
         tensor(0.3162)
     """
-    rows, _, weight = finite_rows(features, mask)
-    count = weight.sum()
-    scale = rows.detach().abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)
-    rows = rows / scale
-    mean = rows.sum(dim=0) / count
-    spread = ((rows - mean) * weight.unsqueeze(1)).square().sum() / count
-    return _root(spread / (spread + mean.square().sum()).clamp_min(torch.finfo(rows.dtype).tiny))
+    rows, _, weight = finite_rows(features.to(accumulation_dtype(features.device)), mask)
+    mean = rows.sum(dim=0) / weight.sum()
+    spread = ((rows - mean) * weight.unsqueeze(1)).square().sum() / weight.sum()
+    share = spread / (spread + mean.square().sum()).clamp_min(torch.finfo(rows.dtype).tiny)
+    return _root(share).to(features.dtype)
 
 
 @register_measure(

@@ -35,7 +35,9 @@ def top_k_share(singular_values: Tensor | Spectrum, k: int = 1) -> Tensor:
     return energy[..., :k].sum(dim=-1) / energy.sum(dim=-1).clamp_min(torch.finfo(values.dtype).tiny)
 
 
-@register_measure(range="1 to infinity", collapsed="large", source="largest over smallest", sketchable=False)
+@register_measure(
+    record=True, range="1 to infinity", collapsed="large", source="largest over smallest", sketchable=False
+)
 @full_precision
 def condition_number(singular_values: Tensor | Spectrum) -> Tensor:
     r"""Largest over smallest singular value, :math:`\sigma_1 / \sigma_K`.
@@ -62,7 +64,9 @@ def condition_number(singular_values: Tensor | Spectrum) -> Tensor:
     return torch.where(values[..., 0] == 0, torch.zeros_like(ratio), ratio)
 
 
-@register_measure(range="0 to 1", collapsed="near 0", source="IsoScore: Rudman et al., ACL 2022, arXiv 2108.07344")
+@register_measure(
+    record=True, range="0 to 1", collapsed="near 0", source="IsoScore: Rudman et al., ACL 2022, arXiv 2108.07344"
+)
 @full_precision
 def isotropy(singular_values: Tensor | Spectrum) -> Tensor:
     r"""IsoScore: the share of the dimensions of the space that is used evenly.

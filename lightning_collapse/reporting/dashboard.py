@@ -25,7 +25,7 @@ def dashboard_layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
         >>> dashboard_layout()["Collapse"]["flag"]
         ('Multiline', ['(.*-)?(val/)?collapse/.+/flag$'])
     """
-    measures = [measure.name for measure in MEASURES.values() if measure.kind != "pairs"]
+    measures = [measure.curve for measure in MEASURES.values() if measure.kind != "pairs"]
     return {
         "Collapse": {name: _chart(f"collapse/.+/{name}") for name in (*measures, *_HEALTH)},
         "Regularizer": {"regularizer": _chart("regularizer/.+")},

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_collapse.utilities.modules import weighted_layers
+from lightning_collapse.utilities.modules import is_compiled, weighted_layers
 
 
 class TrainingFlops:
@@ -14,17 +13,20 @@ class TrainingFlops:
 
     Six per weight and position (two forward, four backward); attention scores, normalisation and activations are left
     out, so the count is a floor. It reads shapes only: no tensor is touched, nothing leaves the device, and it is the
-    same on every run. Code inside ``torch.compile`` is not counted.
+    same on every run. In a compiled model hooks that come and go would cost compilations: nothing is counted there.
 
     Args:
         root: The model to count.
+
+    Attributes:
+        total: Operations so far.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.total = 0
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(self._count) for _, module in weighted_layers(root)
-        ]
+        self._handles: list[RemovableHandle] = []
+        if not is_compiled(root):
+            self._handles = [module.register_forward_hook(self._count) for _, module in weighted_layers(root)]
 
     def remove(self) -> None:
         """Stop counting."""
@@ -33,8 +35,6 @@ class TrainingFlops:
         self._handles.clear()
 
     def _count(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
         output = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(output, Tensor) or output.ndim < 2 or not output.numel():
             return

@@ -120,6 +120,12 @@ def is_channels_first(module: nn.Module) -> bool:
     return isinstance(list(module.modules())[-1], _CHANNELS_FIRST)
 
 
+def is_compiled(root: nn.Module) -> bool:
+    """Whether ``torch.compile`` has wrapped a Lightning module or any module inside it."""
+    whole = getattr(root, "_compiler_ctx", None) is not None
+    return whole or any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in root.modules())
+
+
 def in_backward() -> bool:
     """Whether the autograd engine is running: then a forward call is activation checkpointing's recomputation."""
     # dynamo cannot trace the question, and recomputation of a compiled graph does not run Python again

@@ -16,10 +16,11 @@ class Measure:
 
     Attributes:
         name: Name of the function, and of the curve.
-        fn: ``kind="spectrum"``: maps singular values ``(..., K)`` or a ``Spectrum`` record to ``(...)``;
+        fn: ``kind="spectrum"``: maps singular values ``(..., K)``, descending, to ``(...)``;
             ``kind="rows"``: maps features ``(N, D)`` and an optional boolean mask ``(N,)`` to a scalar;
             ``kind="pairs"``: maps two feature matrices ``(N, D)`` to a scalar, and is not for monitors.
         kind: What ``fn`` reads.
+        record: Whether ``fn`` wants the whole ``Spectrum`` record, which also knows n and d.
         spectrum: Which singular values ``fn`` reads: of ``"centered"`` or of ``"raw"`` features.
         range: Smallest and largest value in words.
         collapsed: What a collapsed representation reads.
@@ -34,6 +35,7 @@ class Measure:
     name: str
     fn: Callable[..., Tensor]
     kind: Literal["spectrum", "rows", "pairs"] = "spectrum"
+    record: bool = False
     spectrum: Literal["centered", "raw"] = "centered"
     range: str = ""
     collapsed: str = ""
@@ -47,6 +49,10 @@ class Measure:
     def curve(self) -> str:
         """Last part of the curve's name."""
         return self.key or self.name
+
+    def of_spectrum(self, spectrum: Any) -> Tensor:
+        """Evaluate ``fn`` on a ``Spectrum`` record."""
+        return self.fn(spectrum if self.record else spectrum.singular_values)
 
 
 MEASURES: dict[str, Measure] = {}

@@ -1,7 +1,7 @@
 """Rows of chosen layers, copied out of the forward pass of the batches that matter."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,80 +11,92 @@ from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly
 from lightning_collapse.utilities.modules import Tap, in_backward, is_channels_first
 
 
-class RowTaps:
-    """Forward hooks that keep rows of features while :attr:`armed`, and cost one ``if`` while not.
+class Heard(NamedTuple):
+    """What one tap brought in one batch.
 
-    Every call of a layer is kept (siamese models call it once per view), except activation checkpointing's
+    Attributes:
+        rows: Copies of rows, shape ``(n, D)``.
+        mask: Which of them are not padding, boolean ``(n,)``.
+        count: How many rows the layer returned, before the limit.
+        calls: How often it was called.
+    """
+
+    rows: Tensor
+    mask: Tensor
+    count: int
+    calls: int
+
+
+class RowTaps:
+    """Forward hooks that copy rows of features while :attr:`armed`, and cost one ``if`` while not.
+
+    Every call of a layer counts (siamese models call it once per view), except activation checkpointing's
     recomputation in the backward pass. Rows are copied: a later in-place operation would change a view, and a slice
     would keep the whole activation alive. No graph is kept, and nothing waits for the device.
 
+    Compiled with the model, a hook adds one graph for armed steps and one more per further call of its layer: it
+    depends on nothing that changes from step to step, if :meth:`drain` is called after every armed one.
+
     Args:
         taps: Where to listen.
+        limit: Rows to copy per call, evenly spaced; by default four per feature, but 1024 at most.
 
     Attributes:
-        armed: Whether to keep rows now.
+        armed: Whether to copy rows now.
         mask: Padding mask ``(N, L)`` of the running batch; rows of tokens get their part of it.
-        limits: Rows to keep per call by tap name, evenly spaced; while unknown up to four per feature, 1024 at most.
-        shapes: Shape ``(rows, D)`` of every call before that limit, by tap name.
-        rows: Kept rows by tap name, one ``(n, D)`` matrix per call.
-        masks: Which of them count, by tap name, one ``(n,)`` mask or ``None`` per call.
     """
 
-    def __init__(self, taps: Sequence[Tap]) -> None:
+    def __init__(self, taps: Sequence[Tap], limit: int | None = None) -> None:
         self.armed = False
         self.mask: Tensor | None = None
-        self.limits: dict[str, int] = {}
-        self.shapes: dict[str, list[tuple[int, int]]] = {tap.name: [] for tap in taps}
-        self.rows: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
-        self.masks: dict[str, list[Tensor | None]] = {tap.name: [] for tap in taps}
+        self.limit = limit
+        self._calls: dict[str, list[tuple[Tensor, Tensor | None, int]]] = {tap.name: [] for tap in taps}
         self._handles: list[RemovableHandle] = [self._listen(tap) for tap in taps]
 
-    def clear(self) -> None:
-        """Forget the rows."""
-        for name in self.rows:
-            self.rows[name].clear()
-            self.masks[name].clear()
-            self.shapes[name].clear()
+    def drain(self) -> dict[str, Heard]:
+        """Hand over what was heard since the last time, by tap name; taps that did not run are missing.
+
+        Calls that returned another number of features than the last one are left out.
+        """
         self.mask = None
+        heard = {}
+        for name, calls in self._calls.items():
+            alike = [call for call in calls if call[0].shape[1] == calls[-1][0].shape[1]]
+            if alike:
+                masks = [
+                    rows.new_ones(len(rows), dtype=torch.bool) if mask is None else mask for rows, mask, _ in alike
+                ]
+                rows = torch.cat([rows for rows, _, _ in alike])
+                heard[name] = Heard(rows, torch.cat(masks), sum(count for _, _, count in alike), len(alike))
+            calls.clear()
+        return heard
 
     def remove(self) -> None:
-        """Stop listening; may be called twice."""
+        """Stop listening and forget; may be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.clear()
-
-    def take(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """All rows of a tap as ``(n, D)`` and which of them count ``(n,)``; ``None`` if it did not run.
-
-        Rows of another width than the last ones are left out.
-        """
-        kept = [(rows, mask) for rows, mask in zip(self.rows[name], self.masks[name], strict=True) if len(rows)]
-        kept = [(rows, mask) for rows, mask in kept if rows.shape[1] == kept[-1][0].shape[1]]
-        if not kept:
-            return None
-        rows = torch.cat([rows for rows, _ in kept])
-        masks = [mask if mask is not None else rows.new_ones(len(rows), dtype=torch.bool) for rows, mask in kept]
-        return rows, torch.cat(masks)
+        self.armed = False
+        self.drain()
 
     def _listen(self, tap: Tap) -> RemovableHandle:
-        keep = self._keeper(tap)
+        hear = self._ear(tap)
         if tap.side == "input":
 
             def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                keep((*args, *kwargs.values()))
+                hear((*args, *kwargs.values()))
 
             return tap.module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-            keep(output)
+            hear(output)
 
         return tap.module.register_forward_hook(after)
 
-    def _keeper(self, tap: Tap) -> Callable[[Any], None]:
+    def _ear(self, tap: Tap) -> Callable[[Any], None]:
         name, channels_first = tap.name, is_channels_first(tap.module) and tap.side == "output"
 
-        def keep(value: Any) -> None:
+        def hear(value: Any) -> None:
             if not self.armed or in_backward():
                 return
             with torch.no_grad():
@@ -92,10 +104,8 @@ class RowTaps:
                 if rows is None:
                     return
                 mask = as_row_mask(value, self.mask)
-                count, width = rows.shape
-                limit = self.limits.get(name, min(4 * width, 1024))
-                self.shapes[name].append((count, width))
-                self.rows[name].append(evenly(rows.detach(), limit))
-                self.masks[name].append(mask if mask is None else evenly(mask, limit))
+                limit = self.limit or min(4 * rows.shape[1], 1024)
+                kept = evenly(rows.detach(), limit), mask if mask is None else evenly(mask, limit)
+                self._calls[name].append((*kept, rows.shape[0]))
 
-        return keep
+        return hear

@@ -1,0 +1,19 @@
+"""Anti-collapse losses: a function and its module each, exact in data-parallel training and in any precision."""
+
+from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
+from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
+from lightning_collapse.losses.schedule import LinearWarmup
+from lightning_collapse.losses.variance import VarianceLoss, variance_loss
+from lightning_collapse.losses.vicreg import VICReg, vicreg_terms
+
+__all__ = [
+    "AntiCollapseLoss",
+    "CovarianceLoss",
+    "LinearWarmup",
+    "TooFewRowsError",
+    "VICReg",
+    "VarianceLoss",
+    "covariance_loss",
+    "variance_loss",
+    "vicreg_terms",
+]

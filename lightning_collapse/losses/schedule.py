@@ -1,0 +1,48 @@
+"""Weights that change while training runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Weight = float | Callable[[int], float]
+"""A constant, or a function of the step on the loggers' x-axis (optimizer steps, whatever the accumulation)."""
+
+
+def weighted(weight: Weight, value: Tensor, step: int) -> Tensor:
+    """A loss times its weight at a step; a weight that changes is filled in on the device of the loss."""
+    return value * (value.new_full((), weight(step)) if callable(weight) else weight)
+
+
+@dataclass(frozen=True)
+class LinearWarmup:
+    """A weight that grows linearly from 0 at step ``start`` to its full value ``steps`` steps later, and stays there.
+
+    Args:
+        weight: The full value.
+        steps: How many steps the growth takes; 0 switches the weight on at ``start``.
+        start: Last step at which the weight is 0.
+
+    Raises:
+        ValueError: If ``steps`` or ``start`` is negative.
+
+    Example:
+        >>> warmup = LinearWarmup(weight=2.0, steps=4, start=10)
+        >>> [warmup(step) for step in (0, 10, 12, 14, 1000)]
+        [0.0, 0.0, 1.0, 2.0, 2.0]
+    """
+
+    weight: float
+    steps: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+
+    def __call__(self, step: int) -> float:
+        """Weight at a step."""
+        if self.steps == 0:
+            return self.weight if step >= self.start else 0.0
+        return self.weight * min(max((step - self.start) / self.steps, 0.0), 1.0)

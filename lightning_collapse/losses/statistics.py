@@ -1,0 +1,144 @@
+"""Statistics of the global batch that losses are made of, and the covariance energy on the cheaper side."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_collapse.losses.base import TooFewRowsError
+from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
+
+
+class CenteredBatch(NamedTuple):
+    """Views without the mean of the global batch.
+
+    Attributes:
+        rows: Rows of this process minus the global mean, shape ``(V, N, D)``.
+        samples: Number of rows over all processes: a number, or a 0-dimensional tensor if there are several processes.
+        extra: Sum over all processes of a scalar that came along.
+    """
+
+    rows: Tensor
+    samples: int | Tensor
+    extra: Tensor
+
+
+def stack_views(function: str, **views: Tensor) -> Tensor:
+    """Check feature matrices and stack them to ``(V, N, D)``.
+
+    Args:
+        function: What to call the caller in messages.
+        views: Feature matrices by argument name.
+
+    Raises:
+        ValueError: If one is not a matrix of floating-point numbers, or if their shapes differ.
+    """
+    for name, view in views.items():
+        if view.ndim != 2 or not view.is_floating_point():
+            raise ValueError(
+                f"`{name}` of `{function}` must be floating point of shape (N, D), got {view.dtype} of shape"
+                f" {tuple(view.shape)}. Flatten tokens to rows or pool maps first."
+            )
+    shapes = {name: tuple(view.shape) for name, view in views.items()}
+    if len(set(shapes.values())) > 1:
+        found = " and ".join(f"`{name}` {shape}" for name, shape in shapes.items())
+        raise ValueError(f"The views of `{function}` must have one shape, got {found}. Row i of both is one sample.")
+    return torch.stack(list(views.values()))
+
+
+def center(function: str, views: Tensor, extra: Tensor) -> CenteredBatch:
+    """Subtract the mean of the global batch.
+
+    Collective: every process must call it; one all-reduce of ``V * D + 2`` numbers. Only a process with fewer than two
+    rows waits for the count, to raise where, and only where, all others raise too.
+
+    Args:
+        function: What to call the caller in messages.
+        views: Shape ``(V, N, D)``; ``N`` may differ between processes.
+        extra: A scalar of this process to sum over all of them in the same message; keeps its gradient.
+
+    Raises:
+        TooFewRowsError: If there are fewer than two rows over all processes.
+    """
+    n = views.shape[1]
+    # The mean needs no gradient: what it would pass on is multiplied by the sum of the centered rows, which is zero.
+    if world_size() == 1:
+        _require_two(function, n, n)
+        return CenteredBatch(views - views.detach().mean(dim=1, keepdim=True), n, extra)
+    sums = views.detach().sum(dim=1)
+    message = all_reduce_sum_with_grad(torch.cat([sums.new_full((1,), n), extra.reshape(1), sums.flatten()]))
+    count = message[0].detach()
+    if n < 2:
+        _require_two(function, int(count), n)
+    mean = message[2:].detach().view_as(sums) / count
+    return CenteredBatch(views - mean.unsqueeze(1), count, message[1])
+
+
+def variances(batch: CenteredBatch) -> Tensor:
+    """Unbiased variance of every feature of the global batch, ``(V, D)``.
+
+    Collective: every process must call it; one all-reduce of ``V * D`` numbers.
+    """
+    return all_reduce_sum_with_grad(batch.rows.square().sum(dim=1)) / (batch.samples - 1)
+
+
+def variances_and_covariance(batch: CenteredBatch) -> tuple[Tensor, Tensor]:
+    r"""Variances ``(V, D)`` and covariance energies ``(V,)`` of the global batch.
+
+    The energy is :math:`\sum_{i \ne j} C_{ij}^2` with the unbiased covariance :math:`C`. In one process it is computed
+    from the smaller of the ``N x N`` and the ``D x D`` matrix; several processes share the ``D x D`` one.
+
+    Collective: every process must call it; one all-reduce of ``V * D * D`` numbers.
+    """
+    if world_size() == 1:
+        energy: Tensor = _OffDiagonalEnergy.apply(batch.rows, batch.samples - 1)  # type: ignore[no-untyped-call]
+        return variances(batch), energy
+    covariance = all_reduce_sum_with_grad(batch.rows.mT @ batch.rows) / (batch.samples - 1)
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+    return diagonal, (covariance - torch.diag_embed(diagonal)).square().sum(dim=(-2, -1))
+
+
+class _OffDiagonalEnergy(torch.autograd.Function):
+    r"""Sum of squares off the diagonal of ``X.mT @ X / dof``, and its gradient, from the smaller side.
+
+    With :math:`K = X X^\top / m`, :math:`C = X^\top X / m` and :math:`v = \operatorname{diag} C`:
+    :math:`\|K\|_F = \|C\|_F`, so the energy is :math:`\|K\|_F^2 - \|v\|^2` and its gradient
+    :math:`\frac{4}{m} (K X - X \operatorname{diag} v)`: no ``D x D`` matrix anywhere. The difference cancels when
+    nearly nothing is off the diagonal, which cannot be while ``N < D``; with ``N >= D`` the diagonal is taken out of
+    :math:`C` itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, dof: int) -> Tensor:
+        ctx.dof = dof
+        if rows.shape[-2] < rows.shape[-1]:
+            gram = (rows @ rows.mT).div_(dof)
+            variance = rows.square().sum(dim=-2, keepdim=True).div_(dof)
+            ctx.save_for_backward(rows, gram, variance)
+            return gram.square().sum(dim=(-2, -1)) - variance.square().sum(dim=(-2, -1))
+        covariance = (rows.mT @ rows).div_(dof)
+        covariance.diagonal(dim1=-2, dim2=-1).zero_()
+        ctx.save_for_backward(rows, covariance)
+        return covariance.square().sum(dim=(-2, -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gradient(grads[0] * (4 / ctx.dof), *ctx.saved_tensors), None
+
+
+@full_precision  # the backward pass may run under autocast
+def _gradient(scale: Tensor, rows: Tensor, matrix: Tensor, variance: Tensor | None = None) -> Tensor:
+    if variance is None:
+        return (rows @ matrix).mul_(scale.view(-1, 1, 1))
+    return torch.baddbmm(rows * variance, matrix, rows, beta=-1).mul_(scale.view(-1, 1, 1))
+
+
+def _require_two(function: str, count: int, here: int) -> None:
+    if count < 2:
+        raise TooFewRowsError(
+            f"`{function}` needs at least 2 rows over all processes, got {count} ({here} here)."
+            " Use a larger batch, or `drop_last=True` in the DataLoader."
+        )

@@ -1,0 +1,177 @@
+"""Anti-collapse terms in a training loss, written out in ``training_step``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_collapse.losses.base import TooFewRowsError, evaluate, nothing
+from lightning_collapse.losses.schedule import Weight, weighted
+from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
+from lightning_collapse.utilities.trainer import logging_step
+
+LIGHTNING = ("lightning", "pytorch_lightning")
+
+
+class AntiCollapseMixin:
+    """Adds weighted, logged regularizers to a ``LightningModule``; put it before ``LightningModule`` in the bases.
+
+    It defines no Lightning hook and no persistent state: checkpoints of the plain module load into the mixed one and
+    back. Works with automatic and manual optimization, any precision, data-parallel training (where every process must
+    call it alike), ``torch.compile``, and without a trainer.
+
+    At logging steps it publishes, for every regularizer, ``regularizer/{name}``, which is what was added to the loss,
+    and ``regularizer/{name}/{term}``, its terms without any weight. Of the micro-batches of an accumulated step the
+    last one is shown. To reach a module without changing its code use :class:`~lightning_collapse.Regularizer`.
+
+    Attributes:
+        regularizers: ``{name: (weight, module)}``, set by :meth:`set_regularizers`.
+
+    Example::
+
+        class LitEncoder(AntiCollapseMixin, LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.encoder = ...
+                self.set_regularizers({"vicreg": VICReg()})
+
+            def training_step(self, batch, batch_idx):
+                first, second = (self.encoder(view) for view in batch)
+                return self.anti_collapse_loss(first, second)
+    """
+
+    regularizers: dict[str, tuple[Weight, nn.Module]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # by name: `lightning.pytorch` and `pytorch_lightning` each have their own class
+        before = cls.__mro__[: cls.__mro__.index(AntiCollapseMixin)]
+        if any(b.__name__ == "LightningModule" and b.__module__.split(".")[0] in LIGHTNING for b in before):
+            raise TypeError(f"Write `class {cls.__name__}(AntiCollapseMixin, LightningModule)`: the mixin goes first.")
+
+    def set_regularizers(self, regularizers: Mapping[str, nn.Module | tuple[Weight, nn.Module]]) -> None:
+        """Choose the terms; call it in ``__init__``, after ``super().__init__()``.
+
+        Losses without trainable parameters stay out of the module tree, so they add no key to the ``state_dict``. One
+        that has some becomes part of the model, since its parameters must be optimized, moved and saved.
+
+        Args:
+            regularizers: A loss by name, or a pair of a weight and a loss. A weight is a number or a function of the
+                step such as :class:`~lightning_collapse.losses.LinearWarmup`. Any module that maps feature matrices to
+                a scalar will do; it takes one matrix, or as many as its attribute ``views`` says.
+
+        Raises:
+            ValueError: If an entry is neither.
+        """
+        chosen: dict[str, tuple[Weight, nn.Module]] = {}
+        for name, entry in regularizers.items():
+            weight, loss = entry if isinstance(entry, tuple) else (1.0, entry)
+            if not isinstance(loss, nn.Module):
+                raise ValueError(
+                    f"`regularizers[{name!r}]` must be a module or (weight, module), got {type(loss).__name__}."
+                )
+            chosen[name] = (weight, loss)
+        self.regularizers = chosen
+        trained = {name: loss for name, (_, loss) in chosen.items() if any(p.requires_grad for p in loss.parameters())}
+        if trained:
+            self.trained_regularizers = nn.ModuleDict(trained)
+
+    def anti_collapse_loss(self, *views: Tensor, names: Sequence[str] | None = None) -> Tensor:
+        """Weighted sum of the regularizers; add it to the loss.
+
+        Collective: every process must call it. Call it once per step and name, the last call is what the curves show.
+
+        Args:
+            views: Feature matrices of shape ``(N, D)``: one, or the two views of the same samples.
+            names: Which regularizers; all by default. For regularizers that look at different features.
+
+        Returns:
+            Scalar, at least ``float32``. A regularizer that meets fewer than two rows, over all processes, is left out
+            with one warning.
+
+        Raises:
+            MisconfigurationException: If there are no regularizers, or if one takes another number of views.
+        """
+        added: list[Tensor] = []
+        curves: dict[str, Tensor] = {}
+        for name, (weight, loss) in self._chosen(names, len(views)).items():
+            _follow(loss, views[0])
+            try:
+                value, terms = evaluate(loss, views)
+            except TooFewRowsError as error:
+                _warn_once(self, name, str(error))
+                continue
+            added.append(_weighted(self, weight, value) if callable(weight) else weighted(weight, value, step=0))
+            curves |= term_curves(name, added[-1], terms)
+        _publish(self, curves)
+        if not added:
+            return nothing(*views)
+        return sum(added[1:], start=added[0])
+
+    def _chosen(self, names: Sequence[str] | None, n_views: int) -> dict[str, tuple[Weight, nn.Module]]:
+        regularizers: dict[str, tuple[Weight, nn.Module]] | None = getattr(self, "regularizers", None)
+        if regularizers is None:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` has no regularizers. Call `self.set_regularizers({{'vicreg': VICReg()}})` in"
+                " its `__init__`."
+            )
+        for name in names or ():
+            if name not in regularizers:
+                raise MisconfigurationException(f"Unknown regularizer {name!r}. Choose from: {sorted(regularizers)}.")
+        chosen = regularizers if names is None else {name: regularizers[name] for name in names}
+        for name, (_, loss) in chosen.items():
+            wanted = getattr(loss, "views", 1)
+            if wanted != n_views:
+                raise MisconfigurationException(
+                    f"The regularizer {name!r} ({type(loss).__name__}) takes {wanted} view(s), got {n_views}. Pass"
+                    f" `anti_collapse_loss` as many feature matrices, and say with `names=[...]` which regularizers"
+                    " they are for."
+                )
+        return chosen
+
+
+# Dynamo can trace neither a trainer nor a warning, and would compile a schedule's weight anew at every step.
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _weighted(pl_module: Any, weight: Weight, value: Tensor) -> Tensor:
+    trainer = _trainer_of(pl_module)
+    return weighted(weight, value, logging_step(trainer) if trainer else 0)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _publish(pl_module: Any, curves: dict[str, Tensor]) -> None:
+    trainer = _trainer_of(pl_module)
+    if trainer and terms_are_due(trainer):
+        publish_terms(trainer, pl_module, curves)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _warn_once(pl_module: Any, name: str, message: str) -> None:
+    warned = vars(pl_module).setdefault("_warned_regularizers", set())
+    if name not in warned:
+        warned.add(name)
+        rank_zero_warn(f"The regularizer {name!r} was left out of a step: {message}")
+
+
+def _follow(loss: nn.Module, view: Tensor) -> None:
+    """Move a loss that is not in the module tree to where the features are."""
+    if any(state.device != view.device for state in (*loss.parameters(), *loss.buffers())):
+        _move(loss, view.device)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _move(loss: nn.Module, device: torch.device) -> None:
+    loss.to(device)
+
+
+def _trainer_of(pl_module: Any) -> Trainer | None:
+    try:
+        trainer = pl_module.trainer
+    except (AttributeError, RuntimeError):  # a plain module, or one without a trainer
+        return None
+    return trainer if hasattr(trainer, "fit_loop") else None  # with Fabric the attribute is something else

@@ -1,0 +1,232 @@
+"""One battery over every registered loss, against an independent reference in ``float64``."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_collapse.losses import AntiCollapseLoss, CovarianceLoss, VarianceLoss, VICReg, covariance_loss
+from lightning_collapse.utilities.registry import LOSSES
+
+SHAPES = {"dual": (6, 10), "primal": (12, 5), "square": (7, 7)}
+
+
+def naive_variance(z: np.ndarray) -> float:
+    return float(np.mean([max(0.0, 1.0 - np.sqrt(np.var(column, ddof=1) + 1e-4)) for column in z.T]))
+
+
+def naive_covariance(z: np.ndarray) -> float:
+    c = np.cov(z, rowvar=False)
+    return sum(c[i, j] ** 2 for i in range(len(c)) for j in range(len(c)) if i != j) / z.shape[1]
+
+
+def naive_vicreg(a: np.ndarray, b: np.ndarray) -> float:
+    variance = (naive_variance(a) + naive_variance(b)) / 2
+    return 25 * np.mean((a - b) ** 2) + 25 * variance + naive_covariance(a) + naive_covariance(b)
+
+
+REFERENCES: dict[str, Callable[..., float]] = {
+    "CovarianceLoss": naive_covariance,
+    "VICReg": naive_vicreg,
+    "VarianceLoss": naive_variance,
+}
+
+every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
+both_sides = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def views(name: str, shape: tuple[int, int], dtype: torch.dtype = torch.float64, scale: float = 0.5) -> list[Tensor]:
+    """An active input: correlated features below the variance floor, two views that differ."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64) / shape[1] ** 0.5
+    draws = [torch.randn(shape, generator=generator, dtype=torch.float64) @ mix for _ in range(LOSSES[name].views)]
+    return [(scale * draw).to(dtype) for draw in draws]
+
+
+def evaluate(name: str, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Loss and its gradients."""
+    leaves = [z.detach().clone().requires_grad_() for z in inputs]
+    loss = LOSSES[name]()(*leaves)
+    loss.backward()
+    return loss.detach(), [leaf.grad for leaf in leaves]
+
+
+@every_loss
+@both_sides
+def test_value_is_the_reference(name: str, shape: tuple[int, int]) -> None:
+    inputs = views(name, shape)
+    expected = REFERENCES[name](*(z.numpy() for z in inputs))
+    assert LOSSES[name]()(*inputs).item() == pytest.approx(expected, rel=1e-12)
+    assert LOSSES[name]()(*(z.float() for z in inputs)).item() == pytest.approx(expected, rel=1e-5)
+
+
+@every_loss
+def test_loss_is_the_weighted_sum_of_its_terms(name: str) -> None:
+    loss = LOSSES[name]()
+    assert isinstance(loss, AntiCollapseLoss)
+    inputs = views(name, (8, 4))
+    terms = loss.terms(*inputs)
+    assert list(terms) == list(loss.coefficients)
+    assert all(term.ndim == 0 for term in terms.values())
+    expected = sum(loss.coefficients[key] * term.item() for key, term in terms.items())
+    assert loss(*inputs).item() == pytest.approx(expected, rel=1e-12)
+    assert not list(loss.parameters())
+    assert not loss.state_dict()
+
+
+@every_loss
+@both_sides
+def test_gradcheck(name: str, shape: tuple[int, int]) -> None:
+    inputs = [z.requires_grad_() for z in views(name, shape)]
+    assert torch.autograd.gradcheck(LOSSES[name](), inputs)
+
+
+@every_loss
+@both_sides
+def test_gradient_reaches_every_row(name: str, shape: tuple[int, int]) -> None:
+    _, grads = evaluate(name, views(name, shape))
+    assert all((grad.norm(dim=1) > 1e-6).all() for grad in grads)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_constant_batch(name: str, dtype: torch.dtype) -> None:
+    constant = [torch.full((8, 4), 3.0, dtype=dtype)] * LOSSES[name].views
+    loss, grads = evaluate(name, constant)
+    assert loss.item() == pytest.approx(LOSSES[name]().value_at_collapse, abs=1e-4)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@every_loss
+def test_perfect_batch(name: str) -> None:
+    # 16 rows of a Hadamard matrix: zero mean, uncorrelated, standard deviation just above 1
+    rows = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(4):
+        rows = torch.cat([torch.cat([rows, rows], 1), torch.cat([rows, -rows], 1)])
+    whitened = rows[:, 1:]
+    loss = LOSSES[name]()
+    value = loss(*[whitened] * loss.views)
+    assert value.item() == pytest.approx(loss.value_at_perfection, abs=1e-12)
+
+
+@every_loss
+@both_sides
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_with_and_without_autocast(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs = views(name, shape, dtype)
+    exact, _ = evaluate(name, [z.double() for z in inputs])
+    off, grads_off = evaluate(name, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        on, grads_on = evaluate(name, inputs)  # also the backward pass under autocast
+    assert off.dtype == on.dtype == torch.float32
+    assert torch.equal(on, off)
+    assert all(map(torch.equal, grads_on, grads_off))
+    assert off.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@every_loss
+@both_sides
+def test_large_half_features_stay_finite(name: str, shape: tuple[int, int]) -> None:
+    loss, grads = evaluate(name, views(name, shape, torch.float16, scale=16.0))
+    assert loss.isfinite()
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@every_loss
+@pytest.mark.parametrize("shape", [(64, 128), (256, 32)])
+def test_large_mean(name: str, shape: tuple[int, int]) -> None:
+    centered = [z - z.mean(dim=0) for z in views(name, shape)]
+    expected, reference = evaluate(name, centered)
+    loss, grads = evaluate(name, [(z + 500.0).float() for z in centered])  # 1000 times the spread
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    for grad, exact in zip(grads, reference, strict=True):
+        torch.testing.assert_close(grad.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+
+
+@every_loss
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated. Methods on autograd functions")  # Dynamo's own
+def test_compiles_without_a_graph_break(name: str) -> None:
+    inputs = [z.requires_grad_() for z in views(name, (8, 16))]
+    expected, grads = evaluate(name, inputs)
+    loss = LOSSES[name]()
+    value = torch.compile(lambda *z: loss(*z), backend="aot_eager", fullgraph=True)(*inputs)
+    value.backward()
+    torch.testing.assert_close(value.detach(), expected)
+    for z, grad in zip(inputs, grads, strict=True):
+        torch.testing.assert_close(z.grad, grad)
+
+
+@every_loss
+def test_bad_arguments(name: str) -> None:
+    loss = LOSSES[name]()
+    good, n_views = torch.randn(8, 4), LOSSES[name].views
+    with pytest.raises(ValueError, match=r"must be floating point of shape \(N, D\), got .* \(2, 3, 4\). Flatten"):
+        loss(*[torch.randn(2, 3, 4)] * n_views)
+    with pytest.raises(ValueError, match=r"got torch.int64 of shape \(8, 4\)"):
+        loss(*[torch.ones(8, 4, dtype=torch.int64)] * n_views)
+    with pytest.raises(ValueError, match=r"at least 2 rows over all processes, got 1 .*drop_last"):
+        loss(*[good[:1]] * n_views)
+    with pytest.raises(ValueError, match=f"takes {n_views} feature matrices, got {n_views + 1}"):
+        loss(*[good] * (n_views + 1))
+
+
+@every_loss
+def test_it_prints_its_arguments(name: str) -> None:
+    loss = LOSSES[name]()
+    assert isinstance(loss, nn.Module)
+    assert all(f"{key}=" in repr(loss) for key in vars(loss) if key in ("target_std", "eps", "convention"))
+
+
+def test_vicreg_conventions() -> None:
+    a, b = views("VICReg", (12, 6))
+    code, paper = VICReg().terms(a, b), VICReg("paper").terms(a, b)
+    assert paper["invariance"].item() == pytest.approx(6 * code["invariance"].item())
+    assert paper["variance"].item() == pytest.approx(2 * code["variance"].item())
+    assert paper["covariance"].item() == pytest.approx(code["covariance"].item())
+    expected = 25 * ((a - b) ** 2).sum(1).mean() + 25 * (naive_variance(a.numpy()) + naive_variance(b.numpy()))
+    expected += naive_covariance(a.numpy()) + naive_covariance(b.numpy())
+    assert VICReg("paper")(a, b).item() == pytest.approx(expected.item())
+    constant = torch.ones(8, 4)
+    assert VICReg("paper").value_at_collapse == pytest.approx(49.5)
+    assert VICReg("paper")(constant, constant).item() == pytest.approx(49.5)
+    # the code's coefficients in the paper's form
+    assert VICReg("paper", 25 / 6, 12.5, 1.0)(a, b).item() == pytest.approx(VICReg()(a, b).item())
+
+
+def test_closed_forms() -> None:
+    constant = torch.ones(16, 4)
+    assert VarianceLoss()(constant).item() == pytest.approx(0.99)
+    assert VICReg()(constant, constant).item() == pytest.approx(24.75)
+    _, grads = evaluate("VICReg", [constant, constant])
+    assert all((grad == 0).all() for grad in grads)
+    column = torch.randn(32, 1, dtype=torch.float64)
+    column = (column - column.mean()) / column.std()
+    assert CovarianceLoss()(column.expand(-1, 2)).item() == pytest.approx(1.0)
+    assert VarianceLoss()(2 * column).item() == 0
+    # n - 1 < d rows of unit variance cannot read less than d / (n - 1) - 1, and a simplex does read it
+    n, d = 5, 8
+    simplex = torch.eye(n, dtype=torch.float64) - 1 / n
+    basis, _ = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))
+    rows = simplex @ basis[:n] * ((n - 1) * d / (n - 1)) ** 0.5
+    covariance = torch.cov(rows.T)
+    floor = (covariance.square().sum() - covariance.diagonal().square().sum()) / d
+    assert covariance_loss(rows).item() == pytest.approx(floor.item())
+
+
+@pytest.mark.parametrize("loss", [VarianceLoss, VICReg])
+@pytest.mark.parametrize("argument", ["target_std", "eps"])
+def test_positive_arguments(loss: type[nn.Module], argument: str) -> None:
+    with pytest.raises(ValueError, match=f"`{argument}` must be positive, got 0"):
+        loss(**{argument: 0})
+
+
+def test_unknown_convention() -> None:
+    with pytest.raises(ValueError, match=r"`convention` must be one of \('code', 'paper'\), got 'tutorial'"):
+        VICReg("tutorial")
+
+
+def test_views_must_have_one_shape() -> None:
+    with pytest.raises(ValueError, match=r"one shape, got `first` \(8, 4\) and `second` \(6, 4\). Row i"):
+        VICReg()(torch.randn(8, 4), torch.randn(6, 4))

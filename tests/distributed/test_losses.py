@@ -1,0 +1,253 @@
+"""Two processes with uneven batches read the value, and average to the gradient, of one process with all rows."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from torch import Tensor, multiprocessing
+
+from lightning_collapse.callbacks.regularizer import Regularizer
+from lightning_collapse.losses import TooFewRowsError, VarianceLoss, VICReg, variance_loss
+from lightning_collapse.mixins.anti_collapse import AntiCollapseMixin
+from lightning_collapse.utilities.distributed import (
+    all_gather_rows,
+    all_reduce_sum,
+    all_reduce_sum_with_grad,
+    world_size,
+)
+from lightning_collapse.utilities.registry import LOSSES
+from tests.integration.siamese import Siamese, fit, weights
+
+RANKS = 2
+FIT = {"batches": 3, "batch_size": 32}
+FAR = 500.0  # a mean of a thousand times the spread
+CASES = {
+    f"{name}-{side}-{dtype}-{mean}": (name, shape, dtype, mean)
+    for name in sorted(LOSSES)
+    for side, shape in {"wide": (9, 12), "tall": (40, 6)}.items()
+    for dtype, mean in ((torch.float32, 0.0), (torch.float64, 0.0), (torch.float32, FAR))
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),  # as intended
+    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated"),  # Lightning's own
+]
+
+
+class Flipped(Siamese):
+    """Every process takes its part of each batch; views of a sample do not depend on the others."""
+
+    def views(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        batch = batch[self.trainer.global_rank :: self.trainer.world_size]
+        return self.projector(self.encoder(batch)), self.projector(self.encoder(batch.flip(1)))
+
+
+class MixedFlipped(AntiCollapseMixin, Flipped):
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_regularizers({"vicreg": VICReg()})
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        first, second = self.views(batch)
+        return (first - second).square().mean() + self.anti_collapse_loss(first, second)
+
+
+class SometimesThree(Flipped):
+    """Calls the layer once too often on one process in one step."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch)
+        if batch_idx == 1 and self.trainer.global_rank == 1:
+            loss = loss + 0 * self.projector(self.encoder(batch)).mean()
+        return loss
+
+
+def data(shape: tuple[int, int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Rows of two views, and weights of a layer that keep features below the variance floor."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    weight = torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64) / (2 * shape[1] ** 0.5)
+    return [row.to(dtype) for row in rows], weight.to(dtype)
+
+
+def value_and_gradient(case: str, split: slice) -> tuple[Tensor, Tensor]:
+    name, shape, dtype, mean = CASES[case]
+    rows, weight = data(shape, dtype)
+    weight.requires_grad_()
+    loss = LOSSES[name]()
+    value = loss(*(row[split] @ weight + mean for row in rows[: loss.views]))
+    value.backward()
+    assert weight.grad is not None
+    return value.detach(), weight.grad
+
+
+def splits(rank: int, rows: int) -> slice:
+    first = rows // 3  # uneven
+    return slice(0, first) if rank == 0 else slice(first, None)
+
+
+def messages(name: str) -> int:
+    """How many all-reduces a forward pass takes."""
+    sent = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: sent.append(1) or all_reduce(*args, **kwargs)
+    try:
+        LOSSES[name]()(*[torch.randn(4, 3)] * LOSSES[name].views)
+    finally:
+        dist.all_reduce = all_reduce
+    return len(sent)
+
+
+def few_rows(rank: int, rows: tuple[int, int]) -> float | str:
+    features = torch.arange(1.0, 7.0).view(2, 3)[rank].repeat(rows[rank], 1)
+    try:
+        return variance_loss(features).item()
+    except TooFewRowsError as error:
+        return str(error)
+
+
+def primitives(rank: int) -> dict[str, Any]:
+    mine = torch.full((2,), rank + 1.0)
+    leaf = mine.clone().requires_grad_()
+    total = all_reduce_sum_with_grad(leaf)
+    (grad,) = torch.autograd.grad((rank + 1) * total.square().sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), leaf)
+    rows = torch.full((3 * rank, 2), float(rank), dtype=torch.bfloat16)
+    mask = torch.tensor([True, False, True])[: len(rows)]
+    return {
+        "world": world_size(),
+        "sum": all_reduce_sum(mine),
+        "argument": mine,
+        "with_grad": total.detach(),
+        "grad": grad.detach(),
+        "second": second,
+        "gathered": all_gather_rows(rows, mask),
+    }
+
+
+def door(make: Any, *callbacks: Any) -> tuple[Tensor, list[Any]]:
+    many = {"strategy": "ddp", "devices": RANKS, "plugins": [TorchElasticEnvironment()]}
+    model, logger, _ = fit(make, *callbacks, **FIT, **many, use_distributed_sampler=False)
+    return weights(model), logger.rows
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), GROUP_RANK="0")
+    os.environ.update(LOCAL_WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    result: dict[str, Any] = {}
+    for case in CASES:
+        value, grad = value_and_gradient(case, splits(rank, CASES[case][1][0]))
+        dist.all_reduce(grad)
+        result[case] = value, grad / RANKS
+    result["messages"] = {name: messages(name) for name in LOSSES}
+    result["few"] = {rows: few_rows(rank, rows) for rows in [(1, 0), (0, 1), (0, 0), (1, 1), (0, 2)]}
+    result["primitives"] = primitives(rank)
+    result["callback"] = door(Flipped, Regularizer(VICReg(), on="projector"))
+    result["mixin"] = door(MixedFlipped)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result["sometimes"] = door(SometimesThree, Regularizer(VICReg(), on="projector"))
+    result["warned"] = [str(w.message) for w in caught if "go without" in str(w.message)]
+    with pytest.raises(TooFewRowsError):
+        VarianceLoss()(torch.zeros(0, 3))
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(worker, args=(str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_and_gradient_are_those_of_one_process(case: str, ranks: list[dict[str, Any]]) -> None:
+    expected, reference = value_and_gradient(case, slice(None))
+    tolerance = 1e-3 if CASES[case][-1] == FAR else 1e-5
+    for result in ranks:
+        value, grad = result[case]
+        assert value.item() == pytest.approx(expected.item(), rel=tolerance)
+        assert ((grad * reference).sum() / reference.square().sum()).item() == pytest.approx(1, abs=tolerance)
+        torch.testing.assert_close(grad, reference, rtol=tolerance, atol=tolerance * reference.abs().max().item())
+    assert torch.equal(ranks[0][case][0], ranks[1][case][0])
+
+
+def test_two_messages_per_loss(ranks: list[dict[str, Any]]) -> None:
+    assert set(ranks[0]["messages"].values()) == {2}
+
+
+def test_too_few_rows_is_decided_by_all(ranks: list[dict[str, Any]]) -> None:
+    single = variance_loss(torch.arange(1.0, 7.0).view(2, 3)).item()
+    for result in ranks:
+        few = result["few"]
+        assert all("needs at least 2 rows over all processes" in few[rows] for rows in [(1, 0), (0, 1), (0, 0)])
+        assert few[1, 1] == pytest.approx(single)
+        assert few[0, 2] == pytest.approx(0.99)
+
+
+def test_sums(ranks: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(ranks):
+        found = result["primitives"]
+        assert found["world"] == RANKS
+        assert torch.equal(found["sum"], torch.full((2,), 3.0))
+        assert torch.equal(found["argument"], torch.full((2,), rank + 1.0))
+        assert torch.equal(found["with_grad"], torch.full((2,), 3.0))
+        # process r evaluates (r + 1) s^2 with s = 3: all gradients arrive everywhere
+        assert torch.equal(found["grad"], torch.full((2,), (1 + 2) * 2 * 3.0))
+        # summed once more on the way back through the gradient's own all-reduce
+        assert torch.equal(found["second"], torch.full((2,), 2.0 * 2 * 3))
+
+
+def test_gathered_rows(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        rows, mask = result["primitives"]["gathered"]
+        assert rows.dtype == torch.bfloat16
+        assert torch.equal(mask, torch.tensor([False, False, False, True, False, True]))
+        assert torch.equal(rows, torch.tensor([[0.0, 0.0]] * 3 + [[1.0, 1.0]] * 3, dtype=torch.bfloat16))
+
+
+def test_without_a_process_group() -> None:
+    x = torch.randn(3, 2, requires_grad=True)
+    assert world_size() == 1
+    assert all_reduce_sum_with_grad(x) is x
+    total = all_reduce_sum(x)
+    assert torch.equal(total, x)
+    assert not total.requires_grad
+    total.zero_()
+    assert x.any()
+    rows, mask = all_gather_rows(x)
+    assert torch.equal(rows, x)
+    assert mask.all()
+    with pytest.raises(ValueError, match=r"`rows` must have shape \(n, D\), got \(3,\)"):
+        all_gather_rows(torch.zeros(3))
+
+
+def test_doors(ranks: list[dict[str, Any]]) -> None:
+    single, logger, _ = fit(Flipped, Regularizer(VICReg(), on="projector"), **FIT)
+    for result in ranks:
+        (callback, callback_rows), (mixin, mixin_rows) = result["callback"], result["mixin"]
+        assert torch.equal(callback, mixin)
+        assert callback_rows == mixin_rows
+        torch.testing.assert_close(callback, weights(single), rtol=1e-5, atol=1e-6)
+        for (step, row), (single_step, single_row) in zip(callback_rows, logger.rows, strict=True):
+            assert step == single_step
+            assert row == pytest.approx(single_row, rel=1e-4)
+    assert ranks[0]["callback"][1] == ranks[1]["callback"][1]
+
+
+def test_a_process_that_cannot_take_part_does_not_stop_the_others(ranks: list[dict[str, Any]]) -> None:
+    assert torch.equal(ranks[0]["sometimes"][0], ranks[1]["sometimes"][0])
+    assert ranks[0]["sometimes"][1] == ranks[1]["sometimes"][1]
+    assert [step for step, _ in ranks[0]["sometimes"][1]] == [0, 1, 2]
+    assert ["there were 3" in message for message in ranks[1]["warned"]] == [True]
+    assert not ranks[0]["warned"]
+    assert all(torch.tensor(list(row.values())).isfinite().all() for _, row in ranks[0]["sometimes"][1])
