@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class MLP(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         sizes = [784, 256, 256, 256, 256]
-        layers = [m for i, o in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(i, o), nn.ReLU())]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
         self.net = nn.Sequential(*layers, nn.Linear(256, 10))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -1,0 +1,127 @@
+"""Two processes draw the curves of one, and training on two is the same with and without us."""
+
+import os
+import socket
+import warnings
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+
+from lightning_collapse import CollapseGuard, CollapseMonitor
+from lightning_collapse.functional import effective_rank, feature_std, mean_cosine
+from lightning_collapse.spectral import singular_values
+from tests.toys import QUIET, MemoryLogger, PointKeeper, Toy, batches, weights
+
+MEASURES = ["effective_rank", "eigenvalue_effective_rank", "feature_std", "relative_spread", "mean_cosine", "rankme"]
+
+
+class Shared(Toy):
+    """Every process sees its own uneven batches; far apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        batch = batch[: 20 if self.global_rank else 32] + 10 * self.global_rank
+        features = self.encoder(batch)
+        self.seen.append(features.detach().clone())
+        return self.head(features).pow(2).mean()
+
+
+class Sharded(Toy):
+    def configure_model(self):
+        fully_shard(self.encoder, mesh=self.device_mesh["data_parallel"])
+
+
+def _trainer(callbacks, strategy):
+    keeper = PointKeeper()
+    options = {**QUIET, "devices": 2, "strategy": strategy, "logger": MemoryLogger(), "use_distributed_sampler": False}
+    return Trainer(**{**options, "callbacks": [*callbacks, keeper]}), keeper
+
+
+def _ddp(rank, callbacks):
+    torch.manual_seed(0)
+    model = Shared()
+    trainer, keeper = _trainer(callbacks, DDPStrategy(process_group_backend="gloo"))
+    trainer.fit(model, batches(6, seed=rank))
+    return model, trainer, keeper
+
+
+def _check_ddp(rank):
+    for rows in (12, 104):  # fewer than features: gathered; more: moments
+        callbacks = [CollapseMonitor(["encoder"], MEASURES, every_n_steps=6, rows=rows), CollapseGuard(action="stop")]
+        callbacks.append(EarlyStopping("collapse/encoder/effective_rank", check_on_train_epoch_end=True))
+        model, trainer, keeper = _ddp(rank, callbacks)
+        points = {point.key.rpartition("/")[2]: point for point in keeper.points if point.key.startswith("collapse")}
+        everyone = [None, None]
+        metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
+        torch.distributed.all_gather_object(everyone, (repr((points, metrics)), model.seen))
+        assert everyone[0][0] == everyone[1][0]  # the same numbers on both, bit by bit
+        if rows == 104:
+            # 52 of each: both batches of process 0 hold 64, of process 1 40, evenly taken down to the quota of 26
+            parts = [seen[-2:] for _, seen in everyone]
+            taken = [part[torch.arange(26) * len(part) // 26] if len(part) > 26 else part for p in parts for part in p]
+            pool = torch.cat(taken).double()
+            assert points["n"].value == len(pool) == 92
+            expected = {
+                "effective_rank": effective_rank(singular_values(pool)),
+                "rankme": effective_rank(singular_values(pool, center=False)),
+                "feature_std": feature_std(pool),
+                "mean_cosine": mean_cosine(pool),
+            }
+            for name, value in expected.items():
+                assert points[name].value == pytest.approx(value.item(), rel=1e-5), name
+    watched, plain = weights(model), weights(_ddp(rank, [])[0])
+    assert all(torch.equal(value, watched[name]) for name, value in plain.items())
+
+
+def _check_fsdp(rank):
+    def run(callbacks):
+        torch.manual_seed(0)
+        model = Sharded()
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        trainer, keeper = _trainer(callbacks, strategy)
+        trainer.fit(model, batches(4, seed=rank))
+        shards = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+        return [shard.detach().clone() for shard in shards], keeper
+
+    watched, keeper = run([CollapseMonitor(every_n_steps=2), CollapseGuard()])
+    plain, _ = run([])
+    assert all(map(torch.equal, watched, plain))
+    everyone = [None, None]
+    torch.distributed.all_gather_object(everyone, keeper.points)
+    assert repr(everyone[0]) == repr(everyone[1])
+    ranks = keeper.curve("collapse/encoder.2/effective_rank")
+    assert [point.step for point in ranks] == [1, 3]
+    assert all(1 < point.value <= 8 for point in ranks)
+
+
+def _run(rank, port):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+    _check_ddp(rank)
+    _check_fsdp(rank)
+
+
+def test_two_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_run, (port,), nprocs=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_spawned_by_the_trainer():
+    """A monitor travels to processes that the trainer starts."""
+    trainer = Trainer(**{**QUIET, "devices": 2, "strategy": "ddp_spawn", "logger": False})
+    trainer.callbacks.append(CollapseMonitor(["encoder"], every_n_steps=2))
+    trainer.fit(Toy(), batches(4))
+    assert 1 < trainer.callback_metrics["collapse/encoder/effective_rank"] <= 8
