@@ -23,7 +23,7 @@ from lightning_collapse.reporting import LOG10_EDGES, History, heat_map, log10_h
 from lightning_collapse.spectral.cost import rows_within
 from lightning_collapse.utilities.distributed import all_reduce_max, world_size
 from lightning_collapse.utilities.flops import TrainingFlops
-from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, is_compiled, weighted_layers
+from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen, weighted_layers
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Measure, get_measure
 from lightning_collapse.utilities.taps import Heard, RowTaps
@@ -149,9 +149,7 @@ class CollapseMonitor(Monitor):
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._taps = self._choose(pl_module)
         names = [tap.name for tap in self._taps]
-        if is_compiled(pl_module):
-            # Dynamo does not guard on hooks: code it compiled before ours is there would never call it
-            torch.compiler.reset()
+        let_hooks_be_seen(pl_module)
         self._heard = RowTaps(self._taps, self.rows)
         self._flops = TrainingFlops(pl_module)
         self._reset()
@@ -192,7 +190,7 @@ class CollapseMonitor(Monitor):
         if self._flops is not None:
             self._flops.remove()
             weights = sum(p.numel() for _, layer in weighted_layers(pl_module) for p in layer.parameters())
-            positions = max((of_layer.count for of_layer in heard.values()), default=0)
+            positions = max((of_layer.returned for of_layer in heard.values()), default=0)
             self._batch_flops = self._batch_flops or self._flops.total or 6 * weights * positions
         # a layer may run later than in the first batch
         if self._flops is not None or (batches_left == 0 and len(self._plans) < len(self._taps)):

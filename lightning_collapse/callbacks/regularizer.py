@@ -14,7 +14,7 @@ from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, ev
 from lightning_collapse.losses.schedule import Weight, weighted
 from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.features import as_rows
-from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first
+from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first, let_hooks_be_seen
 from lightning_collapse.utilities.trainer import logging_step
 from lightning_collapse.utilities.training_step import wrap_training_step
 
@@ -90,9 +90,7 @@ class Regularizer(Callback):
         self._detach()
         self._check(trainer, pl_module)
         layer = self._find(pl_module)
-        if _is_compiled(pl_module):
-            # Dynamo does not guard on hooks: code it compiled before ours is there would never call it
-            torch.compiler.reset()
+        let_hooks_be_seen(pl_module)
         self.loss.to(pl_module.device)
         self._channels_first = is_channels_first(layer)
 
@@ -242,8 +240,3 @@ class Regularizer(Callback):
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=2)  # on whichever process it happens
-
-
-def _is_compiled(pl_module: LightningModule) -> bool:
-    whole = getattr(pl_module, "_compiler_ctx", None) is not None
-    return whole or any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in pl_module.modules())

@@ -43,4 +43,5 @@ def _second_try(matrix: Tensor) -> Tensor:
         values = torch.linalg.eigvalsh(matrix.cpu().double() + jitter * torch.eye(size, dtype=torch.float64))
     except torch.linalg.LinAlgError:
         values = torch.full((size,), torch.nan, dtype=torch.float64)
-    return values.to(matrix)
+    on_device: Tensor = values.to(matrix)
+    return on_device

@@ -185,7 +185,7 @@ def reduce_moments(moments: Sequence[Moments], group: dist.ProcessGroup | None =
     rests = [torch.cat([m.total, m.cubic, m.quartic[None], m.second.flatten()]) for m in moved]
     reduced = []
     for m, first, rest in zip(moved, firsts, _all_reduce(rests, group), strict=True):
-        total, cubic, quartic, second = rest.split([len(m.shift), len(m.shift), 1, m.second.numel()])
+        total, cubic, quartic, second = torch.split(rest, [len(m.shift), len(m.shift), 1, m.second.numel()])
         reduced.append(
             Moments.from_states(
                 {
@@ -203,4 +203,4 @@ def reduce_moments(moments: Sequence[Moments], group: dist.ProcessGroup | None =
 
 
 def _all_reduce(parts: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    return list(all_reduce_sum(torch.cat(parts), group).split([len(part) for part in parts]))
+    return list(torch.split(all_reduce_sum(torch.cat(parts), group), [len(part) for part in parts]))

@@ -31,4 +31,5 @@ class GaussianSketch:
     @full_precision
     def __call__(self, features: Tensor) -> Tensor:
         """Features of shape ``(N, D)`` as ``(N, k)``, ``float32`` or ``float64``."""
-        return features @ self.matrix.to(features)
+        projected: Tensor = features @ self.matrix.to(features)
+        return projected

@@ -1,1 +1,7 @@
 """What everything else stands on: the registry, layer outputs as rows, layer choice, trainer facts, sums over ranks."""
+
+from lightning_collapse.utilities.modules import default_taps
+from lightning_collapse.utilities.points import Flag, Point
+from lightning_collapse.utilities.registry import LOSSES, MEASURES, register_loss, register_measure
+
+__all__ = ["LOSSES", "MEASURES", "Flag", "Point", "default_taps", "register_loss", "register_measure"]

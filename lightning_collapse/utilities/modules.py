@@ -126,6 +126,15 @@ def is_compiled(root: nn.Module) -> bool:
     return whole or any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in root.modules())
 
 
+def let_hooks_be_seen(root: nn.Module) -> None:
+    """Call before hooks are registered: has compiled code, if there is any in ``root``, compiled anew with them.
+
+    Dynamo does not guard on hooks: what it compiled before they were there would never call them.
+    """
+    if is_compiled(root):
+        torch.compiler.reset()
+
+
 def in_backward() -> bool:
     """Whether the autograd engine is running: then a forward call is activation checkpointing's recomputation."""
     # dynamo cannot trace the question, and recomputation of a compiled graph does not run Python again

@@ -17,14 +17,12 @@ class Heard(NamedTuple):
     Attributes:
         rows: Copies of rows, shape ``(n, D)``.
         mask: Which of them are not padding, boolean ``(n,)``.
-        count: How many rows the layer returned, before the limit.
-        calls: How often it was called.
+        returned: How many rows the layer returned, before the limit.
     """
 
     rows: Tensor
     mask: Tensor
-    count: int
-    calls: int
+    returned: int
 
 
 class RowTaps:
@@ -67,7 +65,7 @@ class RowTaps:
                     rows.new_ones(len(rows), dtype=torch.bool) if mask is None else mask for rows, mask, _ in alike
                 ]
                 rows = torch.cat([rows for rows, _, _ in alike])
-                heard[name] = Heard(rows, torch.cat(masks), sum(count for _, _, count in alike), len(alike))
+                heard[name] = Heard(rows, torch.cat(masks), sum(returned for _, _, returned in alike))
             calls.clear()
         return heard
 

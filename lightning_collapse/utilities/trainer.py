@@ -25,7 +25,7 @@ def batches_until(trainer: Trainer, every_n_steps: int) -> int:
     accumulate = trainer.accumulate_grad_batches
     if ends_step(trainer):
         return steps * accumulate
-    left = -_epoch_loop(trainer).batch_progress.current.ready % accumulate
+    left: int = -_epoch_loop(trainer).batch_progress.current.ready % accumulate
     return steps * accumulate + left
 
 

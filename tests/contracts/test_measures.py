@@ -97,8 +97,8 @@ def naive_power_law(x: Matrix) -> tuple[float, float]:
     fit = (rank >= 4) & (rank <= 100) & (energy > energy[0] * len(energy) * EPS32)
     a, b, w = np.log(rank[fit]), np.log(energy[fit]), 1 / rank[fit]
     slope, offset = np.polyfit(a, b, 1, w=np.sqrt(w))
-    residual = np.sum(w * (b - slope * a - offset) ** 2)
-    return float(-slope), float(1 - residual / np.sum(w * (b - np.average(b, weights=w)) ** 2))
+    residual, spread = np.sum(w * (b - slope * a - offset) ** 2), np.sum(w * (b - np.average(b, weights=w)) ** 2)
+    return float(-slope), float(1 - residual / spread) if spread > 1e-20 else 1.0  # flat is a power law, not 0 / 0
 
 
 def naive_condition_number(x: Matrix) -> float:
@@ -123,7 +123,8 @@ def unit(x: Matrix) -> Matrix:
 
 
 def naive_mean_cosine(x: Matrix) -> float:
-    return float(np.mean([unit(x)[i] @ unit(x)[j] for i in range(len(x)) for j in range(i)]))
+    u = unit(x)
+    return float(np.mean([u[i] @ u[j] for i in range(len(u)) for j in range(i)]))
 
 
 def naive_uniformity(x: Matrix) -> float:
@@ -202,19 +203,19 @@ def noise(n: int, d: int, seed: int = 0) -> Matrix:
 
 
 DATA: dict[str, Matrix] = {
-    "white-tall": noise(64, 32),
-    "white-wide": noise(32, 64),
-    "power-tall": 3 + noise(120, 50) * np.arange(1.0, 51.0) ** -0.5,
-    "power-wide": noise(40, 128) * np.arange(1.0, 129.0) ** -0.5,
-    "rank8-tall": with_spectrum(128, 48, np.r_[np.ones(8), np.full(40, 1e-4)]) + 0.1,
-    "rank8-wide": with_spectrum(50, 96, np.r_[np.ones(8), np.full(41, 1e-4)]) + 0.1,
-    "far-tall": 1000 + noise(96, 24),
-    "far-wide": 1000 + noise(24, 48),
-    "ill-tall": with_spectrum(80, 20, np.logspace(0, -5, 20)),
-    "ill-wide": with_spectrum(21, 60, np.logspace(0, -5, 20)),
-    "dead": noise(60, 12) * np.r_[np.ones(9), 0, 1e-4, 1e-5] + 2,
+    "white-tall": noise(40, 24),
+    "white-wide": noise(24, 40),
+    "power-tall": 3 + noise(60, 30) * np.arange(1.0, 31.0) ** -0.5,
+    "power-wide": noise(30, 60) * np.arange(1.0, 61.0) ** -0.5,
+    "rank8-tall": with_spectrum(60, 36, np.r_[np.ones(8), np.full(28, 1e-4)]) + 0.1,
+    "rank8-wide": with_spectrum(40, 72, np.r_[np.ones(8), np.full(31, 1e-4)]) + 0.1,
+    "dead": noise(50, 12) * np.r_[np.ones(9), 0.02, 1e-4, 1e-5] + 2,
 }
-every_data = pytest.mark.parametrize("data", DATA)
+FAR = {"far-tall": 1000 + noise(60, 20), "far-wide": 1000 + noise(20, 40)}
+ILL = {
+    "ill-tall": with_spectrum(50, 20, np.logspace(0, -5, 20)),
+    "ill-wide": with_spectrum(21, 50, np.logspace(0, -5, 20)),
+}
 
 
 def partner(x: Matrix) -> Matrix:
@@ -225,7 +226,7 @@ def evaluate(name: str, x: Tensor, y: Tensor | None = None) -> Tensor:
     """A measure of features, whatever it reads."""
     measure = MEASURES[name]
     if measure.kind == "spectrum":
-        return measure.fn(spectrum_of(x, center=measure.spectrum == "centered"))
+        return measure.of_spectrum(spectrum_of(x, center=measure.spectrum == "centered"))
     if measure.kind == "rows":
         return measure.fn(x)
     return measure.fn(x, torch.as_tensor(partner(x.detach().double().numpy())).to(x) if y is None else y)
@@ -254,68 +255,74 @@ def test_registration_tells_the_facts(name: str) -> None:
     assert measure.spectrum in ("centered", "raw")
 
 
-@every_measure
-@every_data
-def test_value_is_the_reference(name: str, data: str) -> None:
-    x = torch.from_numpy(DATA[data])
-    value = evaluate(name, x)
-    assert value.shape == ()
-    assert value.dtype == torch.float64
-    # 1e-5 of the largest singular value is 1e-10 of the Gram matrix: six digits are left of it
-    assert value.item() == pytest.approx(reference(name, x), rel=1e-5 if data.startswith("ill") else 1e-8)
+def readings(name: str, data: dict[str, Matrix], dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
+    """What a measure reads from each of the data, and what it should."""
+    found, expected = {}, {}
+    for key, rows in data.items():
+        x = torch.from_numpy(rows).to(dtype)
+        value = evaluate(name, x)
+        assert value.shape == ()
+        assert value.dtype == (torch.float64 if MEASURES[name].kind == "spectrum" else dtype)
+        found[key], expected[key] = value.item(), reference(name, x)
+    return found, expected
 
 
 @every_measure
-@every_data
-def test_float32_is_the_reference(name: str, data: str) -> None:
-    x = torch.from_numpy(DATA[data]).float()
-    value = evaluate(name, x)
-    assert value.isfinite()
-    assert value.item() == pytest.approx(reference(name, x), rel=1e-3 if data.startswith("far") else FINE, abs=1e-7)
+def test_value_is_the_reference(name: str) -> None:
+    found, expected = readings(name, DATA | FAR, torch.float64)
+    assert found == pytest.approx(expected, rel=1e-7, abs=1e-12)
+    # 1e-5 of the largest singular value is 1e-10 of the Gram matrix: five digits are left of it
+    found, expected = readings(name, ILL, torch.float64)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-12)
 
 
 @every_measure
-@every_data
-def test_range(name: str, data: str) -> None:
-    n, d = DATA[data].shape
-    low, high = BOUNDS.get(name, lambda n, d: (1, min(n - 1, d)))(n, d)
-    for dtype in (torch.float32, torch.float64):
-        value = evaluate(name, torch.from_numpy(DATA[data]).to(dtype)).item()
-        assert low - 1e-6 <= value <= high * (1 + 1e-6) + 1e-6
+def test_float32_is_the_reference(name: str) -> None:
+    found, expected = readings(name, DATA | ILL, torch.float32)
+    assert found == pytest.approx(expected, rel=FINE, abs=1e-7)
 
 
 @every_measure
-@pytest.mark.parametrize("data", ["power-tall", "power-wide", "dead"])
-@pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
-def test_scale(name: str, data: str, scale: float) -> None:
-    x = torch.from_numpy(DATA[data]).float()
-    y = torch.from_numpy(partner(DATA[data])).float()
-    expected = evaluate(name, x, y) * (1 if MEASURES[name].scale_free else scale)
-    assert evaluate(name, scale * x, scale * y).item() == pytest.approx(expected.item(), rel=FINE)
+def test_float32_far_from_the_origin_is_the_reference(name: str) -> None:
+    found, expected = readings(name, FAR, torch.float32)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-12)
 
 
 @every_measure
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e30), (torch.float32, 1e-30)])
-def test_extreme_scale(name: str, dtype: torch.dtype, scale: float) -> None:
-    x, y = (torch.from_numpy(rows).to(dtype) for rows in (DATA["power-tall"], partner(DATA["power-tall"])))
-    expected = evaluate(name, x, y) * (1 if MEASURES[name].scale_free else scale)
-    assert evaluate(name, scale * x, scale * y).item() == pytest.approx(expected.item(), rel=FINE)
+def test_range(name: str) -> None:
+    for data, rows in (DATA | FAR | ILL).items():
+        low, high = BOUNDS.get(name, lambda n, d: (1, min(n - 1, d)))(*rows.shape)
+        for dtype in (torch.float32, torch.float64):
+            value = evaluate(name, torch.from_numpy(rows).to(dtype)).item()
+            assert low - 1e-6 <= value <= high * (1 + 1e-6) + 1e-6, data
 
 
 @every_measure
-@pytest.mark.parametrize("scale", [1e150, 1e-150])
-def test_extreme_scale_in_double_precision(name: str, scale: float) -> None:
-    x, y = (torch.from_numpy(rows) for rows in (DATA["power-tall"], partner(DATA["power-tall"])))
-    expected = evaluate(name, x, y) * (1 if MEASURES[name].scale_free else scale)
-    assert evaluate(name, scale * x, scale * y).item() == pytest.approx(expected.item(), rel=FINE)
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [
+        (torch.float32, (2.0**-100, 2.0**-20, 2.0**20, 2.0**100)),
+        (torch.float64, (2.0**-100, 2.0**100)),
+        (torch.float64, (2.0**-500, 2.0**500)),
+    ],
+    ids=["float32", "float64", "float64-extreme"],
+)
+def test_scale(name: str, dtype: torch.dtype, scales: tuple[float, ...]) -> None:
+    for data in ("power-tall", "power-wide", "dead"):
+        x, y = (torch.from_numpy(rows).to(dtype) for rows in (DATA[data], partner(DATA[data])))
+        expected = evaluate(name, x, y)
+        for scale in scales:
+            found = evaluate(name, scale * x, scale * y) / (1 if MEASURES[name].scale_free else scale)
+            assert found.item() == pytest.approx(expected.item(), rel=FINE), (data, scale)
 
 
 @every_measure
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
-def test_zeros(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    value = evaluate(name, torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
-    assert value.item() == pytest.approx(AT_ZERO.get(name, 0.0), abs=0, nan_ok=True)
+def test_zeros(name: str) -> None:
+    for shape in ((6, 4), (4, 6)):
+        for dtype in (torch.float32, torch.float64):
+            zeros = torch.zeros(shape, dtype=dtype)
+            value = evaluate(name, zeros, zeros).item()
+            assert value == pytest.approx(AT_ZERO.get(name, 0.0), abs=0, nan_ok=True)
 
 
 @measure_of_values
@@ -325,19 +332,18 @@ def test_zero_spectrum(name: str) -> None:
 
 @every_measure
 @pytest.mark.parametrize("value", [0.0, 3.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (1, 4)])
-def test_gradient_at_constant_features_is_finite(
-    name: str, value: float, dtype: torch.dtype, shape: tuple[int, int]
-) -> None:
-    x = torch.full(shape, value, dtype=dtype, requires_grad=True)
-    reading = evaluate(name, x, x.detach().clone())
-    if name in STEPS:
-        assert not reading.requires_grad
-    elif shape[0] > 1 or reading.isfinite():
-        reading.backward()
-        assert x.grad is not None
-        assert x.grad.isfinite().all()
+@pytest.mark.parametrize("rows", [6, 1])
+def test_gradient_at_constant_features_is_finite(name: str, value: float, rows: int) -> None:
+    for dtype in (torch.float32, torch.float64):
+        for width in (4, 8):
+            x = torch.full((rows, width), value, dtype=dtype, requires_grad=True)
+            reading = evaluate(name, x, x.detach().clone())
+            if name in STEPS:
+                assert not reading.requires_grad
+            elif rows > 1 or reading.isfinite():
+                reading.backward()
+                assert x.grad is not None
+                assert x.grad.isfinite().all()
 
 
 @measure_of_values
@@ -379,7 +385,7 @@ def test_gradient_where_rows_are_few(name: str) -> None:
     (grad,) = torch.autograd.grad(evaluate(name, x), x)
     rows = y - y.mean(dim=0) if measure.spectrum == "centered" else y
     values = torch.linalg.svdvals(rows)[: 6 if measure.spectrum == "centered" else 7]
-    naive = measure.fn(Spectrum(values, torch.tensor(7.0, dtype=torch.float64), 12))
+    naive = measure.of_spectrum(Spectrum(values, torch.tensor(7.0, dtype=torch.float64), 12))
     (expected,) = torch.autograd.grad(naive, y)
     # what a singular value of 1e-8 leaves of the entropy's infinite slope
     torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
@@ -401,17 +407,18 @@ def test_half_spectrum(name: str, dtype: torch.dtype) -> None:
 
 @every_measure
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("data", ["power-tall", "power-wide"])
-def test_half_features(name: str, dtype: torch.dtype, data: str) -> None:
-    x, y = (torch.from_numpy(rows).to(dtype) for rows in (DATA[data], partner(DATA[data])))
-    expected = evaluate(name, x.double(), y.double()).item()
-    off = evaluate(name, x, y)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        on, single = evaluate(name, x, y), evaluate(name, x.float(), y.float())
-    assert off.dtype == on.dtype == (torch.float64 if MEASURES[name].kind == "spectrum" else torch.float32)
-    assert off.item() == pytest.approx(expected, rel=FINE)
-    assert torch.equal(on, off)
-    assert torch.equal(single, off)
+def test_half_features(name: str, dtype: torch.dtype) -> None:
+    for data in ("power-tall", "power-wide"):
+        x, y = (torch.from_numpy(rows).to(dtype) for rows in (DATA[data], partner(DATA[data])))
+        expected = evaluate(name, x.double(), y.double()).item()
+        off = evaluate(name, x, y)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            on, single = evaluate(name, x, y), evaluate(name, x.float(), y.float())
+        assert off.dtype == on.dtype == (torch.float64 if MEASURES[name].kind == "spectrum" else torch.float32)
+        # eight roundings of the dot products that uniformity takes the exponential of
+        assert off.item() == pytest.approx(expected, rel=FINE, abs=1e-6)
+        assert torch.equal(on, off)
+        assert torch.equal(single, off)
 
 
 @measure_of_values
@@ -444,26 +451,27 @@ def test_one_bad_spectrum_in_a_batch(name: str) -> None:
 
 
 @every_measure
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_bad_rows_are_left_out(name: str, bad: float) -> None:
+def test_bad_rows_are_left_out(name: str) -> None:
     x, y = (torch.from_numpy(rows).float() for rows in (DATA["power-tall"], partner(DATA["power-tall"])))
     keep = torch.ones(len(x), dtype=torch.bool)
     keep[[0, 7, 30]] = False
-    spoiled = x.clone()
-    spoiled[~keep, 5] = bad
     expected = evaluate(name, x[keep], y[keep])
-    assert evaluate(name, spoiled, y).item() == pytest.approx(expected.item(), rel=1e-6)
-    if MEASURES[name].kind == "pairs":
-        assert evaluate(name, y, spoiled).item() == pytest.approx(expected.item(), rel=1e-6)
+    for bad in (math.nan, math.inf, -math.inf):
+        spoiled = x.clone()
+        spoiled[~keep, 5] = bad
+        assert evaluate(name, spoiled, y).item() == pytest.approx(expected.item(), rel=1e-6)
+        if MEASURES[name].kind == "pairs":
+            assert evaluate(name, y, spoiled).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @every_measure
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nothing_but_bad_rows(name: str, bad: float) -> None:
-    x = torch.full((5, 4), bad)
-    value = evaluate(name, x, x)
-    assert value.shape == ()
-    assert value.isnan() or value == 0
+def test_nothing_but_bad_rows(name: str) -> None:
+    for bad in (math.nan, math.inf):
+        for shape in ((5, 4), (4, 5)):
+            x = torch.full(shape, bad)
+            value = evaluate(name, x, x)
+            assert value.shape == ()
+            assert value.isnan() or value == 0
 
 
 @every_measure
@@ -482,18 +490,19 @@ def test_masks(name: str) -> None:
         assert measure.fn(x, mask).item() == pytest.approx(measure.fn(x[mask]).item(), rel=1e-12)
     elif measure.kind == "spectrum":
         center = measure.spectrum == "centered"
-        found = measure.fn(spectrum_of(x, center, mask))
-        assert found.item() == pytest.approx(measure.fn(spectrum_of(x[mask], center)).item(), rel=1e-9)
+        found, expected = (measure.of_spectrum(spectrum_of(*z)) for z in ((x, center, mask), (x[mask], center)))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 @every_measure
-@pytest.mark.parametrize("constant", [0.1, 1000.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_rows_are_collapsed(name: str, constant: float, dtype: torch.dtype) -> None:
-    x = (constant * torch.arange(1, 6, dtype=dtype)).expand(77, 5)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_equal_rows_are_collapsed(name: str, dtype: torch.dtype) -> None:
+    x = (0.1 * torch.arange(1, 6, dtype=torch.float64)).to(dtype).expand(77, 5)
     expected = dict.fromkeys(REFERENCES, 0.0) | {"dead_dimensions": 1.0, "mean_cosine": 1.0, "rankme": 1.0}
     expected |= {"alpha_req": math.nan, "alpha_req_fit": math.nan}
-    assert evaluate(name, x, x).item() == pytest.approx(expected[name], rel=1e-5, abs=1e-6, nan_ok=True)
+    for constant in (1, 10000):
+        value = evaluate(name, constant * x, constant * x).item()
+        assert value == pytest.approx(expected[name], rel=1e-5, abs=1e-6, nan_ok=True), constant
 
 
 @pytest.mark.parametrize("k", [1, 3, 50, 100, 200])
@@ -528,7 +537,7 @@ def test_published_table_of_power_laws(
     assert functional.effective_rank(values).item() == pytest.approx(entropy_sigma, rel=1e-3)
     assert functional.eigenvalue_effective_rank(values).item() == pytest.approx(entropy_lambda, rel=3e-3)
     assert functional.participation_ratio(values).item() == pytest.approx(ratio, rel=1e-2)
-    assert functional.nesum(values).item() == pytest.approx(top, rel=1e-2)
+    assert functional.nesum(values).item() == pytest.approx(top, abs=0.05)  # printed with one decimal
 
 
 def test_published_values_of_rankme() -> None:
@@ -542,8 +551,9 @@ def test_published_values_of_rankme() -> None:
 
 
 @cache
-def draws(n: int, d: int) -> list[Tensor]:
-    return [torch.from_numpy(noise(n, d, seed)) for seed in range(20)]
+def draws(n: int, d: int, kind: str) -> list[Tensor | Spectrum]:
+    rows = [torch.from_numpy(noise(n, d, seed)).float() for seed in range(20)]
+    return list(rows) if kind == "rows" else [spectrum_of(x, center=kind == "centered") for x in rows]
 
 
 @every_measure
@@ -554,9 +564,11 @@ def test_null_is_what_noise_reads(name: str, n: int, d: int) -> None:
     if measure.kind != "spectrum" and measure.null is None:
         assert math.isnan(null)
         return
-    readings = np.array([evaluate(name, x).item() for x in draws(n, d)])
-    error = 4 * readings.std(ddof=1) / math.sqrt(len(readings))
-    assert null == pytest.approx(readings.mean(), rel=0.03, abs=error)
+    inputs = draws(n, d, measure.spectrum if measure.kind == "spectrum" else "rows")
+    read = measure.of_spectrum if measure.kind == "spectrum" else measure.fn
+    found = np.array([read(x).item() for x in inputs])
+    error = 4 * found.std(ddof=1) / math.sqrt(len(found))
+    assert null == pytest.approx(found.mean(), rel=0.03, abs=error)
 
 
 @pytest.mark.parametrize("n_per_d", [0.5, 1, 2, 5, 10])
@@ -612,7 +624,7 @@ def test_the_u_statistics_reach_inside_the_clamp() -> None:
 
 
 @pytest.mark.parametrize("draw", ["normal", "exponential", "laplace"])
-@pytest.mark.parametrize("n", [24, 96, 384])
+@pytest.mark.parametrize("n", [96, 256])
 def test_unbiased_participation_ratio_does_not_grow_with_n(draw: str, n: int) -> None:
     d, rng = 60, np.random.default_rng(0)
     std = np.arange(1.0, d + 1) ** -0.25

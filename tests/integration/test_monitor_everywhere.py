@@ -230,7 +230,7 @@ def test_compiled_model(place, calls):
     assert [n for _, n in trainer.logger.curve("collapse/encoder.2/n")] == [48] * 6
 
 
-@pytest.mark.filterwarnings("ignore:(?s).*jsonargparse")  # of what LightningCLI calls in it
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what LightningCLI calls in jsonargparse
 def test_command_line_and_yaml(tmp_path, monkeypatch):
     config = tmp_path / "config.yaml"
     config.write_text(

@@ -1,0 +1,218 @@
+"""Verdicts on planted curves and on planted failures, and what the guard then does."""
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from lightning_collapse import CollapseGuard, CollapseMonitor
+from lightning_collapse.reporting import publish
+from lightning_collapse.utilities.points import Flag, Point
+from tests.toys import PointKeeper, Toy, batches, fit, weights
+
+HEALTHY = {"effective_rank": 30.0, "eigenvalue_effective_rank": 12.0, "feature_std": 1.0, "relative_spread": 0.6}
+
+
+class Planted(Callback):
+    """Publishes the readings of a script, one point per step, instead of a monitor's."""
+
+    def __init__(self, script, flag=Flag.OK, null=60.0):
+        self.script, self.flag, self.null = script, flag, null
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        values = {**HEALTHY, **self.script[batch_idx]}
+        points = [Point(f"collapse/z/{name}", batch_idx, v, 64, self.null, self.flag) for name, v in values.items()]
+        publish(trainer, pl_module, points)
+
+
+def judged(script, guard=None, **kwargs):
+    guard = guard or CollapseGuard(action="log")
+    keeper = PointKeeper()
+    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    trainer = fit(Toy(), [monitor, guard, Planted(script, **kwargs), keeper], batches(len(script)), log_every_n_steps=1)
+    return guard, keeper, trainer
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:`CollapseMonitor`. the fit ended before")  # planted points instead
+LOW = {"effective_rank": 1.02, "eigenvalue_effective_rank": 1.0}
+STILL = {"feature_std": 0.002}
+
+
+def test_healthy_curves_get_no_verdict():
+    guard, keeper, _ = judged([{}] * 12)
+    assert guard.verdicts == []
+    assert {point.value for point in keeper.curve("guard/complete_collapse")} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [
+        (LOW, "dimensional_collapse"),
+        ({"effective_rank": 6.0, "eigenvalue_effective_rank": 2.5}, "dimensional_collapse"),
+        (STILL, "complete_collapse"),
+        ({"relative_spread": 0.001}, "complete_collapse"),
+    ],
+)
+def test_collapse_is_named_with_its_first_step(bad, kind):
+    guard, keeper, _ = judged([{}] * 5 + [bad] * 4)
+    [verdict] = guard.verdicts
+    assert (verdict.kind, verdict.layer, verdict.since, verdict.step) == (kind, "z", 5, 6)
+    assert "64 rows" in verdict.evidence
+    assert [point.value for point in keeper.curve(f"guard/{kind}")] == [0.0] * 6 + [1.0] * 3
+
+
+def test_collapse_before_the_first_point_is_seen_too():
+    guard, _, _ = judged([LOW] * 3)
+    assert [(verdict.kind, verdict.since, verdict.step) for verdict in guard.verdicts] == [
+        ("dimensional_collapse", 0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [{}] * 4 + [LOW, {}] * 4,  # single points
+        [{}] * 4 + [{"eigenvalue_effective_rank": 1.01}] * 5,  # one loud direction beside many
+        [{}] * 4 + [{"effective_rank": 1.5}] * 5,
+        [{}] * 4 + [{"feature_std": 0.1}] * 5,  # shrinks, but not to nothing
+        [{"eigenvalue_effective_rank": 1.01, "effective_rank": 9.0}] * 8,  # a healthy binary classifier
+    ],
+)
+def test_what_only_looks_like_a_collapse_gets_no_verdict(script):
+    guard, _, _ = judged(script)
+    assert guard.verdicts == []
+
+
+def test_narrow_layers_are_not_judged_by_rank():
+    guard, _, _ = judged([LOW] * 6, null=2.0)
+    assert guard.verdicts == []
+
+
+@pytest.mark.parametrize("flag", [Flag.NOT_CALLED, Flag.FEW_ROWS, Flag.SOLVER])
+def test_points_without_a_reading_change_nothing(flag):
+    guard, _, _ = judged([{}] * 3 + [LOW] * 5, flag=flag)
+    assert guard.verdicts == []
+
+
+def test_hysteresis_and_recovery():
+    between = {"effective_rank": 9.0, "eigenvalue_effective_rank": 4.0}  # above the line, below twice the line
+    guard, keeper, _ = judged([{}] * 3 + [LOW] * 3 + [between] * 3 + [LOW] * 2 + [{}] * 3 + [LOW] * 3)
+    assert [verdict.since for verdict in guard.verdicts] == [3, 14]
+    curve = [point.value for point in keeper.curve("guard/dimensional_collapse")]
+    assert curve == [0.0] * 4 + [1.0] * 8 + [0.0] * 3 + [1.0] * 2
+
+
+def test_constant_features_are_complete_collapse_alone():
+    guard, _, _ = judged([{"effective_rank": 0.0, "eigenvalue_effective_rank": 0.0}] * 3, flag=Flag.CONSTANT)
+    assert [verdict.kind for verdict in guard.verdicts] == ["complete_collapse"]
+
+
+class Shrinking(Toy):
+    """Loses all spread but one direction's, step by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(16, 32)
+        self.head = nn.Linear(32, 2)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.encoder.weight[1:] *= 0.1
+        return self.head(self.encoder(batch)).pow(2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_from_a_model_to_a_verdict():
+    guard = CollapseGuard(action=["log"])
+    fit(Shrinking(), [CollapseMonitor(["encoder"], every_n_steps=1), guard], batches(10))
+    assert {verdict.kind for verdict in guard.verdicts} == {"dimensional_collapse"}
+    assert {verdict.layer for verdict in guard.verdicts} == {"encoder"}
+
+
+def test_actions(tmp_path):
+    called = []
+    guard = CollapseGuard(
+        action=["warn", "log", "checkpoint", lambda trainer, module, verdict: called.append(verdict), "stop"],
+        dirpath=str(tmp_path / "saved"),
+    )
+    logger = TensorBoardLogger(tmp_path)
+    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    planted = Planted([{}] * 3 + [LOW] * 9)
+    with pytest.warns(UserWarning, match=r"`CollapseGuard` at step 4:\n- dimensional collapse in `z` since step 3"):
+        trainer = fit(Toy(), [monitor, guard, planted], batches(12), logger=logger)
+    assert trainer.global_step == 5
+    assert called == guard.verdicts
+    saved = torch.load(tmp_path / "saved" / "dimensional_collapse-step=4.ckpt", weights_only=True)
+    assert saved["global_step"] == 5
+    events = EventAccumulator(logger.log_dir).Reload()
+    [text] = events.Tensors("guard/verdict/text_summary")
+    assert b"eigenvalue effective rank is 1.00" in text.tensor_proto.string_val[0]
+
+
+def test_checkpoints_go_beside_the_logs_by_default(tmp_path):
+    guard = CollapseGuard(action="checkpoint")
+    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    logger = TensorBoardLogger(tmp_path)
+    fit(Toy(), [monitor, guard, Planted([STILL, {}, {}] + [STILL] * 3)], logger=logger)
+    [file] = tmp_path.rglob("*.ckpt")
+    assert file.name == "complete_collapse-step=4.ckpt"
+
+
+def test_full_disk_does_not_end_the_run(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    guard = CollapseGuard(action="checkpoint", dirpath=str(blocked / "below"))
+    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    with pytest.warns(UserWarning, match="could not save a checkpoint"):
+        trainer = fit(Toy(), [monitor, guard, Planted([LOW] * 6)])
+    assert trainer.global_step == 6
+
+
+def test_guarded_run_leaves_the_weights_as_they_are():
+    def run(callbacks):
+        torch.manual_seed(0)
+        model = Toy()
+        fit(model, callbacks)
+        return weights(model)
+
+    guarded = run([CollapseMonitor(every_n_steps=1), CollapseGuard(action="log")])
+    assert all(torch.equal(value, guarded[name]) for name, value in run([]).items())
+
+
+def test_resumed_guard_remembers(tmp_path):
+    guard, keeper = CollapseGuard(action="log"), PointKeeper()
+    save = ModelCheckpoint(tmp_path, filename="last", every_n_epochs=1)
+    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    script = [{}] * 4 + [LOW] * 2
+    fit(Toy(), [monitor, guard, Planted(script), keeper, save], enable_checkpointing=True)
+    again = CollapseGuard(action="log")
+    again.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["CollapseGuard"])
+    fit(Toy(), [CollapseMonitor(["encoder"], every_n_steps=10_000), again, Planted([LOW] * 3 + [{}] * 3)])
+    assert again.verdicts == guard.verdicts
+    assert len(again.verdicts) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"action": "shout"}, "`action` must be among warn, log, checkpoint, stop or callable, got 'shout'"),
+        ({"action": ["warn", 3]}, "got 3"),
+        ({"patience": 0}, "`patience` must be at least 1, got 0"),
+        ({"calibration": 0}, "`calibration` must be at least 1"),
+    ],
+)
+def test_bad_arguments(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        CollapseGuard(**arguments)
+
+
+@pytest.mark.parametrize("monitors", [[], [CollapseMonitor(["encoder"], measures=["stable_rank"])]])
+def test_guard_without_its_curves_says_which_line_to_add(monitors):
+    with pytest.raises(MisconfigurationException, match=r"reads the curves effective_rank.*Add `CollapseMonitor\(\)`"):
+        fit(Toy(), [*monitors, CollapseGuard()])

@@ -1,0 +1,93 @@
+"""The folder listing is the architecture: imports point one way, files stay small, the package keeps to itself."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+import lightning_collapse
+
+ROOT = Path(lightning_collapse.__file__).parent
+LEVEL = {
+    "utilities": 0,
+    "spectral": 1,
+    "functional": 2,
+    "metrics": 3,
+    "losses": 3,
+    "reporting": 4,
+    "mixins": 5,
+    "callbacks": 5,
+}
+MAY_IMPORT_LIGHTNING = {"reporting", "mixins", "callbacks", "utilities/trainer.py", "utilities/training_step.py"}
+FILES = sorted(ROOT.glob("*/*.py"))
+ALLOWED = {"torch", "lightning", "lightning_utilities", "torchmetrics", "numpy", "tensorboard", "typing_extensions"}
+ALLOWED |= {"fsspec", "PIL"}  # what Lightning and TensorBoard themselves write files and pictures with
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_imports_point_down(path):
+    here = path.parent.name
+    for module in imports(path):
+        top, _, rest = module.partition(".")
+        there = rest.partition(".")[0]
+        if top == "lightning_collapse" and there != here:
+            assert LEVEL[there] < LEVEL[here], f"{here} must not import {there}"
+        if top in {"lightning", "pytorch_lightning"}:
+            assert {here, f"{here}/{path.name}"} & MAY_IMPORT_LIGHTNING, f"{path} must not import Lightning"
+        if top not in {"lightning_collapse", *sys.stdlib_module_names}:
+            assert top in ALLOWED, f"{path} imports {top}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_only_one_file_looks_inside_the_trainer():
+    for path in FILES:
+        if path.name != "trainer.py":
+            private = [n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)]
+            assert not {"epoch_loop", "_logger_connector", "_should_accumulate", "_results"} & set(private), path
+
+
+@pytest.mark.parametrize("package", ["", *sorted(LEVEL)])
+def test_public_names_are_there_and_documented(package):
+    module = importlib.import_module(f"lightning_collapse.{package}".rstrip("."))
+    names = getattr(module, "__all__", [])
+    assert names
+    for name in names:
+        assert getattr(module, name).__doc__ or not callable(getattr(module, name)), name
+
+
+def test_import_changes_nothing_and_brings_nothing_new():
+    """In a process of its own: warning filters, log levels, default dtype and third-party modules are as before."""
+    script = """
+import logging, sys, warnings
+import torch, torchmetrics, lightning.pytorch.callbacks, lightning.pytorch.loggers
+def facts():
+    return (list(warnings.filters), logging.root.level, list(logging.root.handlers), torch.get_default_dtype(),
+            torch.is_grad_enabled(), torch.get_num_threads(), torch.random.initial_seed())
+before, modules = facts(), {name.partition(".")[0] for name in sys.modules}
+import lightning_collapse
+assert facts() == before, "a side effect"
+new = {name.partition(".")[0] for name in sys.modules} - modules - {"lightning_collapse"} - set(sys.stdlib_module_names)
+assert not new, new
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_no_entry_point_adds_callbacks_to_every_trainer():
+    groups = {e.group for e in distribution("lightning-collapse").entry_points}
+    assert groups <= {"console_scripts"}
