@@ -129,7 +129,7 @@ class CollapseMonitor(Monitor):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(layers=self.layers, every_n_steps=self.every_n_steps)
+        return self._generate_state_key(layers=self.layers, measures=self.measures, every_n_steps=self.every_n_steps)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -177,6 +177,8 @@ class CollapseMonitor(Monitor):
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
+        if self._flops is not None:
+            self._flops.total = 0  # the sanity check has run through the model too
         # the first batch of a fit is heard for its shapes
         if self._flops is not None or batches_left < self._window():
             self._listen(batch)

@@ -70,7 +70,7 @@ def rankme(singular_values: Tensor | Spectrum, eps: float = 1e-7) -> Tensor:
 @register_measure(
     range="1 to min(n - 1, d)",
     collapsed="near 1",
-    source="exp of the von Neumann entropy of the normalized covariance; 'RankMe' of arXiv 2509.23024",
+    source="von Neumann entropy; 'RankMe' of arXiv 2509.23024",
 )
 @full_precision
 def eigenvalue_effective_rank(singular_values: Tensor | Spectrum) -> Tensor:
@@ -129,7 +129,7 @@ def participation_ratio(singular_values: Tensor | Spectrum) -> Tensor:
     record=True,
     range="1 to d",
     collapsed="near 1",
-    source="U-statistics of Himeno & Yamada 2014, doi 10.1016/j.jmva.2014.05.013",
+    source="Himeno & Yamada, J. Multivariate Analysis 2014",
     null=lambda n, d: float(d) if n > 3 else float("nan"),
 )
 @full_precision
@@ -233,7 +233,7 @@ def nesum(singular_values: Tensor | Spectrum) -> Tensor:
     record=True,
     range="0 to min(n - 1, d), an integer",
     collapsed="few",
-    source="the tolerance of numpy.linalg.matrix_rank",
+    source="tolerance of NumPy's matrix_rank",
     sketchable=False,
 )
 @full_precision

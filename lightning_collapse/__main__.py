@@ -1,0 +1,47 @@
+"""The command line: ``python -m lightning_collapse``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one of the commands; ``--help`` lists them.
+
+    Args:
+        arguments: What stands behind the program's name; from the command line if left out.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_collapse", description="See and stop representation collapse in PyTorch Lightning."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    measures = commands.add_parser(
+        "measures", help="list every measure: name, range, what collapsed looks like, source"
+    )
+    measures.add_argument("--width", type=int, default=None, help="characters per line; the terminal's by default")
+    demo = commands.add_parser(
+        "demo", help="train an encoder twice on real images, once so that it collapses, and show what is seen"
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for events and picture (%(default)s)")
+    demo.add_argument("--steps", type=int, default=400, help="optimizer steps of each training (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of both trainings (%(default)s)")
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "measures":
+        from lightning_collapse.reporting import legend_for_terminal
+
+        try:
+            print(legend_for_terminal(chosen.width), flush=True)
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        from lightning_collapse.demo import run  # it needs the `examples` extra
+
+        run(chosen.out, chosen.steps, chosen.seed)
+
+
+if __name__ == "__main__":
+    main()

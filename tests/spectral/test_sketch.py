@@ -1,0 +1,107 @@
+"""The random projection: what it keeps and what it leaves alone."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_collapse.functional import (
+    effective_rank,
+    feature_std,
+    isotropy,
+    participation_ratio,
+    unbiased_participation_ratio,
+)
+from lightning_collapse.spectral import GaussianSketch, Spectrum, spectrum_of
+
+DIM, SIZE, ROWS = 240, 96, 180
+
+
+def features(exponent: float, dim: int = DIM) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(ROWS, dim, generator=generator) * torch.arange(1.0, dim + 1) ** (-exponent / 2)
+
+
+@cache
+def records(exponent: float) -> list[tuple[Spectrum, Spectrum]]:
+    """Of projections, one per width, and of the features themselves."""
+    wide = [features(exponent, dim) for dim in range(DIM, DIM + 16)]
+    return [(replace(spectrum_of(GaussianSketch(x.shape[1], SIZE)(x)), sketched=True), spectrum_of(x)) for x in wide]
+
+
+def bias(measure: Callable[[Spectrum], Tensor], exponent: float, corrected: bool = True) -> float:
+    """Mean ratio of the value of a projection to that of the features."""
+    pairs = [(replace(sketch, sketched=corrected), truth) for sketch, truth in records(exponent)]
+    return torch.stack([measure(sketch) / measure(truth) for sketch, truth in pairs]).mean().item()
+
+
+def test_it_is_the_same_every_time() -> None:
+    first, second = GaussianSketch(16, 4), GaussianSketch(16, 4)
+    assert torch.equal(first.matrix, second.matrix)
+    assert first.matrix.shape == (16, 4)
+    assert not torch.equal(GaussianSketch(17, 4).matrix[:16], first.matrix)
+
+
+def test_the_global_random_state_is_untouched() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    sketch = GaussianSketch(16, 4)
+    sketch(torch.ones(2, 16))
+    assert torch.equal(torch.rand(4), expected)
+    torch.manual_seed(4)
+    assert torch.equal(GaussianSketch(16, 4).matrix, sketch.matrix)
+
+
+def test_default_dtype_and_device_do_not_change_it() -> None:
+    expected = GaussianSketch(16, 4).matrix
+    torch.set_default_dtype(torch.float64)
+    try:
+        in_double = GaussianSketch(16, 4).matrix
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(in_double.float(), expected)
+    with torch.device("meta"):  # as torch.set_default_device does
+        assert torch.equal(GaussianSketch(16, 4, device="cpu").matrix, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype: torch.dtype) -> None:
+    sketch, x = GaussianSketch(16, 4), torch.randn(5, 16).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = sketch(x)
+    assert y.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(y, x.to(y.dtype) @ sketch.matrix.to(y.dtype), rtol=0, atol=0)
+
+
+def test_the_mean_variance_is_kept() -> None:
+    x = features(0.0)
+    assert feature_std(GaussianSketch(DIM, SIZE)(x)).item() == pytest.approx(feature_std(x).item(), rel=0.02)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_participation_ratio_is_debiased(exponent: float) -> None:
+    assert bias(participation_ratio, exponent) == pytest.approx(1, abs=0.04)
+
+
+def test_without_the_correction_it_is_biased() -> None:
+    assert bias(participation_ratio, 0.0, corrected=False) < 0.7
+    assert bias(participation_ratio, 0.5, corrected=False) < 0.8
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_unbiased_participation_ratio_is_debiased(exponent: float) -> None:
+    assert bias(unbiased_participation_ratio, exponent) == pytest.approx(1, abs=0.04)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_isotropy_stays_a_share(exponent: float) -> None:
+    assert bias(isotropy, exponent) == pytest.approx(1, abs=0.05)
+    assert all(0 <= isotropy(sketch) <= 1 for sketch, _ in records(exponent))
+
+
+def test_entropic_ranks_do_not_exceed_the_width() -> None:
+    assert all(effective_rank(sketch) <= SIZE for sketch, _ in records(0.0))

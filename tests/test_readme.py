@@ -1,0 +1,41 @@
+"""What the README shows runs, and what it lists is what there is."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_collapse.losses import CovarianceLoss, VarianceLoss, VICReg
+from lightning_collapse.reporting import legend
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_block_runs(block, tmp_path, monkeypatch):
+    from lightning_collapse.utilities.registry import MEASURES
+
+    monkeypatch.chdir(tmp_path)
+    known = dict(MEASURES)
+    try:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    finally:
+        MEASURES.clear()
+        MEASURES.update(known)
+
+
+def test_table_of_measures_is_the_registry():
+    table = re.search(r"<!-- measures -->\n(.*?)\n<!-- /measures -->", README, re.DOTALL).group(1)
+    assert table == legend()
+
+
+def test_table_of_losses_is_what_they_declare():
+    for loss in (VICReg(), VarianceLoss(), CovarianceLoss()):
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{type(loss).__name__}`"))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert int(cells[1]) == loss.views
+        assert cells[2] == ", ".join(loss.coefficients)
+        assert float(cells[3]) == loss.value_at_perfection
+        assert float(cells[4]) == pytest.approx(loss.value_at_collapse)
