@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "demo", help="train an encoder twice on real images, once so that it collapses, and show what is seen"
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for events and picture (%(default)s)")
-    demo.add_argument("--steps", type=int, default=400, help="optimizer steps of each training (%(default)s)")
+    demo.add_argument("--steps", type=int, default=250, help="optimizer steps of each training (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of both trainings (%(default)s)")
     chosen = parser.parse_args(arguments)
     if chosen.command == "measures":
@@ -38,9 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
-        from lightning_collapse.demo import run  # it needs the `examples` extra
+        _demo(chosen.out, chosen.steps, chosen.seed)
 
-        run(chosen.out, chosen.steps, chosen.seed)
+
+def _demo(out: Path, steps: int, seed: int) -> None:
+    from lightning_collapse.demo import run_demo, summary
+
+    print("Training twice on real digits, about a minute in all ...", flush=True)
+    try:
+        runs = run_demo(out, steps, seed)
+    except ModuleNotFoundError as error:
+        raise SystemExit(str(error)) from error
+    print(f"\n{summary(runs)}\n\nPicture: {out / 'collapse.png'}")
+    print(f"Curves:  tensorboard --logdir {out}   (then open the address that it prints)")
 
 
 if __name__ == "__main__":

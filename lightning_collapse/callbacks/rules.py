@@ -62,27 +62,31 @@ class CompleteCollapse(Rule):
 class DimensionalCollapse(Rule):
     """Few directions are left.
 
-    Both effective ranks are near one, or both are a quarter of what they were at the beginning of the run. Both, since
-    either alone misleads: the one of eigenvalues is near one wherever one direction is loud (a healthy binary
-    classifier), the one of singular values is lifted by rounding noise. Layers where noise itself reads a handful are
-    not judged: there is too little to lose.
+    Both effective ranks are near one; or the one of eigenvalues is a fifth of what it was at the beginning of the run
+    and the one of singular values half. Both, since either alone misleads: the one of eigenvalues is near one wherever
+    one direction is loud (a healthy binary classifier) and falls at the start of healthy runs, the one of singular
+    values is lifted by rounding noise. Layers where noise itself reads a handful are not judged: there is too little
+    to lose.
     """
 
     kind = "dimensional_collapse"
     measures = ("eigenvalue_effective_rank", "effective_rank")
     lines = (1.25, 2.0)
-    share = 0.25
+    shares = (0.2, 0.5)
     least_null = 6.0
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
-        """How far both ranks are below their lines, or below a quarter of their beginning."""
+        """How far both ranks are below their lines, or below their shares of the beginning."""
         ranks = [points[name] for name in self.measures]
         if not ranks[0].null > self.least_null or ranks[0].flag == Flag.CONSTANT:
             return 0.0
         # a rank counts from one: at twice a line's distance from it all is well
         near_one = min((line - 1) / max(rank.value - 1, 1e-300) for line, rank in zip(self.lines, ranks, strict=True))
-        kept = max(rank.value / baseline[name] for name, rank in zip(self.measures, ranks, strict=True))
-        return max(near_one, self.share / max(kept, 1e-300))
+        lost = min(
+            share * baseline[name] / max(rank.value, 1e-300)
+            for share, name, rank in zip(self.shares, self.measures, ranks, strict=True)
+        )
+        return max(near_one, lost)
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Both ranks, the null and the beginning."""

@@ -17,7 +17,7 @@ def eigenvalues(gram: Tensor) -> Tensor:
     Returns:
         Shape ``(..., K)``.
     """
-    finite = gram.isfinite().all(dim=-1).all(dim=-1)
+    finite = gram.sum(dim=(-2, -1)).isfinite()  # a sum is finite if and only if its terms are
     safe = torch.where(finite[..., None, None], gram, 0.0)
     try:
         values = torch.linalg.eigvalsh(safe)

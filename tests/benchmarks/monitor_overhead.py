@@ -1,34 +1,59 @@
-"""Share of the training time that ``CollapseMonitor()`` takes at its defaults: with and without, fit by fit in turn.
+"""Share of the training time that ``CollapseMonitor()`` takes at its defaults, point, logging and pictures included.
+
+One fit in which blocks of 50 steps with the monitor (one point each) alternate with blocks without it; the ratio is
+that of each watched block to the mean of its two neighbours, in processor time on one thread.
 
 Run: ``python -m tests.benchmarks.monitor_overhead [mlp|transformer]``.
 """
 
+import logging
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import pairwise, repeat
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_collapse import CollapseMonitor
+from lightning_collapse.utilities.trainer import logging_step
+
+BLOCK = 50  # the trainer's default `log_every_n_steps`
+
+
+class Endless(IterableDataset[Any]):
+    """One batch for ever: an epoch that ends would cost the block it ends in."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[Any]:
+        return repeat(self.batch)
+
+
+class EveryOtherBlock(CollapseMonitor):
+    """The monitor at its defaults, silent in every other block."""
+
+    def cadence(self, trainer: Trainer) -> int:
+        return BLOCK if logging_step(trainer) // BLOCK % 2 else 0
 
 
 class Clock(Callback):
-    """Processor time of the steps, without the start of the fit; listed first, so that it also times the monitor."""
+    """Processor time of every block; listed first, so that a block ends after its point."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 1:  # the first batch warms up, and the monitor learns its shapes there
-            self.start = time.process_time()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seconds = time.process_time() - self.start
+        if trainer.global_step % BLOCK == 0:
+            self.marks.append(time.process_time())
 
 
 class MLP(LightningModule):
@@ -66,46 +91,45 @@ class Transformer(LightningModule):
         return torch.optim.AdamW(self.parameters())
 
 
-def seconds(kind: str, monitored: bool, steps: int, folder: str) -> float:
-    """Processor time of one fit."""
+def blocks(kind: str, points: int, folder: str) -> list[float]:
+    """Processor seconds of the blocks, unwatched and watched in turn, an unwatched one last."""
     torch.manual_seed(0)
     if kind == "mlp":
-        model, data = MLP(), TensorDataset(torch.randn(12800, 784), torch.randint(10, (12800,)))
+        model, batch = MLP(), (torch.randn(128, 784), torch.randint(10, (128,)))
     else:
-        model, data = Transformer(), TensorDataset(*torch.randint(100, (2, 12800, 16)))
+        model, batch = Transformer(), (torch.randint(100, (128, 16)), torch.randint(100, (128, 16)))
     clock = Clock()
-    callbacks: list[Callback] = [CollapseMonitor()] if monitored else []
     trainer = Trainer(
         accelerator="cpu",
-        max_steps=steps,
+        max_steps=(2 * points + 3) * BLOCK + 1,
         max_epochs=-1,
         logger=TensorBoardLogger(folder),
-        callbacks=[clock, *callbacks],
+        callbacks=[clock, EveryOtherBlock()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader(data, batch_size=128))
-    return clock.seconds
+    trainer.fit(model, DataLoader(Endless(batch), batch_size=None))
+    return [end - start for start, end in pairwise(clock.marks)][2:]  # the first two warm up
 
 
-def main(kind: str, rounds: int, steps: int) -> None:
-    """Print the median of the ratios of neighbouring fits, with the spread."""
-    ratios, control = [], []
+def main(kind: str, points: int) -> None:
+    """Print the mean and the median ratio: pictures are drawn at every tenth point, so the mean is what counts."""
     with tempfile.TemporaryDirectory() as folder:
-        seconds(kind, True, 51, folder)
-        for _ in range(rounds):
-            plain, watched, again = (seconds(kind, monitored, steps, folder) for monitored in (False, True, False))
-            ratios.append(2 * watched / (plain + again))
-            control.append(again / plain)
-    for name, values in ((f"CollapseMonitor() on {kind}", ratios), ("control: nothing against nothing", control)):
-        low, middle, high = min(values), statistics.median(values), max(values)
-        print(f"{name}: {middle:.4f} (min {low:.4f}, max {high:.4f}, {rounds} rounds of {steps} steps)")
+        seconds = blocks(kind, points, folder)
+    watched = [2 * seconds[i] / (seconds[i - 1] + seconds[i + 1]) for i in range(1, len(seconds) - 1, 2)]
+    control = [2 * seconds[i] / (seconds[i - 2] + seconds[i + 2]) for i in range(2, len(seconds) - 2, 2)]
+    for name, ratios in ((f"CollapseMonitor() on {kind}", watched), ("control: unwatched blocks", control)):
+        mean, median, error = statistics.mean(ratios), statistics.median(ratios), statistics.stdev(ratios)
+        print(
+            f"{name}: mean {mean:.4f} +- {error / len(ratios) ** 0.5:.4f}, median {median:.4f} ({len(ratios)} blocks)"
+        )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for name, rounds, steps in (("mlp", 7, 500), ("transformer", 3, 100)):
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name, points in (("mlp", 40), ("transformer", 4)):
         if len(sys.argv) < 2 or sys.argv[1] == name:
-            main(name, rounds, steps)
+            main(name, points)

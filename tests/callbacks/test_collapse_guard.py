@@ -52,7 +52,7 @@ def test_healthy_curves_get_no_verdict():
     ("bad", "kind"),
     [
         (LOW, "dimensional_collapse"),
-        ({"effective_rank": 6.0, "eigenvalue_effective_rank": 2.5}, "dimensional_collapse"),
+        ({"effective_rank": 14.0, "eigenvalue_effective_rank": 2.3}, "dimensional_collapse"),
         (STILL, "complete_collapse"),
         ({"relative_spread": 0.001}, "complete_collapse"),
     ],
@@ -78,6 +78,8 @@ def test_collapse_before_the_first_point_is_seen_too():
         [{}] * 4 + [LOW, {}] * 4,  # single points
         [{}] * 4 + [{"eigenvalue_effective_rank": 1.01}] * 5,  # one loud direction beside many
         [{}] * 4 + [{"effective_rank": 1.5}] * 5,
+        [{}] * 4 + [{"effective_rank": 16.0, "eigenvalue_effective_rank": 2.0}] * 5,
+        [{}] * 4 + [{"effective_rank": 3.0, "eigenvalue_effective_rank": 2.5}] * 5,  # a fifth of 12 is 2.4
         [{}] * 4 + [{"feature_std": 0.1}] * 5,  # shrinks, but not to nothing
         [{"eigenvalue_effective_rank": 1.01, "effective_rank": 9.0}] * 8,  # a healthy binary classifier
     ],
