@@ -35,16 +35,18 @@ def expected_under_isotropy(measure: str, n: int, d: int) -> float:
 
     Example:
         >>> round(expected_under_isotropy("participation_ratio", n=512, d=256), 1)  # about d / (1 + d / n)
-        170.6
+        170.5
     """
     return _expected(get_measure(measure), n, d)
 
 
 @lru_cache(maxsize=4096)
 def _expected(measure: Measure, n: int, d: int) -> float:
+    if n < 2:
+        return nan
     if measure.null is not None:
         return measure.null(n, d)
-    if measure.kind != "spectrum" or n < 2:
+    if measure.kind != "spectrum":
         return nan
     # centering costs one degree of freedom
     rows = n - 1 if measure.spectrum == "centered" else n

@@ -35,6 +35,7 @@ def effective_rank(singular_values: Tensor | Spectrum) -> Tensor:
 
 
 @register_measure(
+    record=True,
     spectrum="raw",
     range="1 to min(n, d), a hair more for the epsilon",
     collapsed="near 1",
@@ -64,7 +65,12 @@ def rankme(singular_values: Tensor | Spectrum, eps: float = 1e-7) -> Tensor:
         >>> rankme(torch.ones(8))
         tensor(8.0000)
     """
-    return _exp_entropy(values_of(singular_values), eps)
+    values = values_of(singular_values)
+    if not isinstance(singular_values, Spectrum):
+        return _exp_entropy(values, eps)
+    # a matrix of n rows has n singular values: no epsilon for the others of a d x d Gram matrix
+    exists = torch.arange(values.shape[-1], device=values.device) < singular_values.count
+    return _exp_entropy(values, eps * exists)
 
 
 @register_measure(
@@ -158,23 +164,25 @@ def unbiased_participation_ratio(spectrum: Spectrum) -> Tensor:
         Himeno & Yamada, *Estimations for some functions of covariance matrix in high dimension under non-normality
         and its applications*, J. Multivariate Analysis 2014.
     """
-    if not isinstance(spectrum, Spectrum) or spectrum.quartic is None:
+    if not isinstance(spectrum, Spectrum) or spectrum.kurtosis is None:
         raise TypeError(
             "`unbiased_participation_ratio` needs the `Spectrum` record of centered features, got"
             f" {type(spectrum).__name__}. Use `lightning_collapse.spectral.spectrum_of(features)`."
         )
     n = spectrum.count
-    top = values_of(spectrum).amax(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    energy = (values_of(spectrum) / top).square() / (n - 1)  # relative to the top: fourth powers overflow otherwise
-    square, trace2 = energy.square().sum(dim=-1), energy.sum(dim=-1).square()
-    quartic = spectrum.quartic / top**4 / (n - 1)
-    # the common factor of both estimates cancels
-    numerator = 2 * square + (n**2 - 3 * n + 1) * trace2 - n * quartic
-    denominator = (n - 1) * (n - 2) * square + trace2 - n * quartic
+    energy = _relative(spectrum).square()
+    total = energy.sum(dim=-1)
+    square = energy.square().sum(dim=-1) / total.square().clamp_min(torch.finfo(total.dtype).tiny)
+    quartic = (n - 1) * spectrum.kurtosis
+    # relative to (tr S)^2; the common factor of both estimates cancels
+    numerator = 2 * square + (n**2 - 3 * n + 1) - n * quartic
+    denominator = (n - 1) * (n - 2) * square + 1 - n * quartic
     ratio = _participation(numerator, denominator, spectrum)
-    ratio = torch.where(denominator > 0, ratio, float(spectrum.dim)).clamp(1, spectrum.dim)
+    # a projection does not know how wide the features were
+    most = float("inf") if spectrum.sketched else float(spectrum.dim)
+    ratio = torch.where(denominator > 0, ratio, most).clamp(1, most)
     ratio = torch.where(n > 3, ratio, torch.nan)
-    return torch.where(values_of(spectrum).amax(dim=-1) > 0, ratio, values_of(spectrum).sum(dim=-1))
+    return torch.where(total > 0, ratio, torch.where(total.isnan(), total, 0.0))
 
 
 @register_measure(
@@ -294,7 +302,7 @@ def srank(singular_values: Tensor | Spectrum, delta: float = 0.01) -> Tensor:
     return _keep_nan((below.sum(dim=-1) + 1) * (total.squeeze(-1) > 0), values)
 
 
-def _exp_entropy(mass: Tensor, eps: float = 0.0) -> Tensor:
+def _exp_entropy(mass: Tensor, eps: float | Tensor = 0.0) -> Tensor:
     total = mass.sum(dim=-1, keepdim=True)
     p = mass / total.clamp_min(torch.finfo(mass.dtype).tiny) + eps
     entropy = -(p * p.clamp_min(torch.finfo(mass.dtype).tiny).log()).sum(dim=-1)

@@ -139,8 +139,8 @@ def mean_cosine(features: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     unit, weight = _unit_rows(features, mask)
     count = weight.sum()
-    cosine = (unit.sum(dim=0).square().sum() - count) / (count * (count - 1))
-    return torch.where(count > 1, cosine, torch.nan)
+    cosine = (unit.sum(dim=0).square().sum() - count) / (count * (count - 1)).clamp_min(1)
+    return torch.where(count > 1, cosine, torch.nan).to(features.dtype)
 
 
 @register_measure(
@@ -177,8 +177,11 @@ def uniformity(features: Tensor, mask: Tensor | None = None, t: float = 2.0) -> 
     potential = t * (2 * unit @ unit.T - 2).clamp_max(0)
     pairs = weight.unsqueeze(1) * weight * (1 - torch.eye(len(unit), device=unit.device, dtype=unit.dtype))
     count = weight.sum()
-    value = potential.masked_fill(pairs == 0, -torch.inf).flatten().logsumexp(dim=0) - (count * (count - 1)).log()
-    return torch.where(count > 1, value, torch.nan)
+    value = (
+        potential.masked_fill(pairs == 0, -torch.inf).flatten().logsumexp(dim=0)
+        - (count * (count - 1)).clamp_min(1).log()
+    )
+    return torch.where(count > 1, value, torch.nan).to(features.dtype)
 
 
 @register_measure(
@@ -196,12 +199,13 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
     0 alone says nothing: a collapsed encoder is perfectly aligned. Read it beside :func:`uniformity`.
 
     Args:
-        x: First views, shape ``(N, D)``; rows are normalized here.
+        x: First views, shape ``(N, D)``; rows are normalized here. Pairs with NaN or infinity or a zero row are left
+            out.
         y: Second views, shape ``(N, D)``.
         alpha: The paper's 2.
 
     Returns:
-        0-dimensional, between 0 (views agree) and ``2 ** alpha`` (opposite).
+        0-dimensional, between 0 (views agree) and ``2 ** alpha`` (opposite); NaN for no pairs.
 
     Raises:
         ValueError: If the shapes differ.
@@ -215,16 +219,26 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
     """
     if x.shape != y.shape:
         raise ValueError(f"`x` and `y` are views of the same rows, got shapes {tuple(x.shape)} and {tuple(y.shape)}.")
-    x, y = _unit_rows(x, None)[0], _unit_rows(y, None)[0]
-    return (x - y).square().sum(dim=1).pow(alpha / 2).mean()
+    dtype = x.dtype
+    (x, x_counts), (y, y_counts) = _unit_rows(x, None), _unit_rows(y, None)
+    counts = x_counts * y_counts
+    # the power of zero has no gradient below alpha = 2
+    square = (x - y).square().sum(dim=1)
+    apart = square > 0
+    distance = torch.where(apart, torch.where(apart, square, 1.0).pow(alpha / 2), 0.0)
+    count = counts.sum()
+    return torch.where(count > 0, (counts * distance).sum() / count.clamp_min(1), torch.nan).to(dtype)
 
 
 def _std(features: Tensor, mask: Tensor | None) -> Tensor:
     # in float32 the rounding of the mean alone gives a constant feature of 1000 a spread of 1e-5
     rows, _, weight = finite_rows(features.to(accumulation_dtype(features.device)), mask)
     count = weight.sum()
-    centered = (rows - rows.sum(dim=0) / count) * weight.unsqueeze(1)
-    std = _root(centered.square().sum(dim=0) / (count - 1)).to(features.dtype)
+    mean = rows.sum(dim=0) / count.clamp_min(1)
+    square = ((rows - mean) * weight.unsqueeze(1)).square().sum(dim=0)
+    # what varies by less than the rounding of its mean is constant, as in a spectrum
+    varies = square > count * (torch.finfo(features.dtype).eps * mean).square()
+    std = _root(square * varies / (count - 1).clamp_min(1)).to(features.dtype)
     return torch.where(count > 1, std, torch.nan)
 
 
@@ -234,7 +248,8 @@ def _root(square: Tensor) -> Tensor:
 
 
 def _unit_rows(features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    rows, _, weight = finite_rows(features, mask)
+    # in double precision: 1 - cosine is what counts, and where a mean dominates it is small
+    rows, _, weight = finite_rows(features.to(accumulation_dtype(features.device)), mask)
     rows = rows / rows.detach().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     norm = rows.norm(dim=1, keepdim=True)
     return rows / norm.clamp_min(torch.finfo(rows.dtype).tiny), weight * (norm.squeeze(1) > 0)

@@ -56,16 +56,22 @@ def condition_number(singular_values: Tensor | Spectrum) -> Tensor:
         tensor(4.)
     """
     values = values_of(singular_values)
-    smallest = values[..., -1]
+    largest, smallest = values[..., 0], values[..., -1]
     if isinstance(singular_values, Spectrum):
         last = (singular_values.count - 1).clamp(1, values.shape[-1]).long() - 1
         smallest = values.gather(-1, last.view(1)).squeeze(-1)
-    ratio = values[..., 0] / smallest
-    return torch.where(values[..., 0] == 0, torch.zeros_like(ratio), ratio)
+    invertible = smallest != 0
+    ratio = largest / torch.where(invertible, smallest, 1.0)
+    ratio = torch.where(invertible, ratio, torch.where(largest > 0, torch.inf, largest))
+    return torch.where(values.isnan().any(dim=-1), torch.nan, ratio)
 
 
 @register_measure(
-    record=True, range="0 to 1", collapsed="near 0", source="IsoScore: Rudman et al., ACL 2022, arXiv 2108.07344"
+    sketchable=False,
+    record=True,
+    range="0 to 1",
+    collapsed="near 0",
+    source="IsoScore: Rudman et al., ACL 2022, arXiv 2108.07344",
 )
 @full_precision
 def isotropy(singular_values: Tensor | Spectrum) -> Tensor:
@@ -172,7 +178,8 @@ def _power_law(singular_values: Tensor | Spectrum, first: int, last: int) -> tup
     size = values.shape[-1]
     energy = (values / values.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)).square()
     rank = torch.arange(1, size + 1, device=values.device, dtype=values.dtype)
-    usable = (energy > size * torch.finfo(torch.float32).eps) & (rank >= first) & (rank <= last)
+    present = (values > 0).sum(dim=-1, keepdim=True)  # not K: a Gram matrix may bring zeros beyond min(n, d)
+    usable = (energy > present * torch.finfo(torch.float32).eps) & (rank >= first) & (rank <= last)
     weight = usable / rank
     total = weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     x = -rank.log()

@@ -81,13 +81,30 @@ class Spectrum(Metric):
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add what another metric of this class has seen, exactly."""
         if isinstance(incoming_state, Metric):
-            incoming_state = {name: getattr(incoming_state, name) for name in STATES}
+            incoming_state = {name: getattr(incoming_state, name, None) for name in STATES}
+        shift = incoming_state.get("shift") if isinstance(incoming_state, dict) else None
+        if shift is None or shift.shape != self.shift.shape or not set(STATES) <= set(incoming_state):
+            raise ValueError(
+                f"`incoming_state` must be a `Spectrum` metric, or its states, of `dim={self.dim}`, got"
+                f" {type(incoming_state).__name__}."
+            )
         self._set(self.moments().merge(Moments.from_states(incoming_state)))
+        self._computed = None
+        self._update_count += 1
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any | None = None) -> None:
         # the states are sums about a shift that differs between processes: reducing each by itself would be wrong,
         # and the default gathers a copy of every state per process
         self._set(self.moments().reduce(process_group or self.process_group))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Metric:
+        def move(tensor: Tensor) -> Tensor:
+            # a model in half precision takes its metrics along: sums must stay what they are
+            moved = fn(tensor)
+            return tensor.to(moved.device) if tensor.is_floating_point() and moved.dtype != tensor.dtype else moved
+
+        super()._apply(move, *args, **kwargs)
+        return self
 
     def _set(self, moments: Moments) -> None:
         for name, state in moments.states().items():

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_collapse.spectral.eigenvalues import eigenvalues
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.spectral.rows import finite_rows
-from lightning_collapse.spectral.spectrum import RESOLUTION, Spectrum, finish_spectrum
+from lightning_collapse.spectral.spectrum import RESOLUTION, Spectrum, finish_spectrum, relative_to_square
 from lightning_collapse.utilities.distributed import all_reduce_sum
 
 STATES = ("seen", "count", "shift", "total", "second", "cubic", "quartic")
@@ -105,6 +105,7 @@ class Moments:
         self.cubic = self.cubic + energy @ anchored
         self.quartic = self.quartic + energy.square().sum()
 
+    @full_precision
     def about(self, shift: Tensor) -> Moments:
         """The same statistics about another anchor of shape ``(D,)``; exact algebra, no data needed."""
         delta = shift - self.shift
@@ -161,17 +162,18 @@ class Moments:
         gram, record = self.gram(center)
         return finish_spectrum(eigenvalues(gram), record)
 
+    @full_precision
     def gram(self, center: bool = True, resolution: float = RESOLUTION) -> tuple[Tensor, Spectrum]:
         """The Gram matrix ``(D, D)`` and an unfinished record, see :func:`~lightning_collapse.spectral.gram_of`."""
         centered = self.about(self.mean)
-        gram, quartic = centered.second, centered.quartic
+        gram, kurtosis = centered.second, None
         if center:
+            kurtosis = relative_to_square(centered.quartic, gram.trace())
             varies = gram.diagonal() > self.count * (resolution * centered.shift).square()
             gram = gram * (varies.unsqueeze(1) & varies)
         else:
             gram = gram + self.count * torch.outer(centered.shift, centered.shift)
-        one = torch.ones_like(self.count)
-        return gram, Spectrum(one, self.count, len(self.shift), quartic if center else None)
+        return gram, Spectrum(torch.ones_like(self.count), self.count, len(self.shift), kurtosis)
 
 
 def reduce_moments(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> list[Moments]:

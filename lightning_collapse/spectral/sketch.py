@@ -26,7 +26,9 @@ class GaussianSketch:
 
     def __init__(self, dim: int, size: int, device: torch.device | str | None = None) -> None:
         generator = torch.Generator().manual_seed(dim)  # its own generator: the global random state is the user's
-        self.matrix = (torch.randn(dim, size, generator=generator) / dim**0.5).to(device)
+        self.matrix = (torch.randn(dim, size, generator=generator, dtype=torch.float32, device="cpu") / dim**0.5).to(
+            device
+        )
 
     @full_precision
     def __call__(self, features: Tensor) -> Tensor:

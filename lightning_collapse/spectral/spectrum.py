@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,24 +23,23 @@ class Spectrum:
         singular_values: Descending, shape ``(K,)``.
         count: Number of rows behind them, 0-dimensional.
         dim: Number of features ``D``.
-        quartic: Sum over rows of the fourth power of the centered norm, 0-dimensional; ``None`` if the features were
-            not centered.
+        kurtosis: Sum of the fourth powers of the centered norms over the square of the sum of their squares,
+            0-dimensional; ``None`` if the features were not centered.
         sketched: Whether ``D`` is the width of a random Gaussian projection of wider features.
     """
 
     singular_values: Tensor
     count: Tensor
     dim: int
-    quartic: Tensor | None = None
+    kurtosis: Tensor | None = None
     sketched: bool = False
 
 
-@full_precision
 def singular_values(features: Tensor, center: bool = True) -> Tensor:
     """Singular values of a feature matrix, in descending order; differentiable, and never raising on bad numbers.
 
     From the eigenvalues of the smaller Gram matrix in ``float64``: an order of magnitude faster than an SVD when one
-    side is short, and right down to 1e-8 of the largest one.
+    side is short, and right down to about 1e-7 of the largest one; what is smaller is zero.
 
     Args:
         features: Representations, shape ``(N, D)``. Rows with NaN or infinity are left out.
@@ -56,10 +55,9 @@ def singular_values(features: Tensor, center: bool = True) -> Tensor:
         >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), center=False)
         tensor([3., 2.])
     """
-    return spectrum_of(features, center).singular_values.to(features.dtype)
+    return spectrum_of(features, center).singular_values.to(torch.promote_types(features.dtype, torch.float32))
 
 
-@full_precision
 def spectrum_of(features: Tensor, center: bool = True, mask: Tensor | None = None) -> Spectrum:
     """The full :class:`Spectrum` record of a feature matrix; see :func:`singular_values`.
 
@@ -75,7 +73,6 @@ def spectrum_of(features: Tensor, center: bool = True, mask: Tensor | None = Non
     return finish_spectrum(eigenvalues(gram), record)
 
 
-@full_precision
 def gram_of(features: Tensor, center: bool = True, mask: Tensor | None = None) -> tuple[Tensor, Spectrum]:
     """The smaller Gram matrix of the rows that count, of moderate scale, and an unfinished record.
 
@@ -87,7 +84,38 @@ def gram_of(features: Tensor, center: bool = True, mask: Tensor | None = None) -
         raise ValueError(
             f"`features` must have shape (N, D), got {tuple(features.shape)}. Flatten tokens or pool maps first."
         )
-    resolution = max(torch.finfo(features.dtype).eps, RESOLUTION)
+    # of the dtype as it came: `_gram` is given half features as `float32`
+    return _gram(features, center, mask, max(torch.finfo(features.dtype).eps, RESOLUTION))
+
+
+def finish_spectrum(values: Tensor, record: Spectrum) -> Spectrum:
+    """Put the eigenvalues of the matrix that :func:`gram_of` made into its record.
+
+    ``n`` rows have ``n`` singular values, ``n - 1`` once centered; what the solver returns beyond them, and below the
+    rounding of the largest, is noise and set to zero.
+    """
+    size = values.shape[-1]
+    ceiling = record.count - int(record.kurtosis is not None)
+    exists = torch.arange(size, device=values.device) < ceiling
+    values = values * (exists & (values > size * torch.finfo(values.dtype).eps * values[..., :1]))
+    return replace(record, singular_values=safe_sqrt(values) * record.singular_values)
+
+
+def relative_to_square(quartic: Tensor, energy: Tensor) -> Tensor:
+    """``quartic / energy ** 2``, and zero of nothing."""
+    return quartic / energy.square().clamp_min(torch.finfo(energy.dtype).tiny)
+
+
+def values_of(spectrum: Tensor | Spectrum) -> Tensor:
+    """The singular values of a record, or the tensor itself: at least ``float32``, and a zero where there is none."""
+    values = spectrum.singular_values if isinstance(spectrum, Spectrum) else spectrum
+    if not values.shape[-1]:  # of no rows, or no features
+        values = values.new_zeros(*values.shape[:-1], 1)
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+@full_precision
+def _gram(features: Tensor, center: bool, mask: Tensor | None, resolution: float) -> tuple[Tensor, Spectrum]:
     dtype = accumulation_dtype(features.device)
     rows, _, weight = finite_rows(features.to(dtype), mask)
     count = weight.sum()
@@ -95,23 +123,13 @@ def gram_of(features: Tensor, center: bool = True, mask: Tensor | None = None) -
     if features.dtype == dtype and rows.numel():  # fourth powers of narrower dtypes fit, of this one they may not
         scale = rows.detach().abs().amax().clamp_min(torch.finfo(dtype).tiny)
         rows = rows / scale
-    quartic = None
+    kurtosis = None
     if center:
         mean = rows.sum(dim=0) / count.clamp_min(1)
         rows = (rows - mean) * weight.unsqueeze(1)
         varies = rows.square().sum(dim=0) > count * (resolution * mean).square()
         rows = rows * varies
-        quartic = rows.square().sum(dim=1).square().sum() * scale**4
+        energy = rows.square().sum(dim=1)
+        kurtosis = relative_to_square(energy.square().sum(), energy.sum())
     gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
-    return gram, Spectrum(scale, count, features.shape[1], quartic)
-
-
-def finish_spectrum(values: Tensor, record: Spectrum) -> Spectrum:
-    """Put the eigenvalues of the matrix that :func:`gram_of` made into its record."""
-    return Spectrum(safe_sqrt(values) * record.singular_values, record.count, record.dim, record.quartic)
-
-
-def values_of(spectrum: Tensor | Spectrum) -> Tensor:
-    """The singular values of a record, or the tensor itself, at least ``float32``."""
-    values = spectrum.singular_values if isinstance(spectrum, Spectrum) else spectrum
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    return gram, Spectrum(scale, count, features.shape[1], kurtosis)

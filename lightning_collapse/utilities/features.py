@@ -19,8 +19,8 @@ def as_rows(output: Any, channels_first: bool = False) -> Tensor | None:
             - vectors ``(N, D)``: as they are; ``(N,)``: one feature each;
             - tokens ``(N, L, D)``: every token is a row, ``(N * L, D)``;
             - maps ``(N, C, *spatial)`` with two or more spatial dimensions: their spatial mean, ``(N, C)``;
-            - a tuple or list: its first element that holds a floating-point tensor (so an LSTM's sequence output, an
-              attention module's output and not its weights);
+            - a tuple or list: its first element that holds a floating-point tensor, scalars such as a loss apart (so an
+              LSTM's sequence output, an attention module's output and not its weights);
             - a mapping or Hugging Face ``ModelOutput``: the first of :data:`PREFERRED_KEYS` it has, else its first
               floating-point tensor. Of a sequence under such a key (``hidden_states``) the last element counts.
         channels_first: Read three dimensions as maps ``(N, C, L)``, what ``nn.Conv1d`` returns.
@@ -35,7 +35,7 @@ def as_rows(output: Any, channels_first: bool = False) -> Tensor | None:
         (torch.Size([4, 8]), torch.Size([20, 8]))
     """
     features = _pick(output)
-    if features is None or features.ndim == 0:
+    if features is None:
         return None
     if features.ndim == 1:
         return features.unsqueeze(1)
@@ -47,17 +47,18 @@ def as_rows(output: Any, channels_first: bool = False) -> Tensor | None:
     return features.flatten(2).mean(dim=2, dtype=torch.promote_types(features.dtype, torch.float32))
 
 
-def as_row_mask(output: Any, mask: Tensor | None) -> Tensor | None:
+def as_row_mask(output: Any, mask: Tensor | None, channels_first: bool = False) -> Tensor | None:
     """Flatten a padding mask the way :func:`as_rows` flattens tokens.
 
     Args:
         output: What the layer returned.
         mask: Shape ``(N, L)``, true or non-zero for real tokens (Hugging Face's ``attention_mask``).
+        channels_first: As in :func:`as_rows`: then there are no tokens.
 
     Returns:
         Boolean, shape ``(N * L,)``, or ``None`` if the output is not tokens of that shape.
     """
-    features = _pick(output)
+    features = None if channels_first else _pick(output)
     if mask is None or features is None or features.ndim != 3 or mask.shape != features.shape[:2]:
         return None
     return mask.flatten().bool()
@@ -73,7 +74,7 @@ def evenly(rows: Tensor, limit: int) -> Tensor:
 
 def _pick(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
+        return output if output.is_floating_point() and output.ndim else None
     if isinstance(output, Mapping):
         for key in PREFERRED_KEYS:
             value = output.get(key)

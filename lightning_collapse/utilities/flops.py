@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_collapse.utilities.modules import is_compiled, weighted_layers
+from lightning_collapse.utilities.modules import in_backward, is_compiled, weighted_layers
 
 
 class TrainingFlops:
@@ -35,6 +35,10 @@ class TrainingFlops:
         self._handles.clear()
 
     def _count(self, module: nn.Module, args: Any, output: Any) -> None:
+        if in_backward():
+            return
+        transposed = getattr(module, "transposed", False)  # there every position of the input meets every weight
+        output = args[0] if transposed else output
         output = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(output, Tensor) or output.ndim < 2 or not output.numel():
             return

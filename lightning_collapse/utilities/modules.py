@@ -1,9 +1,9 @@
 """Which layers to look at, and what to call them."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain, count
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ MAX_DEFAULT_LAYERS = 12
 INPUT_SUFFIX = ":input"
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 _CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.MaxPool1d, nn.AvgPool1d)
+_KEEP_SHAPE = {"torch.nn.modules.activation", "torch.nn.modules.dropout"}
+_LISTS = (nn.ModuleList, nn.ModuleDict)  # never called themselves
 Named = tuple[str, nn.Module]
 
 
@@ -53,6 +55,7 @@ def find_modules(root: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modul
         ValueError: If a pattern matches nothing; the message lists what there is.
     """
     names = {clean_name(name): module for name, module in reversed(list(_named(root)))}
+    names = {name: module for name, module in names.items() if not isinstance(module, _LISTS)}
     names = dict(reversed(names.items()))  # of a compiled or sharded module the outermost wrapper
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
@@ -81,7 +84,7 @@ def default_taps(root: nn.Module) -> list[Tap]:
 
     The rule, from the root down (only modules that hold a weight of two or more dimensions count, embeddings do not):
 
-    - three or more siblings of one class (a convnet's stages), two or more in an ``nn.ModuleList`` or
+    - three or more siblings of one class that hold half of the weights (stages), two or more in an ``nn.ModuleList`` or
       ``nn.Sequential`` (a transformer's blocks), or the three or more layers of an ``nn.Sequential`` are the blocks;
     - a module with a single such child is a wrapper: look inside;
     - other modules are looked into if there are blocks further down; if there are none, their children are the blocks;
@@ -93,9 +96,7 @@ def default_taps(root: nn.Module) -> list[Tap]:
     if len(blocks) > keep:
         blocks = [blocks[round(i * (len(blocks) - 1) / (keep - 1))] for i in range(keep)]
     taps = [Tap(clean_name(name), module) for name, module in blocks]
-    linears = [
-        (name, module) for name, module in weighted_layers(root) if getattr(module, "weight", torch.empty(0)).ndim == 2
-    ]
+    linears = [named for named in weighted_layers(root) if _is_linear(named[1])]
     if linears:
         name, module = linears[-1]
         taps.append(Tap(clean_name(name) + INPUT_SUFFIX, module, "input"))
@@ -115,9 +116,14 @@ def weighted_layers(root: nn.Module) -> list[Named]:
     return list(_leaves("", root))
 
 
-def is_channels_first(module: nn.Module) -> bool:
-    """Whether the last layer inside ``module`` returns ``(N, C, L)``."""
-    return isinstance(list(module.modules())[-1], _CHANNELS_FIRST)
+def is_channels_first(module: nn.Module, side: Literal["output", "input"] = "output") -> bool:
+    """Whether ``module`` returns, or receives, ``(N, C, L)``: its last, or first, layer that cares about shape does."""
+    layers = [layer for layer in module.modules() if not next(layer.children(), None)]
+    for layer in layers if side == "input" else reversed(layers):
+        keeps_shape = type(layer).__module__ in _KEEP_SHAPE or isinstance(layer, nn.Identity)
+        if not keeps_shape or next(layer.parameters(), None) is not None:
+            return isinstance(layer, _CHANNELS_FIRST)
+    return False
 
 
 def is_compiled(root: nn.Module) -> bool:
@@ -151,13 +157,13 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _unique(taps: list[Tap]) -> list[Tap]:
     """The same taps under names that are fit for tags and differ from each other."""
-    seen: Counter[str] = Counter()
-    unique = []
+    unique: dict[str, Tap] = {}
     for tap in taps:
-        name = curve_name(tap.name)
-        seen[name] += 1
-        unique.append(tap._replace(name=f"{name}_{seen[name]}" if seen[name] > 1 else name))
-    return unique
+        plain = curve_name(tap.name)
+        names = chain([plain], (f"{plain}_{i}" for i in count(2)))
+        name = next(name for name in names if name not in unique)
+        unique[name] = tap._replace(name=name)
+    return list(unique.values())
 
 
 def _kids(name: str, module: nn.Module) -> list[Named]:
@@ -176,6 +182,14 @@ def _leaves(name: str, module: nn.Module) -> Iterator[Named]:
         yield from _leaves(*kid)
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """By the shape of the weight: precision plugins replace ``nn.Linear`` by classes of their own."""
+    weight = getattr(module, "weight", None)
+    if weight is None or nn.parameter.is_lazy(weight):
+        return isinstance(module, nn.Linear)
+    return isinstance(weight, torch.Tensor) and weight.ndim == 2
+
+
 def _is_opaque(module: nn.Module) -> bool:
     """Whether the children are only holders of weights that the module itself multiplies by."""
     return isinstance(module, nn.MultiheadAttention) or hasattr(module, "parametrizations")
@@ -186,10 +200,19 @@ def _is_stack(module: nn.Module) -> bool:
     listed = isinstance(module, nn.ModuleList | nn.Sequential)
     if isinstance(module, nn.Sequential) and len(kids) >= 3:
         return True
-    classes = Counter(
-        type(kid) for kid in kids if _kids("", kid) and not isinstance(kid, nn.ModuleList | nn.ModuleDict)
+    alike: dict[type[nn.Module], list[nn.Module]] = {}
+    for kid in kids:
+        if _kids("", kid) and not isinstance(kid, _LISTS):
+            alike.setdefault(type(kid), []).append(kid)
+    size = sum(map(_size, kids))
+    return any(
+        len(same) >= (2 if listed and cls is not nn.Sequential else 3) and 2 * sum(map(_size, same)) >= size
+        for cls, same in alike.items()
     )
-    return any(count >= (2 if listed and cls is not nn.Sequential else 3) for cls, count in classes.items())
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for _, layer in _leaves("", module) for p in layer.parameters() if not nn.parameter.is_lazy(p))
 
 
 def _blocks(name: str, module: nn.Module) -> list[Named]:
@@ -203,6 +226,6 @@ def _blocks(name: str, module: nn.Module) -> list[Named]:
 
 def _callable(name: str, module: nn.Module) -> list[Named]:
     """A module list is never called: its elements are."""
-    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+    if not isinstance(module, _LISTS):
         return [(name, module)]
     return [named for kid in _kids(name, module) for named in _callable(*kid)]

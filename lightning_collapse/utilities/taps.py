@@ -92,7 +92,7 @@ class RowTaps:
         return tap.module.register_forward_hook(after)
 
     def _ear(self, tap: Tap) -> Callable[[Any], None]:
-        name, channels_first = tap.name, is_channels_first(tap.module) and tap.side == "output"
+        name, channels_first = tap.name, is_channels_first(tap.module, tap.side)
 
         def hear(value: Any) -> None:
             if not self.armed or in_backward():
@@ -101,7 +101,7 @@ class RowTaps:
                 rows = as_rows(value, channels_first)
                 if rows is None:
                     return
-                mask = as_row_mask(value, self.mask)
+                mask = as_row_mask(value, self.mask, channels_first)
                 limit = self.limit or min(4 * rows.shape[1], 1024)
                 kept = evenly(rows.detach(), limit), mask if mask is None else evenly(mask, limit)
                 self._calls[name].append((*kept, rows.shape[0]))

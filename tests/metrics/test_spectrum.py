@@ -23,7 +23,7 @@ def test_center(center: bool) -> None:
     expected = spectrum_of(rows(), center)
     torch.testing.assert_close(metric.compute(), expected.singular_values, rtol=1e-10, atol=0)
     assert metric.record().count == 40
-    assert (metric.record().quartic is None) is not center
+    assert (metric.record().kurtosis is None) is not center
 
 
 def test_any_measure_of_the_record() -> None:

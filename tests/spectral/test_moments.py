@@ -198,10 +198,10 @@ def test_spectrum_is_that_of_all_rows(center: bool) -> None:
     assert record.dim == D
     assert not record.sketched
     if center:
-        assert record.quartic.item() == pytest.approx(expected.quartic.item(), rel=1e-10)
+        assert record.kurtosis.item() == pytest.approx(expected.kurtosis.item(), rel=1e-10)
     else:
-        assert record.quartic is None
-        assert expected.quartic is None
+        assert record.kurtosis is None
+        assert expected.kurtosis is None
 
 
 def test_constant_features_have_no_spectrum() -> None:

@@ -83,6 +83,30 @@ def test_the_mean_variance_is_kept() -> None:
     assert feature_std(GaussianSketch(DIM, SIZE)(x)).item() == pytest.approx(feature_std(x).item(), rel=0.02)
 
 
+def test_moments_behind_the_correction() -> None:
+    # means over projections: tr S_y^2 = (1 + 1/k) tr S^2 + (tr S)^2 / k and (tr S_y)^2 = (tr S)^2 + 2 tr S^2 / k
+    k, eigenvalues = 6, torch.tensor([4.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5], dtype=torch.float64)
+    omega = torch.randn(40000, 8, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / k**0.5
+    covariances = omega.transpose(1, 2) @ (eigenvalues.unsqueeze(1) * omega)
+    square, trace2 = eigenvalues.square().sum().item(), eigenvalues.sum().item() ** 2
+    assert covariances.square().sum(dim=(1, 2)).mean().item() == pytest.approx(
+        float((1 + 1 / k) * square + trace2 / k), rel=0.01
+    )
+    traces = covariances.diagonal(dim1=1, dim2=2).sum(dim=1)
+    assert traces.square().mean().item() == pytest.approx(trace2 + 2 * square / k, rel=0.01)
+
+
+def test_the_correction_solves_for_the_moments() -> None:
+    k = 64
+    values = torch.arange(1, k + 1, dtype=torch.float64) ** -0.25
+    of_sketch = values.pow(4).sum().item(), values.square().sum().square().item()
+    square, trace2 = torch.linalg.solve(
+        torch.tensor([[1 + 1 / k, 1 / k], [2 / k, 1]]), torch.tensor(of_sketch)
+    ).tolist()
+    found = participation_ratio(Spectrum(values, torch.tensor(1000.0), k, sketched=True)).item()
+    assert found == pytest.approx(trace2 / square, rel=2e-3)  # of second order in 1 / k, a hundredth of the correction
+
+
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
 def test_participation_ratio_is_debiased(exponent: float) -> None:
     assert bias(participation_ratio, exponent) == pytest.approx(1, abs=0.04)
