@@ -98,6 +98,12 @@ def test_numerical_rank_counts_above_the_tolerance() -> None:
     assert numerical_rank(values(1.0, 0.5 * 3 * 2.0**-52, 1e-17)) == 1
 
 
+@pytest.mark.parametrize(("n", "d", "expected"), [(10, 10, 2), (10, 200, 1), (200, 10, 1), (50, 50, 2)])
+def test_tolerance_of_a_record_is_that_of_its_longer_side(n: int, d: int, expected: int) -> None:
+    # 1e-5 is the float32 rounding of 84 rows or features
+    assert numerical_rank(Spectrum(values(1.0, 1e-5), torch.tensor(float(n)), d)) == expected
+
+
 @pytest.mark.parametrize("shape", [(200, 32), (32, 200), (40, 40)])
 @pytest.mark.parametrize("rank", [1, 5, 20])
 def test_numerical_rank_of_low_rank_features(shape: tuple[int, int], rank: int) -> None:

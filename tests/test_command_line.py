@@ -1,0 +1,54 @@
+"""The command line and the examples, as a user runs them."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_collapse.__main__ import main
+from lightning_collapse.utilities.registry import MEASURES
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+def test_measures_lists_the_registry(capsys):
+    main(["measures", "--width", "200"])
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in MEASURES)
+
+
+def test_help_names_the_commands():
+    command = [sys.executable, "-m", "lightning_collapse", "--help"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "measures" in printed
+    assert "demo" in printed
+
+
+@pytest.mark.filterwarnings("ignore:`CollapseGuard` at step")
+def test_demo_writes_events_and_a_picture_and_says_what_was_seen(tmp_path, capsys):
+    main(["demo", "--out", str(tmp_path / "demo"), "--steps", "60"])
+    printed = capsys.readouterr().out
+    assert "dimensional collapse in `projector.0`" in printed
+    assert "VICReg: the guard found no collapse." in printed
+    assert f"tensorboard --logdir {tmp_path / 'demo'}" in printed
+    assert (tmp_path / "demo" / "collapse.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "demo").rglob("events.out.tfevents.*"))) == 2
+
+
+@pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])
+def test_demo_without_its_extra_says_what_to_install(missing, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit, match=rf"needs `{missing}`.*pip install 'lightning-collapse\[examples\]'"):
+        main(["demo", "--out", str(tmp_path), "--steps", "1"])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_ends_with_what_was_seen(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path))["main"](steps=60)
+    [*_, last] = capsys.readouterr().out.strip().splitlines()
+    assert last.startswith("After 60 steps")
