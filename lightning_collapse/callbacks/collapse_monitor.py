@@ -83,7 +83,7 @@ class CollapseMonitor(Monitor):
         ),
         every_n_steps: int | None = None,
         rows: int | None = None,
-        max_overhead: float = 0.01,
+        max_overhead: float = 0.005,
         max_dim: int = 2048,
         validation: bool = False,
     ) -> None:

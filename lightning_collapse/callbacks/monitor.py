@@ -35,6 +35,7 @@ class Monitor(Callback, ABC):
                 f"`every_n_steps` must be at least 1, or None to follow the trainer's, got {every_n_steps}."
             )
         self.every_n_steps = every_n_steps
+        self._left = -1
         self._warned: set[str] = set()
 
     @abstractmethod
@@ -74,17 +75,21 @@ class Monitor(Callback, ABC):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._left = -1
         if every := self.cadence(trainer):
-            self.before_batch(trainer, batch, batches_until(trainer, every))
+            self._left = batches_until(trainer, every)
+            self.before_batch(trainer, batch, self._left)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not (every := self.cadence(trainer)):
+        if self._left < 0:
             return
-        self.after_batch(trainer, pl_module, batches_until(trainer, every))
-        if is_due(trainer, every):
+        # that it was an epoch's last batch can be known only now, and only where that ends an accumulation early
+        due = is_due(trainer, self.cadence(trainer)) if trainer.accumulate_grad_batches > 1 else self._left == 0
+        self.after_batch(trainer, pl_module, 0 if due else self._left)
+        if due:
             self.publish(trainer, pl_module, self.measure(trainer, pl_module, logging_step(trainer)))
 
     @override

@@ -53,7 +53,8 @@ def read(layers: Sequence[LayerRows], measures: Sequence[Measure]) -> tuple[list
         the centered spectrum.
     """
     kinds = {measure.spectrum for measure in measures if measure.kind == "spectrum"} | {"centered"}
-    layers, shared = _share(layers)
+    needs_rows = any(measure.kind == "rows" and measure.of_record is None for measure in measures)
+    layers, shared = _share(layers, needs_rows)
     grams = {
         kind: [_gram(layer, moments, kind) for layer, moments in zip(layers, shared, strict=True)] for kind in kinds
     }
@@ -75,13 +76,15 @@ def _evaluate(measure: Measure, layer: LayerRows, spectra: dict[str, Spectrum]) 
     try:
         if measure.kind == "spectrum":
             return measure.of_spectrum(spectra[measure.spectrum]).reshape(())
+        if measure.of_record is not None:
+            return measure.of_record(spectra["centered"]).reshape(())
         return measure.fn(layer.rows, layer.mask).reshape(())
     except Exception as error:  # a measure of the user's own must not end the run either
         rank_zero_warn(f"Measure `{measure.name}` failed and reads NaN: {error}")
         return layer.rows.new_full((), torch.nan)
 
 
-def _share(layers: Sequence[LayerRows]) -> tuple[list[LayerRows], list[Moments | None]]:
+def _share(layers: Sequence[LayerRows], needs_rows: bool) -> tuple[list[LayerRows], list[Moments | None]]:
     """Let every process know the rows, or where they are many their moments and some of the rows."""
     ranks = world_size()
     if ranks == 1:
@@ -93,7 +96,10 @@ def _share(layers: Sequence[LayerRows]) -> tuple[list[LayerRows], list[Moments |
         moments[-1].update(layer.rows, layer.mask)
     reduced = iter(reduce_moments(moments) if moments else [])
     gathered = []
-    for layer in layers:
+    for layer, by_moments in zip(layers, many, strict=True):
+        if by_moments and not needs_rows:
+            gathered.append(layer)
+            continue
         most = max(MAX_GATHERED_ROWS // ranks, 1)
         stride = -(-len(layer.rows) // most) or 1
         rows, mask = all_gather_rows(layer.rows[::stride].contiguous(), layer.mask[::stride].contiguous())

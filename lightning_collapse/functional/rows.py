@@ -1,6 +1,7 @@
 """Measures of the rows themselves, for what a spectrum cannot see: scale, dead features, direction, spread."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,12 @@ from lightning_collapse.utilities.registry import register_measure
 
 
 @register_measure(
-    kind="rows", range="0 to infinity", collapsed="near 0", source="VICReg, arXiv 2105.04906", scale_free=False
+    of_record=lambda record: record.variance.sqrt().mean(),
+    kind="rows",
+    range="0 to infinity",
+    collapsed="near 0",
+    source="VICReg, arXiv 2105.04906",
+    scale_free=False,
 )
 @full_precision
 def feature_std(features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -35,7 +41,12 @@ def feature_std(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @register_measure(
-    kind="rows", range="0 to infinity", collapsed="near 0", source="VICReg, arXiv 2105.04906", scale_free=False
+    of_record=lambda record: record.variance.sqrt().amin(),
+    kind="rows",
+    range="0 to infinity",
+    collapsed="near 0",
+    source="VICReg, arXiv 2105.04906",
+    scale_free=False,
 )
 @full_precision
 def feature_std_floor(features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -55,7 +66,13 @@ def feature_std_floor(features: Tensor, mask: Tensor | None = None) -> Tensor:
     return _std(features, mask).amin()
 
 
-@register_measure(kind="rows", range="0 to 1", collapsed="near 0", source="spread over root mean square")
+@register_measure(
+    of_record=lambda record: _relative_spread(record),
+    kind="rows",
+    range="0 to 1",
+    collapsed="near 0",
+    source="spread over root mean square",
+)
 @full_precision
 def relative_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Share of the features' root mean square that is variation and not the common mean.
@@ -83,7 +100,12 @@ def relative_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @register_measure(
-    kind="rows", range="0 to 1", collapsed="near 1", source="share of constant features", sketchable=False
+    of_record=lambda record: _dead(record.variance.sqrt()),
+    kind="rows",
+    range="0 to 1",
+    collapsed="near 1",
+    source="share of constant features",
+    sketchable=False,
 )
 @full_precision
 def dead_dimensions(features: Tensor, mask: Tensor | None = None, threshold: float = 0.01) -> Tensor:
@@ -101,10 +123,7 @@ def dead_dimensions(features: Tensor, mask: Tensor | None = None, threshold: flo
         >>> dead_dimensions(torch.tensor([[1.0, 5.0], [-1.0, 5.0]]))
         tensor(0.5000)
     """
-    std = _std(features, mask)
-    # <=, so that features of which all are constant are dead and not alive
-    dead = (std <= threshold * std.mean()).to(std.dtype).mean()
-    return torch.where(std.isnan().any(), torch.nan, dead)
+    return _dead(_std(features, mask), threshold)
 
 
 @register_measure(
@@ -240,6 +259,18 @@ def _std(features: Tensor, mask: Tensor | None) -> Tensor:
     varies = square > count * (torch.finfo(features.dtype).eps * mean).square()
     std = _root(square * varies / (count - 1).clamp_min(1)).to(features.dtype)
     return torch.where(count > 1, std, torch.nan)
+
+
+def _dead(std: Tensor, threshold: float = 0.01) -> Tensor:
+    # <=, so that features of which all are constant are dead and not alive
+    dead = (std <= threshold * std.mean()).to(std.dtype).mean()
+    return torch.where(std.isnan().any(), torch.nan, dead)
+
+
+def _relative_spread(record: Any) -> Tensor:
+    spread = record.variance.sum() * (record.count - 1) / record.count
+    share: Tensor = spread / (spread + record.mean.square().sum()).clamp_min(torch.finfo(spread.dtype).tiny)
+    return share.sqrt()
 
 
 def _root(square: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -166,14 +167,15 @@ class Moments:
     def gram(self, center: bool = True, resolution: float = RESOLUTION) -> tuple[Tensor, Spectrum]:
         """The Gram matrix ``(D, D)`` and an unfinished record, see :func:`~lightning_collapse.spectral.gram_of`."""
         centered = self.about(self.mean)
-        gram, kurtosis = centered.second, None
-        if center:
-            kurtosis = relative_to_square(centered.quartic, gram.trace())
-            varies = gram.diagonal() > self.count * (resolution * centered.shift).square()
-            gram = gram * (varies.unsqueeze(1) & varies)
-        else:
-            gram = gram + self.count * torch.outer(centered.shift, centered.shift)
-        return gram, Spectrum(torch.ones_like(self.count), self.count, len(self.shift), kurtosis)
+        gram, mean = centered.second, centered.shift
+        record = Spectrum(torch.ones_like(self.count), self.count, len(mean))
+        if not center:
+            return gram + self.count * torch.outer(mean, mean), record
+        kurtosis = relative_to_square(centered.quartic, gram.trace())
+        varies = gram.diagonal() > self.count * (resolution * mean).square()
+        gram = gram * (varies.unsqueeze(1) & varies)
+        variance = gram.diagonal() / (self.count - 1).clamp_min(1)
+        return gram, replace(record, kurtosis=kurtosis, mean=mean, variance=variance)
 
 
 def reduce_moments(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> list[Moments]:

@@ -25,6 +25,8 @@ class Spectrum:
         dim: Number of features ``D``.
         kurtosis: Sum of the fourth powers of the centered norms over the square of the sum of their squares,
             0-dimensional; ``None`` if the features were not centered.
+        mean: Mean row, shape ``(D,)``; ``None`` if the features were not centered.
+        variance: Variance of every feature, shape ``(D,)``; ``None`` if the features were not centered.
         sketched: Whether ``D`` is the width of a random Gaussian projection of wider features.
     """
 
@@ -32,6 +34,8 @@ class Spectrum:
     count: Tensor
     dim: int
     kurtosis: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
     sketched: bool = False
 
 
@@ -123,13 +127,17 @@ def _gram(features: Tensor, center: bool, mask: Tensor | None, resolution: float
     if features.dtype == dtype and rows.numel():  # fourth powers of narrower dtypes fit, of this one they may not
         scale = rows.detach().abs().amax().clamp_min(torch.finfo(dtype).tiny)
         rows = rows / scale
-    kurtosis = None
+    record = Spectrum(scale, count, features.shape[1])
     if center:
         mean = rows.sum(dim=0) / count.clamp_min(1)
         rows = (rows - mean) * weight.unsqueeze(1)
-        varies = rows.square().sum(dim=0) > count * (resolution * mean).square()
+        energy = rows.square()
+        scatter = energy.sum(dim=0)
+        varies = scatter > count * (resolution * mean).square()
         rows = rows * varies
-        energy = rows.square().sum(dim=1)
+        energy = energy @ varies.to(dtype)
         kurtosis = relative_to_square(energy.square().sum(), energy.sum())
+        variance = scatter * varies / (count - 1).clamp_min(1) * scale.square()
+        record = replace(record, kurtosis=kurtosis, mean=mean * scale, variance=variance)
     gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
-    return gram, Spectrum(scale, count, features.shape[1], kurtosis)
+    return gram, record

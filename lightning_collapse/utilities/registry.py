@@ -21,6 +21,8 @@ class Measure:
             ``kind="pairs"``: maps two feature matrices ``(N, D)`` to a scalar, and is not for monitors.
         kind: What ``fn`` reads.
         record: Whether ``fn`` wants the whole ``Spectrum`` record, which also knows n and d.
+        of_record: For ``kind="rows"``: the same value from the ``Spectrum`` record of centered features, where it holds
+            all there is to know; then monitors need no rows for it.
         spectrum: Which singular values ``fn`` reads: of ``"centered"`` or of ``"raw"`` features.
         range: Smallest and largest value in words.
         collapsed: What a collapsed representation reads.
@@ -36,6 +38,7 @@ class Measure:
     fn: Callable[..., Tensor]
     kind: Literal["spectrum", "rows", "pairs"] = "spectrum"
     record: bool = False
+    of_record: Callable[[Any], Tensor] | None = None
     spectrum: Literal["centered", "raw"] = "centered"
     range: str = ""
     collapsed: str = ""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_collapse import functional
 from lightning_collapse.functional import expected_under_isotropy
-from lightning_collapse.spectral import Spectrum, singular_values, spectrum_of
+from lightning_collapse.spectral import Moments, Spectrum, singular_values, spectrum_of
 from lightning_collapse.utilities.registry import MEASURES
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
@@ -642,3 +642,16 @@ def test_unbiased_participation_ratio_refuses_what_it_cannot_read() -> None:
     for argument in (torch.ones(3), spectrum_of(torch.ones(5, 3), center=False)):
         with pytest.raises(TypeError, match=r"needs the `Spectrum` record of centered features.*spectrum_of"):
             functional.unbiased_participation_ratio(argument)
+
+
+@pytest.mark.parametrize("name", sorted(m.name for m in MEASURES.values() if m.of_record is not None))
+def test_value_of_a_record_is_that_of_its_rows(name: str) -> None:
+    measure = MEASURES[name]
+    for rows in (DATA | FAR).values():
+        x = torch.from_numpy(rows)
+        mask = torch.arange(len(x)) % 3 > 0
+        found = measure.of_record(spectrum_of(x, mask=mask)).item()
+        assert found == pytest.approx(measure.fn(x, mask).item(), rel=1e-9)
+        moments = Moments(x.shape[1])
+        moments.update(x, mask)
+        assert measure.of_record(moments.spectrum()).item() == pytest.approx(found, rel=1e-9)
