@@ -106,7 +106,7 @@ class CollapseMonitor(Monitor):
         self.max_overhead = max_overhead
         self.max_dim = max_dim
         self.validation = validation
-        self._measures = _measures(measures)
+        self._names = [measure.name for measure in _measures(measures)]
         self._taps: list[Tap] = []
         self._heard: RowTaps | None = None
         self._flops: TrainingFlops | None = None
@@ -120,6 +120,11 @@ class CollapseMonitor(Monitor):
         self._history = History()
         self._store = RowStore(self.max_dim)
         self._validation_store = RowStore(self.max_dim)
+
+    @property
+    def _measures(self) -> list[Measure]:
+        # looked up and not kept: a callback travels to spawned processes, and a measure may be a lambda's
+        return [get_measure(name) for name in self._names]
 
     @property
     def curves(self) -> list[str]:

@@ -408,8 +408,8 @@ def test_half_spectrum(name: str, dtype: torch.dtype) -> None:
 @every_measure
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_features(name: str, dtype: torch.dtype) -> None:
-    for data in ("power-tall", "power-wide"):
-        x, y = (torch.from_numpy(rows).to(dtype) for rows in (DATA[data], partner(DATA[data])))
+    for rows in (DATA["power-tall"], DATA["power-wide"], 256 + 2 * DATA["white-tall"], 1024 + 2 * DATA["white-tall"]):
+        x, y = (torch.from_numpy(z).to(dtype) for z in (rows, partner(rows)))
         expected = evaluate(name, x.double(), y.double()).item()
         off = evaluate(name, x, y)
         with torch.autocast("cpu", dtype=torch.bfloat16):
