@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from math import isnan, nan
+from math import nan
 from typing import Any, Literal
 
 import torch
@@ -16,10 +16,18 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.monitor import Monitor
 from lightning_collapse.callbacks.plan import Plan
-from lightning_collapse.callbacks.readings import LayerRows, read
+from lightning_collapse.callbacks.readings import LayerRows, flag_of, read
 from lightning_collapse.callbacks.row_store import RowStore
 from lightning_collapse.functional.null import expected_under_isotropy
-from lightning_collapse.reporting import LOG10_EDGES, History, heat_map, log10_histogram, log_histogram, log_image
+from lightning_collapse.reporting import (
+    LOG10_EDGES,
+    History,
+    heat_map,
+    log10_histogram,
+    log_histogram,
+    log_image,
+    log_text,
+)
 from lightning_collapse.spectral.cost import rows_within
 from lightning_collapse.utilities.distributed import all_reduce_max, world_size
 from lightning_collapse.utilities.flops import TrainingFlops
@@ -329,7 +337,7 @@ class CollapseMonitor(Monitor):
     def _points_of(self, key: str, step: int, layer: LayerRows | None, numbers: list[float]) -> list[Point]:
         finite, seen, top, *values = numbers or [0.0, 0.0, nan, *[nan] * len(self._measures)]
         n, width = int(finite), 0 if layer is None else layer.rows.shape[1]
-        flag = _flag(n, int(seen), top, layer is not None and layer.sketched)
+        flag = flag_of(n, int(seen), top, layer is not None and layer.sketched)
         if flag in (Flag.NOT_CALLED, Flag.FEW_ROWS):
             values = [nan] * len(values)
         points = []
@@ -351,8 +359,11 @@ class CollapseMonitor(Monitor):
 
     def _draw(self, trainer: Trainer, step: int) -> None:
         top = 1.0 if self._measures[0].kind == "spectrum" else None
+        rows = "".join(f"\n1. `{layer}`" for layer in self._history.layers)
         for logger in trainer.loggers:
-            log_image(logger, f"collapse/{self._measures[0].curve}", heat_map(self._history.values, 0.0, top), step)
+            log_image(logger, f"collapse/{self.curves[0]}", heat_map(self._history.values, 0.0, top), step)
+            if self._points == 1:
+                log_text(logger, "collapse/layers", f"The rows of the picture, from top to bottom:\n{rows}", step)
 
 
 def _measures(names: Sequence[str] | str) -> list[Measure]:
@@ -377,15 +388,3 @@ def _null(measure: Measure, n: int, width: int) -> float:
 def _padding_mask(batch: Any) -> Tensor | None:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def _flag(n: int, seen: int, top: float, sketched: bool) -> Flag:
-    if not seen:
-        return Flag.NOT_CALLED
-    if n < 2:
-        return Flag.FEW_ROWS
-    if isnan(top):
-        return Flag.SOLVER
-    if top == 0:
-        return Flag.CONSTANT
-    return Flag.NONFINITE if n < seen else Flag.SKETCHED if sketched else Flag.OK

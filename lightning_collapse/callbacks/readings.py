@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -13,6 +14,7 @@ from lightning_collapse.spectral.eigenvalues import eigenvalues
 from lightning_collapse.spectral.moments import Moments, reduce_moments
 from lightning_collapse.spectral.spectrum import RESOLUTION, Spectrum, finish_spectrum, gram_of
 from lightning_collapse.utilities.distributed import all_gather_rows, world_size
+from lightning_collapse.utilities.points import Flag
 from lightning_collapse.utilities.registry import Measure
 
 MAX_GATHERED_ROWS = 2048
@@ -68,6 +70,19 @@ def read(layers: Sequence[LayerRows], measures: Sequence[Measure]) -> tuple[list
         values += [_evaluate(measure, layer, of_layer) for measure in measures]
         readings.append(torch.stack([value.to(count) for value in values]))
     return readings, spectra["centered"]
+
+
+def flag_of(n: int, seen: int, top: float, sketched: bool) -> Flag:
+    """Why a reading deserves doubt: from finite rows, considered rows and the largest singular value."""
+    if not seen:
+        return Flag.NOT_CALLED
+    if n < 2:
+        return Flag.FEW_ROWS
+    if isnan(top):
+        return Flag.SOLVER
+    if top == 0:
+        return Flag.CONSTANT
+    return Flag.NONFINITE if n < seen else Flag.SKETCHED if sketched else Flag.OK
 
 
 def _evaluate(measure: Measure, layer: LayerRows, spectra: dict[str, Spectrum]) -> Tensor:
