@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "demo", help="train an encoder twice on real images, once so that it collapses, and show what is seen"
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for events and picture (%(default)s)")
-    demo.add_argument("--steps", type=int, default=250, help="optimizer steps of each training (%(default)s)")
+    demo.add_argument("--steps", type=int, default=200, help="optimizer steps of each training (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of both trainings (%(default)s)")
     chosen = parser.parse_args(arguments)
     if chosen.command == "measures":

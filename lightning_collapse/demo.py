@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,10 @@ from typing_extensions import override
 from lightning_collapse import AntiCollapseMixin, CollapseGuard, CollapseMonitor
 from lightning_collapse.losses import VICReg
 
-LAYERS = ["encoder", "projector.0", "projector"]
-EVERY_N_STEPS = 10
-BATCH_SIZE = 256
-DROP = 0.05
-"""An accuracy shows the collapse where it stays this far below the untrained encoder's, to the end."""
+LAYERS = ("encoder", "projector")
+MEASURES = ("rankme", "effective_rank", "eigenvalue_effective_rank", "feature_std", "relative_spread")
+EVERY_N_STEPS, BATCH_SIZE = 10, 256
+DROP = 0.05  # an accuracy shows the collapse where it stays this far below the untrained encoder's, to the end
 
 Curve = Mapping[int, float]
 
@@ -76,7 +76,7 @@ class JointEmbedding(AntiCollapseMixin, LightningModule):
         self.encoder = nn.Sequential(
             _block(1, 16), _block(16, 64, stride=2), _block(64, 128, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
-        self.projector = nn.Sequential(nn.Linear(128, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 128))
+        self.projector = nn.Sequential(nn.Linear(128, 256), nn.LayerNorm(256), nn.ReLU(), nn.Linear(256, 128))
         self.set_regularizers({"vicreg": VICReg()})
 
     @override
@@ -96,7 +96,7 @@ class JointEmbedding(AntiCollapseMixin, LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=4e-3)
         warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
@@ -106,22 +106,16 @@ class Probe(Callback):
 
     **Logged metrics**, at step 0 and then at the monitor's steps, of the same weights as the monitor's points:
 
-    - ``probe/few_labels``: accuracy of the nearest of ``n_labels`` labelled images per class, the mean over ``draws``
-      choices of those;
+    - ``probe/few_labels``: accuracy of the nearest of 50 labelled images, the mean over 50 choices of those;
     - ``probe/all_labels``: accuracy of a linear classifier that is given every training label.
 
-    It draws no random number of the run's and leaves train and eval flags as they were.
-
-    Args:
-        digits: The data. The training itself never sees a label.
-        n_labels: Labelled images per class.
-        draws: Choices of labelled images to average over.
+    It draws no random number of the run's and leaves train and eval flags as they were. Training never sees a label.
     """
 
-    def __init__(self, digits: Digits, n_labels: int = 5, draws: int = 50) -> None:
+    def __init__(self, digits: Digits) -> None:
         self.digits = digits
         generator = torch.Generator().manual_seed(0)
-        self._shots = torch.stack([_choose(digits.train_labels, n_labels, generator) for _ in range(draws)])
+        self._shots = torch.stack([_choose(digits.train_labels, 5, generator) for _ in range(50)])
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -193,7 +187,7 @@ def train(title: str, model: LightningModule, digits: Digits, folder: Path, step
         max_epochs=1,
         log_every_n_steps=EVERY_N_STEPS,
         logger=[TensorBoardLogger(folder, name=title.lower().replace(" ", "_")), curves],
-        callbacks=[CollapseMonitor(layers=LAYERS, every_n_steps=EVERY_N_STEPS), guard, Probe(digits)],
+        callbacks=[CollapseMonitor(LAYERS, MEASURES, EVERY_N_STEPS), guard, Probe(digits)],
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
@@ -204,7 +198,7 @@ def train(title: str, model: LightningModule, digits: Digits, folder: Path, step
     return Run(title, curves.curves, list(guard.verdicts))
 
 
-def run_demo(folder: Path, steps: int = 250, seed: int = 0) -> list[Run]:
+def run_demo(folder: Path, steps: int = 200, seed: int = 0) -> list[Run]:
     """Train twice from the same weights on the same views, draw ``folder / "collapse.png"`` and return both runs."""
     _optional("matplotlib.figure")  # to fail now and not after the training
     digits = load_digits()
@@ -219,35 +213,44 @@ def run_demo(folder: Path, steps: int = 250, seed: int = 0) -> list[Run]:
 
 @dataclass(frozen=True)
 class Panel:
-    """One row of the picture and its curves, as ``{name: (label, color)}``."""
+    """One row of the picture and its curves, as ``{name: (label, color, line style)}``."""
 
     title: str
     note: str
-    curves: Mapping[str, tuple[str, str]]
-    log: bool = False
+    curves: Mapping[str, tuple[str, str, str]]
+    scale: str = "log"
+    legend: int = -1  # in the column that has room for it
 
 
-DRAWN = {"encoder": ("encoder h", "tab:blue"), "projector": ("projector z", "tab:orange")}
 PANELS = (
     Panel(
-        "Eigenvalue effective rank",
-        "directions in use; blind to scale",
-        {f"collapse/{layer}/eigenvalue_effective_rank": style for layer, style in DRAWN.items()},
+        "Effective rank",
+        "dashed: mean removed, so blind to scale",
+        {
+            "collapse/encoder/rankme": ("encoder h, RankMe", "tab:blue", "-"),
+            "collapse/projector/rankme": ("projector z, RankMe", "tab:orange", "-"),
+            "collapse/encoder/effective_rank": ("encoder h, centered", "tab:blue", "--"),
+            "collapse/projector/effective_rank": ("projector z, centered", "tab:orange", "--"),
+        },
     ),
     Panel(
         "Feature std",
-        "how far features spread; blind to directions",
-        {f"collapse/{layer}/feature_std": style for layer, style in DRAWN.items()},
-        log=True,
+        "mean over features; blind to directions",
+        {
+            "collapse/encoder/feature_std": ("encoder h", "tab:blue", "-"),
+            "collapse/projector/feature_std": ("projector z", "tab:orange", "-"),
+        },
     ),
-    Panel("Loss", "what is minimized", {"loss": ("training", "black")}, log=True),
+    Panel("Loss", "what is minimized", {"loss": ("training", "black", "-")}),
     Panel(
         "Accuracy",
         "held-out digits, read from h; dotted: untrained",
         {
-            "probe/few_labels": ("nearest of 50 labelled images", "tab:green"),
-            "probe/all_labels": ("linear classifier, all 1297 labels", "tab:gray"),
+            "probe/few_labels": ("nearest of 50 labelled images", "tab:green", "-"),
+            "probe/all_labels": ("linear classifier, all 1297 labels", "tab:gray", "-"),
         },
+        scale="linear",
+        legend=0,
     ),
 )
 
@@ -263,7 +266,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             _draw(ax, panel, run)
     for panel, row in zip(PANELS, axes, strict=True):
         row[0].set_title(f"{panel.title} ({panel.note})", fontsize=9.5, loc="left")
-        row[-1].legend(fontsize=9, frameon=False)
+        row[panel.legend].legend(fontsize=9, frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -271,9 +274,10 @@ def summary(runs: Sequence[Run]) -> str:
     """What was seen: a table, the verdicts, and when one would have known without them."""
     table = [["", "untrained", *(run.title for run in runs)]]
     for panel in PANELS:
-        for key, (label, _) in panel.curves.items():
-            untrained = f"{runs[0].curves[key][0]:.3g}" if 0 in runs[0].curves[key] else ""
-            table.append([f"{panel.title}, {label}", untrained, *(f"{_last(run.curves[key]):.3g}" for run in runs)])
+        for key, (label, *_) in panel.curves.items():
+            curves = [run.curves[key] for run in runs]
+            cells = [curves[0].get(0), *(curve[max(curve)] for curve in curves)]
+            table.append([f"{panel.title}, {label}", *("" if cell is None else f"{cell:.3g}" for cell in cells)])
     width = max(len(row[0]) for row in table)
     lines = [f"{name:<{width}}" + "".join(f"{cell:>18}" for cell in cells) for name, *cells in table]
     for run in runs:
@@ -286,50 +290,41 @@ def _story(run: Run) -> str:
     if not run.verdicts:
         return "the guard found no collapse."
     said = min(verdict.step for verdict in run.verdicts)
-    lines = [
-        *(f"  {verdict}" for verdict in run.verdicts),
-        f"  The guard said so at step {said}, without a label. What else would have?",
-    ]
+    lines = ["", *(f"  {verdict}" for verdict in run.verdicts)]
+    lines.append(f"  The guard said so at step {said}, without a label. What else would have?")
     witnesses = {"training loss, where it rises by a tenth of its first value": _rise(run.curves["loss"])}
-    for key, (label, _) in PANELS[-1].curves.items():
+    for key, (label, *_) in PANELS[-1].curves.items():
         witnesses[f"{label}, where it stays {100 * DROP:.0f} points below untrained"] = _drop(run.curves[key])
     for name, step in witnesses.items():
         order = f"{abs((step or 0) - said)} steps {'after' if (step or 0) >= said else 'before'} the guard"
         lines.append(f"  - {name}: " + ("never" if step is None else f"step {step}, {order}"))
-    return "\n".join(["", *lines])
+    return "\n".join(lines)
 
 
 def _drop(curve: Curve) -> int | None:
     """The step from which on an accuracy stays :data:`DROP` below its first value."""
-    steps = sorted(curve)
-    low = [curve[step] < curve[steps[0]] - DROP for step in steps]
-    return next((step for i, step in enumerate(steps) if all(low[i:])), None)
+    high = [step for step, value in curve.items() if value >= curve[0] - DROP]
+    return min((step for step in curve if step > max(high)), default=None)
 
 
 def _rise(curve: Curve) -> int | None:
     """The first step at which a loss is above its lowest value so far by a tenth of its first."""
-    lowest = math.inf
-    for step in sorted(curve):
-        if curve[step] > lowest + 0.1 * curve[min(curve)]:
-            return step
-        lowest = min(lowest, curve[step])
-    return None
-
-
-def _last(curve: Curve) -> float:
-    return curve[max(curve)]
+    margin = 0.1 * curve[min(curve)]
+    lowest = accumulate(curve.values(), min)
+    rises = (step for step, low in zip(curve, lowest, strict=True) if curve[step] > low + margin)
+    return next(rises, None)
 
 
 def _draw(ax: Any, panel: Panel, run: Run) -> None:
-    for key, (label, color) in panel.curves.items():
+    for key, (label, color, line) in panel.curves.items():
         curve = run.curves[key]
-        steps = sorted(curve)
-        ax.plot(steps, [curve[step] for step in steps], color=color, label=label)
-        _write(ax, f"{_last(curve):.3g}", (steps[-1], _last(curve)), (4, 0), "data", color=color, va="center")
+        ax.plot(curve.keys(), curve.values(), color=color, linestyle=line, label=label)
+        if line == "-":
+            end = max(curve), curve[max(curve)]
+            _write(ax, f"{end[1]:.3g}", end, (4, 0), "data", color=color, va="center")
         if 0 in curve:
             ax.axhline(curve[0], color=color, linestyle=":", linewidth=1)
-    if panel.log:
-        ax.set_yscale("log")
+    ax.set_yscale(panel.scale)
     if run.verdicts:
         step = min(verdict.step for verdict in run.verdicts)
         ax.axvline(step, color="crimson", linestyle="--", linewidth=1)
@@ -359,22 +354,20 @@ def _optional(module: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"The demo needs `{module.partition('.')[0]}`. Install it with: pip install 'lightning-collapse[examples]'"
-        ) from error
+        message = f"The demo needs `{module.partition('.')[0]}`: pip install 'lightning-collapse[examples]'"
+        raise ModuleNotFoundError(message) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Use one thread, and keep Lightning's notes on devices and workers out of the output; the guard's stay."""
-    # a second thread gains little on layers this small, and on a busy machine the two wait for each other
+    """Silence Lightning's notes, not the guard's; use one thread: two gain little here, and stall a busy machine."""
     logger, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
     level = logger.level
     logger.setLevel(logging.WARNING)
     torch.set_num_threads(1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning 2.6 with torch 2.13
+        # the second is Lightning 2.6 with torch 2.13
+        warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec.*is deprecated).*")
         try:
             yield
         finally:

@@ -62,17 +62,17 @@ class CompleteCollapse(Rule):
 class DimensionalCollapse(Rule):
     """Few directions are left.
 
-    Both effective ranks are near one; or the one of eigenvalues is a fifth of what it was at the beginning of the run
-    and the one of singular values half. Both, since either alone misleads: the one of eigenvalues is near one wherever
-    one direction is loud (a healthy binary classifier) and falls at the start of healthy runs, the one of singular
-    values is lifted by rounding noise. Layers where noise itself reads a handful are not judged: there is too little
-    to lose.
+    Both effective ranks are near one; or the one of eigenvalues is a tenth of what it was at the beginning of the run
+    and the one of singular values three tenths. Both, since either alone misleads: the one of eigenvalues is near one
+    wherever one direction is loud (a healthy binary classifier) and falls at the start of healthy runs, the one of
+    singular values is lifted by rounding noise. Layers where noise itself reads a handful are not judged: there is
+    too little to lose.
     """
 
     kind = "dimensional_collapse"
     measures = ("eigenvalue_effective_rank", "effective_rank")
     lines = (1.25, 2.0)
-    shares = (0.2, 0.5)
+    shares = (0.1, 0.3)
     least_null = 6.0
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:

@@ -55,8 +55,10 @@ def _device_type(*args: object) -> str:
     devices = [arg.device.type for arg in args if isinstance(arg, Tensor)]
     if not devices:
         devices = [d for d in AUTOCAST_DEVICES if torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d)]
-    # a CPU scalar beside accelerator tensors does not decide where the work is done
-    return next((device for device in devices if device != "cpu"), "cpu")
+    for device in devices:
+        if device != "cpu":  # a CPU scalar beside accelerator tensors does not decide where the work is done
+            return device
+    return "cpu"
 
 
 def _promote(arg: object) -> object:

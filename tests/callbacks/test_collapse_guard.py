@@ -52,7 +52,7 @@ def test_healthy_curves_get_no_verdict():
     ("bad", "kind"),
     [
         (LOW, "dimensional_collapse"),
-        ({"effective_rank": 14.0, "eigenvalue_effective_rank": 2.3}, "dimensional_collapse"),
+        ({"effective_rank": 8.0, "eigenvalue_effective_rank": 1.15}, "dimensional_collapse"),
         (STILL, "complete_collapse"),
         ({"relative_spread": 0.001}, "complete_collapse"),
     ],
@@ -78,8 +78,8 @@ def test_collapse_before_the_first_point_is_seen_too():
         [{}] * 4 + [LOW, {}] * 4,  # single points
         [{}] * 4 + [{"eigenvalue_effective_rank": 1.01}] * 5,  # one loud direction beside many
         [{}] * 4 + [{"effective_rank": 1.5}] * 5,
-        [{}] * 4 + [{"effective_rank": 16.0, "eigenvalue_effective_rank": 2.0}] * 5,
-        [{}] * 4 + [{"effective_rank": 3.0, "eigenvalue_effective_rank": 2.5}] * 5,  # a fifth of 12 is 2.4
+        [{}] * 4 + [{"effective_rank": 10.0, "eigenvalue_effective_rank": 1.1}] * 5,
+        [{}] * 4 + [{"effective_rank": 3.0, "eigenvalue_effective_rank": 1.3}] * 5,  # a tenth of 12 is 1.2
         [{}] * 4 + [{"feature_std": 0.1}] * 5,  # shrinks, but not to nothing
         [{"eigenvalue_effective_rank": 1.01, "effective_rank": 9.0}] * 8,  # a healthy binary classifier
     ],
@@ -101,7 +101,7 @@ def test_points_without_a_reading_change_nothing(flag):
 
 
 def test_hysteresis_and_recovery():
-    between = {"effective_rank": 9.0, "eigenvalue_effective_rank": 4.0}  # above the line, below twice the line
+    between = {"effective_rank": 12.0, "eigenvalue_effective_rank": 1.8}  # above the line, below twice the line
     guard, keeper, _ = judged([{}] * 3 + [LOW] * 3 + [between] * 3 + [LOW] * 2 + [{}] * 3 + [LOW] * 3)
     assert [verdict.since for verdict in guard.verdicts] == [3, 14]
     curve = [point.value for point in keeper.curve("guard/dimensional_collapse")]
