@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_collapse.spectral.eigenvalues import eigenvalues
 from lightning_collapse.spectral.moments import Moments, reduce_moments
-from lightning_collapse.spectral.spectrum import RESOLUTION, Spectrum, finish_spectrum, gram_of
+from lightning_collapse.spectral.spectrum import Spectrum, finish_spectrum, gram_of
 from lightning_collapse.utilities.distributed import all_gather_rows, world_size
 from lightning_collapse.utilities.points import Flag
 from lightning_collapse.utilities.registry import Measure
@@ -125,7 +125,7 @@ def _share(layers: Sequence[LayerRows], needs_rows: bool) -> tuple[list[LayerRow
 def _gram(layer: LayerRows, moments: Moments | None, kind: str) -> tuple[Tensor, Spectrum]:
     if moments is None:
         return gram_of(layer.rows, kind == "centered", layer.mask)
-    return moments.gram(kind == "centered", max(torch.finfo(layer.rows.dtype).eps, RESOLUTION))
+    return moments.gram(kind == "centered")
 
 
 def _decompose(pairs: Sequence[tuple[Tensor, Spectrum]], layers: Sequence[LayerRows]) -> list[Spectrum]:

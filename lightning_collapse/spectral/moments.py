@@ -164,7 +164,7 @@ class Moments:
         return finish_spectrum(eigenvalues(gram), record)
 
     @full_precision
-    def gram(self, center: bool = True, resolution: float = RESOLUTION) -> tuple[Tensor, Spectrum]:
+    def gram(self, center: bool = True) -> tuple[Tensor, Spectrum]:
         """The Gram matrix ``(D, D)`` and an unfinished record, see :func:`~lightning_collapse.spectral.gram_of`."""
         centered = self.about(self.mean)
         gram, mean = centered.second, centered.shift
@@ -172,7 +172,7 @@ class Moments:
         if not center:
             return gram + self.count * torch.outer(mean, mean), record
         kurtosis = relative_to_square(centered.quartic, gram.trace())
-        varies = gram.diagonal() > self.count * (resolution * mean).square()
+        varies = gram.diagonal() > self.count * (RESOLUTION * mean).square()
         gram = gram * (varies.unsqueeze(1) & varies)
         variance = gram.diagonal() / (self.count - 1).clamp_min(1)
         return gram, replace(record, kurtosis=kurtosis, mean=mean, variance=variance)

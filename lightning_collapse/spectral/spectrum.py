@@ -12,7 +12,7 @@ from lightning_collapse.spectral.precision import accumulation_dtype, full_preci
 from lightning_collapse.spectral.rows import finite_rows
 
 RESOLUTION = torch.finfo(torch.float32).eps
-"""A feature whose standard deviation is below this share of its mean is constant; half features resolve even less."""
+"""A feature whose standard deviation is below this share of its mean is constant."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,14 @@ def gram_of(features: Tensor, center: bool = True, mask: Tensor | None = None) -
     """The smaller Gram matrix of the rows that count, of moderate scale, and an unfinished record.
 
     So that several layers can be decomposed at once: the record holds the scale where the singular values will be.
-    A feature that varies by less than the rounding of its own dtype at its mean is constant: without that rule rows
+    A feature that varies by less than the rounding of ``float32`` at its mean is constant: without that rule rows
     that are equal but for rounding have a spectrum of noise, which looks healthy.
     """
     if features.ndim != 2:
         raise ValueError(
             f"`features` must have shape (N, D), got {tuple(features.shape)}. Flatten tokens or pool maps first."
         )
-    # of the dtype as it came: `_gram` is given half features as `float32`
-    return _gram(features, center, mask, max(torch.finfo(features.dtype).eps, RESOLUTION))
+    return _gram(features, center, mask)
 
 
 def finish_spectrum(values: Tensor, record: Spectrum) -> Spectrum:
@@ -119,7 +118,7 @@ def values_of(spectrum: Tensor | Spectrum) -> Tensor:
 
 
 @full_precision
-def _gram(features: Tensor, center: bool, mask: Tensor | None, resolution: float) -> tuple[Tensor, Spectrum]:
+def _gram(features: Tensor, center: bool, mask: Tensor | None) -> tuple[Tensor, Spectrum]:
     dtype = accumulation_dtype(features.device)
     rows, _, weight = finite_rows(features.to(dtype), mask)
     count = weight.sum()
@@ -133,7 +132,7 @@ def _gram(features: Tensor, center: bool, mask: Tensor | None, resolution: float
         rows = (rows - mean) * weight.unsqueeze(1)
         energy = rows.square()
         scatter = energy.sum(dim=0)
-        varies = scatter > count * (resolution * mean).square()
+        varies = scatter > count * (RESOLUTION * mean).square()
         rows = rows * varies
         energy = energy @ varies.to(dtype)
         kurtosis = relative_to_square(energy.square().sum(), energy.sum())

@@ -12,8 +12,17 @@ from torch import nn
 MAX_DEFAULT_LAYERS = 12
 INPUT_SUFFIX = ":input"
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
-_CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.MaxPool1d, nn.AvgPool1d)
-_KEEP_SHAPE = {"torch.nn.modules.activation", "torch.nn.modules.dropout"}
+_CHANNELS_FIRST = (
+    nn.Conv1d,
+    nn.ConvTranspose1d,
+    nn.BatchNorm1d,
+    nn.InstanceNorm1d,
+    nn.MaxPool1d,
+    nn.AvgPool1d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveMaxPool1d,
+)
+_ELEMENTWISE = {"torch.nn.modules.activation", "torch.nn.modules.dropout"}
 _LISTS = (nn.ModuleList, nn.ModuleDict)  # never called themselves
 Named = tuple[str, nn.Module]
 
@@ -118,10 +127,10 @@ def weighted_layers(root: nn.Module) -> list[Named]:
 
 def is_channels_first(module: nn.Module, side: Literal["output", "input"] = "output") -> bool:
     """Whether ``module`` returns, or receives, ``(N, C, L)``: its last, or first, layer that cares about shape does."""
-    layers = [layer for layer in module.modules() if not next(layer.children(), None)]
+    layers = list(_innermost(module))
     for layer in layers if side == "input" else reversed(layers):
-        keeps_shape = type(layer).__module__ in _KEEP_SHAPE or isinstance(layer, nn.Identity)
-        if not keeps_shape or next(layer.parameters(), None) is not None:
+        elementwise = type(layer).__module__ in _ELEMENTWISE and not isinstance(layer, nn.MultiheadAttention)
+        if not elementwise and not isinstance(layer, nn.Identity | nn.GroupNorm):
             return isinstance(layer, _CHANNELS_FIRST)
     return False
 
@@ -180,6 +189,14 @@ def _leaves(name: str, module: nn.Module) -> Iterator[Named]:
         yield name, module
     for kid in kids:
         yield from _leaves(*kid)
+
+
+def _innermost(module: nn.Module) -> Iterator[nn.Module]:
+    kids = [] if _is_opaque(module) else list(module.children())
+    if not kids:
+        yield module
+    for kid in kids:
+        yield from _innermost(kid)
 
 
 def _is_linear(module: nn.Module) -> bool:
