@@ -77,6 +77,7 @@ def spectrum_of(features: Tensor, center: bool = True, mask: Tensor | None = Non
     return finish_spectrum(eigenvalues(gram), record)
 
 
+@full_precision
 def gram_of(features: Tensor, center: bool = True, mask: Tensor | None = None) -> tuple[Tensor, Spectrum]:
     """The smaller Gram matrix of the rows that count, of moderate scale, and an unfinished record.
 
@@ -88,7 +89,27 @@ def gram_of(features: Tensor, center: bool = True, mask: Tensor | None = None) -
         raise ValueError(
             f"`features` must have shape (N, D), got {tuple(features.shape)}. Flatten tokens or pool maps first."
         )
-    return _gram(features, center, mask)
+    dtype = accumulation_dtype(features.device)
+    rows, _, weight = finite_rows(features.to(dtype), mask)
+    count = weight.sum()
+    scale = torch.ones_like(count)
+    if features.dtype == dtype and rows.numel():  # fourth powers of narrower dtypes fit, of this one they may not
+        scale = rows.detach().abs().amax().clamp_min(torch.finfo(dtype).tiny)
+        rows = rows / scale
+    record = Spectrum(scale, count, features.shape[1])
+    if center:
+        mean = rows.sum(dim=0) / count.clamp_min(1)
+        rows = (rows - mean) * weight.unsqueeze(1)
+        energy = rows.square()
+        scatter = energy.sum(dim=0)
+        varies = scatter > count * (RESOLUTION * mean).square()
+        rows = rows * varies
+        energy = energy @ varies.to(dtype)
+        kurtosis = relative_to_square(energy.square().sum(), energy.sum())
+        variance = scatter * varies / (count - 1).clamp_min(1) * scale.square()
+        record = replace(record, kurtosis=kurtosis, mean=mean * scale, variance=variance)
+    gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
+    return gram, record
 
 
 def finish_spectrum(values: Tensor, record: Spectrum) -> Spectrum:
@@ -115,28 +136,3 @@ def values_of(spectrum: Tensor | Spectrum) -> Tensor:
     if not values.shape[-1]:  # of no rows, or no features
         values = values.new_zeros(*values.shape[:-1], 1)
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-@full_precision
-def _gram(features: Tensor, center: bool, mask: Tensor | None) -> tuple[Tensor, Spectrum]:
-    dtype = accumulation_dtype(features.device)
-    rows, _, weight = finite_rows(features.to(dtype), mask)
-    count = weight.sum()
-    scale = torch.ones_like(count)
-    if features.dtype == dtype and rows.numel():  # fourth powers of narrower dtypes fit, of this one they may not
-        scale = rows.detach().abs().amax().clamp_min(torch.finfo(dtype).tiny)
-        rows = rows / scale
-    record = Spectrum(scale, count, features.shape[1])
-    if center:
-        mean = rows.sum(dim=0) / count.clamp_min(1)
-        rows = (rows - mean) * weight.unsqueeze(1)
-        energy = rows.square()
-        scatter = energy.sum(dim=0)
-        varies = scatter > count * (RESOLUTION * mean).square()
-        rows = rows * varies
-        energy = energy @ varies.to(dtype)
-        kurtosis = relative_to_square(energy.square().sum(), energy.sum())
-        variance = scatter * varies / (count - 1).clamp_min(1) * scale.square()
-        record = replace(record, kurtosis=kurtosis, mean=mean * scale, variance=variance)
-    gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
-    return gram, record
