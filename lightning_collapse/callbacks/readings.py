@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_collapse.spectral.eigenvalues import eigenvalues
 from lightning_collapse.spectral.moments import Moments, reduce_moments
-from lightning_collapse.spectral.spectrum import Spectrum, finish_spectrum, gram_of
+from lightning_collapse.spectral.spectrum import Spectrum, finish_spectrum, gram_of, values_of
 from lightning_collapse.utilities.distributed import all_gather_rows, world_size
 from lightning_collapse.utilities.points import Flag
 from lightning_collapse.utilities.registry import Measure
@@ -66,7 +66,7 @@ def read(layers: Sequence[LayerRows], measures: Sequence[Measure]) -> tuple[list
         of_layer = {kind: records[i] for kind, records in spectra.items()}
         count = of_layer["centered"].count
         seen = layer.mask.sum() if moments is None else moments.seen
-        values = [count, seen, of_layer["centered"].singular_values[0]]
+        values = [count, seen, values_of(of_layer["centered"])[0]]
         values += [_evaluate(measure, layer, of_layer) for measure in measures]
         readings.append(torch.stack([value.to(count) for value in values]))
     return readings, spectra["centered"]

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing
 from torchmetrics import Metric, MetricCollection
 
+from lightning_collapse.callbacks.readings import LayerRows, read
 from lightning_collapse.spectral import GaussianSketch, Moments, reduce_moments
 from lightning_collapse.spectral.moments import STATES
+from lightning_collapse.utilities.registry import MEASURES
 from tests.contracts.test_metrics import METRICS
 
 RANKS = 2
@@ -66,6 +68,16 @@ def synced(name: str, case: str, rank: int) -> dict[str, Any]:
     return {"value": value, "kept": all(torch.equal(before[s], after[s]) for s in STATES), "again": again}
 
 
+def unheard(expected: int) -> Tensor | str:
+    """Reading of a layer that ran on no process."""
+    layer = LayerRows(torch.zeros(0, DIM), torch.zeros(0, dtype=torch.bool), expected)
+    try:
+        [vector], _ = read([layer], [MEASURES["effective_rank"], MEASURES["feature_std"]])
+    except Exception as error:  # the other cases shall be told all the same
+        return repr(error)
+    return vector
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # a process that saw nothing is told so by torchmetrics
@@ -85,6 +97,7 @@ def worker(rank: int, folder: str) -> None:
     stepwise = METRICS["ParticipationRatio"](DIM, dist_sync_on_step=True)
     result["step"] = [stepwise(rows[:5]) for rows, _ in batches("uneven", rank)[:1]] + [stepwise.compute()]
     result["sketch"] = GaussianSketch(9, 4).matrix
+    result["unheard"] = {expected: unheard(expected) for expected in (DIM - 1, DIM + 1)}
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -168,6 +181,14 @@ def test_sync_on_step(ranks: list[dict[Any, Any]]) -> None:
     for result in ranks:
         for value in result["step"]:
             close(value, expected.compute())
+
+
+@pytest.mark.parametrize("expected", [DIM - 1, DIM + 1], ids=["by rows", "by moments"])
+def test_a_layer_that_ran_on_no_process_is_read(expected: int, ranks: list[dict[Any, Any]]) -> None:
+    for result in ranks:
+        vector = result["unheard"][expected]
+        assert isinstance(vector, Tensor), vector
+        assert vector[:3].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_sketches_are_the_same_everywhere(ranks: list[dict[Any, Any]]) -> None:

@@ -122,10 +122,8 @@ def test_bad_ranges(first: int, last: int) -> None:
 
 
 def test_few_rows_bias_the_exponent_low() -> None:
-    # true exponent 1, d = 512, n = 200; means of a few draws, each within 0.03 of the mean
-    std = torch.arange(1, 513) ** -0.5
+    std = torch.arange(1, 257) ** -0.5  # a true exponent of 1
     spectra = [
-        singular_values(torch.randn(200, 512, generator=torch.Generator().manual_seed(s)) * std) for s in range(6)
+        singular_values(torch.randn(100, 256, generator=torch.Generator().manual_seed(s)) * std) for s in range(6)
     ]
-    means = [np.mean([alpha_req(s, *fit).item() for s in spectra]) for fit in ((4, 50), (4, 100), (12, 100))]
-    assert means == pytest.approx([0.88, 0.91, 0.94], abs=0.03)
+    assert np.mean([alpha_req(spectrum, 4, 50).item() for spectrum in spectra]) == pytest.approx(0.935, abs=0.03)

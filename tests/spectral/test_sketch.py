@@ -18,7 +18,7 @@ from lightning_collapse.functional import (
 from lightning_collapse.spectral import GaussianSketch, Spectrum, spectrum_of
 from lightning_collapse.utilities.registry import MEASURES
 
-DIM, SIZE, ROWS = 240, 96, 180
+DIM, SIZE, ROWS = 200, 128, 100
 
 
 def features(exponent: float, dim: int = DIM) -> Tensor:
@@ -29,7 +29,7 @@ def features(exponent: float, dim: int = DIM) -> Tensor:
 @cache
 def records(exponent: float) -> list[tuple[Spectrum, Spectrum]]:
     """Of projections, one per width, and of the features themselves."""
-    wide = [features(exponent, dim) for dim in range(DIM, DIM + 16)]
+    wide = [features(exponent, dim) for dim in range(DIM, DIM + 12)]
     return [(replace(spectrum_of(GaussianSketch(x.shape[1], SIZE)(x)), sketched=True), spectrum_of(x)) for x in wide]
 
 
@@ -119,15 +119,13 @@ def test_without_the_correction_it_is_biased() -> None:
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
 def test_unbiased_participation_ratio_is_debiased(exponent: float) -> None:
-    if MEASURES["unbiased_participation_ratio"].sketchable:
-        assert bias(unbiased_participation_ratio, exponent) == pytest.approx(1, abs=0.04)
+    assert bias(unbiased_participation_ratio, exponent) == pytest.approx(1, abs=0.04)
 
 
-@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_isotropy_stays_a_share(exponent: float) -> None:
-    if MEASURES["isotropy"].sketchable:
-        assert bias(isotropy, exponent) == pytest.approx(1, abs=0.05)
-        assert all(0 <= isotropy(sketch) <= 1 for sketch, _ in records(exponent))
+def test_isotropy_is_not_read_from_a_projection() -> None:
+    # the debiased ratio is that of the features, the width that of the projection
+    assert all(isotropy(sketch) > 1.3 * isotropy(truth) for sketch, truth in records(0.0))
+    assert not MEASURES["isotropy"].sketchable
 
 
 def test_entropic_ranks_do_not_exceed_the_width() -> None:

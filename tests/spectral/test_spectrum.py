@@ -114,15 +114,15 @@ def test_masks_and_bad_rows_are_left_out() -> None:
         torch.testing.assert_close(plain, clean, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.0, 1000.0])
-@pytest.mark.parametrize("shape", [(77, 5), (5, 77), (1, 4), (1, 1), (9, 1)])
-def test_constant_rows_have_no_spectrum(dtype: torch.dtype, value: float, shape: tuple[int, int]) -> None:
-    x = torch.full(shape, value, dtype=dtype)
-    assert torch.equal(singular_values(x), torch.zeros(min(shape), dtype=dtype))
-    uncentered = singular_values(x, center=False)
-    assert uncentered[0].item() == pytest.approx(abs(value) * (shape[0] * shape[1]) ** 0.5, rel=1e-6)
-    assert (uncentered[1:] <= 1e-7 * uncentered[0]).all()
+def test_constant_rows_have_no_spectrum(value: float) -> None:
+    for n, d in ((77, 5), (5, 77), (1, 4), (1, 1), (9, 1)):
+        for dtype in (torch.float32, torch.float64):
+            x = torch.full((n, d), value, dtype=dtype)
+            assert torch.equal(singular_values(x), torch.zeros(min(n, d), dtype=dtype))
+            uncentered = singular_values(x, center=False)
+            assert uncentered[0].item() == pytest.approx(abs(value) * (n * d) ** 0.5, rel=1e-6)
+            assert (uncentered[1:] <= 1e-7 * uncentered[0]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
