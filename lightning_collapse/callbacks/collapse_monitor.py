@@ -342,7 +342,10 @@ class CollapseMonitor(Monitor):
             values = [nan] * len(values)
         points = []
         for measure, value in zip(self._measures, values, strict=True):
-            points.append(Point(f"{key}/{measure.curve}", step, value, n, _null(measure, n, width), flag))
+            # corrected for the projection, a value is of the whole width, which the null would not be
+            corrected = measure.record and layer is not None and layer.sketched
+            null = nan if corrected else _null(measure, n, width)
+            points.append(Point(f"{key}/{measure.curve}", step, value, n, null, flag))
         lost = 1 - n / seen if seen else nan
         return [
             *points,

@@ -42,7 +42,7 @@ def top_k_share(singular_values: Tensor | Spectrum, k: int = 1) -> Tensor:
 def condition_number(singular_values: Tensor | Spectrum) -> Tensor:
     r"""Largest over smallest singular value, :math:`\sigma_1 / \sigma_K`.
 
-    From features the smallest one is known down to 1e-8 of the largest: values near 1e8 mean "singular".
+    From features singular values are known down to about 1e-7 of the largest; below that it is infinite.
 
     Args:
         singular_values: Descending, shape ``(..., K)``, or a ``Spectrum`` record; then the smallest value that ``n``
@@ -120,7 +120,7 @@ def alpha_req(singular_values: Tensor | Spectrum, first: int = 4, last: int = 10
     The paper does not fix the range; its code uses several, most often ranks 4 to 100, so the range is part of the
     curve's name. Eigenvalues
     below :math:`\lambda_1 K \epsilon` (of ``float32``) are rounding noise: the fit ends before the first of them. It is
-    biased low for few rows: 0.86 of a true 1 at ``n = 200``, ``d = 512``.
+    biased low for few rows: about 0.9 of a true 1 at ``n = 200``, ``d = 512``.
 
     Args:
         singular_values: Of centered features, descending, shape ``(..., K)``, or a ``Spectrum`` record.

@@ -14,9 +14,9 @@ class GaussianSketch:
         (1 + \tfrac{1}{k}) \operatorname{tr} S_x^2 + \tfrac{1}{k} (\operatorname{tr} S_x)^2
 
     The mean variance of a feature is kept on average, so standard deviations keep their meaning; the second identity
-    lets the participation ratio be corrected exactly (:func:`~lightning_collapse.functional.participation_ratio` of a
-    record with ``sketched=True`` does). Entropic ranks cannot be corrected: they describe the projection and never
-    exceed ``k``.
+    lets the participation ratio be corrected, up to terms of order 1 / k
+    (:func:`~lightning_collapse.functional.participation_ratio` of a record with ``sketched=True`` does). Entropic ranks
+    cannot be corrected: they describe the projection and never exceed ``k``.
 
     Args:
         dim: Number of features ``D`` to project.
