@@ -1,10 +1,10 @@
-"""The TensorBoard dashboard and the legend, both read from the table of measures."""
+"""The TensorBoard dashboard and the legend, both read from the tables of measures and curves."""
 
 import shutil
 from itertools import zip_longest
 from textwrap import wrap
 
-from lightning_collapse.utilities.registry import MEASURES, Measure
+from lightning_collapse.utilities.registry import CURVES, MEASURES, Measure
 
 _COLUMNS = ("measure", "reads", "range", "collapsed", "source")
 _NARROWEST = 10
@@ -12,7 +12,7 @@ _HEALTH = ("n", "nonfinite_fraction", "flag")
 
 
 def dashboard_layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
-    """Charts for TensorBoard's "Custom Scalars" tab: one per registered measure, with a line per layer.
+    """Charts for TensorBoard's "Custom Scalars" tab: one per registered measure and curve, with a line per layer.
 
     The tags are regular expressions that the TensorBoard server matches, so one call at the start of a run also covers
     curves that appear later. Curves of validation (``val/...``) share the chart of training: the gap between the two
@@ -26,15 +26,20 @@ def dashboard_layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
         ('Multiline', ['(.*-)?(val/)?collapse/.+/flag$'])
     """
     measures = [measure.curve for measure in MEASURES.values() if measure.kind != "pairs"]
+    families: dict[str, dict[str, tuple[str, list[str]]]] = {}
+    for curve in CURVES.values():
+        charts = families.setdefault(curve.family.replace("_", " ").capitalize(), {})
+        charts[curve.name] = _chart(f"{curve.family}/.+/{curve.name}")
     return {
         "Collapse": {name: _chart(f"collapse/.+/{name}") for name in (*measures, *_HEALTH)},
+        **families,
         "Regularizer": {"regularizer": _chart("regularizer/.+")},
         "Guard": {"guard": _chart("guard/.+")},
     }
 
 
 def legend() -> str:
-    """What every registered measure means, as a Markdown table."""
+    """What every registered measure and curve means, as a Markdown table."""
     cells = [[cell.replace("|", r"\|") for cell in row] for row in _rows()]
     lines = [_COLUMNS, ["---"] * len(_COLUMNS), *([f"`{name}`", *facts] for name, *facts in cells)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -60,10 +65,11 @@ def _chart(pattern: str) -> tuple[str, list[str]]:
 
 
 def _rows() -> list[list[str]]:
-    return [
-        [" ".join(fact.split()) for fact in (m.name, _reads(m), m.range, m.collapsed, m.source)]
-        for m in MEASURES.values()
+    facts = [
+        *((m.name, _reads(m), m.range, m.collapsed, m.source) for m in MEASURES.values()),
+        *((key, c.reads, c.range, c.collapsed, c.source) for key, c in CURVES.items()),
     ]
+    return [[" ".join(fact.split()) for fact in row] for row in facts]
 
 
 def _reads(measure: Measure) -> str:

@@ -2,6 +2,23 @@
 
 from lightning_collapse.utilities.modules import default_taps
 from lightning_collapse.utilities.points import Flag, Point
-from lightning_collapse.utilities.registry import LOSSES, MEASURES, register_loss, register_measure
+from lightning_collapse.utilities.registry import (
+    CURVES,
+    LOSSES,
+    MEASURES,
+    register_curve,
+    register_loss,
+    register_measure,
+)
 
-__all__ = ["LOSSES", "MEASURES", "Flag", "Point", "default_taps", "register_loss", "register_measure"]
+__all__ = [
+    "CURVES",
+    "LOSSES",
+    "MEASURES",
+    "Flag",
+    "Point",
+    "default_taps",
+    "register_curve",
+    "register_loss",
+    "register_measure",
+]

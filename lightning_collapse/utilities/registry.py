@@ -58,7 +58,29 @@ class Measure:
         return self.fn(spectrum if self.record else spectrum.singular_values)
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A curve that a monitor draws from something other than the features of a layer, and what its reader must know.
+
+    Attributes:
+        family: First part of the curve's name, ``{family}/{layer}/{name}``.
+        name: Last part of it.
+        reads: What it is computed from, in a few words.
+        range: Smallest and largest value in words.
+        collapsed: What it reads when things go wrong.
+        source: Authors, year, identifier.
+    """
+
+    family: str
+    name: str
+    reads: str = ""
+    range: str = ""
+    collapsed: str = ""
+    source: str = ""
+
+
 MEASURES: dict[str, Measure] = {}
+CURVES: dict[str, Curve] = {}
 LOSSES: dict[str, type[nn.Module]] = {}
 
 
@@ -96,6 +118,17 @@ def register_measure(fn: MeasureFn | None = None, **facts: Any) -> MeasureFn | C
         return fn
 
     return register if fn is None else register(fn)
+
+
+def register_curve(family: str, name: str, **facts: str) -> None:
+    """Make a curve ``{family}/{layer}/{name}`` known to the dashboard and to the legend.
+
+    Args:
+        family: First part of the curve's name.
+        name: Last part of it.
+        facts: The other fields of :class:`Curve`.
+    """
+    CURVES[f"{family}/{name}"] = Curve(family, name, **facts)
 
 
 def register_loss(cls: LossClass) -> LossClass:

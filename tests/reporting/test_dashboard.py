@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_collapse.reporting import dashboard_layout, legend, legend_for_terminal, log_dashboard
-from lightning_collapse.utilities.registry import MEASURES, Measure
+from lightning_collapse.utilities.registry import CURVES, MEASURES, Curve, Measure
 
 FACTS = {
     "effective_rank": Measure("effective_rank", torch.sum, range="1 to K", collapsed="1", source="Roy & Vetterli 2007"),
@@ -23,10 +23,12 @@ FACTS = {
     "alignment": Measure("alignment", torch.sum, kind="pairs"),
 }
 
+GLOW = Curve("tube", "glow", reads="a tube", range="0 to 1", collapsed="0", source="Crookes 1875")
+
 
 @pytest.fixture(autouse=True)
 def measures():
-    with patch.dict(MEASURES, FACTS, clear=True):
+    with patch.dict(MEASURES, FACTS, clear=True), patch.dict(CURVES, {"tube/glow": GLOW}, clear=True):
         yield
 
 
@@ -39,7 +41,7 @@ def lines_of(category, chart, tags):
 
 def test_one_chart_per_measure_of_features_and_three_for_their_health():
     layout = dashboard_layout()
-    assert list(layout) == ["Collapse", "Regularizer", "Guard"]
+    assert list(layout) == ["Collapse", "Tube", "Regularizer", "Guard"]
     assert list(layout["Collapse"]) == [
         *("effective_rank", "eigenvalue_effective_rank", "uniformity"),
         *("n", "nonfinite_fraction", "flag"),
@@ -65,6 +67,10 @@ def test_a_chart_has_the_lines_of_its_measure_only():
     }
 
 
+def test_a_curve_of_another_family_has_a_chart_in_its_own_category():
+    assert lines_of("Tube", "glow", {"tube/a.b/glow", "collapse/a/glow", "tube/glow"}) == {"tube/a.b/glow"}
+
+
 @pytest.mark.parametrize("family", ["regularizer", "guard"])
 def test_a_family_is_one_chart(family):
     tags = {f"{family}/a", f"val/{family}/b"}
@@ -84,10 +90,11 @@ def test_tensorboard_serves_every_chart_over_http(tmp_path):
             layout, served = ask(f"{url}data/plugin/custom_scalars")
         finally:
             server.terminate()
-    assert [category["title"] for category in layout["category"]] == ["Collapse", "Regularizer", "Guard"]
+    assert [category["title"] for category in layout["category"]] == ["Collapse", "Tube", "Regularizer", "Guard"]
     assert served.pop("effective_rank") == ["collapse/a/effective_rank"]
     assert served.pop("eigenvalue_effective_rank") == ["collapse/a/eigenvalue_effective_rank"]
-    assert served == {name: [] for name in ("uniformity", "n", "nonfinite_fraction", "flag", "regularizer", "guard")}
+    rest = ("uniformity", "n", "nonfinite_fraction", "flag", "glow", "regularizer", "guard")
+    assert served == {name: [] for name in rest}
 
 
 def ask(url):
@@ -116,6 +123,7 @@ def test_legend_is_a_markdown_table():
         r"| `eigenvalue_effective_rank` | raw spectrum | \|x\| to K |  |  |",
         "| `uniformity` | rows |  | 0, all points equal |  |",
         "| `alignment` | pairs |  |  |  |",
+        "| `tube/glow` | a tube | 0 to 1 | 0 | Crookes 1875 |",
     ]
 
 
