@@ -3,15 +3,16 @@
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from itertools import chain, count
+from itertools import chain, count, groupby
 from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 MAX_DEFAULT_LAYERS = 12
 INPUT_SUFFIX = ":input"
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+VOCABULARY = 4  # a last layer this many times wider than its input is a vocabulary's
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _CHANNELS_FIRST = (
     nn.Conv1d,
     nn.ConvTranspose1d,
@@ -91,25 +92,26 @@ def find_taps(root: nn.Module, patterns: Sequence[str]) -> list[Tap]:
 def default_taps(root: nn.Module) -> list[Tap]:
     """At most a dozen taps that span the depth of any model: block outputs, and always the last Linear's input.
 
+    Networks that are not trained (a momentum encoder, a teacher) take only the places that those in training leave.
+
     The rule, from the root down (only modules that hold a weight of two or more dimensions count, embeddings do not):
 
     - three or more siblings of one class that hold half of the weights (stages), two or more in an ``nn.ModuleList`` or
       ``nn.Sequential`` (a transformer's blocks), or the three or more layers of an ``nn.Sequential`` are the blocks;
     - a module with a single such child is a wrapper: look inside;
     - other modules are looked into if there are blocks further down; if there are none, their children are the blocks;
-    - of more than eleven blocks eleven are kept, evenly spaced, with the first and the last.
+    - of more than eleven blocks the longest run of siblings is thinned, evenly and with its first and last;
+    - the output of a last Linear that widens its input fourfold (a vocabulary) is left out: it has no rank of its own.
     """
     blocks = [named for kid in _kids("", root) for named in _blocks(*kid)] if not _is_stack(root) else _kids("", root)
     blocks = [named for block in blocks for named in _callable(*block)]
-    keep = MAX_DEFAULT_LAYERS - 1
-    if len(blocks) > keep:
-        blocks = [blocks[round(i * (len(blocks) - 1) / (keep - 1))] for i in range(keep)]
-    taps = [Tap(clean_name(name), module) for name, module in blocks]
     linears = [named for named in weighted_layers(root) if _is_linear(named[1])]
-    if linears:
-        name, module = linears[-1]
-        taps.append(Tap(clean_name(name) + INPUT_SUFFIX, module, "input"))
-    return _unique(taps)
+    last = [named for named in linears if _is_trained(named[1])][-1:] or linears[-1:]
+    blocks = [named for named in blocks if named not in last or not _widens(named[1])]
+    trained = _thin([named for named in blocks if _is_trained(named[1])], MAX_DEFAULT_LAYERS - 1)
+    others = _thin([named for named in blocks if not _is_trained(named[1])], MAX_DEFAULT_LAYERS - 1 - len(trained))
+    taps = [Tap(clean_name(name), module) for name, module in blocks if (name, module) in [*trained, *others]]
+    return _unique(taps + [Tap(clean_name(name) + INPUT_SUFFIX, module, "input") for name, module in last])
 
 
 def has_weight(module: nn.Module) -> bool:
@@ -204,7 +206,18 @@ def _is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if weight is None or nn.parameter.is_lazy(weight):
         return isinstance(module, nn.Linear)
-    return isinstance(weight, torch.Tensor) and weight.ndim == 2
+    return isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _widens(module: nn.Module) -> bool:
+    weight = module.weight
+    return (
+        isinstance(weight, Tensor) and not nn.parameter.is_lazy(weight) and len(weight) >= VOCABULARY * weight.shape[1]
+    )
 
 
 def _is_opaque(module: nn.Module) -> bool:
@@ -239,6 +252,20 @@ def _blocks(name: str, module: nn.Module) -> list[Named]:
     if len(kids) > 1 and (_is_stack(module) or not any(_is_stack(m) for _, kid in kids for m in kid.modules())):
         return kids
     return [named for kid in kids for named in _blocks(*kid)]
+
+
+def _thin(blocks: list[Named], keep: int) -> list[Named]:
+    """At most ``keep`` of the blocks: the longest run of siblings gives way, but for its first and last."""
+    runs = [list(run) for _, run in groupby(blocks, key=lambda named: named[0].rpartition(".")[0])]
+    while (over := sum(map(len, runs)) - keep) > 0 and runs and len(longest := max(runs, key=len)) > 2:
+        longest[:] = _evenly(longest, max(2, len(longest) - over))
+    return _evenly([named for run in runs for named in run], keep)
+
+
+def _evenly(blocks: list[Named], keep: int) -> list[Named]:
+    if len(blocks) <= keep:
+        return blocks
+    return [blocks[round(i * (len(blocks) - 1) / max(keep - 1, 1))] for i in range(keep)]
 
 
 def _callable(name: str, module: nn.Module) -> list[Named]:

@@ -245,7 +245,7 @@ def test_encoder_and_decoder() -> None:
     assert found[:5] == [*[f"encoder.layers.{i}" for i in range(3)], *[f"decoder.layers.{i}" for i in range(2)]]
 
 
-def test_online_and_target_networks() -> None:
+def test_networks_in_training_come_before_those_that_follow_them() -> None:
     online = {"online_encoder": resnet(), "online_projector": mlp(32, 8, 4, norm=True)}
     byol = Lit(
         **online,
@@ -254,8 +254,23 @@ def test_online_and_target_networks() -> None:
         target_projector=frozen(mlp(32, 8, 4, norm=True)),
     )
     found = names(byol)
-    assert len(found) <= MAX_DEFAULT_LAYERS
-    assert any(name.startswith("online_encoder.layer") for name in found)  # the rule is to span the depth of any model
+    assert found[:5] == [f"online_encoder.{name}" for name in STAGES[:5]]
+    assert {"online_projector.3", "online_predictor.3"} < set(found)
+    assert found[-1] == "online_predictor.3.input"
+    assert len(found) == MAX_DEFAULT_LAYERS
+    assert [name for name in found if name.startswith("target")] == ["target_encoder.conv1"]
+
+
+def test_a_frozen_backbone_is_watched_below_a_trained_head() -> None:
+    found = names(Lit(backbone=frozen(ViT(24)), head=Linear(3, 2)))
+    assert {"backbone.blocks.0", "backbone.blocks.23", "head"} < set(found)
+    assert found[-1] == "head.input"
+    assert len(found) == MAX_DEFAULT_LAYERS
+
+
+def test_the_logits_of_a_vocabulary_are_left_out_for_their_input() -> None:
+    model = Net(h=nn.ModuleList([GPTBlock() for _ in range(3)]), lm_head=Linear(4, 16))
+    assert names(model) == ["h.0", "h.1", "h.2", "lm_head.input"]
 
 
 @pytest.mark.parametrize("depth", [11, 12, 13, 50, 97])
@@ -270,15 +285,19 @@ def test_deep_models_are_thinned_evenly(depth: int) -> None:
     assert found[-1] == f"net.{depth - 1}.mlp.fc2.input"
 
 
-@pytest.mark.parametrize("model", [lambda: ViT(50), lambda: bert(12), lambda: gpt2(24)], ids=["vit", "bert", "gpt-2"])
-def test_deep_models_have_a_dozen_taps_from_one_end_to_the_other(model: Callable[[], nn.Module]) -> None:
-    root = model()
+DEEP = {"vit": lambda: ViT(50), "bert": lambda: bert(12), "gpt-2": lambda: gpt2(24), "deit": lambda: ViT(12)}
+
+
+@pytest.mark.parametrize("model", DEEP)
+def test_deep_models_have_a_dozen_taps_from_the_first_block_to_the_last(model: str) -> None:
+    root = DEEP[model]()
     stack = next(m for m in root.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 3)
     taps = default_taps(root)
     assert len(taps) == MAX_DEFAULT_LAYERS
     depths = [i for i, block in enumerate(stack) if any(tap.module is block for tap in taps)]
-    assert depths[0] <= len(stack) / 11
-    assert depths[-1] >= len(stack) - 1 - len(stack) / 11
+    assert (depths[0], depths[-1]) == (0, len(stack) - 1)
+    gaps = {later - earlier for earlier, later in pairwise(depths)}
+    assert max(gaps) - min(gaps) <= 1
     assert len(depths) >= 8
 
 
@@ -301,7 +320,8 @@ def test_compiled_models_have_the_same_taps() -> None:
         ("net.0", "net.0"),
         ("_orig_mod.net.0", "net.0"),
         ("net._orig_mod.0._fsdp_wrapped_module.linear", "net.0.linear"),
-        ("module._checkpoint_wrapped_module.block", "block"),
+        ("net._checkpoint_wrapped_module.block", "net.block"),
+        ("module.fc", "module.fc"),
         ("_orig_mod", "_orig_mod"),
         ("my_orig_mod.x", "my_orig_mod.x"),
         ("", ""),
