@@ -23,11 +23,19 @@ class SpectralMetric(Spectrum):
 
     Attributes:
         measure: Name of the measure.
+
+    Raises:
+        TypeError: If the class names no measure.
     """
 
     measure: ClassVar[str]
 
     def __init__(self, dim: int, dtype: torch.dtype = torch.float64, **kwargs: Any) -> None:
+        if not hasattr(self, "measure"):
+            raise TypeError(
+                f"`{type(self).__name__}` names no measure. Take a subclass such as `EffectiveRank`, or set `measure` in"
+                " one of your own."
+            )
         super().__init__(dim, get_measure(self.measure).spectrum == "centered", dtype, **kwargs)
 
     def compute(self) -> Tensor:

@@ -32,10 +32,6 @@ CASES = {
     for side, shape in {"wide": (9, 12), "tall": (40, 6)}.items()
     for dtype, mean in ((torch.float32, 0.0), (torch.float64, 0.0), (torch.float32, FAR))
 }
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),  # as intended
-    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated"),  # Lightning's own
-]
 
 
 class Flipped(Siamese):

@@ -19,13 +19,7 @@ from lightning_collapse.losses import CovarianceLoss, LinearWarmup, VarianceLoss
 from lightning_collapse.mixins.anti_collapse import AntiCollapseMixin
 from tests.integration.siamese import Memory, MixedSiamese, Siamese, curve, fit, weights
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),  # as intended
-    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated"),  # Lightning's own
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # Dynamo's own
-    pytest.mark.filterwarnings("ignore:.* should not be instantiated. Methods on autograd functions"),  # Dynamo's own
-    pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),  # on purpose
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # on purpose
 PRECISIONS = ["32-true", "bf16-mixed", "bf16-true", "16-true", "64-true"]
 
 

@@ -16,13 +16,7 @@ from lightning_collapse.losses import AntiCollapseLoss, VarianceLoss, VICReg
 from lightning_collapse.utilities.training_step import wrap_training_step
 from tests.integration.siamese import MixedSiamese, Siamese, curve, fit, weights
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),  # as intended
-    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated"),  # Lightning's own
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # Dynamo's own
-    pytest.mark.filterwarnings("ignore:.* should not be instantiated. Methods on autograd functions"),  # Dynamo's own
-    pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),  # on purpose
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # on purpose
 
 
 @pytest.mark.parametrize("as_dict", [True, False])

@@ -107,3 +107,8 @@ def test_states_move_with_the_metric() -> None:
     metric.to("meta")
     assert metric.second.device.type == "meta"
     assert metric.second.dtype == torch.float64
+
+
+def test_the_class_without_a_measure_says_what_to_take():
+    with pytest.raises(TypeError, match="`SpectralMetric` names no measure. Take a subclass such as `EffectiveRank`"):
+        SpectralMetric(4)
