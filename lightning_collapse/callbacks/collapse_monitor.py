@@ -317,7 +317,7 @@ class CollapseMonitor(Monitor):
         store.clear()
         vectors, spectra = read(list(layers.values()), self._measures)
         if pictures:
-            bins = [log10_histogram(spectrum.singular_values, spectrum.count) for spectrum in spectra]
+            bins = [log10_histogram(values, vector[0]) for values, vector in zip(spectra, vectors, strict=True)]
             vectors = [torch.cat(pair) for pair in zip(vectors, bins, strict=True)]
         numbers = torch.stack(vectors).tolist() if vectors else []  # the one transfer of a point
         points: list[Point] = []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isnan
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -38,7 +41,7 @@ class LayerRows:
 
 
 @torch.no_grad()
-def read(layers: Sequence[LayerRows], measures: Sequence[Measure]) -> tuple[list[Tensor], list[Spectrum]]:
+def read(layers: Sequence[LayerRows], measures: Sequence[Measure]) -> tuple[list[Tensor], list[Tensor]]:
     """Evaluate measures on layers.
 
     Collective: every process must call it, with layers of the same widths in the same order. Where all processes
@@ -52,24 +55,24 @@ def read(layers: Sequence[LayerRows], measures: Sequence[Measure]) -> tuple[list
     Returns:
         Per layer a ``float64`` vector (``float32`` on devices without) of ``3 + len(measures)`` numbers: finite rows,
         considered rows, the largest centered singular value, then the value of every measure, in order; and per layer
-        the centered spectrum.
+        the centered singular values.
     """
     kinds = {measure.spectrum for measure in measures if measure.kind == "spectrum"} | {"centered"}
     needs_rows = any(measure.kind == "rows" and measure.of_record is None for measure in measures)
     layers, shared = _share(layers, needs_rows)
-    grams = {
-        kind: [_gram(layer, moments, kind) for layer, moments in zip(layers, shared, strict=True)] for kind in kinds
-    }
-    spectra = {kind: _decompose(pairs, layers) for kind, pairs in grams.items()}
-    readings = []
-    for i, (layer, moments) in enumerate(zip(layers, shared, strict=True)):
-        of_layer = {kind: records[i] for kind, records in spectra.items()}
-        count = of_layer["centered"].count
-        seen = layer.mask.sum() if moments is None else moments.seen
-        values = [count, seen, values_of(of_layer["centered"])[0]]
-        values += [_evaluate(measure, layer, of_layer) for measure in measures]
-        readings.append(torch.stack([value.to(count) for value in values]))
-    return readings, spectra["centered"]
+    readings: dict[int, Tensor] = {}
+    spectra: dict[int, Tensor] = {}
+    for members in _alike(layers, shared):
+        group = [layers[i] for i in members]
+        records = {kind: _spectra(group, [shared[i] for i in members], kind) for kind in kinds}
+        centered = records["centered"]
+        seen = [layers[i].mask.sum() if (moments := shared[i]) is None else moments.seen for i in members]
+        columns = [centered.count, torch.stack(seen), values_of(centered)[..., 0]]
+        columns += [_evaluate(measure, group, records) for measure in measures]
+        rows = torch.stack([column.to(centered.count) for column in columns], dim=1)
+        readings.update(zip(members, rows, strict=True))
+        spectra.update(zip(members, centered.singular_values, strict=True))
+    return [readings[i] for i in range(len(layers))], [spectra[i] for i in range(len(layers))]
 
 
 def flag_of(n: int, seen: int, top: float, sketched: bool) -> Flag:
@@ -85,18 +88,31 @@ def flag_of(n: int, seen: int, top: float, sketched: bool) -> Flag:
     return Flag.NONFINITE if n < seen else Flag.SKETCHED if sketched else Flag.OK
 
 
-def _evaluate(measure: Measure, layer: LayerRows, spectra: dict[str, Spectrum]) -> Tensor:
-    if layer.sketched and not measure.sketchable:
-        return layer.rows.new_full((), torch.nan)
+def _evaluate(measure: Measure, layers: Sequence[LayerRows], records: Mapping[str, Spectrum]) -> Tensor:
+    """Values of a measure, one per layer of a group: of all at once, or where that fails of one after the other."""
+    nothing = layers[0].rows.new_full((), torch.nan)
+    if layers[0].sketched and not measure.sketchable:
+        return nothing.expand(len(layers))
+    record = records[measure.spectrum]
+    if measure.kind == "spectrum" or measure.of_record is not None:
+        of_record = measure.of_record or measure.of_spectrum
+        if len(layers) != record.singular_values.shape[-1]:  # a value per axis must not pass for one per layer
+            with suppress(Exception):
+                values = of_record(record)
+                if values.shape == (len(layers),):
+                    return values
+        calls = [partial(of_record, _part(record, i)) for i in range(len(layers))]
+    else:
+        calls = [partial(measure.fn, layer.rows, layer.mask) for layer in layers]
+    return torch.stack([_one(measure, call, nothing).to(record.count) for call in calls])
+
+
+def _one(measure: Measure, call: Callable[[], Tensor], nothing: Tensor) -> Tensor:
     try:
-        if measure.kind == "spectrum":
-            return measure.of_spectrum(spectra[measure.spectrum]).reshape(())
-        if measure.of_record is not None:
-            return measure.of_record(spectra["centered"]).reshape(())
-        return measure.fn(layer.rows, layer.mask).reshape(())
+        return call().reshape(())
     except Exception as error:  # a measure of the user's own must not end the run either
         rank_zero_warn(f"Measure `{measure.name}` failed and reads NaN: {error}")
-        return layer.rows.new_full((), torch.nan)
+        return nothing
 
 
 def _share(layers: Sequence[LayerRows], needs_rows: bool) -> tuple[list[LayerRows], list[Moments | None]]:
@@ -122,19 +138,36 @@ def _share(layers: Sequence[LayerRows], needs_rows: bool) -> tuple[list[LayerRow
     return gathered, [next(reduced) if by_moments else None for by_moments in many]
 
 
-def _gram(layer: LayerRows, moments: Moments | None, kind: str) -> tuple[Tensor, Spectrum]:
-    if moments is None:
-        return gram_of(layer.rows, kind == "centered", layer.mask)
-    return moments.gram(kind == "centered")
+def _alike(layers: Sequence[LayerRows], shared: Sequence[Moments | None]) -> list[list[int]]:
+    """Layers that can be taken together, by position: a device works through a few layers in the time of one."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, (layer, moments) in enumerate(zip(layers, shared, strict=True)):
+        shape = layer.rows.shape if moments is None else layer.rows.shape[1:]
+        groups.setdefault((shape, layer.rows.dtype, layer.rows.device, layer.sketched), []).append(i)
+    return list(groups.values())
 
 
-def _decompose(pairs: Sequence[tuple[Tensor, Spectrum]], layers: Sequence[LayerRows]) -> list[Spectrum]:
-    """One batched decomposition per size: CUDA solves a batch in the time of a few."""
-    by_size: dict[tuple[int, torch.device], list[int]] = {}
-    for i, (gram, _) in enumerate(pairs):
-        by_size.setdefault((len(gram), gram.device), []).append(i)
-    spectra: dict[int, Spectrum] = {}
-    for members in by_size.values():
-        for i, values in zip(members, eigenvalues(torch.stack([pairs[i][0] for i in members])), strict=True):
-            spectra[i] = replace(finish_spectrum(values, pairs[i][1]), sketched=layers[i].sketched)
-    return [spectra[i] for i in range(len(pairs))]
+def _spectra(layers: Sequence[LayerRows], shared: Sequence[Moments | None], kind: str) -> Spectrum:
+    center = kind == "centered"
+    moments = [m for m in shared if m is not None]
+    if moments:
+        grams, records = zip(*(m.gram(center) for m in moments), strict=True)
+        gram, record = torch.stack(grams), _together(records)
+    else:
+        rows, masks = torch.stack([layer.rows for layer in layers]), torch.stack([layer.mask for layer in layers])
+        gram, record = gram_of(rows, center, masks)
+    return replace(finish_spectrum(eigenvalues(gram), record), sketched=layers[0].sketched)
+
+
+def _together(records: Sequence[Spectrum]) -> Spectrum:
+    tensors: dict[str, Any] = {name: torch.stack([getattr(r, name) for r in records]) for name in _tensors(records[0])}
+    return replace(records[0], **tensors)
+
+
+def _part(record: Spectrum, i: int) -> Spectrum:
+    tensors: dict[str, Any] = {name: value[i] for name, value in _tensors(record).items()}
+    return replace(record, **tensors)
+
+
+def _tensors(record: Spectrum) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}

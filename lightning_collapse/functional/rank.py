@@ -69,7 +69,7 @@ def rankme(singular_values: Tensor | Spectrum, eps: float = 1e-7) -> Tensor:
     if not isinstance(singular_values, Spectrum):
         return _exp_entropy(values, eps)
     # a matrix of n rows has n singular values: no epsilon for the others of a d x d Gram matrix
-    exists = torch.arange(values.shape[-1], device=values.device) < singular_values.count
+    exists = torch.arange(values.shape[-1], device=values.device) < singular_values.count.unsqueeze(-1)
     return _exp_entropy(values, eps * exists)
 
 
@@ -155,7 +155,7 @@ def unbiased_participation_ratio(spectrum: Spectrum) -> Tensor:
             :math:`Q`).
 
     Returns:
-        0-dimensional, clamped to ``[1, d]``; NaN for fewer than four rows, 0 for an all-zero spectrum.
+        Shape ``(...)``, clamped to ``[1, d]``; NaN for fewer than four rows, 0 for an all-zero spectrum.
 
     Raises:
         TypeError: If given singular values alone.
@@ -263,7 +263,7 @@ def numerical_rank(singular_values: Tensor | Spectrum, rtol: float | None = None
     values = values_of(singular_values)
     tolerance: Tensor | float = values.shape[-1] * torch.finfo(values.dtype).eps if rtol is None else rtol
     if isinstance(singular_values, Spectrum) and rtol is None:
-        tolerance = singular_values.count.clamp_min(singular_values.dim) * torch.finfo(torch.float32).eps
+        tolerance = singular_values.count.clamp_min(singular_values.dim).unsqueeze(-1) * torch.finfo(torch.float32).eps
     top = values.amax(dim=-1, keepdim=True)
     return _keep_nan((values > top * tolerance).sum(dim=-1), values)
 

@@ -13,7 +13,7 @@ from lightning_collapse.utilities.registry import register_measure
 
 
 @register_measure(
-    of_record=lambda record: record.variance.sqrt().mean(),
+    of_record=lambda record: record.variance.sqrt().mean(dim=-1),
     kind="rows",
     range="0 to infinity",
     collapsed="near 0",
@@ -41,7 +41,7 @@ def feature_std(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @register_measure(
-    of_record=lambda record: record.variance.sqrt().amin(),
+    of_record=lambda record: record.variance.sqrt().amin(dim=-1),
     kind="rows",
     range="0 to infinity",
     collapsed="near 0",
@@ -263,13 +263,13 @@ def _std(features: Tensor, mask: Tensor | None) -> Tensor:
 
 def _dead(std: Tensor, threshold: float = 0.01) -> Tensor:
     # <=, so that features of which all are constant are dead and not alive
-    dead = (std <= threshold * std.mean()).to(std.dtype).mean()
-    return torch.where(std.isnan().any(), torch.nan, dead)
+    dead = (std <= threshold * std.mean(dim=-1, keepdim=True)).to(std.dtype).mean(dim=-1)
+    return torch.where(std.isnan().any(dim=-1), torch.nan, dead)
 
 
 def _relative_spread(record: Any) -> Tensor:
-    spread = record.variance.sum() * (record.count - 1) / record.count
-    share: Tensor = spread / (spread + record.mean.square().sum()).clamp_min(torch.finfo(spread.dtype).tiny)
+    spread = record.variance.sum(dim=-1) * (record.count - 1) / record.count
+    share: Tensor = spread / (spread + record.mean.square().sum(dim=-1)).clamp_min(torch.finfo(spread.dtype).tiny)
     return share.sqrt()
 
 

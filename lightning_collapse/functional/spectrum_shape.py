@@ -59,7 +59,7 @@ def condition_number(singular_values: Tensor | Spectrum) -> Tensor:
     largest, smallest = values[..., 0], values[..., -1]
     if isinstance(singular_values, Spectrum):
         last = (singular_values.count - 1).clamp(1, values.shape[-1]).long() - 1
-        smallest = values.gather(-1, last.view(1)).squeeze(-1)
+        smallest = values.gather(-1, last.unsqueeze(-1)).squeeze(-1)
     invertible = smallest != 0
     ratio = largest / torch.where(invertible, smallest, 1.0)
     ratio = torch.where(invertible, ratio, torch.where(largest > 0, torch.inf, largest))

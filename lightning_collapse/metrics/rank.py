@@ -33,8 +33,8 @@ class SpectralMetric(Spectrum):
     def __init__(self, dim: int, dtype: torch.dtype = torch.float64, **kwargs: Any) -> None:
         if not hasattr(self, "measure"):
             raise TypeError(
-                f"`{type(self).__name__}` names no measure. Take a subclass such as `EffectiveRank`, or set `measure` in"
-                " one of your own."
+                f"`{type(self).__name__}` names no measure. Take a subclass such as `EffectiveRank`, or set `measure`"
+                " in one of your own."
             )
         super().__init__(dim, get_measure(self.measure).spectrum == "centered", dtype, **kwargs)
 

@@ -10,14 +10,14 @@ def finite_rows(features: Tensor, mask: Tensor | None = None) -> tuple[Tensor, T
     """Set rows that must not count to zero and say which they are.
 
     Args:
-        features: Shape ``(N, D)``.
-        mask: Boolean, shape ``(N,)``: rows to consider; all if ``None``.
+        features: Shape ``(..., N, D)``.
+        mask: Boolean, shape ``(..., N)``: rows to consider; all if ``None``.
 
     Returns:
-        The features with the other rows zero, ``(N, D)``; how many rows were considered, 0-dimensional; one for each
-        considered row without NaN or infinity and zero for the others, ``(N,)``, in the dtype of the features.
+        The features with the other rows zero, ``(..., N, D)``; how many rows were considered, ``(...)``; one for each
+        considered row without NaN or infinity and zero for the others, ``(..., N)``, in the dtype of the features.
     """
-    considered = torch.ones_like(features[:, 0], dtype=torch.bool) if mask is None else mask
+    considered = torch.ones_like(features[..., 0], dtype=torch.bool) if mask is None else mask
     # a sum is finite if and only if its terms are, and costs a quarter of asking each of them
-    counts = considered & features.sum(dim=1, dtype=accumulation_dtype(features.device)).isfinite()
-    return torch.where(counts.unsqueeze(1), features, 0.0), considered.sum(), counts.to(features.dtype)
+    counts = considered & features.sum(dim=-1, dtype=accumulation_dtype(features.device)).isfinite()
+    return torch.where(counts.unsqueeze(-1), features, 0.0), considered.sum(dim=-1), counts.to(features.dtype)

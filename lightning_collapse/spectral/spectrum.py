@@ -17,16 +17,16 @@ RESOLUTION = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of a feature matrix, with what some measures need to know besides.
+    """Singular values of a feature matrix, or of several of one shape, with what some measures need to know besides.
 
     Attributes:
-        singular_values: Descending, shape ``(K,)``.
-        count: Number of rows behind them, 0-dimensional.
+        singular_values: Descending, shape ``(..., K)``.
+        count: Number of rows behind them, shape ``(...)``.
         dim: Number of features ``D``.
         kurtosis: Sum of the fourth powers of the centered norms over the square of the sum of their squares,
-            0-dimensional; ``None`` if the features were not centered.
-        mean: Mean row, shape ``(D,)``; ``None`` if the features were not centered.
-        variance: Variance of every feature, shape ``(D,)``; ``None`` if the features were not centered.
+            shape ``(...)``; ``None`` if the features were not centered.
+        mean: Mean row, shape ``(..., D)``; ``None`` if the features were not centered.
+        variance: Variance of every feature, shape ``(..., D)``; ``None`` if the features were not centered.
         sketched: Whether ``D`` is the width of a random Gaussian projection of wider features.
     """
 
@@ -73,6 +73,10 @@ def spectrum_of(features: Tensor, center: bool = True, mask: Tensor | None = Non
     Raises:
         ValueError: If ``features`` is not a matrix.
     """
+    if features.ndim != 2:
+        raise ValueError(
+            f"`features` must have shape (N, D), got {tuple(features.shape)}. Flatten tokens or pool maps first."
+        )
     gram, record = gram_of(features, center, mask)
     return finish_spectrum(eigenvalues(gram), record)
 
@@ -81,34 +85,30 @@ def spectrum_of(features: Tensor, center: bool = True, mask: Tensor | None = Non
 def gram_of(features: Tensor, center: bool = True, mask: Tensor | None = None) -> tuple[Tensor, Spectrum]:
     """The smaller Gram matrix of the rows that count, of moderate scale, and an unfinished record.
 
-    So that several layers can be decomposed at once: the record holds the scale where the singular values will be.
-    A feature that varies by less than the rounding of ``float32`` at its mean is constant: without that rule rows
-    that are equal but for rounding have a spectrum of noise, which looks healthy.
+    Of features ``(..., N, D)``, with a mask ``(..., N)``: layers of one shape are taken together. The record holds the
+    scale where the singular values will be. A feature that varies by less than the rounding of ``float32`` at its mean
+    is constant: without that rule rows that are equal but for rounding have a spectrum of noise, which looks healthy.
     """
-    if features.ndim != 2:
-        raise ValueError(
-            f"`features` must have shape (N, D), got {tuple(features.shape)}. Flatten tokens or pool maps first."
-        )
     dtype = accumulation_dtype(features.device)
     rows, _, weight = finite_rows(features.to(dtype), mask)
-    count = weight.sum()
+    count = weight.sum(dim=-1)
     scale = torch.ones_like(count)
     if features.dtype == dtype and rows.numel():  # fourth powers of narrower dtypes fit, of this one they may not
-        scale = rows.detach().abs().amax().clamp_min(torch.finfo(dtype).tiny)
-        rows = rows / scale
-    record = Spectrum(scale, count, features.shape[1])
+        scale = rows.detach().abs().amax(dim=(-2, -1)).clamp_min(torch.finfo(dtype).tiny)
+        rows = rows / scale[..., None, None]
+    record = Spectrum(scale, count, features.shape[-1])
     if center:
-        mean = rows.sum(dim=0) / count.clamp_min(1)
-        rows = (rows - mean) * weight.unsqueeze(1)
+        mean = rows.sum(dim=-2) / count.clamp_min(1).unsqueeze(-1)
+        rows = (rows - mean.unsqueeze(-2)) * weight.unsqueeze(-1)
         energy = rows.square()
-        scatter = energy.sum(dim=0)
-        varies = scatter > count * (RESOLUTION * mean).square()
-        rows = rows * varies
-        energy = energy @ varies.to(dtype)
-        kurtosis = relative_to_square(energy.square().sum(), energy.sum())
-        variance = scatter * varies / (count - 1).clamp_min(1) * scale.square()
-        record = replace(record, kurtosis=kurtosis, mean=mean * scale, variance=variance)
-    gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
+        scatter = energy.sum(dim=-2)
+        varies = scatter > count.unsqueeze(-1) * (RESOLUTION * mean).square()
+        rows = rows * varies.unsqueeze(-2)
+        energy = (energy @ varies.to(dtype).unsqueeze(-1)).squeeze(-1)
+        kurtosis = relative_to_square(energy.square().sum(dim=-1), energy.sum(dim=-1))
+        variance = scatter * varies * (scale.square() / (count - 1).clamp_min(1)).unsqueeze(-1)
+        record = replace(record, kurtosis=kurtosis, mean=mean * scale.unsqueeze(-1), variance=variance)
+    gram = rows @ rows.mT if rows.shape[-2] < rows.shape[-1] else rows.mT @ rows
     return gram, record
 
 
@@ -120,9 +120,9 @@ def finish_spectrum(values: Tensor, record: Spectrum) -> Spectrum:
     """
     size = values.shape[-1]
     ceiling = record.count - int(record.kurtosis is not None)
-    exists = torch.arange(size, device=values.device) < ceiling
+    exists = torch.arange(size, device=values.device) < ceiling.unsqueeze(-1)
     values = values * (exists & (values > size * torch.finfo(values.dtype).eps * values[..., :1]))
-    return replace(record, singular_values=safe_sqrt(values) * record.singular_values)
+    return replace(record, singular_values=safe_sqrt(values) * record.singular_values.unsqueeze(-1))
 
 
 def relative_to_square(quartic: Tensor, energy: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 from lightning_collapse import functional
 from lightning_collapse.functional import expected_under_isotropy
 from lightning_collapse.spectral import Moments, Spectrum, singular_values, spectrum_of
+from lightning_collapse.spectral.eigenvalues import eigenvalues
+from lightning_collapse.spectral.spectrum import finish_spectrum, gram_of
 from lightning_collapse.utilities.registry import MEASURES
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
@@ -639,6 +641,28 @@ def test_unbiased_participation_ratio_refuses_what_it_cannot_read() -> None:
     for argument in (torch.ones(3), spectrum_of(torch.ones(5, 3), center=False)):
         with pytest.raises(TypeError, match=r"needs the `Spectrum` record of centered features.*spectrum_of"):
             functional.unbiased_participation_ratio(argument)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_records_of_one_shape_are_made_and_read_together(center: bool) -> None:
+    """Layers with a mean, a scale, padding, bad rows or nothing at all in them, against each of them alone."""
+    for n, d in ((9, 14), (40, 6)):
+        x = torch.from_numpy(noise(5 * n, d)).view(5, n, d)
+        x = torch.stack([x[0], 1e3 + x[1], 1e9 * x[2], x[3], 0 * x[4]])
+        x[3, 2:4] = torch.nan
+        mask = torch.ones(5, n, dtype=torch.bool)
+        mask[0, ::3] = False
+        gram, record = gram_of(x, center, mask)
+        together = finish_spectrum(eigenvalues(gram), record)
+        alone = [spectrum_of(features, center, m) for features, m in zip(x, mask, strict=True)]
+        for measure in MEASURES.values():
+            read = measure.of_spectrum if measure.kind == "spectrum" else measure.of_record
+            if read is None or ((measure.kind == "rows" or "unbiased" in measure.name) and not center):
+                continue
+            expected = torch.stack([read(one) for one in alone])
+            torch.testing.assert_close(
+                read(together), expected, rtol=1e-9, atol=1e-12, equal_nan=True, msg=measure.name
+            )
 
 
 @pytest.mark.parametrize("name", sorted(m.name for m in MEASURES.values() if m.of_record is not None))

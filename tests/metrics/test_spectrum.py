@@ -110,5 +110,5 @@ def test_states_move_with_the_metric() -> None:
 
 
 def test_the_class_without_a_measure_says_what_to_take():
-    with pytest.raises(TypeError, match="`SpectralMetric` names no measure. Take a subclass such as `EffectiveRank`"):
+    with pytest.raises(TypeError, match=r"`SpectralMetric` names no measure\. Take a subclass such as `EffectiveRank`"):
         SpectralMetric(4)

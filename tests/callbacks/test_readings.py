@@ -1,0 +1,40 @@
+"""Layers are read together, and none of them can tell."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_collapse.callbacks.readings import LayerRows, read
+from lightning_collapse.utilities.registry import MEASURES, Measure
+
+
+def layer(n: int, d: int, seed: int) -> LayerRows:
+    rows = seed + torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    return LayerRows(rows, torch.arange(n) % (seed + 2) > 0, n)
+
+
+LAYERS = [layer(n, d, i) for i, (n, d) in enumerate([(9, 5), (6, 12), (9, 5), (8, 12), (6, 12), (9, 5)])]
+
+
+def test_the_company_of_other_layers_changes_no_reading() -> None:
+    measures = [measure for measure in MEASURES.values() if measure.kind != "pairs"]
+    together, spectra = read(LAYERS, measures)
+    for of_layer, values, found in zip(LAYERS, spectra, together, strict=True):
+        [alone], [expected] = read([of_layer], measures)
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(values, expected)
+
+
+def of_one_spectrum(singular_values: Tensor) -> Tensor:
+    if singular_values.ndim > 1:
+        raise ValueError("I was not told of this")
+    return singular_values[0] / singular_values.sum()
+
+
+@pytest.mark.parametrize("fn", [of_one_spectrum, lambda s: s[0] / s.sum(), lambda s: s[..., 0] / s.sum(dim=-1)])
+def test_a_measure_may_be_written_for_one_spectrum(fn) -> None:
+    layers = [LAYERS[0], LAYERS[2], LAYERS[5], layer(9, 5, 3), layer(9, 5, 4)]  # as many as there are singular values
+    measure = Measure("top", fn)
+    for chosen in (layers, layers[:3]):
+        found, spectra = read(chosen, [measure])
+        assert [v[3].item() for v in found] == [pytest.approx((s[0] / s.sum()).item()) for s in spectra]
