@@ -19,6 +19,7 @@ LEVEL = {
     "metrics": 3,
     "losses": 3,
     "reporting": 4,
+    "rules": 4,
     "mixins": 5,
     "callbacks": 5,
 }

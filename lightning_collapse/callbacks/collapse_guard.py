@@ -13,12 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
-from lightning_collapse.callbacks.rules import HEALTHY, RULES, Rule
+from lightning_collapse.callbacks.monitor import Monitor
+from lightning_collapse.callbacks.rollback import Rollback
 from lightning_collapse.reporting import log_text, publish
+from lightning_collapse.rules import ALL, HEALTHY, RULES, Rule
 from lightning_collapse.utilities.points import Flag, Point
 
-FAMILY = "collapse/"
 UNREADABLE = (Flag.NOT_CALLED, Flag.FEW_ROWS, Flag.SOLVER)
 
 
@@ -27,7 +27,7 @@ class Verdict:
     """One collapse that was found.
 
     Attributes:
-        kind: ``"complete_collapse"`` (all rows equal) or ``"dimensional_collapse"`` (few directions left).
+        kind: Name of the failure, such as ``"complete_collapse"`` (all rows equal).
         layer: Name of the layer, as in its curves.
         since: Step of the first point that showed it.
         step: Step at which it was held to be true, some points later.
@@ -44,37 +44,40 @@ class Verdict:
         return f"{self.kind.replace('_', ' ')} in `{self.layer}` since step {self.since}: {self.evidence}."
 
 
-Action = Literal["warn", "log", "checkpoint", "stop"] | Callable[[Trainer, LightningModule, Verdict], None]
+Action = Literal["warn", "log", "checkpoint", "stop"] | Rollback | Callable[[Trainer, LightningModule, Verdict], None]
 ACTIONS = ("warn", "log", "checkpoint", "stop")
 
 
 class CollapseGuard(Callback):
-    """Says when a layer collapses, and acts; reads the points of every ``CollapseMonitor`` of the trainer.
+    """Says when a layer collapses, and acts; reads the points of every monitor of the trainer.
 
-    Two verdicts, each against what isotropic noise of the same size reads and against the run's own beginning:
-    *complete collapse* (:class:`~lightning_collapse.callbacks.rules.CompleteCollapse`) and *dimensional collapse*
-    (:class:`~lightning_collapse.callbacks.rules.DimensionalCollapse`). A verdict falls after ``patience`` points in a
+    Each verdict compares with what noise of the same size reads and with the run's own beginning; the rules
+    (:mod:`lightning_collapse.rules`) say how. Of ``CollapseMonitor``: *complete collapse*
+    (:class:`~lightning_collapse.rules.CompleteCollapse`) and *dimensional collapse*
+    (:class:`~lightning_collapse.rules.DimensionalCollapse`). A verdict falls after ``patience`` points in a
     row on the wrong side of the line, and is lifted only by as many on the right side of twice the line: a curve that
     trembles about the line says nothing. Fine-tuning a binary classifier to neural collapse leaves one direction by
     nature; watch other layers there.
 
-    **Logged metrics**: ``guard/complete_collapse`` and ``guard/dimensional_collapse``, the number of layers so judged;
-    plain stopping on a single curve is ``EarlyStopping``'s business.
+    **Logged metrics**: ``guard/{kind}``, such as ``guard/complete_collapse``, the number of layers so judged; plain
+    stopping on a single curve is ``EarlyStopping``'s business.
 
     Args:
         action: What to do when a verdict falls: ``"warn"``, ``"log"`` (a text to every logger that takes one),
-            ``"checkpoint"`` (save one into ``dirpath``), ``"stop"`` (the fit), a callable that is given the trainer,
-            the module and the :class:`Verdict`, or a list of these, done in order.
+            ``"checkpoint"`` (save one into ``dirpath``), ``"stop"`` (the fit), a
+            :class:`~lightning_collapse.Rollback`, a callable that is given the trainer, the module and the
+            :class:`Verdict`, or a list of these, done in order.
         patience: Points in a row it takes.
-        calibration: First points of a run whose largest value is the beginning it is compared with.
-        dirpath: Where ``"checkpoint"`` saves; a folder ``guard`` beside the run's logs by default.
+        calibration: How many first points are the beginning that later ones are compared with, where a rule does not
+            know better.
+        dirpath: Where ``"checkpoint"`` and a rollback save; a folder ``guard`` beside the run's logs by default.
 
     Attributes:
         verdicts: Every :class:`Verdict` so far, in order.
 
     Raises:
         ValueError: On an unknown action or a number that is not positive; as ``MisconfigurationException`` when the
-            fit starts without a ``CollapseMonitor`` that draws the curves it reads.
+            fit starts without a monitor that draws the curves of any rule.
 
     Example::
 
@@ -88,10 +91,11 @@ class CollapseGuard(Callback):
         calibration: int = 3,
         dirpath: str | None = None,
     ) -> None:
-        actions = [action] if isinstance(action, str) or callable(action) else list(action)
+        single = isinstance(action, str | Rollback) or callable(action)
+        actions: list[Action] = [action] if single else list(action)  # type: ignore[list-item, arg-type]
         for one in actions:
-            if not callable(one) and one not in ACTIONS:
-                raise ValueError(f"`action` must be among {', '.join(ACTIONS)} or callable, got {one!r}.")
+            if not callable(one) and not isinstance(one, Rollback) and one not in ACTIONS:
+                raise ValueError(f"`action` must be among {', '.join(ACTIONS)}, a `Rollback` or callable, got {one!r}.")
         for name, number in (("patience", patience), ("calibration", calibration)):
             if number < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {number}.")
@@ -106,87 +110,104 @@ class CollapseGuard(Callback):
 
     def _reset(self) -> None:
         self.verdicts.clear()
-        # of every layer: how many points there were and the largest values of the first ones
-        self._baselines: dict[str, dict[str, float]] = {}
-        self._seen: dict[str, int] = {}
+        # of every "kind/layer" and curve: the first values
+        self._first: dict[str, dict[str, list[float]]] = {}
         # of every "kind/layer": first step of the row of bad points, its length, length of the row of good points
         self._rows: dict[str, list[int]] = {}
         self._standing: dict[str, bool] = {}
+
+    @property
+    def _rollbacks(self) -> list[Rollback]:
+        return [action for action in self._actions if isinstance(action, Rollback)]
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
-            "baselines": {layer: dict(values) for layer, values in self._baselines.items()},
-            "seen": dict(self._seen),
+            "first": {layer: {name: list(values) for name, values in of.items()} for layer, of in self._first.items()},
             "rows": {key: list(row) for key, row in self._rows.items()},
             "standing": dict(self._standing),
+            "rollbacks": [action.state_dict() for action in self._rollbacks],
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = True
         self.verdicts[:] = [Verdict(**verdict) for verdict in state_dict["verdicts"]]
-        self._baselines, self._seen = state_dict["baselines"], state_dict["seen"]
+        self._first = state_dict["first"]
         self._rows, self._standing = state_dict["rows"], state_dict["standing"]
+        for action, state in zip(self._rollbacks, state_dict["rollbacks"], strict=False):
+            action.load_state_dict(state)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._restored:
             self._reset()
+            for action in self._rollbacks:
+                action.reset()
         self._restored = False
-        monitors = [callback for callback in trainer.callbacks if isinstance(callback, CollapseMonitor)]
-        needed = {name for rule in RULES for name in rule.measures}
-        if not any(needed <= set(monitor.curves) for monitor in monitors):
+        monitors = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]
+        fed = any(
+            rule.family == monitor.family and set(rule.measures) <= set(monitor.curves)
+            for rule in RULES.values()
+            for monitor in monitors
+        )
+        if not fed:
+            needed = "; ".join(f"{rule.family}: {', '.join(rule.measures)}" for rule in RULES.values())
             raise MisconfigurationException(
-                f"`CollapseGuard` reads the curves {', '.join(sorted(needed))}, and no `CollapseMonitor` of the trainer"
-                " draws all of them. Add `CollapseMonitor()`, or these names to its `measures`."
+                "`CollapseGuard` reads the curves of monitors, and no monitor of the trainer draws all that one of its"
+                f" rules needs. Add `CollapseMonitor()`, or these names to its `measures`. The rules read {needed}."
             )
 
     def on_points(self, trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
         """Judge the points of one step; called on every process with the same points."""
-        layers: dict[str, dict[str, Point]] = {}
-        for point in points:
-            if point.key.startswith(FAMILY):
-                layer, _, measure = point.key[len(FAMILY) :].rpartition("/")
-                layers.setdefault(layer, {})[measure] = point
-        if not layers:
+        families = _by_family(points)
+        rules = [rule for rule in RULES.values() if rule.family in families]
+        if not rules:
             return
         step = points[0].step
-        fallen = [
-            verdict
-            for layer, of_layer in layers.items()
-            for rule in self._readable(of_layer)
-            if (verdict := self._judge(rule, layer, of_layer, step)) is not None
-        ]
-        for layer, of_layer in layers.items():
-            self._seen[layer] = self._seen.get(layer, 0) + bool(self._readable(of_layer))
+        judged = [self._judge(rule, families[rule.family], step) for rule in rules]
+        fallen = [verdict for verdicts, _ in judged for verdict in verdicts]
         self.verdicts += fallen
-        counts = {rule.kind: 0 for rule in RULES}
+        counts = {rule.kind: 0 for rule in rules}
         for key, standing in self._standing.items():
-            counts[key.partition("/")[0]] += standing
+            kind = key.partition("/")[0]
+            if kind in counts:
+                counts[kind] += standing
         publish(trainer, pl_module, [Point(f"guard/{kind}", step, float(count)) for kind, count in counts.items()])
         if fallen:
             self._act(trainer, pl_module, fallen)
+        elif max(severity for _, severity in judged) < HEALTHY and not any(self._standing.values()):
+            for action in self._rollbacks:
+                action.remember(trainer, step, self._folder(trainer))
 
-    @staticmethod
-    def _readable(points: Mapping[str, Point]) -> list[Rule]:
-        return [
-            rule
-            for rule in RULES
-            if all(
-                name in points and isfinite(points[name].value) and points[name].flag not in UNREADABLE
-                for name in rule.measures
-            )
-        ]
+    def _judge(self, rule: Rule, layers: Mapping[str, Mapping[str, Point]], step: int) -> tuple[list[Verdict], float]:
+        """The verdicts of a rule that fall now, and how bad the worst layer looks to it."""
+        layers = {layer: points for layer, points in layers.items() if _readable(rule, points)}
+        beginnings = {layer: self._begin(rule, layer, points) for layer, points in layers.items()}
+        verdicts, worst = [], 0.0
+        for layer in filter(rule.judges, layers):
+            severity = rule.severity(layers[layer], beginnings[layer])
+            worst = max(worst, severity)
+            since = self._since(rule.kind, layer, severity, step)
+            if since is not None:
+                where = rule.culprit(layers, beginnings) if layer == ALL else layer
+                evidence = rule.evidence(layers[layer], beginnings[layer])
+                verdicts.append(Verdict(rule.kind, where, since, step, evidence))
+        return verdicts, worst
 
-    def _judge(self, rule: Rule, layer: str, points: Mapping[str, Point], step: int) -> Verdict | None:
-        baseline = self._baselines.setdefault(layer, {})
+    def _begin(self, rule: Rule, layer: str, points: Mapping[str, Point]) -> dict[str, float]:
+        """The beginning of a layer's run, which this point may still belong to."""
+        first = self._first.setdefault(f"{rule.kind}/{layer}", {})
         for name in rule.measures:
-            if self._seen.get(layer, 0) < self.calibration:
-                baseline[name] = max(baseline.get(name, 0.0), points[name].value)
-        severity = rule.severity(points, baseline)
-        key = f"{rule.kind}/{layer}"
+            values = first.setdefault(name, [])
+            if len(values) < (rule.calibration or self.calibration):
+                values.append(points[name].value)
+        return {name: rule.begin(first[name]) for name in rule.measures}
+
+    def _since(self, kind: str, layer: str, severity: float, step: int) -> int | None:
+        """Since when, if the verdict falls now."""
+        key = f"{kind}/{layer}"
         row = self._rows.setdefault(key, [step, 0, 0])
         if severity >= 1:
             row[:] = [row[0] if row[1] else step, row[1] + 1, 0]
@@ -195,10 +216,10 @@ class CollapseGuard(Callback):
         standing = self._standing.get(key, False)
         if not standing and row[1] >= self.patience:
             self._standing[key] = True
-            return Verdict(rule.kind, layer, row[0], step, rule.evidence(points, baseline))
+            return row[0]
         if standing and row[2] >= self.patience:
             self._standing[key] = False
-            rank_zero_info(f"`CollapseGuard`: {rule.kind.replace('_', ' ')} in `{layer}` is over at step {step}.")
+            rank_zero_info(f"`CollapseGuard`: {kind.replace('_', ' ')} in `{layer}` is over at step {step}.")
         return None
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, verdicts: Sequence[Verdict]) -> None:
@@ -214,15 +235,43 @@ class CollapseGuard(Callback):
                 self._save(trainer, verdicts[0])
             elif action == "stop":
                 trainer.should_stop = True
-            elif callable(action):
-                for verdict in verdicts:
-                    action(trainer, pl_module, verdict)
+            else:
+                self._call(action, trainer, pl_module, verdicts)
+
+    def _call(self, action: Action, trainer: Trainer, pl_module: LightningModule, verdicts: Sequence[Verdict]) -> None:
+        if isinstance(action, Rollback):
+            if action.restore(trainer, pl_module, verdicts[0].step):
+                self._rows.clear()  # what is restored is judged anew
+                self._standing.clear()
+        elif callable(action):
+            for verdict in verdicts:
+                action(trainer, pl_module, verdict)
+
+    def _folder(self, trainer: Trainer) -> str:
+        return self.dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "guard")
 
     def _save(self, trainer: Trainer, verdict: Verdict) -> None:
         if trainer.fast_dev_run:
             return
-        folder = self.dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "guard")
+        folder = self._folder(trainer)
         try:
             trainer.save_checkpoint(os.path.join(folder, f"{verdict.kind}-step={verdict.step}.ckpt"))
         except OSError as error:  # a full disk must not end a run that is only watched
             rank_zero_warn(f"`CollapseGuard` could not save a checkpoint into {folder!r}: {error}")
+
+
+def _readable(rule: Rule, points: Mapping[str, Point]) -> bool:
+    return all(
+        name in points and isfinite(points[name].value) and points[name].flag not in UNREADABLE
+        for name in rule.measures
+    )
+
+
+def _by_family(points: Sequence[Point]) -> dict[str, dict[str, dict[str, Point]]]:
+    """Points by family, layer and measure."""
+    families: dict[str, dict[str, dict[str, Point]]] = {}
+    for point in points:
+        family, _, rest = point.key.partition("/")
+        layer, _, measure = rest.rpartition("/")
+        families.setdefault(family, {}).setdefault(layer, {})[measure] = point
+    return families

@@ -80,6 +80,8 @@ class CollapseMonitor(Monitor):
         trainer = Trainer(callbacks=[CollapseMonitor()])
     """
 
+    family = "collapse"
+
     def __init__(
         self,
         layers: Sequence[str] | None = None,
@@ -135,6 +137,7 @@ class CollapseMonitor(Monitor):
         return [get_measure(name) for name in self._names]
 
     @property
+    @override
     def curves(self) -> list[str]:
         """Names of the measures it draws."""
         return [measure.curve for measure in self._measures]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish
 from lightning_collapse.utilities.points import Point
+from lightning_collapse.utilities.registry import CURVES
 from lightning_collapse.utilities.trainer import batches_until, is_due, logging_step
 
 
@@ -25,9 +26,14 @@ class Monitor(Callback, ABC):
     Args:
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
 
+    Attributes:
+        family: First part of the names of the curves it draws.
+
     Raises:
         ValueError: If ``every_n_steps`` is not positive.
     """
+
+    family: ClassVar[str] = ""
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and every_n_steps < 1:
@@ -37,6 +43,11 @@ class Monitor(Callback, ABC):
         self.every_n_steps = every_n_steps
         self._left = -1
         self._warned: set[str] = set()
+
+    @property
+    def curves(self) -> list[str]:
+        """Last parts of the names of the curves it draws."""
+        return [curve.name for curve in CURVES.values() if curve.family == self.family]
 
     @abstractmethod
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:

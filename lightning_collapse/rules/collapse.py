@@ -1,37 +1,12 @@
-"""What counts as a collapse: small rules that compare a layer's readings with the null and with the run's beginning."""
+"""Collapse of a layer's features, of all rows onto one point or onto few directions."""
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
 
+from lightning_collapse.rules.base import Rule, register_rule
 from lightning_collapse.utilities.points import Flag, Point
 
 
-class Rule(ABC):
-    """Judges one layer at one step from its points and from the largest values of its first points.
-
-    Attributes:
-        kind: Name of the verdict.
-        measures: Curves it reads.
-    """
-
-    kind: ClassVar[str]
-    measures: ClassVar[tuple[str, ...]]
-
-    @abstractmethod
-    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
-        """How bad it looks: 1 or more is a collapse, below :data:`HEALTHY` is none; between, nothing changes."""
-
-    @abstractmethod
-    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
-        """The numbers the verdict rests on, in words."""
-
-
-HEALTHY = 0.5
-
-
+@register_rule
 class CompleteCollapse(Rule):
     """All rows are equal, or as good as.
 
@@ -40,25 +15,27 @@ class CompleteCollapse(Rule):
     """
 
     kind = "complete_collapse"
+    family = "collapse"
     measures = ("feature_std", "relative_spread")
     share = 0.01
 
-    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """A hundredth over the smaller of the two shares."""
         if points["feature_std"].flag == Flag.CONSTANT:
             return float("inf")
-        shrunk = points["feature_std"].value / max(baseline["feature_std"], 1e-300)
+        shrunk = points["feature_std"].value / max(beginning["feature_std"], 1e-300)
         return self.share / max(min(shrunk, points["relative_spread"].value), 1e-300)
 
-    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
         """The two shares."""
         std, spread = points["feature_std"], points["relative_spread"]
         return (
             f"over {std.n} rows the feature std is {std.value:.2g}, where the run began with"
-            f" {baseline['feature_std']:.2g}; the spread is {100 * spread.value:.2g} % of the root mean square"
+            f" {beginning['feature_std']:.2g}; the spread is {100 * spread.value:.2g} % of the root mean square"
         )
 
 
+@register_rule
 class DimensionalCollapse(Rule):
     """Few directions are left.
 
@@ -70,12 +47,13 @@ class DimensionalCollapse(Rule):
     """
 
     kind = "dimensional_collapse"
+    family = "collapse"
     measures = ("eigenvalue_effective_rank", "effective_rank")
     lines = (1.25, 2.0)
     shares = (0.1, 0.3)
     least_null = 6.0
 
-    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """How far both ranks are below their lines, or below their shares of the beginning."""
         ranks = [points[name] for name in self.measures]
         if not ranks[0].null > self.least_null or ranks[0].flag == Flag.CONSTANT:
@@ -83,19 +61,16 @@ class DimensionalCollapse(Rule):
         # a rank counts from one: at twice a line's distance from it all is well
         near_one = min((line - 1) / max(rank.value - 1, 1e-300) for line, rank in zip(self.lines, ranks, strict=True))
         lost = min(
-            share * baseline[name] / max(rank.value, 1e-300)
+            share * beginning[name] / max(rank.value, 1e-300)
             for share, name, rank in zip(self.shares, self.measures, ranks, strict=True)
         )
         return max(near_one, lost)
 
-    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
         """Both ranks, the null and the beginning."""
         rank, wide = (points[name] for name in self.measures)
         return (
             f"over {rank.n} rows the eigenvalue effective rank is {rank.value:.2f} and the effective rank"
             f" {wide.value:.1f}, where isotropic noise reads {rank.null:.0f} and {wide.null:.0f} and the run began with"
-            f" {baseline[self.measures[0]]:.1f} and {baseline[self.measures[1]]:.1f}"
+            f" {beginning[self.measures[0]]:.1f} and {beginning[self.measures[1]]:.1f}"
         )
-
-
-RULES: tuple[Rule, ...] = (CompleteCollapse(), DimensionalCollapse())

@@ -1,0 +1,128 @@
+"""Back to where all was well, at a lower learning rate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+FILE = "healthy.ckpt"
+
+
+class Rollback:
+    """Action of :class:`~lightning_collapse.CollapseGuard`: restore the last healthy state, lower the learning rate.
+
+    At points where no rule sees anything it keeps a checkpoint, one file that is written over. When a verdict falls it
+    brings back what that checkpoint holds of weights, buffers, optimizers, learning-rate schedulers and the gradient
+    scaler, and multiplies every learning rate by ``factor``. The fit goes on from there with new data: its step count,
+    the position in the data, other callbacks and the state of random number generators are not turned back.
+
+    Args:
+        factor: What every learning rate is multiplied by, once more at each return to the same checkpoint.
+        every_n_steps: Optimizer steps that lie between two of its checkpoints at least.
+        times: How often; the fit is stopped instead of one more time.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example::
+
+        guard = CollapseGuard(action=["warn", Rollback(factor=0.5)])
+        trainer = Trainer(callbacks=[SpectralAlignmentMonitor(), guard])
+    """
+
+    def __init__(self, factor: float = 0.5, every_n_steps: int = 500, times: int = 3) -> None:
+        if not 0 < factor <= 1:
+            raise ValueError(f"`factor` multiplies the learning rate and must lie in (0, 1], got {factor}.")
+        for name, number in (("every_n_steps", every_n_steps), ("times", times)):
+            if number < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {number}.")
+        self.factor = factor
+        self.every_n_steps = every_n_steps
+        self.times = times
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: a new fit begins."""
+        self._path = ""
+        self._step = -1
+        self._returns = 0  # in all
+        self._here = 0  # to this checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit must know."""
+        return {"path": self._path, "step": self._step, "returns": self._returns, "here": self._here}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint of the run left off."""
+        self._path, self._step = state_dict["path"], state_dict["step"]
+        self._returns, self._here = state_dict["returns"], state_dict["here"]
+
+    def remember(self, trainer: Trainer, step: int, folder: str) -> None:
+        """Keep this healthy state, if the last one is old enough. Collective."""
+        if trainer.fast_dev_run or (self._path and step - self._step < self.every_n_steps):
+            return
+        path = os.path.join(folder, FILE)
+        try:
+            trainer.save_checkpoint(path)
+        except OSError as error:  # a full disk must not end the run
+            rank_zero_warn(f"`Rollback` could not save a checkpoint as {path!r}: {error}")
+            return
+        self._path, self._step, self._here = path, step, 0
+
+    def restore(self, trainer: Trainer, pl_module: LightningModule, step: int) -> bool:
+        """Return to the last healthy state, and say whether that was possible. Collective."""
+        if self._returns >= self.times:
+            rank_zero_warn(f"`Rollback` has returned {self.times} times, and stops the fit at step {step} instead.")
+            trainer.should_stop = True
+            return False
+        if not self._path:
+            rank_zero_warn(f"`Rollback` has no healthy state to return to at step {step}: no point was healthy yet.")
+            return False
+        checkpoint = trainer.strategy.load_checkpoint(self._path)
+        pl_module.on_load_checkpoint(checkpoint)
+        trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
+        trainer.strategy.load_optimizer_state_dict(checkpoint)
+        for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
+            config.scheduler.load_state_dict(state)
+        precision = trainer.precision_plugin
+        if type(precision).__qualname__ in checkpoint:
+            precision.load_state_dict(checkpoint[type(precision).__qualname__])
+        self._returns += 1
+        self._here += 1
+        _scale_learning_rates(trainer, self.factor**self._here)
+        rank_zero_warn(
+            f"`Rollback` at step {step}: weights, optimizers and schedulers are those of step {self._step} again, the"
+            f" learning rates {self.factor**self._here:g} times what they were then."
+        )
+        return True
+
+
+def _scale_learning_rates(trainer: Trainer, factor: float) -> None:
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            for name in ("lr", "initial_lr", "max_lr", "min_lr"):  # the latter of schedulers that cycle
+                if name in group:
+                    group[name] = _scaled(group[name], factor)
+    for config in trainer.lr_scheduler_configs:
+        for scheduler in _nested(config.scheduler):
+            for name in ("base_lrs", "max_lrs", "_last_lr"):
+                if isinstance(rates := getattr(scheduler, name, None), list):
+                    setattr(scheduler, name, [_scaled(rate, factor) for rate in rates])
+
+
+def _nested(scheduler: Any) -> Iterator[Any]:
+    """A scheduler and those it is made of."""
+    yield scheduler
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from _nested(inner)
+
+
+@torch.no_grad()
+def _scaled(rate: Any, factor: float) -> Any:
+    return rate.mul_(factor) if isinstance(rate, Tensor) else rate * factor

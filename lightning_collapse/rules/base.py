@@ -1,0 +1,58 @@
+"""A rule: what counts as a failure, by comparison with the null and with the run's own beginning."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeVar
+
+from lightning_collapse.utilities.points import Point
+
+ALL = "all"
+"""What stands for the layer in curves that sum up all layers of a family."""
+HEALTHY = 0.5
+"""Below this severity a layer is healthy again; between it and 1 nothing changes."""
+
+
+class Rule(ABC):
+    """Judges one layer at one step from its points and from the first points of the run.
+
+    Attributes:
+        kind: Name of the verdict.
+        family: First part of the names of the curves it reads.
+        measures: Last parts of the names of the curves it reads.
+        calibration: How many first points make the beginning; ``None`` leaves it to the guard.
+    """
+
+    kind: ClassVar[str]
+    family: ClassVar[str]
+    measures: ClassVar[tuple[str, ...]]
+    calibration: ClassVar[int | None] = None
+
+    @abstractmethod
+    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+        """How bad it looks: 1 or more is a failure, below :data:`HEALTHY` is none; between, nothing changes."""
+
+    @abstractmethod
+    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
+        """The numbers the verdict rests on, in words."""
+
+    def begin(self, values: Sequence[float]) -> float:
+        """What the first values of a curve come to: the largest."""
+        return max(values)
+
+    def judges(self, layer: str) -> bool:
+        """Whether it is about this layer: every one, but not what sums up all of them."""
+        return layer != ALL
+
+    def culprit(self, layers: Mapping[str, Mapping[str, Point]], beginnings: Mapping[str, Mapping[str, float]]) -> str:
+        """Where a failure that is judged from what sums up all layers shows most."""
+        return ALL
+
+
+RuleClass = TypeVar("RuleClass", bound=type[Rule])
+RULES: dict[str, Rule] = {}
+
+
+def register_rule(cls: RuleClass) -> RuleClass:
+    """Make a rule known to every :class:`~lightning_collapse.CollapseGuard`, under its kind."""
+    RULES[cls.kind] = cls()
+    return cls

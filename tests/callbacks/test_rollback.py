@@ -1,0 +1,178 @@
+"""What the guard's rollback brings back, and what it leaves."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, SequentialLR, StepLR
+
+from lightning_collapse import CollapseGuard, CollapseMonitor, Rollback
+from lightning_collapse.reporting import publish
+from lightning_collapse.utilities.points import Point
+from tests.toys import batches, fit
+
+HEALTHY = {"effective_rank": 30.0, "eigenvalue_effective_rank": 12.0, "feature_std": 1.0, "relative_spread": 0.6}
+BAD = {**HEALTHY, "feature_std": 1e-4}
+SCHEDULERS = {
+    "step": lambda o: StepLR(o, step_size=3, gamma=0.7),
+    "lambda": lambda o: LambdaLR(o, lambda step: 1 / (1 + step)),
+    "cosine": lambda o: CosineAnnealingLR(o, T_max=50),
+    "one cycle": lambda o: OneCycleLR(o, max_lr=0.1, total_steps=60),
+    "warm-up": lambda o: SequentialLR(o, [LambdaLR(o, lambda s: (s + 1) / 4), StepLR(o, 5)], milestones=[4]),
+}
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`CollapseMonitor`. the fit ended before",  # planted points instead
+    "ignore:The epoch parameter in `scheduler.step",  # of SequentialLR itself
+)
+
+
+class Lit(LightningModule):
+    """With buffers, momentum and a scheduler per step."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32))
+        self.head = nn.Linear(32, 2)
+        self.schedule = schedule
+
+    def training_step(self, batch, batch_idx):
+        return self.head(self.encoder(batch)).pow(2).mean()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        return [optimizer], [{"scheduler": SCHEDULERS[self.schedule](optimizer), "interval": "step"}]
+
+
+def state(trainer):
+    return copy.deepcopy(
+        {
+            "weights": trainer.lightning_module.state_dict(),
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        }
+    )
+
+
+class Script(Callback):
+    """Planted readings, and the state of training after each of them."""
+
+    def __init__(self, script):
+        self.script, self.states, self.rates = script, [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        before = state(trainer)
+        points = [Point(f"collapse/z/{name}", batch_idx, v, 64, 60.0) for name, v in self.script[batch_idx].items()]
+        publish(trainer, pl_module, points)
+        self.states.append((before, state(trainer)))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def run(script, rollback, schedule="step", **kwargs):
+    torch.manual_seed(0)
+    guard = CollapseGuard(action=["log", rollback], dirpath=kwargs.pop("dirpath", None))
+    planted = Script(script)
+    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    trainer = fit(Lit(schedule), [monitor, guard, planted], batches(len(script)), **kwargs)
+    return planted, guard, trainer
+
+
+def assert_equal(found, expected):
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_equal(found[key], value)
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_equal(one, other)
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+def test_everything_is_as_it_was_at_the_last_healthy_point(schedule, tmp_path):
+    with pytest.warns(UserWarning, match="`Rollback` at step 6: .* those of step 4 again"):
+        planted, _, _ = run([HEALTHY] * 5 + [BAD] * 2 + [HEALTHY], Rollback(1.0, 1), schedule, dirpath=str(tmp_path))
+    healthy, (_, returned) = planted.states[4][0], planted.states[6]
+    assert_equal(returned, healthy)
+    assert not torch.equal(planted.states[6][0]["weights"]["head.weight"], healthy["weights"]["head.weight"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+def test_learning_rates_are_lower_from_then_on(schedule, tmp_path):
+    script = [HEALTHY] * 5 + [BAD] * 2 + [HEALTHY] * 4
+    with pytest.warns(UserWarning, match="0.25 times what they were then"):
+        lowered, _, _ = run(script, Rollback(0.25, 1), schedule, dirpath=str(tmp_path))
+    healthy, _, _ = run([HEALTHY] * 11, Rollback(0.25, 1), schedule, dirpath=str(tmp_path))
+    # two steps later than the schedule of a run that was never turned back, and a quarter of it
+    assert lowered.rates[6:] == pytest.approx([0.25 * rate for rate in healthy.rates[4:9]])
+
+
+@pytest.mark.filterwarnings("ignore:`Rollback` at step .: weights")
+def test_each_return_to_one_checkpoint_lowers_further_and_the_last_stops(tmp_path):
+    script = [HEALTHY] * 2 + [BAD] * 20
+    with pytest.warns(UserWarning, match="`Rollback` has returned 2 times, and stops the fit at step 7"):
+        planted, guard, trainer = run(script, Rollback(0.5, 100, times=2), "lambda", dirpath=str(tmp_path))
+    assert trainer.global_step == 8
+    assert [verdict.step for verdict in guard.verdicts] == [3, 5, 7]
+    first = planted.rates[0]
+    assert [planted.rates[3], planted.rates[5]] == pytest.approx([first / 2, first / 4])
+
+
+def test_without_a_healthy_point_there_is_nothing_to_return_to(tmp_path):
+    script = [{**HEALTHY, "relative_spread": 1e-4}] * 4
+    with pytest.warns(UserWarning, match="`Rollback` has no healthy state to return to at step 1"):
+        _, _, trainer = run(script, Rollback(), dirpath=str(tmp_path))
+    assert trainer.global_step == 4
+
+
+def test_checkpoints_are_rare(tmp_path):
+    saved = []
+
+    class Watched(Rollback):
+        def remember(self, trainer, step, folder):
+            before = self._step
+            super().remember(trainer, step, folder)
+            saved.extend([step] if self._step != before else [])
+
+    run([HEALTHY] * 9, Watched(every_n_steps=4), dirpath=str(tmp_path))
+    assert saved == [0, 4, 8]
+    assert [file.name for file in tmp_path.iterdir()] == ["healthy.ckpt"]
+
+
+def test_full_disk_does_not_end_the_run(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.warns(UserWarning, match="`Rollback` could not save a checkpoint as"):
+        _, _, trainer = run([HEALTHY] * 3, Rollback(), dirpath=str(tmp_path / "file" / "below"))
+    assert trainer.global_step == 3
+
+
+def test_state_travels_with_the_guard(tmp_path):
+    with pytest.warns(UserWarning, match="`Rollback` at step 4"):
+        _, guard, _ = run([HEALTHY] * 3 + [BAD] * 2, Rollback(0.5, 1, times=1), dirpath=str(tmp_path))
+    again = CollapseGuard(action=Rollback(times=1), dirpath=str(tmp_path))
+    again.load_state_dict(guard.state_dict())
+    with pytest.warns(UserWarning, match="has returned 1 times, and stops the fit at step 2"):
+        fit(
+            Lit("step"),
+            [CollapseMonitor(["encoder"], every_n_steps=10_000), again, Script([HEALTHY, BAD, BAD, BAD])],
+            batches(4),
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"factor": 0}, r"`factor` multiplies the learning rate and must lie in \(0, 1\], got 0"),
+        ({"factor": 1.5}, "got 1.5"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be at least 1, got 0"),
+        ({"times": 0}, "`times` must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        Rollback(**arguments)
