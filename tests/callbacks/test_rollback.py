@@ -112,7 +112,7 @@ def test_learning_rates_are_lower_from_then_on(schedule, tmp_path):
     assert lowered.rates[6:] == pytest.approx([0.25 * rate for rate in healthy.rates[4:9]])
 
 
-@pytest.mark.filterwarnings("ignore:`Rollback` at step .: weights")
+@pytest.mark.filterwarnings("ignore:`Rollback` at step .. weights")
 def test_each_return_to_one_checkpoint_lowers_further_and_the_last_stops(tmp_path):
     script = [HEALTHY] * 2 + [BAD] * 20
     with pytest.warns(UserWarning, match="`Rollback` has returned 2 times, and stops the fit at step 7"):
