@@ -1,8 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv-peers/bin
+PEERS_READY := .venv-peers/.ready
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench peers clean
 
 demo: $(READY)
 	$(BIN)/python -m lightning_collapse demo
@@ -17,10 +19,23 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.vicreg_covariance
 	$(BIN)/python -m tests.benchmarks.monitor_overhead
 
+peers: $(PEERS_READY)
+	OMP_NUM_THREADS=1 $(PEERS)/python -m tests.benchmarks.peers
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
+# apart from `.venv`: stable-pretraining adds callbacks to every trainer of its environment; of its 30 dependencies
+# these are the ones that its callbacks import, so it comes last and without the others
+$(PEERS_READY): Makefile pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS)/python -m pip install --quiet --constraint constraints.txt --editable ".[examples]" \
+		torchvision==0.28.0 lightly==1.6.0 datasets==5.2.0 kornia==0.9.0 loguru==0.7.3 prettytable==3.18.0 \
+		requests==2.34.2 requests-cache==1.3.3 rich tabulate==0.10.0 timm==1.0.31 transformers==5.23.0
+	$(PEERS)/python -m pip install --quiet --no-deps stable-pretraining==0.1.8
+	touch $(PEERS_READY)
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache
