@@ -28,6 +28,8 @@ import torch
 
 try:
     importlib.import_module("torchvision")
+except ModuleNotFoundError:  # not the peers' environment
+    pass
 except RuntimeError:  # its binaries do not load beside a CPU build of torch: declare what it asks for; nothing calls it
     library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for operator in ("nms", "qnms"):
