@@ -110,8 +110,8 @@ class CollapseGuard(Callback):
 
     def _reset(self) -> None:
         self.verdicts.clear()
-        # of every "kind/layer" and curve: the first values
-        self._first: dict[str, dict[str, list[float]]] = {}
+        # of every "kind/layer" and curve: how many first values there were, and what they come to
+        self._first: dict[str, dict[str, Sequence[float]]] = {}
         # of every "kind/layer": first step of the row of bad points, its length, length of the row of good points
         self._rows: dict[str, list[int]] = {}
         self._standing: dict[str, bool] = {}
@@ -200,10 +200,11 @@ class CollapseGuard(Callback):
         """The beginning of a layer's run, which this point may still belong to."""
         first = self._first.setdefault(f"{rule.kind}/{layer}", {})
         for name in rule.measures:
-            values = first.setdefault(name, [])
-            if len(values) < (rule.calibration or self.calibration):
-                values.append(points[name].value)
-        return {name: rule.begin(first[name]) for name in rule.measures}
+            count, so_far = first.get(name, (0, 0.0))
+            value = points[name].value
+            if count < (rule.calibration or self.calibration):
+                first[name] = [count + 1, rule.fold(so_far, value, int(count)) if count else value]
+        return {name: first[name][1] for name in rule.measures}
 
     def _since(self, kind: str, layer: str, severity: float, step: int) -> int | None:
         """Since when, if the verdict falls now."""

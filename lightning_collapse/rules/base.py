@@ -1,7 +1,7 @@
 """A rule: what counts as a failure, by comparison with the null and with the run's own beginning."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, TypeVar
 
 from lightning_collapse.utilities.points import Point
@@ -19,13 +19,13 @@ class Rule(ABC):
         kind: Name of the verdict.
         family: First part of the names of the curves it reads.
         measures: Last parts of the names of the curves it reads.
-        calibration: How many first points make the beginning; ``None`` leaves it to the guard.
+        calibration: How many first points make the beginning, ``inf`` for all so far; ``None`` leaves it to the guard.
     """
 
     kind: ClassVar[str]
     family: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
-    calibration: ClassVar[int | None] = None
+    calibration: ClassVar[float | None] = None
 
     @abstractmethod
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
@@ -35,9 +35,9 @@ class Rule(ABC):
     def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
         """The numbers the verdict rests on, in words."""
 
-    def begin(self, values: Sequence[float]) -> float:
-        """What the first values of a curve come to: the largest."""
-        return max(values)
+    def fold(self, so_far: float, value: float, count: int) -> float:
+        """What ``count`` first values of a curve and the next one come to: the largest of them."""
+        return max(so_far, value)
 
     def judges(self, layer: str) -> bool:
         """Whether it is about this layer: every one, but not what sums up all of them."""
