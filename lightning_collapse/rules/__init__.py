@@ -1,6 +1,19 @@
 """What counts as a failure: one rule per verdict, without Lightning."""
 
+from lightning_collapse.rules.attention import AttentionEntropyCollapse, AttentionOverload
 from lightning_collapse.rules.base import ALL, HEALTHY, RULES, Rule, register_rule
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
+from lightning_collapse.rules.explosion import LossExplosion
 
-__all__ = ["ALL", "HEALTHY", "RULES", "CompleteCollapse", "DimensionalCollapse", "Rule", "register_rule"]
+__all__ = [
+    "ALL",
+    "HEALTHY",
+    "RULES",
+    "AttentionEntropyCollapse",
+    "AttentionOverload",
+    "CompleteCollapse",
+    "DimensionalCollapse",
+    "LossExplosion",
+    "Rule",
+    "register_rule",
+]

@@ -1,0 +1,74 @@
+"""Heads of attention that look at one key, or at all alike."""
+
+from collections.abc import Mapping
+from math import inf
+
+from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.utilities.points import Point
+
+
+@register_rule
+class AttentionEntropyCollapse(Rule):
+    """Most heads of a layer look at one key each.
+
+    The layer's normalized entropy, averaged over its heads, is a tenth of the largest it had at the beginning of the
+    run, or half of its heads are below the line of :class:`~lightning_collapse.AttentionEntropyMonitor`. Such layers
+    precede oscillation and divergence (Zhai et al., 2023, arXiv 2303.06296); no paper that we could read states a
+    number, both are ours.
+    """
+
+    kind = "attention_entropy_collapse"
+    family = "attention"
+    measures = ("entropy_mean", "collapsed_share", "max_logit")
+    share = 0.1
+    heads = 0.5
+
+    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+        """A tenth of the beginning over the entropy, or the share of collapsed heads over a half."""
+        fallen = self.share * beginning["entropy_mean"] / max(points["entropy_mean"].value, 1e-300)
+        return max(fallen, points["collapsed_share"].value / self.heads)
+
+    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
+        """Entropy, collapsed heads and the largest logit."""
+        entropy = points["entropy_mean"]
+        return (
+            f"over {entropy.n} queries the normalized attention entropy is {entropy.value:.2g}, where the run began"
+            f" with {beginning['entropy_mean']:.2g}; {100 * points['collapsed_share'].value:.0f} % of the heads have"
+            f" collapsed, and the largest logit is {points['max_logit'].value:.3g}"
+        )
+
+
+@register_rule
+class AttentionOverload(Rule):
+    """Most heads of a layer look at all keys alike, after they did not.
+
+    Nine in ten heads are above the overload line of :class:`~lightning_collapse.AttentionEntropyMonitor`, and fewer
+    than a quarter of them were at some time before: every freshly initialized head starts overloaded, which says
+    nothing, so a layer that never left its beginning is not reported. The term is Jha and Reagen's (2025, arXiv
+    2501.03489); the numbers are ours.
+    """
+
+    kind = "attention_overload"
+    family = "attention"
+    measures = ("overloaded_share", "entropy_mean")
+    calibration = inf
+    heads = 0.9
+    left = 0.25
+
+    def fold(self, so_far: float, value: float, count: int) -> float:
+        """The smallest value of the run so far."""
+        return min(so_far, value)
+
+    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+        """The share of overloaded heads over nine tenths, once it has been less than a quarter."""
+        has_left = beginning["overloaded_share"] < self.left
+        return points["overloaded_share"].value / self.heads if has_left else 0.0
+
+    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
+        """Overloaded heads and the entropy, now and at its lowest."""
+        share = points["overloaded_share"]
+        return (
+            f"over {share.n} queries {100 * share.value:.0f} % of the heads look at all keys alike, where it was"
+            f" {100 * beginning['overloaded_share']:.0f} % before; the normalized attention entropy is"
+            f" {points['entropy_mean'].value:.2f}, and was {beginning['entropy_mean']:.2f}"
+        )

@@ -1,0 +1,50 @@
+"""Inputs that fall onto one side of the weights they are multiplied by: a loss about to explode."""
+
+from collections.abc import Mapping
+
+from lightning_collapse.rules.base import ALL, Rule, register_rule
+from lightning_collapse.utilities.points import Point
+
+
+@register_rule
+class LossExplosion(Rule):
+    """The sign diversity of the spectral alignment collapses, in the mean over all matrices.
+
+    It is half of the largest mean of the run's first points, or less. Not judged by matrix: the diversity of single
+    matrices touches zero in healthy training. The verdict names the matrix that lost the largest share of its own.
+    That such a collapse precedes explosions is the finding of Qiu et al. (2025, arXiv 2510.04202); the mean and the
+    numbers are ours.
+    """
+
+    kind = "loss_explosion"
+    family = "spectral_alignment"
+    measures = ("sign_diversity",)
+    calibration = 20
+    share = 0.5
+    settled = 0.75
+
+    def judges(self, layer: str) -> bool:
+        """The mean over all matrices only."""
+        return layer == ALL
+
+    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+        """Half of the beginning over the mean sign diversity; three quarters of the beginning are healthy again."""
+        kept = points["sign_diversity"].value / max(beginning["sign_diversity"], 1e-300)
+        return self.share / max(kept, 1e-300) if kept < self.settled else 0.0
+
+    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
+        """The mean, now and at the beginning."""
+        diversity = points["sign_diversity"]
+        return (
+            f"the sign diversity of the inputs along the top singular vectors is {diversity.value:.2f} in the mean over"
+            f" all matrices, where the run began with {beginning['sign_diversity']:.2f}"
+        )
+
+    def culprit(self, layers: Mapping[str, Mapping[str, Point]], beginnings: Mapping[str, Mapping[str, float]]) -> str:
+        """The matrix that kept the smallest share of its own diversity."""
+        kept = {
+            layer: points["sign_diversity"].value / max(beginnings[layer]["sign_diversity"], 1e-300)
+            for layer, points in layers.items()
+            if layer != ALL
+        }
+        return min(kept, key=lambda layer: kept[layer], default=ALL)
