@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, count
 from typing import Any, NamedTuple
 
@@ -116,12 +116,12 @@ def _attention(module: nn.MultiheadAttention) -> Iterator[_Group]:
     if module.in_proj_weight is not None:
         read = _reader(module, "in_proj_weight")
         parts = [(_PARTS[i], _third(read, i), place) for i, place in enumerate(places)]
-        yield _Group(list(parts), [module.in_proj_weight])
+        yield _Group(list(parts), _sources(module, "in_proj_weight"))
     else:
         for part, place in zip(_PARTS, places, strict=True):
             attribute = f"{part}_proj_weight"
-            yield _Group([(part, _reader(module, attribute), place)], [getattr(module, attribute)])
-    yield _Group([("out_proj", _reader(module.out_proj, "weight"), None)], [module.out_proj.weight])
+            yield _Group([(part, _reader(module, attribute), place)], _sources(module, attribute))
+    yield _Group([("out_proj", _reader(module.out_proj, "weight"), None)], _sources(module.out_proj, "weight"))
 
 
 def _core(module: nn.Module) -> nn.Module:
@@ -145,6 +145,8 @@ def _holders(module: nn.Module) -> list[nn.Module]:
 
 
 def _weight_names(module: nn.Module) -> list[str]:
+    if hasattr(module, "normalized_shape"):  # scales, not a matrix, however many dimensions they have
+        return []
     if isinstance(vars(module).get("weight"), Tensor):  # what `weight_norm` of old computes before each call
         return ["weight"]
     own = {name: p for name, p in module.named_parameters(recurse=False) if nn.parameter.is_lazy(p) or p.ndim > 1}
@@ -167,15 +169,16 @@ def _is_transposed(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _raw(module: nn.Module, attribute: str) -> Tensor:
-    with _quiet(getattr(module, "parametrizations", None)):
+    parametrizations = getattr(module, "parametrizations", None)
+    with _quiet(parametrizations) if parametrizations is not None else nullcontext():
         value: Tensor = getattr(module, attribute)
     return value
 
 
 @contextmanager
-def _quiet(parametrizations: nn.Module | None) -> Iterator[None]:
+def _quiet(parametrizations: nn.Module) -> Iterator[None]:
     """In training mode a look at a spectrally normalized weight would change its buffers."""
-    training = [module for module in parametrizations.modules() if module.training] if parametrizations else []
+    training = [module for module in parametrizations.modules() if module.training]
     for module in training:
         module.training = False
     try:
@@ -193,15 +196,16 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _reader(module: nn.Module, attribute: str) -> Callable[[], Tensor]:
     core = _core(module)
+    matrix = _raw(core, attribute).ndim == 2
+    adapted = matrix and _has_adapters(module)
+    transposed = _is_transposed(core) if matrix and attribute == "weight" else getattr(core, "transposed", False)
 
     @torch.no_grad()
     def read() -> Tensor:
         weight = _whole(_raw(core, attribute))
-        if _has_adapters(module) and weight.ndim == 2:
-            weight = _adapted(module, weight)
-        if weight.ndim == 2:
-            return weight.T if attribute == "weight" and _is_transposed(core) else weight
-        return (weight.transpose(0, 1) if getattr(core, "transposed", False) else weight).flatten(1)
+        weight = _adapted(module, weight) if adapted else weight
+        weight = weight.transpose(0, 1) if transposed else weight
+        return weight if matrix else weight.flatten(1)
 
     return read
 
@@ -213,12 +217,12 @@ def _third(read: Callable[[], Tensor], index: int) -> Callable[[], Tensor]:
 def _adapted(module: Any, weight: Tensor) -> Tensor:
     if getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
         return weight
-    if isinstance(module.lora_A, nn.Module):
-        active = [name for name in getattr(module, "active_adapters", module.lora_A.keys()) if name in module.lora_A]
-        pairs = [(module.lora_A[n].weight, module.lora_B[n].weight, module.scaling[n]) for n in active]
-    else:
-        pairs = [(module.lora_A, module.lora_B, module.scaling)]
-    for down, up, scaling in pairs:
-        delta = _whole(up) @ _whole(down) * scaling
-        weight = weight + (delta if delta.shape == weight.shape and not _is_transposed(_core(module)) else delta.T)
+    downs, ups, scaling = module.lora_A, module.lora_B, module.scaling
+    pairs = [(downs, ups, scaling)]
+    if isinstance(scaling, dict):  # several adapters by name, the active ones count
+        active = [name for name in getattr(module, "active_adapters", scaling) if name in downs]
+        pairs = [(downs[name].weight, ups[name].weight, scaling[name]) for name in active]
+    for down, up, scale in pairs:
+        delta = _whole(up) @ _whole(down) * scale
+        weight = weight + (delta.T if _is_transposed(_core(module)) else delta)
     return weight

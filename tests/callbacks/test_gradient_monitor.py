@@ -255,7 +255,7 @@ def test_resumed_run_continues_its_averages(tmp_path):
 
     _, whole = run()
     keeper = PointKeeper()
-    callbacks = [GradientMonitor(every_n_steps=2), keeper, ModelCheckpoint(tmp_path / "again")]
+    callbacks = [GradientMonitor(every_n_steps=2), keeper, ModelCheckpoint(tmp_path, filename="again")]
     options = {"max_epochs": 2, "accumulate_grad_batches": 2, "enable_checkpointing": True, "logger": False}
     again = Trainer(**{**QUIET, **options, "callbacks": callbacks})
     again.fit(Toy(), loader, ckpt_path=str(tmp_path / "epoch=0.ckpt"))
