@@ -94,7 +94,8 @@ class GradientMonitor(Monitor):
 
     def _forget(self) -> None:
         self._parameters: list[nn.Parameter] = []
-        self._members: dict[str, list[int]] = {}
+        self._names: list[str] = []
+        self._belongs = torch.zeros(0, 0)  # which parameters are inside which of them
         self._heard: list[tuple[list[int], list[float], Tensor]] = []
         self._window: MicroBatches | None = None
         self._size = 1
@@ -122,10 +123,11 @@ class GradientMonitor(Monitor):
         self._averages, self._restored = self._restored or [0.0, 0.0, 0.0], None
         self._parameters = list(pl_module.parameters())
         index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
-        self._members = {
-            name: [index[id(parameter)] for parameter in module.parameters()]
-            for name, module in self._choose(pl_module).items()
-        }
+        modules = self._choose(pl_module) | {"all": pl_module}
+        self._names = list(modules)
+        self._belongs = torch.zeros(len(modules), len(index))
+        for row, module in zip(self._belongs, modules.values(), strict=True):
+            row[[index[id(parameter)] for parameter in module.parameters()]] = 1.0
         if self.noise and trainer.accumulate_grad_batches == 1:
             rank_zero_info(
                 "`GradientMonitor` draws norms only: the noise in gradients can be read where they are accumulated,"
@@ -173,19 +175,15 @@ class GradientMonitor(Monitor):
             squares[torch.tensor(indices, device=squares.device, dtype=torch.long)] = values
             shares[indices] = torch.tensor(of_shard, dtype=squares.dtype)
         self._heard.clear()
-        groups = [*self._members.values(), list(range(len(self._parameters)))]
-        belongs = torch.zeros(len(groups), len(self._parameters), dtype=squares.dtype)
-        for row, members in zip(belongs, groups, strict=True):
-            row[members] = 1.0
-        heard = (belongs @ (shares > 0).to(belongs)).to(squares)
+        heard = (self._belongs @ (shares > 0).to(self._belongs)).to(squares)
         # 0 * nan: a bad gradient must not reach layers it is not in
-        each = torch.where(belongs.to(squares) > 0, squares * shares.to(squares), 0.0).sum(dim=1)
+        each = torch.where(self._belongs.to(squares) > 0, squares * shares.to(squares), 0.0).sum(dim=1)
         window, self._window = self._window, None
         parts = [each, heard] if window is None else [each, heard, window.statistics()]
         numbers = all_reduce_sum(torch.cat(parts)).tolist()  # the one transfer of a point
-        size = len(groups)
+        size = len(self._belongs)
         points: list[Point] = []
-        for name, square, count in zip([*self._members, "all"], numbers[:size], numbers[size : 2 * size], strict=True):
+        for name, square, count in zip(self._names, numbers[:size], numbers[size : 2 * size], strict=True):
             points += self._points_of(name, step, square, count)
         if window is not None:
             noise = window.noise(numbers[2 * size :], trainer.accumulate_grad_batches)
@@ -202,7 +200,7 @@ class GradientMonitor(Monitor):
         return [Point(f"{key}/norm", step, norm, flag=flag), Point(f"{key}/flag", step, float(flag), flag=flag)]
 
     def _points_of_noise(self, noise: Noise, step: int, flag: Flag) -> list[Point]:
-        if isfinite(noise.trace) and isfinite(noise.signal):
+        if flag == Flag.OK and isfinite(noise.trace) and isfinite(noise.signal):
             fresh = (noise.trace, noise.signal, 1.0)
             past = self.smoothing
             self._averages = [past * old + (1 - past) * x for old, x in zip(self._averages, fresh, strict=True)]
@@ -227,7 +225,8 @@ class GradientMonitor(Monitor):
             except ValueError as error:
                 raise MisconfigurationException(f"`GradientMonitor(layers={list(self.layers)!r})`: {error}") from error
         first = {id(tap.module): tap for tap in reversed(taps)}  # of the input and the output of a module one
-        return {tap.name.removesuffix(".input"): tap.module for tap in taps if first[id(tap.module)] is tap}
+        kept = [tap for tap in taps if first[id(tap.module)] is tap]
+        return {tap.name.removesuffix(".input") if tap.side == "input" else tap.name: tap.module for tap in kept}
 
 
 def _register() -> None:

@@ -26,10 +26,6 @@ def _spectral_norm(values: Tensor, shape: Shape) -> dict[str, Tensor]:
     return {"spectral_norm": values[..., 0]}
 
 
-def _norm(values: Tensor, shape: Shape) -> dict[str, Tensor]:
-    return {"norm": values.norm(dim=-1)}
-
-
 def _outliers(values: Tensor, shape: Shape) -> dict[str, Tensor]:
     fit = marchenko_pastur_fit(values, shape)
     return {"outlier_share": fit.outlier_share, "noise_distance": fit.ks_distance}
@@ -45,7 +41,7 @@ def _power_law(values: Tensor, shape: Shape) -> dict[str, Tensor]:
 
 
 OF_WEIGHTS: dict[str, Reader] = {
-    "norm": _norm,
+    "norm": lambda values, shape: {},  # always there, and not from the spectrum
     "spectral_norm": _spectral_norm,
     "outliers": _outliers,
     "power_law": _power_law,
@@ -87,8 +83,9 @@ def read_matrices(matrices: Sequence[Tensor], names: Sequence[str]) -> list[dict
     for members in alike(matrices):
         values = matrix_spectra([matrices[i] for i in members])
         shape = max(matrices[members[0]].shape), min(matrices[members[0]].shape)
-        curves: dict[str, Tensor] = {}
-        for name in dict.fromkeys(["norm", "spectral_norm", *names]):
+        norms = [torch.linalg.vector_norm(matrices[i], dtype=values.dtype) for i in members]
+        curves = {"norm": torch.stack(norms)}
+        for name in dict.fromkeys(["spectral_norm", *names]):
             curves |= _evaluate(name, values, shape)
         for curve, batch in curves.items():
             for i, value in zip(members, batch.unbind(), strict=True):
@@ -115,26 +112,31 @@ def points_of(
         called: Whether there was anything to read.
     """
     points: list[Point] = []
+    drawn: dict[str, list[float]] = {}
     gravest = Flag.OK
     for name, curves in readings.items():
-        flag = _flag(curves["spectral_norm"]) if called else Flag.NOT_CALLED
+        flag = _flag(curves["norm"], curves["spectral_norm"]) if called else Flag.NOT_CALLED
         gravest = max(gravest, flag)
         for curve, value in curves.items():
+            value = nan if flag in (Flag.NONFINITE, Flag.NOT_CALLED) else value
+            drawn.setdefault(curve, []).append(value)
             if curve not in hidden:
                 key = f"{family}/{name}/{curve}"
                 points.append(Point(key, step, value, null=_null(curve, shapes[name]), flag=flag))
         points.append(Point(f"{family}/{name}/flag", step, float(flag), flag=flag))
-    for curve in next(iter(readings.values()), {}):
-        finite = [curves[curve] for curves in readings.values() if isfinite(curves[curve])]
+    for curve, values in drawn.items():
+        finite = [value for value in values if isfinite(value)]
         value = _TOGETHER.get(curve, mean)(finite) if finite else nan
         points.append(Point(f"{family}/all/{curve}", step, value, flag=gravest))
     return [*points, Point(f"{family}/all/flag", step, float(gravest), flag=gravest)]
 
 
-def _flag(spectral_norm: float) -> Flag:
-    if spectral_norm == 0:
-        return Flag.CONSTANT
-    return Flag.OK if isfinite(spectral_norm) else Flag.NONFINITE
+def _flag(norm: float, spectral_norm: float) -> Flag:
+    if not isfinite(norm):
+        return Flag.NONFINITE
+    if not isfinite(spectral_norm):
+        return Flag.SOLVER
+    return Flag.OK if norm else Flag.CONSTANT
 
 
 @lru_cache(maxsize=4096)

@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -325,3 +326,10 @@ def test_bad_arguments(arguments, message):
 def test_unknown_layer():
     with pytest.raises(MisconfigurationException, match=r"GradientMonitor\(layers=\['nothing'\]\).*It has: encoder"):
         fit(Toy(), [GradientMonitor(["nothing"])])
+
+
+def test_flattened_gradients_are_refused():
+    trainer = Trainer(**QUIET, logger=False)
+    trainer.strategy.__class__ = FSDPStrategy  # a real one needs an accelerator
+    with pytest.raises(MisconfigurationException, match="Use `ModelParallelStrategy` with `fully_shard`"):
+        GradientMonitor().start(trainer, Toy())

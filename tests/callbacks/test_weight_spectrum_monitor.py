@@ -204,13 +204,14 @@ def test_raw_optimizers_that_lightning_does_not_see_are_flagged():
     assert {p.flag for p in keeper.points if p.key.startswith("weights")} == {Flag.OK}
 
 
-def test_frozen_zero_and_bad_weights_are_flagged():
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_frozen_zero_and_bad_weights_are_flagged(number):
     class Odd(Toy):
         def __init__(self):
             super().__init__()
             self.zero, self.bad = nn.Linear(4, 4), nn.Linear(4, 4)
             nn.init.zeros_(self.zero.weight)
-            nn.init.constant_(self.bad.weight, math.nan)
+            nn.init.constant_(self.bad.weight, number)
             self.encoder.requires_grad_(False)
 
     keeper = PointKeeper()
@@ -222,6 +223,17 @@ def test_frozen_zero_and_bad_weights_are_flagged():
     assert flags["weights/encoder.0"] == flags["weights/head"] == flags["updates/head"] == Flag.OK
     assert all(math.isnan(p.value) for p in keeper.points if "/bad/" in p.key and not p.key.endswith("flag"))
     assert 0 < keeper.curve("weights/all/svd_entropy")[0].value < 1
+
+
+def test_solver_that_gives_up_is_flagged(monkeypatch):
+    def fails(gram):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    keeper = PointKeeper()
+    fit(Toy(), [monitor(), keeper], batches(2))
+    assert {point.flag for point in keeper.points} == {Flag.SOLVER}
+    assert math.isnan(keeper.curve(TOP)[0].value)
 
 
 def test_layers_by_module_by_matrix_and_by_glob():

@@ -41,7 +41,8 @@ def _fit(model_class, strategy, callbacks, rank, accumulate):
     torch.manual_seed(0)
     model, keeper = model_class(), PointKeeper()
     options = {**QUIET, "devices": 2, "strategy": strategy, "logger": MemoryLogger(), "use_distributed_sampler": False}
-    trainer = Trainer(**{**options, "callbacks": [*callbacks, keeper], "accumulate_grad_batches": accumulate})
+    options |= {"log_every_n_steps": 1, "accumulate_grad_batches": accumulate}
+    trainer = Trainer(**{**options, "callbacks": [*callbacks, keeper]})
     trainer.fit(model, batches(ACCUMULATE * 2, seed=rank))
     everyone = [None, None]
     torch.distributed.all_gather_object(everyone, repr(keeper.points))
@@ -63,8 +64,8 @@ def _micro_gradients(state):
 
 
 def _watch(rank):
-    weight = WeightSpectrumMonitor(every_n_steps=1)
-    return [weight, GradientMonitor(["encoder"], every_n_steps=1, smoothing=0.0, micro_batch_size=ROWS[rank])]
+    spectra = [WeightSpectrumMonitor(every_n_steps=1), WeightSpectrumMonitor(["head"], max_overhead=1e9)]
+    return [*spectra, GradientMonitor(["encoder"], every_n_steps=1, smoothing=0.0, micro_batch_size=ROWS[rank])]
 
 
 def _check_ddp(rank):
