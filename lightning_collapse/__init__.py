@@ -1,6 +1,14 @@
 """See and stop representation collapse in PyTorch Lightning with one line in a ``Trainer``."""
 
-from lightning_collapse.callbacks import CollapseGuard, CollapseMonitor, Monitor, Regularizer, Rollback
+from lightning_collapse.callbacks import (
+    CollapseGuard,
+    CollapseMonitor,
+    GradientMonitor,
+    Monitor,
+    Regularizer,
+    Rollback,
+    WeightSpectrumMonitor,
+)
 from lightning_collapse.mixins import AntiCollapseMixin
 from lightning_collapse.utilities.registry import register_measure
 
@@ -10,8 +18,10 @@ __all__ = [
     "AntiCollapseMixin",
     "CollapseGuard",
     "CollapseMonitor",
+    "GradientMonitor",
     "Monitor",
     "Regularizer",
     "Rollback",
+    "WeightSpectrumMonitor",
     "register_measure",
 ]

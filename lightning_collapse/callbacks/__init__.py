@@ -2,8 +2,19 @@
 
 from lightning_collapse.callbacks.collapse_guard import CollapseGuard, Verdict
 from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
+from lightning_collapse.callbacks.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.monitor import Monitor
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.callbacks.rollback import Rollback
+from lightning_collapse.callbacks.weight_spectrum_monitor import WeightSpectrumMonitor
 
-__all__ = ["CollapseGuard", "CollapseMonitor", "Monitor", "Regularizer", "Rollback", "Verdict"]
+__all__ = [
+    "CollapseGuard",
+    "CollapseMonitor",
+    "GradientMonitor",
+    "Monitor",
+    "Regularizer",
+    "Rollback",
+    "Verdict",
+    "WeightSpectrumMonitor",
+]

@@ -1,6 +1,11 @@
 """Pure functions: tensors in, tensors out."""
 
+from lightning_collapse.functional.evenness import eigenvalue_quartile_ratio, quartile_ratio, svd_entropy
+from lightning_collapse.functional.gradient_noise import GradientNoise, gradient_coherence, gradient_noise_scale
+from lightning_collapse.functional.marchenko_pastur import MarchenkoPasturFit, marchenko_pastur_fit
 from lightning_collapse.functional.null import expected_under_isotropy
+from lightning_collapse.functional.power_law import PowerLaw, power_law_alpha, power_law_null
+from lightning_collapse.functional.pq_index import pq_index
 from lightning_collapse.functional.rank import (
     effective_rank,
     eigenvalue_effective_rank,
@@ -30,6 +35,9 @@ from lightning_collapse.functional.spectrum_shape import (
 )
 
 __all__ = [
+    "GradientNoise",
+    "MarchenkoPasturFit",
+    "PowerLaw",
     "alignment",
     "alpha_req",
     "alpha_req_fit",
@@ -37,18 +45,27 @@ __all__ = [
     "dead_dimensions",
     "effective_rank",
     "eigenvalue_effective_rank",
+    "eigenvalue_quartile_ratio",
     "expected_under_isotropy",
     "feature_std",
     "feature_std_floor",
+    "gradient_coherence",
+    "gradient_noise_scale",
     "isotropy",
+    "marchenko_pastur_fit",
     "mean_cosine",
     "nesum",
     "numerical_rank",
     "participation_ratio",
+    "power_law_alpha",
+    "power_law_null",
+    "pq_index",
+    "quartile_ratio",
     "rankme",
     "relative_spread",
     "srank",
     "stable_rank",
+    "svd_entropy",
     "top_k_share",
     "unbiased_participation_ratio",
     "uniformity",

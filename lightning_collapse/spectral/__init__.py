@@ -1,6 +1,7 @@
 """Linear algebra that is safe under any precision plugin and on any numbers."""
 
 from lightning_collapse.spectral.eigenvalues import eigenvalues
+from lightning_collapse.spectral.matrices import matrix_spectra
 from lightning_collapse.spectral.moments import Moments, reduce_moments
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.spectral.sketch import GaussianSketch
@@ -12,6 +13,7 @@ __all__ = [
     "Spectrum",
     "eigenvalues",
     "full_precision",
+    "matrix_spectra",
     "reduce_moments",
     "singular_values",
     "spectrum_of",

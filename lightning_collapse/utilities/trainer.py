@@ -3,6 +3,9 @@
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 
 def logging_step(trainer: Trainer) -> int:
@@ -32,6 +35,29 @@ def batches_until(trainer: Trainer, every_n_steps: int) -> int:
 def is_due(trainer: Trainer, every_n_steps: int) -> bool:
     """Whether the running training batch ends in a point of a cadence; at the same steps as Lightning's own curves."""
     return every_n_steps > 0 and (logging_step(trainer) + 1) % every_n_steps == 0 and ends_step(trainer)
+
+
+def loss_scale(trainer: Trainer, optimizer: Optimizer | None = None) -> Tensor | None:
+    """Factor that gradients carry for the sake of 16-bit training, where it lies: nothing waits for the device.
+
+    Args:
+        trainer: Whose gradients.
+        optimizer: ``None`` asks right after a backward pass; with an optimizer it is what its gradients carry when
+            ``on_before_optimizer_step`` is called: nothing, unless it takes the factor out itself, as fused ones do.
+
+    Returns:
+        0-dimensional, or ``None`` where gradients are as they are.
+    """
+    if optimizer is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    # `GradScaler.get_scale` would wait for the device
+    return getattr(scaler, "_scale", None) if scaler is not None and scaler.is_enabled() else None
+
+
+def synchronizes_last(trainer: Trainer) -> bool:
+    """Whether processes accumulate gradients each on its own until the last micro-batch of a step."""
+    return isinstance(trainer.model, DistributedDataParallel)
 
 
 def _epoch_loop(trainer: Trainer) -> Any:

@@ -111,6 +111,17 @@ def naive_top_share(x: Matrix) -> float:
     return float(sigma(x)[0] ** 2 / np.sum(sigma(x) ** 2))
 
 
+def naive_svd_entropy(x: Matrix) -> float:
+    energy = sigma(x) ** 2
+    q = energy[energy > 0] / energy.sum()
+    return float(-np.sum(q * np.log(q)) / np.log(min(len(x) - 1, x.shape[1])))
+
+
+def naive_quartile_ratio(x: Matrix, power: int = 1) -> float:
+    third, first = np.percentile(sigma(x)[: min(len(x) - 1, x.shape[1])] ** power, [75, 25])
+    return float(third / first)
+
+
 def naive_relative_spread(x: Matrix) -> float:
     return float(np.sqrt(x.var(axis=0).sum() / (x**2).mean(axis=0).sum()))
 
@@ -146,6 +157,7 @@ REFERENCES: dict[str, Callable[..., float]] = {
     "dead_dimensions": naive_dead,
     "effective_rank": naive_effective_rank,
     "eigenvalue_effective_rank": naive_eigenvalue_effective_rank,
+    "eigenvalue_quartile_ratio": lambda x: naive_quartile_ratio(x, 2),
     "feature_std": lambda x: float(x.std(axis=0, ddof=1).mean()),
     "feature_std_floor": lambda x: float(x.std(axis=0, ddof=1).min()),
     "isotropy": naive_isotropy,
@@ -153,10 +165,12 @@ REFERENCES: dict[str, Callable[..., float]] = {
     "nesum": naive_nesum,
     "numerical_rank": naive_numerical_rank,
     "participation_ratio": naive_participation_ratio,
+    "quartile_ratio": naive_quartile_ratio,
     "rankme": naive_rankme,
     "relative_spread": naive_relative_spread,
     "srank": naive_srank,
     "stable_rank": naive_stable_rank,
+    "svd_entropy": naive_svd_entropy,
     "top_k_share": naive_top_share,
     "unbiased_participation_ratio": naive_unbiased_participation_ratio,
     "uniformity": naive_uniformity,
@@ -167,13 +181,16 @@ BOUNDS: dict[str, Callable[[int, int], tuple[float, float]]] = {
     "alpha_req_fit": lambda n, d: (0, 1),
     "condition_number": lambda n, d: (1, math.inf),
     "dead_dimensions": lambda n, d: (0, 1),
+    "eigenvalue_quartile_ratio": lambda n, d: (1, math.inf),
     "feature_std": lambda n, d: (0, math.inf),
     "feature_std_floor": lambda n, d: (0, math.inf),
     "isotropy": lambda n, d: (0, 1),
     "mean_cosine": lambda n, d: (-1 / (n - 1), 1),
     "numerical_rank": lambda n, d: (0, min(n - 1, d)),
+    "quartile_ratio": lambda n, d: (1, math.inf),
     "rankme": lambda n, d: (1, min(n, d) * (1 + 2e-6 * min(n, d))),  # the epsilon exceeds K by a hair
     "relative_spread": lambda n, d: (0, 1),
+    "svd_entropy": lambda n, d: (0, 1),
     "top_k_share": lambda n, d: (1 / min(n - 1, d), 1),
     "unbiased_participation_ratio": lambda n, d: (1, d),
     "uniformity": lambda n, d: (-4 * n / (n - 1), 0),

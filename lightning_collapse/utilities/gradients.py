@@ -1,0 +1,60 @@
+"""Norms of gradients where they lie: on shards, in any precision, without asking the device."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_collapse.utilities.distributed import world_size
+
+
+class Gradients(NamedTuple):
+    """The gradients there are.
+
+    Attributes:
+        indices: Of the parameters that have one.
+        tensors: This process's part of each.
+        shares: What a squared norm of the part must be multiplied by so that the sum over processes is that of the
+            whole gradient: 1 for a shard, one over the number of processes that hold the same numbers otherwise.
+    """
+
+    indices: list[int]
+    tensors: list[Tensor]
+    shares: list[float]
+
+
+def gradients_of(parameters: Sequence[nn.Parameter]) -> Gradients:
+    """Gradients of parameters, as they are now, without graph; sparse ones by their values."""
+    found = Gradients([], [], [])
+    for i, parameter in enumerate(parameters):
+        if parameter.grad is not None:
+            found.indices.append(i)
+            found.shares.append(_shards(parameter.grad) / world_size())
+            found.tensors.append(_local(parameter.grad.detach()))
+    return found
+
+
+@torch.no_grad()
+def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Squared Euclidean norms, shape ``(len(tensors),)``, ``float64`` where ``device`` has it."""
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    if not tensors:
+        return torch.zeros(0, dtype=wide, device=device)
+    single = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    norms = torch._foreach_norm(list(tensors), 2, dtype=single)
+    return torch.stack([norm.to(device) for norm in norms]).to(wide).square()
+
+
+def _local(gradient: Any) -> Tensor:
+    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return local.coalesce().values() if local.is_sparse else local
+
+
+def _shards(gradient: Any) -> int:
+    """Into how many parts a tensor is cut."""
+    if not hasattr(gradient, "to_local"):
+        return 1
+    mesh = gradient.device_mesh
+    return prod(mesh.size(i) for i, placement in enumerate(gradient.placements) if placement.is_shard())
