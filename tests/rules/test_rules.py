@@ -1,0 +1,121 @@
+"""Verdicts of every family on planted curves: what is a failure, what only looks like one, and where it shows."""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+from lightning.pytorch import Callback
+
+from lightning_collapse import AttentionEntropyMonitor, CollapseGuard, SpectralAlignmentMonitor
+from lightning_collapse.reporting import publish
+from lightning_collapse.rules import RULES, Rule, register_rule
+from lightning_collapse.utilities.points import Point
+from tests.toys import PointKeeper, Toy, batches, fit
+
+MONITORS = {"spectral_alignment": SpectralAlignmentMonitor, "attention": AttentionEntropyMonitor}
+Script = Sequence[Mapping[str, Mapping[str, float]]]
+
+
+class Planted(Callback):
+    """Publishes readings ``{layer: {measure: value}}`` of one family, one point per step."""
+
+    def __init__(self, family: str, script: Script) -> None:
+        self.family, self.script = family, script
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        points = [
+            Point(f"{self.family}/{layer}/{name}", batch_idx, value, 64)
+            for layer, values in self.script[batch_idx].items()
+            for name, value in values.items()
+        ]
+        publish(trainer, pl_module, points)
+
+
+def judged(family: str, script: Script) -> tuple[CollapseGuard, PointKeeper]:
+    guard, keeper = CollapseGuard(action="log"), PointKeeper()
+    monitor = MONITORS[family](every_n_steps=10_000)
+    fit(Toy(), [monitor, guard, Planted(family, script), keeper], batches(len(script)), log_every_n_steps=1)
+    return guard, keeper
+
+
+def diversity(mean: float, **of_layers: float) -> dict[str, dict[str, float]]:
+    return {layer: {"sign_diversity": value} for layer, value in {**of_layers, "all": mean}.items()}
+
+
+def test_one_sided_inputs_of_all_matrices_announce_an_explosion() -> None:
+    healthy, ill = diversity(0.6, fc1=0.9, fc2=0.2), diversity(0.25, fc1=0.3, fc2=0.19)
+    guard, keeper = judged("spectral_alignment", [healthy] * 6 + [ill] * 3)
+    [verdict] = guard.verdicts
+    assert (verdict.kind, verdict.layer, verdict.since, verdict.step) == ("loss_explosion", "fc1", 6, 7)
+    assert "is 0.25 in the mean over all matrices, where the run began with 0.60" in verdict.evidence
+    assert [point.value for point in keeper.curve("guard/loss_explosion")] == [0.0] * 7 + [1.0] * 2
+    assert not keeper.curve("guard/complete_collapse")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [diversity(0.6, fc1=0.9)] * 4 + [diversity(0.5, fc1=0.0)] * 4,  # single matrices touch zero all the time
+        [diversity(0.6)] * 4 + [diversity(0.2), diversity(0.6)] * 3,
+        [diversity(0.4), diversity(0.25), diversity(0.22), diversity(0.5), diversity(0.7)] + [diversity(0.6)] * 5,
+        [diversity(0.1)] * 8,  # one-sided from the beginning, as after a ReLU
+        [diversity(0.6)] * 4 + [diversity(float("nan"))] * 5,
+    ],
+)
+def test_what_only_looks_like_an_explosion_gets_no_verdict(script: Script) -> None:
+    guard, _ = judged("spectral_alignment", script)
+    assert guard.verdicts == []
+
+
+def attention(entropy: float, collapsed: float = 0.0, overloaded: float = 0.0) -> dict[str, dict[str, float]]:
+    values = {"entropy_mean": entropy, "collapsed_share": collapsed, "overloaded_share": overloaded, "max_logit": 9.0}
+    return {"attn": values, "all": values}
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "since"),
+    [
+        ([attention(0.9)] * 4 + [attention(0.08)] * 3, "attention_entropy_collapse", 4),
+        ([attention(0.9)] * 4 + [attention(0.5, collapsed=0.5)] * 3, "attention_entropy_collapse", 4),
+        ([attention(0.99, 0, 1)] + [attention(0.6)] * 3 + [attention(0.98, 0, 1)] * 3, "attention_overload", 4),
+    ],
+)
+def test_attention_that_looks_at_one_key_or_at_all_alike(script: Script, kind: str, since: int) -> None:
+    guard, _ = judged("attention", script)
+    assert [(v.kind, v.layer, v.since) for v in guard.verdicts] == [(kind, "attn", since)]
+    assert "over 64 queries" in guard.verdicts[0].evidence
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [attention(0.99, 0, 1)] * 8,  # freshly initialized heads
+        [attention(0.99, 0, 1)] * 3 + [attention(0.3, collapsed=0.25)] * 5,
+        [attention(0.99, 0, 1)] * 3 + [attention(0.9, 0, 0.5)] * 3 + [attention(0.97, 0, 0.9)] * 3,
+    ],
+)
+def test_what_attention_does_in_healthy_runs_gets_no_verdict(script: Script) -> None:
+    guard, _ = judged("attention", script)
+    assert guard.verdicts == []
+
+
+def test_a_rule_of_ones_own_is_judged_too() -> None:
+    class TooLow(Rule):
+        """Below a tenth."""
+
+        kind = "too_low"
+        family = "attention"
+        measures = ("entropy_mean",)
+
+        def severity(self, points, beginning):
+            return 0.1 / points["entropy_mean"].value
+
+        def evidence(self, points, beginning):
+            return "it is low"
+
+    register_rule(TooLow)
+    try:
+        guard, _ = judged("attention", [attention(0.3)] * 2 + [attention(0.05)] * 2)
+    finally:
+        del RULES["too_low"]
+    assert [verdict.kind for verdict in guard.verdicts] == ["too_low"]
+    assert str(guard.verdicts[0]) == "too low in `attn` since step 2: it is low."
