@@ -1,6 +1,6 @@
 """See and stop representation collapse in PyTorch Lightning with one line in a ``Trainer``."""
 
-from lightning_collapse.callbacks import CollapseGuard, CollapseMonitor, Monitor, Regularizer
+from lightning_collapse.callbacks import CollapseGuard, CollapseMonitor, Monitor, Regularizer, SpectralAlignmentMonitor
 from lightning_collapse.mixins import AntiCollapseMixin
 from lightning_collapse.utilities.registry import register_measure
 
@@ -12,5 +12,6 @@ __all__ = [
     "CollapseMonitor",
     "Monitor",
     "Regularizer",
+    "SpectralAlignmentMonitor",
     "register_measure",
 ]

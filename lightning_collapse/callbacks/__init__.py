@@ -4,5 +4,6 @@ from lightning_collapse.callbacks.collapse_guard import CollapseGuard, Verdict
 from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.monitor import Monitor
 from lightning_collapse.callbacks.regularizer import Regularizer
+from lightning_collapse.callbacks.spectral_alignment_monitor import SpectralAlignmentMonitor
 
-__all__ = ["CollapseGuard", "CollapseMonitor", "Monitor", "Regularizer", "Verdict"]
+__all__ = ["CollapseGuard", "CollapseMonitor", "Monitor", "Regularizer", "SpectralAlignmentMonitor", "Verdict"]
