@@ -21,7 +21,7 @@ class Projected(NamedTuple):
     Attributes:
         projections: Inner products with the matrix's direction, shape ``(n,)``.
         norms: Euclidean norms of the rows, shape ``(n,)``; NaN or infinity for rows that hold any, -1 for padding.
-        total: Sum of the other rows, shape ``(I,)``.
+        total: Sum of the rows that are not padding, shape ``(I,)``; not finite if one of them is not.
     """
 
     projections: Tensor
@@ -56,6 +56,7 @@ class InputProjections:
                 names.setdefault(matrix.input, []).append(matrix.name)
         self._names = list(names.values())
         self._directions: list[Tensor] = []
+        self._places = torch.zeros(0)
         self._heard: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in names]
         modules: dict[nn.Module, list[tuple[int, Input]]] = {}
         for i, place in enumerate(names):
@@ -67,6 +68,10 @@ class InputProjections:
     def arm(self, directions: Mapping[str, Tensor], mask: Tensor | None) -> None:
         """Project the inputs of the coming batch on these unit vectors ``(I,)``, by name of the matrix."""
         self._directions = [torch.stack([directions[name] for name in names]) for names in self._names]
+        stretch = torch.arange(self.limit, dtype=torch.float32)
+        self._places = (stretch + (stretch * GOLDEN).frac()) / self.limit
+        if self._directions:
+            self._places = self._places.to(self._directions[0].device)
         self.armed, self.mask = True, mask
 
     def drain(self) -> dict[str, Projected]:
@@ -75,8 +80,10 @@ class InputProjections:
         heard = {}
         for names, calls in zip(self._names, self._heard, strict=True):
             if calls:
-                projections, norms = torch.cat([call[0] for call in calls]), torch.cat([call[1] for call in calls])
-                total = torch.stack([call[2] for call in calls]).sum(dim=0)
+                projections, norms, total = calls[0]
+                if len(calls) > 1:
+                    projections, norms = (torch.cat([call[j] for call in calls]) for j in (0, 1))
+                    total = torch.stack([call[2] for call in calls]).sum(dim=0)
                 for i, name in enumerate(names):
                     heard[name] = Projected(projections[:, i], norms, total)
             calls.clear()
@@ -114,17 +121,15 @@ class InputProjections:
         if self.mask is not None and value.ndim == 3 and self.mask.shape == value.shape[:2]:
             mask = self.mask.flatten().bool()
         if rows.shape[0] > self.limit:
-            stretch = torch.arange(self.limit, device=rows.device, dtype=torch.float32)
-            places = ((stretch + (stretch * GOLDEN).frac()) * (rows.shape[0] / self.limit)).long()
-            places = places.clamp_max(rows.shape[0] - 1)  # `float32` may round up to the end
+            # `float32` may round up to the end
+            places = (self._places * rows.shape[0]).long().clamp_max(rows.shape[0] - 1)
             rows = rows.index_select(0, places)
             mask = None if mask is None else mask.index_select(0, places)
         rows = rows.to(torch.promote_types(dtype, torch.float32))
         norms = torch.linalg.vector_norm(rows, dim=1)
-        if mask is not None:
-            norms = torch.where(mask, norms, -1.0)
-        counts = (norms.isfinite() & (norms >= 0)).to(rows.dtype)
-        return rows, norms, counts @ rows.nan_to_num(0.0, 0.0, 0.0)
+        if mask is None:
+            return rows, norms, rows.sum(dim=0)
+        return rows, torch.where(mask, norms, -1.0), mask.to(rows.dtype) @ rows
 
 
 def _argument(place: Input, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -100,7 +100,7 @@ class SpectralAlignmentMonitor(Monitor):
       the inputs less their mean;
     - ``alignment_mean``: mean cosine; its sign is kept from point to point;
     - ``spectral_norm``: the largest singular value;
-    - ``mean_energy_share``: how much of the inputs' energy is their mean;
+    - ``mean_energy_share``: how much of the inputs' energy is their mean; NaN if a row was not finite;
     - ``flag``: 0, or why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`.
 
     Over all matrices, ``spectral_alignment/all/...``: the mean ``sign_diversity``, ``collapsed_share`` (matrices with a
@@ -131,14 +131,14 @@ class SpectralAlignmentMonitor(Monitor):
         trainer = Trainer(callbacks=[SpectralAlignmentMonitor()])
     """
 
-    def __init__(self, layers: Sequence[str] | None = None, every_n_steps: int | None = None, rows: int = 1024) -> None:
+    def __init__(self, layers: Sequence[str] | None = None, every_n_steps: int | None = None, rows: int = 512) -> None:
         super().__init__(every_n_steps)
         if isinstance(layers, str):
             raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
         if layers is not None and not layers:
             raise ValueError("`layers` is empty. Leave it out to watch all weight matrices.")
         if rows < 2:
-            raise ValueError(f"`rows` must be at least 2, got {rows}. The default is 1024.")
+            raise ValueError(f"`rows` must be at least 2, got {rows}. The default is 512.")
         self.layers = layers
         self.rows = rows
         self._matrices: list[WeightMatrix] = []
@@ -247,11 +247,11 @@ def _read(pairs: Mapping[str, TopSingularPair], heard: Mapping[str, Projected], 
 
     Collective: every process calls it with the same matrices; one may have heard nothing.
     """
-    weights = torch.stack([torch.stack([pair.residual, pair.gap, pair.norm]) for pair in pairs.values()])
+    weights = torch.stack([x for pair in pairs.values() for x in (pair.residual, pair.gap, pair.norm)]).view(-1, 3)
     heard = {name: heard.get(name) or _silence(pair.direction) for name, pair in pairs.items()}
     dtype = accumulation_dtype(weights.device)
-    norms = pad_sequence([of_one.norms for of_one in heard.values()], batch_first=True, padding_value=-1)
-    projections = pad_sequence([of_one.projections for of_one in heard.values()], batch_first=True)
+    norms = _padded([of_one.norms for of_one in heard.values()])
+    projections = _padded([of_one.projections for of_one in heard.values()])
     finite = norms.isfinite() & (norms >= 0)
     norms, seen = torch.where(finite, norms, nan), (~(norms < 0)).sum(dim=1)
     projections = torch.where(finite, projections, nan)
@@ -261,20 +261,25 @@ def _read(pairs: Mapping[str, TopSingularPair], heard: Mapping[str, Projected], 
     table = torch.cat([torch.stack([column.to(dtype) for column in sums], dim=1), weights.to(dtype)], dim=1)
     if histograms:
         table = torch.cat([table, alignment_histogram(alignment).to(dtype)], dim=1)
-    totals = [of_one.total.to(dtype) for of_one in heard.values()]
-    message = all_reduce_sum(torch.cat([table.flatten(), *totals]))
+    totals = torch.cat([of_one.total for of_one in heard.values()]).to(dtype)
+    message = all_reduce_sum(torch.cat([table.flatten(), totals]))
     table = message[: table.numel()].view_as(table)
     seen, n, positive, negative, cosine, projection, energy, *weight = table[:, :10].unbind(dim=1)
     # every process found the same for the weights; their mean is one number for all of them to the last bit
     residual, gap, norm = (value / world_size() for value in weight)
     mean = (projection / n).to(projections)
     centered = all_reduce_sum(torch.stack(sign_counts(cosines(projections - mean[:, None], norms))))
-    mean_energy = torch.stack(
-        [total.square().sum() for total in torch.split(message[table.numel() :], list(map(len, totals)))]
-    )
+    widths = [len(of_one.total) for of_one in heard.values()]
+    mean_energy = torch.stack([squares.sum() for squares in torch.split(message[table.numel() :].square(), widths)])
     columns = [seen, n, residual, gap, norm, diversity_of_counts(positive, negative)]
     columns += [diversity_of_counts(*centered).to(dtype), cosine / n, mean_energy / (n * energy)]
     return torch.cat([torch.stack(columns, dim=1), table[:, 10:]], dim=1)
+
+
+def _padded(vectors: Sequence[Tensor]) -> Tensor:
+    if len(set(map(len, vectors))) == 1:
+        return torch.stack(list(vectors))
+    return pad_sequence(list(vectors), batch_first=True, padding_value=-1.0)
 
 
 def _silence(direction: Tensor) -> Projected:

@@ -110,28 +110,21 @@ class PowerIteration:
     def _follow(self, names: list[str], weights: list[Tensor], iterations: int) -> dict[str, TopSingularPair]:
         start = blocks = torch.stack([self._blocks[name] for name in names])
         for _ in range(iterations - 1):
-            _, products = _multiply(weights, blocks)
-            usable = _finite(products)
-            blocks = torch.where(usable, _orthonormal(torch.where(usable, products, blocks)), blocks)
-        grams, products = _multiply(weights, blocks)
-        usable = _finite(grams) & _finite(products)
-        squares, rotation = _eigh(torch.where(usable, grams, torch.eye(grams.shape[-1]).to(grams)))
-        directions = (rotation @ blocks)[:, 0]
-        advanced = rotation @ torch.where(usable, products, blocks)
+            blocks = _orthonormal(_products(weights, blocks)[0])
+        products, usable = _products(weights, blocks)
+        squares, rotation = _eigh(torch.bmm(products, blocks.mT))
+        directions = torch.bmm(rotation[:, :1], blocks)[:, 0]
+        advanced = torch.bmm(rotation, products)
+        top, second = squares[:, 0], squares[:, 1] if squares.shape[1] > 1 else 0
+        off = torch.linalg.vector_norm(advanced[:, 0] - top[:, None] * directions, dim=1)
+        numbers = torch.stack([top.sqrt(), off / top, 1 - second / top], dim=1)
+        numbers = torch.where(usable, numbers, nan)
         directions = directions * _sign((directions * start[:, 0]).sum(dim=1, keepdim=True))
-        top = squares[:, 0]
-        off = advanced[:, 0] - top[:, None] * (rotation @ blocks)[:, 0]
-        residuals = torch.linalg.vector_norm(off, dim=1) / top
-        following = torch.where(usable, _orthonormal(advanced), blocks)
+        following = _orthonormal(advanced)
         following[:, 0] *= _sign((following[:, 0] * directions).sum(dim=1, keepdim=True))
         self._blocks.update(zip(names, following.unbind(), strict=True))
-        valid = usable.flatten()
-        seconds = squares[:, 1] if squares.shape[1] > 1 else torch.zeros_like(top)
-        norms, residuals, gaps = (
-            torch.where(valid, value, nan) for value in (top.sqrt(), residuals, 1 - seconds / top)
-        )
-        columns = zip(directions, norms, residuals, gaps, strict=True)
-        return {name: TopSingularPair(*column) for name, column in zip(names, columns, strict=True)}
+        columns = zip(names, directions.unbind(), *(column.unbind() for column in numbers.unbind(dim=1)), strict=True)
+        return {name: TopSingularPair(*column) for name, *column in columns}
 
 
 def top_singular_pair(weight: Tensor) -> TopSingularPair:
@@ -156,15 +149,11 @@ def _at_least_float(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype.itemsize < 4 else weight
 
 
-def _multiply(weights: list[Tensor], blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrices ``B W^T W B^T`` and products ``B W^T W``."""
-    images = [block @ weight.T for block, weight in zip(blocks, weights, strict=True)]
-    grams = torch.stack([image @ image.T for image in images])
-    return grams, torch.stack([image @ weight for image, weight in zip(images, weights, strict=True)])
-
-
-def _finite(matrices: Tensor) -> Tensor:
-    return matrices.sum(dim=(-2, -1), keepdim=True).isfinite()  # a sum is finite if and only if its terms are
+def _products(weights: list[Tensor], blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """``B W^T W`` of every matrix, ``B`` itself where that is not finite, and whether it is, ``(n, 1)``."""
+    products = torch.stack([block @ weight.T @ weight for block, weight in zip(blocks.unbind(), weights, strict=True)])
+    usable = products.sum(dim=(1, 2)).isfinite()  # a sum is finite if and only if its terms are
+    return torch.where(usable[:, None, None], products, blocks), usable[:, None]
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

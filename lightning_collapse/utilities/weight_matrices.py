@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, count
 from typing import Any, NamedTuple
 
@@ -169,15 +169,16 @@ def _is_transposed(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _raw(module: nn.Module, attribute: str) -> Tensor:
-    with _quiet(getattr(module, "parametrizations", None)):
+    parametrizations = getattr(module, "parametrizations", None)
+    with _quiet(parametrizations) if parametrizations is not None else nullcontext():
         value: Tensor = getattr(module, attribute)
     return value
 
 
 @contextmanager
-def _quiet(parametrizations: nn.Module | None) -> Iterator[None]:
+def _quiet(parametrizations: nn.Module) -> Iterator[None]:
     """In training mode a look at a spectrally normalized weight would change its buffers."""
-    training = [module for module in parametrizations.modules() if module.training] if parametrizations else []
+    training = [module for module in parametrizations.modules() if module.training]
     for module in training:
         module.training = False
     try:
@@ -195,15 +196,16 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _reader(module: nn.Module, attribute: str) -> Callable[[], Tensor]:
     core = _core(module)
+    matrix = _raw(core, attribute).ndim == 2
+    adapted = matrix and _has_adapters(module)
+    transposed = _is_transposed(core) if matrix and attribute == "weight" else getattr(core, "transposed", False)
 
     @torch.no_grad()
     def read() -> Tensor:
         weight = _whole(_raw(core, attribute))
-        if _has_adapters(module) and weight.ndim == 2:
-            weight = _adapted(module, weight)
-        if weight.ndim == 2:
-            return weight.T if attribute == "weight" and _is_transposed(core) else weight
-        return (weight.transpose(0, 1) if getattr(core, "transposed", False) else weight).flatten(1)
+        weight = _adapted(module, weight) if adapted else weight
+        weight = weight.transpose(0, 1) if transposed else weight
+        return weight if matrix else weight.flatten(1)
 
     return read
 
