@@ -35,7 +35,7 @@ from lightning_collapse.utilities.weight_matrices import WeightMatrix, weight_ma
 
 FAMILY = "spectral_alignment"
 UNCONVERGED_ABOVE = 0.2
-"""A direction is doubted where ``residual / gap``, which bounds the sine of its error, exceeds this; our choice."""
+"""A direction is doubted where ``residual / gap``, which bounds the sine of its error, is this or more; our choice."""
 COLLAPSED_BELOW = 0.1
 """Sign diversity below which a matrix counts as collapsed: 19 of 20 inputs on one side; our choice."""
 MOST_ITERATIONS = 10
@@ -306,7 +306,7 @@ def _flag(reading: Sequence[float]) -> Flag:
         return Flag.NOT_CALLED
     if reading[_N] < 2:
         return Flag.FEW_ROWS
-    if not reading[_RESIDUAL] <= UNCONVERGED_ABOVE * reading[_GAP]:
+    if not reading[_RESIDUAL] < UNCONVERGED_ABOVE * reading[_GAP]:
         return Flag.UNCONVERGED
     return Flag.NONFINITE if reading[_N] < reading[_SEEN] else Flag.OK
 

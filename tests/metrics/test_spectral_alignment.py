@@ -50,7 +50,7 @@ def test_zeros_and_bad_rows():
 
 
 def test_merge_reset_pickle_and_state(data):
-    inputs, weight, direction = data
+    inputs, _, direction = data
     whole, first, second = (SpectralAlignment(dim=20) for _ in range(3))
     whole.update(inputs, direction)
     first.update(inputs[:30], direction)
@@ -69,7 +69,7 @@ def test_nothing_seen_is_nan():
 
 
 def test_precision_of_the_model_leaves_the_sums_alone(data):
-    inputs, weight, direction = data
+    inputs, _, direction = data
     metric = SpectralAlignment(dim=20)
     nn.ModuleList([metric]).to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
