@@ -12,8 +12,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_collapse.utilities.modules import in_backward
 from lightning_collapse.utilities.weight_matrices import Input, WeightMatrix
 
-GOLDEN = 0.6180339887498949
-
 
 class Projected(NamedTuple):
     """What one matrix received in one batch.
@@ -33,9 +31,8 @@ class InputProjections:
     """Forward pre-hooks that project the inputs of matrices while :attr:`armed`, and cost one ``if`` while not.
 
     Every call of a module counts, except activation checkpointing's recomputation in the backward pass. Of more than
-    ``limit`` rows in a call one is taken from each of ``limit`` equal stretches, at places that step through the
-    stretch by the golden ratio: evenly over all sequences, and not always at the same position in them. No activation
-    and no graph is kept, nothing waits for the device, and projections are ``float32`` at least.
+    ``limit`` rows in a call every ``k``-th is taken, with a ``k`` that steps through the positions of the sequences. No
+    activation and no graph is kept, nothing waits for the device, and projections are ``float32`` at least.
 
     Args:
         matrices: Whose inputs to hear; those with none are passed over.
@@ -56,7 +53,6 @@ class InputProjections:
                 names.setdefault(matrix.input, []).append(matrix.name)
         self._names = list(names.values())
         self._directions: list[Tensor] = []
-        self._places = torch.zeros(0)
         self._heard: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in names]
         modules: dict[nn.Module, list[tuple[int, Input]]] = {}
         for i, place in enumerate(names):
@@ -68,10 +64,6 @@ class InputProjections:
     def arm(self, directions: Mapping[str, Tensor], mask: Tensor | None) -> None:
         """Project the inputs of the coming batch on these unit vectors ``(I,)``, by name of the matrix."""
         self._directions = [torch.stack([directions[name] for name in names]) for names in self._names]
-        stretch = torch.arange(self.limit, dtype=torch.float32)
-        self._places = (stretch + (stretch * GOLDEN).frac()) / self.limit
-        if self._directions:
-            self._places = self._places.to(self._directions[0].device)
         self.armed, self.mask = True, mask
 
     def drain(self) -> dict[str, Projected]:
@@ -121,15 +113,23 @@ class InputProjections:
         if self.mask is not None and value.ndim == 3 and self.mask.shape == value.shape[:2]:
             mask = self.mask.flatten().bool()
         if rows.shape[0] > self.limit:
-            # `float32` may round up to the end
-            places = (self._places * rows.shape[0]).long().clamp_max(rows.shape[0] - 1)
-            rows = rows.index_select(0, places)
-            mask = None if mask is None else mask.index_select(0, places)
+            stride = _stride(-(-rows.shape[0] // self.limit), value.shape[-2] if value.ndim > 2 else None)
+            rows = rows[::stride]  # a view: to copy costs more than all that follows
+            mask = None if mask is None else mask[::stride]
         rows = rows.to(torch.promote_types(dtype, torch.float32))
         norms = torch.linalg.vector_norm(rows, dim=1)
         if mask is None:
             return rows, norms, rows.sum(dim=0)
         return rows, torch.where(mask, norms, -1.0), mask.to(rows.dtype) @ rows
+
+
+def _stride(least: int, length: int | None) -> int:
+    """A step of ``least`` or a little more that does not always land on the same position of sequences."""
+    if length is None:
+        return least
+    if least < length:
+        return least + 1 - least % 2  # lengths are often powers of two, with which an odd number shares no factor
+    return -(-least // length) * length + 1
 
 
 def _argument(place: Input, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -120,7 +120,8 @@ class SpectralAlignmentMonitor(Monitor):
     Args:
         layers: Names of submodules, or glob patterns of them: the matrices in them are watched. ``None`` takes all.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
-        rows: Rows per call of a layer to look at, spread evenly over all of them; tokens count as rows.
+        rows: Rows per call of a layer to look at, at most, spread evenly over all of them (every ``k``-th, so it can be
+            half as many); tokens count as rows.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, on a pattern

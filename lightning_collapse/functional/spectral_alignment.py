@@ -59,7 +59,7 @@ def spectral_alignment(inputs: Tensor, weight: Tensor, center: bool = False) -> 
 @full_precision
 def cosines(projections: Tensor, norms: Tensor) -> Tensor:
     """Projections on a unit vector over norms, ``(...)``; exactly 0 where that is rounding, NaN if not finite."""
-    values = torch.where(norms > 0, projections / norms, projections * norms)  # a row of zeros is on neither side
+    values = projections / norms.clamp_min(torch.finfo(norms.dtype).tiny)  # a row of zeros is on neither side
     values = torch.where(values.abs() <= 8 * torch.finfo(values.dtype).eps, 0.0, values)
     return torch.where(norms.isfinite(), values, nan)
 

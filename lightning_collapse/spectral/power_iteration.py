@@ -80,7 +80,7 @@ class PowerIteration:
         Returns:
             The pair of every matrix, under the same names.
         """
-        weights = {name: _at_least_float(weight.detach()) for name, weight in weights.items()}
+        weights = {name: _at_least_float(weight) for name, weight in weights.items()}
         alike: dict[tuple[Any, ...], list[str]] = {}
         for name, weight in weights.items():
             block = self._block(name, weight)
@@ -104,8 +104,8 @@ class PowerIteration:
         block = self._blocks.get(name)
         if block is None or block.shape != shape:
             block = _cold_block(weight, shape[0])
-        self._blocks[name] = block.to(weight)
-        return self._blocks[name]
+        self._blocks[name] = block = block.to(weight)
+        return block
 
     def _follow(self, names: list[str], weights: list[Tensor], iterations: int) -> dict[str, TopSingularPair]:
         start = blocks = torch.stack([self._blocks[name] for name in names])
