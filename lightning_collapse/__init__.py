@@ -7,6 +7,7 @@ from lightning_collapse.callbacks import (
     Monitor,
     Regularizer,
     Rollback,
+    SpectralAlignmentMonitor,
     WeightSpectrumMonitor,
 )
 from lightning_collapse.mixins import AntiCollapseMixin
@@ -22,6 +23,7 @@ __all__ = [
     "Monitor",
     "Regularizer",
     "Rollback",
+    "SpectralAlignmentMonitor",
     "WeightSpectrumMonitor",
     "register_measure",
 ]

@@ -6,6 +6,7 @@ from lightning_collapse.callbacks.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.monitor import Monitor
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.callbacks.rollback import Rollback
+from lightning_collapse.callbacks.spectral_alignment_monitor import SpectralAlignmentMonitor
 from lightning_collapse.callbacks.weight_spectrum_monitor import WeightSpectrumMonitor
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Monitor",
     "Regularizer",
     "Rollback",
+    "SpectralAlignmentMonitor",
     "Verdict",
     "WeightSpectrumMonitor",
 ]

@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_collapse.callbacks.monitor import Monitor
@@ -30,6 +29,7 @@ from lightning_collapse.reporting import (
 )
 from lightning_collapse.spectral.cost import rows_within
 from lightning_collapse.utilities.distributed import all_reduce_max, world_size
+from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.flops import TrainingFlops
 from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen, weighted_layers
 from lightning_collapse.utilities.points import Flag, Point
@@ -283,7 +283,7 @@ class CollapseMonitor(Monitor):
     def _listen(self, batch: Any) -> None:
         if self._heard is not None:
             self._heard.armed = True
-            self._heard.mask = _padding_mask(batch)
+            self._heard.mask = padding_mask(batch)
 
     def _window(self) -> int:
         return max((plan.batches for plan in self._plans.values()), default=1)
@@ -389,8 +389,3 @@ def _null(measure: Measure, n: int, width: int) -> float:
         return expected_under_isotropy(measure.name, n, width) if n > 1 else nan
     except Exception:  # a measure of the user's own, which has said so already
         return nan
-
-
-def _padding_mask(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

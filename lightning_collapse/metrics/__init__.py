@@ -15,6 +15,7 @@ from lightning_collapse.metrics.rank import (
     StableRank,
     UnbiasedParticipationRatio,
 )
+from lightning_collapse.metrics.spectral_alignment import SpectralAlignment
 from lightning_collapse.metrics.spectrum import Spectrum
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ParticipationRatio",
     "RankMe",
     "SRank",
+    "SpectralAlignment",
     "SpectralMetric",
     "Spectrum",
     "StableRank",

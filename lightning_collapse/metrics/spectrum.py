@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_collapse.metrics.sums import SumsMetric
 from lightning_collapse.spectral.moments import STATES, Moments
 from lightning_collapse.spectral.spectrum import Spectrum as SpectrumRecord
 
 
-class Spectrum(Metric):
+class Spectrum(SumsMetric):
     r"""Singular values of all features seen since the last reset.
 
     Keeps :class:`~lightning_collapse.spectral.Moments`, so memory is ``O(dim ** 2)`` however many samples arrive,
@@ -96,15 +97,6 @@ class Spectrum(Metric):
         # the states are sums about a shift that differs between processes: reducing each by itself would be wrong,
         # and the default gathers a copy of every state per process
         self._set(self.moments().reduce(process_group or self.process_group))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Metric:
-        def move(tensor: Tensor) -> Tensor:
-            # a model in half precision takes its metrics along: sums must stay what they are
-            moved = fn(tensor)
-            return tensor.to(moved.device) if tensor.is_floating_point() and moved.dtype != tensor.dtype else moved
-
-        super()._apply(move, *args, **kwargs)
-        return self
 
     def _set(self, moments: Moments) -> None:
         for name, state in moments.states().items():

@@ -3,6 +3,7 @@
 from lightning_collapse.spectral.eigenvalues import eigenvalues
 from lightning_collapse.spectral.matrices import matrix_spectra
 from lightning_collapse.spectral.moments import Moments, reduce_moments
+from lightning_collapse.spectral.power_iteration import PowerIteration, TopSingularPair, top_singular_pair
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.spectral.sketch import GaussianSketch
 from lightning_collapse.spectral.spectrum import Spectrum, singular_values, spectrum_of
@@ -10,11 +11,14 @@ from lightning_collapse.spectral.spectrum import Spectrum, singular_values, spec
 __all__ = [
     "GaussianSketch",
     "Moments",
+    "PowerIteration",
     "Spectrum",
+    "TopSingularPair",
     "eigenvalues",
     "full_precision",
     "matrix_spectra",
     "reduce_moments",
     "singular_values",
     "spectrum_of",
+    "top_singular_pair",
 ]

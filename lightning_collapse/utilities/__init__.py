@@ -10,6 +10,7 @@ from lightning_collapse.utilities.registry import (
     register_loss,
     register_measure,
 )
+from lightning_collapse.utilities.weight_matrices import WeightMatrix, weight_matrices
 
 __all__ = [
     "CURVES",
@@ -17,8 +18,10 @@ __all__ = [
     "MEASURES",
     "Flag",
     "Point",
+    "WeightMatrix",
     "default_taps",
     "register_curve",
     "register_loss",
     "register_measure",
+    "weight_matrices",
 ]

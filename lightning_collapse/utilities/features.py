@@ -64,6 +64,12 @@ def as_row_mask(output: Any, mask: Tensor | None, channels_first: bool = False) 
     return mask.flatten().bool()
 
 
+def padding_mask(batch: Any) -> Tensor | None:
+    """``batch["attention_mask"]`` if it is one: a tensor ``(N, L)``, non-zero for real tokens."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
 def evenly(rows: Tensor, limit: int) -> Tensor:
     """A copy of at most ``limit`` rows, evenly spaced over all of them."""
     count = rows.shape[0]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Flag(IntEnum):
-    """Why a reading deserves doubt; logged as the curve ``{family}/{layer}/flag``. A larger number is graver."""
+    """Why a reading deserves doubt; logged as the curve ``{family}/{layer}/flag``. Up to 6 the larger is the graver."""
 
     OK = 0
     SKETCHED = 1
@@ -21,6 +21,9 @@ class Flag(IntEnum):
     """No eigenvalue solver converged: the value is NaN."""
     NOT_CALLED = 6
     """The layer did not run in the window: the value is NaN."""
+    UNCONVERGED = 7
+    """The direction that the value refers to is not known well enough yet, or is not defined: the matrix's top singular
+    values are too close, it changed too much since the last point, or it is zero or not finite (the value is NaN)."""
 
 
 class Point(NamedTuple):

@@ -5,8 +5,8 @@ from math import isnan
 from lightning_collapse.utilities.points import Flag, Point
 
 
-def test_flags_grow_with_gravity_and_are_numbers() -> None:
-    order = ["OK", "SKETCHED", "NONFINITE", "CONSTANT", "FEW_ROWS", "SOLVER", "NOT_CALLED"]
+def test_flags_are_numbers_that_keep_their_order() -> None:
+    order = ["OK", "SKETCHED", "NONFINITE", "CONSTANT", "FEW_ROWS", "SOLVER", "NOT_CALLED", "UNCONVERGED"]
     assert [flag.name for flag in sorted(Flag)] == order
     assert float(Flag.OK) == 0.0
     assert not Flag.OK

@@ -1,0 +1,124 @@
+"""What ``SpectralAlignmentMonitor(every_n_steps=1)`` costs, and what one warm power step costs beside an exact norm.
+
+(a) One fit of a transformer (four layers of width 128) in which steps with the monitor, a point each, alternate with
+steps without it; the ratio is that of each watched step to the mean of its two neighbours, in processor time on one
+thread. The run has no logger, so what loggers write is left out; ``callback_metrics`` and hooks are in. The time inside
+the monitor's own callbacks is printed as well, which misses the hooks in the forward pass.
+
+(b) One call of ``PowerIteration.step`` on all matrices of that transformer, interleaved with
+``torch.linalg.matrix_norm(weight, 2)`` on each of them.
+
+Run: ``python -m tests.benchmarks.spectral_alignment``.
+"""
+
+import logging
+import statistics
+import time
+import warnings
+from itertools import pairwise
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from lightning_collapse import SpectralAlignmentMonitor
+from lightning_collapse.spectral import PowerIteration
+from lightning_collapse.utilities import weight_matrices
+from lightning_collapse.utilities.trainer import logging_step
+from tests.benchmarks.monitor_overhead import Endless, Transformer
+
+STEPS = 80
+WARM_UP = 6
+
+
+class EveryOtherStep(SpectralAlignmentMonitor):
+    """A point at every other step, with the one power step that every step would take; it times itself."""
+
+    def __init__(self) -> None:
+        super().__init__(every_n_steps=1)
+        self.spent: list[float] = []
+
+    def cadence(self, trainer: Trainer) -> int:
+        return logging_step(trainer) % 2
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        start = time.process_time()
+        super().on_train_batch_start(*args)
+        self.spent.append(time.process_time() - start)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        start = time.process_time()
+        super().on_train_batch_end(*args)
+        self.spent[-1] += time.process_time() - start
+
+
+class Clock(Callback):
+    """Processor time of every step; listed first, so that a step ends after its point."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.marks.append(time.process_time())
+
+
+def every_step() -> None:
+    """Print (a)."""
+    clock, monitor = Clock(), EveryOtherStep()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2 * STEPS + WARM_UP + 2,
+        max_epochs=-1,
+        logger=False,
+        callbacks=[clock, monitor],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batch = torch.randint(100, (128, 16)), torch.randint(100, (128, 16))
+    trainer.fit(Transformer(), DataLoader(Endless(batch), batch_size=None))
+    seconds = [end - start for start, end in pairwise(clock.marks)]
+    odd = range(WARM_UP + 1, len(seconds) - 2, 2)
+    ratios = [2 * seconds[i] / (seconds[i - 1] + seconds[i + 1]) for i in odd]
+    control = [2 * seconds[i + 1] / (seconds[i - 1] + seconds[i + 3]) for i in odd if i + 3 < len(seconds)]
+    plain = statistics.median(seconds[i + 1] for i in odd)
+    inside = statistics.median(monitor.spent[i] for i in odd)
+    print(f"a step takes {1000 * plain:.0f} ms, the monitor's callbacks {1000 * inside:.1f} ms of it at a point")
+    for name, values in (("SpectralAlignmentMonitor(every_n_steps=1)", ratios), ("control: unwatched steps", control)):
+        report(name, values)
+
+
+def power_step() -> None:
+    """Print (b)."""
+    weights = {matrix.name: matrix.read() for matrix in weight_matrices(Transformer())}
+    power = PowerIteration()
+    power.step(weights)
+    ratios, steps = [], []
+    for _ in range(STEPS):
+        times = [time.process_time()]
+        power.step(weights)
+        times.append(time.process_time())
+        for weight in weights.values():
+            torch.linalg.matrix_norm(weight, 2)
+        times.append(time.process_time())
+        step, exact = (end - start for start, end in pairwise(times))
+        ratios.append(step / exact)
+        steps.append(1000 * step)
+    print(f"one warm power step on {len(weights)} matrices takes {statistics.median(steps):.2f} ms")
+    report("power step / matrix_norm(weight, 2)", ratios)
+
+
+def report(name: str, ratios: list[float]) -> None:
+    """Print a ratio with its spread."""
+    low, median, high = statistics.quantiles(ratios, n=4)
+    print(f"{name}: median {median:.4f}, quartiles {low:.4f} and {high:.4f} ({len(ratios)} pairs)")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    every_step()
+    power_step()
