@@ -1,8 +1,10 @@
 """See and stop representation collapse in PyTorch Lightning with one line in a ``Trainer``."""
 
 from lightning_collapse.callbacks import (
+    AttentionEntropyMonitor,
     CollapseGuard,
     CollapseMonitor,
+    GeometryPhaseMonitor,
     GradientMonitor,
     Monitor,
     Regularizer,
@@ -17,8 +19,10 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "AntiCollapseMixin",
+    "AttentionEntropyMonitor",
     "CollapseGuard",
     "CollapseMonitor",
+    "GeometryPhaseMonitor",
     "GradientMonitor",
     "Monitor",
     "Regularizer",

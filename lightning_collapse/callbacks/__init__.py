@@ -1,7 +1,9 @@
 """Lightning callbacks: one line in a ``Trainer``."""
 
+from lightning_collapse.callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lightning_collapse.callbacks.collapse_guard import CollapseGuard, Verdict
 from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
+from lightning_collapse.callbacks.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.monitor import Monitor
 from lightning_collapse.callbacks.regularizer import Regularizer
@@ -10,8 +12,10 @@ from lightning_collapse.callbacks.spectral_alignment_monitor import SpectralAlig
 from lightning_collapse.callbacks.weight_spectrum_monitor import WeightSpectrumMonitor
 
 __all__ = [
+    "AttentionEntropyMonitor",
     "CollapseGuard",
     "CollapseMonitor",
+    "GeometryPhaseMonitor",
     "GradientMonitor",
     "Monitor",
     "Regularizer",

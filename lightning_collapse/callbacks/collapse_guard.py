@@ -153,10 +153,11 @@ class CollapseGuard(Callback):
             for monitor in monitors
         )
         if not fed:
-            needed = "; ".join(f"{rule.family}: {', '.join(rule.measures)}" for rule in RULES.values())
+            needed = "; ".join(f"of {rule.family} {', '.join(rule.measures)}" for rule in RULES.values())
             raise MisconfigurationException(
                 "`CollapseGuard` reads the curves of monitors, and no monitor of the trainer draws all that one of its"
-                f" rules needs. Add `CollapseMonitor()`, or these names to its `measures`. The rules read {needed}."
+                " rules needs. Add `CollapseMonitor()`, `SpectralAlignmentMonitor()` or `AttentionEntropyMonitor()`;"
+                f" with `measures` of your own these must be among them: {needed}."
             )
 
     def on_points(self, trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:

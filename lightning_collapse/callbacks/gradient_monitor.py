@@ -65,6 +65,8 @@ class GradientMonitor(Monitor):
         trainer = Trainer(callbacks=[GradientMonitor()], accumulate_grad_batches=4)
     """
 
+    family = "gradients"
+
     def __init__(
         self,
         layers: Sequence[str] | None = None,

@@ -132,6 +132,8 @@ class SpectralAlignmentMonitor(Monitor):
         trainer = Trainer(callbacks=[SpectralAlignmentMonitor()])
     """
 
+    family = FAMILY
+
     def __init__(self, layers: Sequence[str] | None = None, every_n_steps: int | None = None, rows: int = 512) -> None:
         super().__init__(every_n_steps)
         if isinstance(layers, str):

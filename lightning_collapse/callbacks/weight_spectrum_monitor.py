@@ -82,6 +82,8 @@ class WeightSpectrumMonitor(Monitor):
         trainer = Trainer(callbacks=[WeightSpectrumMonitor()])
     """
 
+    family = "weights"
+
     def __init__(
         self,
         layers: Sequence[str] | None = None,

@@ -1,6 +1,8 @@
 """Pure functions: tensors in, tensors out."""
 
+from lightning_collapse.functional.attention_entropy import HeadEntropy, attention_entropy, entropy_bound
 from lightning_collapse.functional.evenness import eigenvalue_quartile_ratio, quartile_ratio, svd_entropy
+from lightning_collapse.functional.geometry_phase import Phase, PhaseTracker
 from lightning_collapse.functional.gradient_noise import GradientNoise, gradient_coherence, gradient_noise_scale
 from lightning_collapse.functional.marchenko_pastur import MarchenkoPasturFit, marchenko_pastur_fit
 from lightning_collapse.functional.null import expected_under_isotropy
@@ -43,16 +45,21 @@ from lightning_collapse.functional.spectrum_shape import (
 
 __all__ = [
     "GradientNoise",
+    "HeadEntropy",
     "MarchenkoPasturFit",
+    "Phase",
+    "PhaseTracker",
     "PowerLaw",
     "alignment",
     "alpha_req",
     "alpha_req_fit",
+    "attention_entropy",
     "condition_number",
     "dead_dimensions",
     "effective_rank",
     "eigenvalue_effective_rank",
     "eigenvalue_quartile_ratio",
+    "entropy_bound",
     "expected_majority_fraction",
     "expected_under_isotropy",
     "feature_std",

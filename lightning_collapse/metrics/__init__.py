@@ -1,5 +1,6 @@
 """``torchmetrics.Metric`` forms: streaming sufficient statistics in, a measure out."""
 
+from lightning_collapse.metrics.attention_entropy import AttentionEntropy
 from lightning_collapse.metrics.rank import (
     AlphaReQ,
     ConditionNumber,
@@ -20,6 +21,7 @@ from lightning_collapse.metrics.spectrum import Spectrum
 
 __all__ = [
     "AlphaReQ",
+    "AttentionEntropy",
     "ConditionNumber",
     "EffectiveRank",
     "EigenvalueEffectiveRank",

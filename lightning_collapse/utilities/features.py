@@ -64,6 +64,39 @@ def as_row_mask(output: Any, mask: Tensor | None, channels_first: bool = False) 
     return mask.flatten().bool()
 
 
+def token_at(output: Any, mask: Tensor | None, position: int) -> tuple[Tensor, Tensor] | None:
+    """One token of every sequence, for instance the last one.
+
+    Args:
+        output: What a layer returned: tokens ``(N, L, D)``, or what :func:`as_rows` finds them in.
+        mask: Shape ``(N, L)``, true or non-zero for real tokens, on whichever side the padding is; all if ``None`` or
+            of another shape.
+        position: Among the real tokens of a sequence: 0 the first, -1 the last.
+
+    Returns:
+        The tokens ``(N, D)`` and a boolean ``(N,)``, false for sequences too short to have one; vectors ``(N, D)`` as
+        they are; ``None`` for anything else.
+
+    Example:
+        >>> import torch
+        >>> token_at(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[1, 1, 0]]), -1)[0]
+        tensor([[2.]])
+    """
+    features = _pick(output)
+    if features is None or features.ndim not in (2, 3):
+        return None
+    if features.ndim == 2:
+        return features, torch.ones_like(features[:, 0], dtype=torch.bool)
+    if mask is None or mask.shape != features.shape[:2]:
+        mask = torch.ones_like(features[..., 0], dtype=torch.bool)
+    order = mask.bool().cumsum(dim=1)
+    count = order[:, -1]
+    wanted = count + position if position < 0 else torch.full_like(count, position)
+    # the first place with that many real tokens up to it
+    index = (order > wanted.unsqueeze(1)).to(torch.uint8).argmax(dim=1)
+    return features[torch.arange(len(features), device=features.device), index], (wanted >= 0) & (wanted < count)
+
+
 def padding_mask(batch: Any) -> Tensor | None:
     """``batch["attention_mask"]`` if it is one: a tensor ``(N, L)``, non-zero for real tokens."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly
+from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly, token_at
 from lightning_collapse.utilities.modules import Tap, in_backward, is_channels_first
 
 
@@ -38,16 +38,19 @@ class RowTaps:
     Args:
         taps: Where to listen.
         limit: Rows to copy per call, evenly spaced; by default four per feature, but 1024 at most.
+        position: Copy this token of every sequence instead of all of them, see
+            :func:`~lightning_collapse.utilities.features.token_at`.
 
     Attributes:
         armed: Whether to copy rows now.
         mask: Padding mask ``(N, L)`` of the running batch; rows of tokens get their part of it.
     """
 
-    def __init__(self, taps: Sequence[Tap], limit: int | None = None) -> None:
+    def __init__(self, taps: Sequence[Tap], limit: int | None = None, position: int | None = None) -> None:
         self.armed = False
         self.mask: Tensor | None = None
         self.limit = limit
+        self.position = position
         self._calls: dict[str, list[tuple[Tensor, Tensor | None, int]]] = {tap.name: [] for tap in taps}
         self._handles: list[RemovableHandle] = [self._listen(tap) for tap in taps]
 
@@ -98,12 +101,16 @@ class RowTaps:
             if not self.armed or in_backward():
                 return
             with torch.no_grad():
-                rows = as_rows(value, channels_first)
+                rows, mask = self._rows_of(value, channels_first)
                 if rows is None:
                     return
-                mask = as_row_mask(value, self.mask, channels_first)
                 limit = self.limit or min(4 * rows.shape[1], 1024)
                 kept = evenly(rows.detach(), limit), mask if mask is None else evenly(mask, limit)
                 self._calls[name].append((*kept, rows.shape[0]))
 
         return hear
+
+    def _rows_of(self, value: Any, channels_first: bool) -> tuple[Tensor | None, Tensor | None]:
+        if self.position is None:
+            return as_rows(value, channels_first), as_row_mask(value, self.mask, channels_first)
+        return token_at(value, self.mask, self.position) or (None, None)

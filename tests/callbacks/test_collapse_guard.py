@@ -219,5 +219,5 @@ def test_bad_arguments(arguments, match):
 
 @pytest.mark.parametrize("monitors", [[], [CollapseMonitor(["encoder"], measures=["stable_rank"])]])
 def test_guard_without_its_curves_says_which_line_to_add(monitors):
-    with pytest.raises(MisconfigurationException, match=r"Add `CollapseMonitor\(\)`.*collapse: eigenvalue"):
+    with pytest.raises(MisconfigurationException, match=r"Add `CollapseMonitor\(\)`.*of collapse eigenvalue"):
         fit(Toy(), [*monitors, CollapseGuard()])

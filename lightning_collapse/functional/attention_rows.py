@@ -1,0 +1,166 @@
+"""Entropy of single rows of attention, without keeping the matrix they are rows of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.attention_calls import AttentionCall, is_visible
+
+CHUNK = 2**22  # logits at a time: 16 MiB in single precision
+
+
+class EntropyRows(NamedTuple):
+    """Readings of rows of attention, each of shape ``(B, H, L)``.
+
+    Attributes:
+        entropy: In nats, 0 or more.
+        visible: Number of keys the row sees; 0 for rows that do not count.
+        max_logit: Largest logit among them.
+        logit_norm: Euclidean norm of these logits after their mean is taken off.
+    """
+
+    entropy: Tensor
+    visible: Tensor
+    max_logit: Tensor
+    logit_norm: Tensor
+
+
+@full_precision
+def rows_of_logits(logits: Tensor, hidden: Tensor | None = None) -> EntropyRows:
+    r"""Entropy of the softmax of logits.
+
+    With :math:`p = \operatorname{softmax}(s)`, :math:`-\sum_j p_j \log p_j = \log \sum_j e^{s_j} - \sum_j p_j s_j`:
+    no logarithm of a probability that may have underflowed.
+
+    Args:
+        logits: Finite, shape ``(B, H, L, S)``.
+        hidden: Boolean, broadcasts to the logits: keys that are not seen.
+    """
+    shown = logits
+    if hidden is None:
+        visible = torch.full_like(logits[..., 0], logits.shape[-1])
+    else:
+        # arithmetic with a small mask: filling the large one under a boolean costs several times as much
+        visible = (logits.shape[-1] - hidden.sum(dim=-1)).to(logits).expand(logits.shape[:-1])
+        shown = logits + torch.zeros_like(hidden, dtype=logits.dtype).masked_fill(hidden, -torch.inf)
+    top = shown.amax(dim=-1)
+    weights = (shown - top.unsqueeze(-1)).exp()
+    mass = weights.sum(dim=-1)
+    entropy = top + mass.log() - (weights * logits).sum(dim=-1) / mass
+    seen: Tensor | float = 1.0 if hidden is None else (~hidden).to(logits)
+    centered = (logits - ((logits * seen).sum(dim=-1) / visible).unsqueeze(-1)) * seen
+    return EntropyRows(entropy.clamp_min(0), visible, top, centered.norm(dim=-1))
+
+
+@full_precision
+def rows_of_masked_logits(logits: Tensor) -> EntropyRows:
+    """The same of logits ``(B, H, L, S)`` that are minus infinity, or half the lowest number, where a key is hidden."""
+    hidden = ~is_visible(logits)
+    return rows_of_logits(logits.masked_fill(hidden & ~logits.isnan(), 0.0), hidden & ~logits.isnan())
+
+
+def rows_of_call(call: AttentionCall) -> EntropyRows:
+    """Readings of every row of a call, with all its logits in memory: for few rows."""
+    query, key, mask = call.query, call.key, _mask(call)
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
+    batch, heads, length, width = query.shape
+    with torch.autocast(query.device.type, enabled=False):
+        # query heads of one group read the same keys: as more rows of one product
+        grouped = query.to(dtype).reshape(batch, key.shape[1], -1, width) * _scale(call)
+        logits = (grouped @ key.to(dtype).transpose(-2, -1)).reshape(batch, heads, length, key.shape[2])
+        hidden = None if mask is None else ~is_visible(mask)
+        if mask is not None and hidden is not None and mask.dtype != torch.bool:
+            logits = logits + mask.masked_fill(hidden, 0.0)
+        readings = rows_of_logits(logits, hidden)
+    return _counting(readings, call.query_mask)
+
+
+def entropies_of_call(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    r"""Exact entropy of every row and the number of keys it sees, each ``(B, H, L)``; no ``L x S`` matrix is kept.
+
+    The fused kernel with the keys in place of the values returns :math:`\sum_j p_{ij} k_j`, and beside it the
+    logarithm of the softmax's denominator :math:`Z_i`, so :math:`H_i = \log Z_i - c\, q_i \cdot \sum_j p_{ij} k_j`
+    costs one pass of fused attention. Where logits are shifted by a mask, or there is no such kernel, logits are made
+    for some rows at a time.
+    """
+    query, key = call.query, call.key
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
+    call = call._replace(query=query.to(dtype), key=key.to(dtype))
+    with torch.autocast(query.device.type, enabled=False):
+        fused = _fused(call)
+        if fused is None:
+            return _in_chunks(call)
+        expected, log_mass = fused
+        entropy = log_mass - _scale(call) * expected.mul_(call.query).sum(dim=-1)
+    readings = EntropyRows(entropy.clamp_min(0), _visible(call).expand_as(entropy).to(entropy), entropy, entropy)
+    return _counting(readings, call.query_mask)[:2]
+
+
+def _fused(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
+    """Expected key ``(B, H, L, E)`` and log of the denominator ``(B, H, L)``; ``None`` where there is no kernel."""
+    query, key, mask = call.query, call.key, call.attn_mask
+    cpu, cuda = query.device.type == "cpu", query.device.type == "cuda" and query.dtype == torch.float32
+    if not (cpu or (cuda and mask is None)) or (mask is not None and mask.dtype != torch.bool) or not key.numel():
+        return None
+    group = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(group, dim=1) if group > 1 else key.contiguous()
+    query, scale = query.contiguous(), _scale(call)
+    try:
+        if cpu:
+            bias = None
+            if mask is not None:
+                bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+                bias = bias[(None,) * (4 - bias.ndim)].expand(-1, -1, query.shape[2], key.shape[2])
+            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            expected, log_mass = attend(query, key, key, 0.0, call.is_causal, attn_mask=bias, scale=scale)
+        else:
+            attend = torch.ops.aten._scaled_dot_product_efficient_attention
+            expected, log_mass, _, _ = attend(query, key, key, None, True, 0.0, call.is_causal, scale=scale)
+    except (AttributeError, NotImplementedError, RuntimeError):  # these kernels are no promise of torch's
+        return None
+    return expected, log_mass[..., : query.shape[2]]  # CUDA pads to a multiple of 32
+
+
+def _in_chunks(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = call.query.shape
+    mask = _mask(call)
+    mask = mask if mask is None else mask.expand(*mask.shape[:-2], length, -1)
+    size = max(CHUNK // max(batch * heads * call.key.shape[2], 1), 1)
+    parts = []
+    for start in range(0, length, size):
+        rows = slice(start, start + size)
+        query_mask = None if call.query_mask is None else call.query_mask[:, rows]
+        part = AttentionCall(call.query[:, :, rows], call.key, scale=call.scale, query_mask=query_mask)
+        parts.append(rows_of_call(part._replace(attn_mask=None if mask is None else mask[..., rows, :]))[:2])
+    return torch.cat([entropy for entropy, _ in parts], dim=2), torch.cat([visible for _, visible in parts], dim=2)
+
+
+def _mask(call: AttentionCall) -> Tensor | None:
+    if not call.is_causal:
+        return call.attn_mask
+    ones = torch.ones(call.query.shape[2], call.key.shape[2], dtype=torch.bool, device=call.query.device)
+    return ones.tril()
+
+
+def _visible(call: AttentionCall) -> Tensor:
+    """Keys that each row sees, broadcasts to ``(B, H, L)``."""
+    length, keys = call.query.shape[2], call.key.shape[2]
+    if call.is_causal:
+        return torch.arange(1, length + 1, device=call.query.device).clamp_max(keys)
+    if call.attn_mask is None:
+        return torch.full((length,), keys, device=call.query.device)
+    return call.attn_mask.expand(*call.attn_mask.shape[:-1], keys).sum(dim=-1)
+
+
+def _counting(readings: EntropyRows, query_mask: Tensor | None) -> EntropyRows:
+    if query_mask is None:
+        return readings
+    return readings._replace(visible=readings.visible * query_mask.unsqueeze(1))
+
+
+def _scale(call: AttentionCall) -> float:
+    return call.query.shape[-1] ** -0.5 if call.scale is None else call.scale

@@ -1,0 +1,230 @@
+"""Listening to attention: torch's own functions while they run, or any module that is told how to read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_collapse.utilities.attention_calls import (
+    AttentionCall,
+    call_of_multi_head,
+    call_of_sdpa,
+    sample,
+    spread_rows,
+)
+from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, in_backward
+
+Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+"""From a module and the arguments of its call to ``(query, key)`` or an :class:`AttentionCall`."""
+Heard = AttentionCall | Tensor
+"""Some rows of one call of attention: queries and keys, or the logits ``(B, H, L, S)`` that a softmax received."""
+
+_SOFTMAX = {F.softmax, torch.softmax, torch.special.softmax, torch.Tensor.softmax}
+_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
+_FUSED_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+class AttentionTaps:
+    """Hands every call of attention inside :meth:`listening`, by layer, to ``hear``; costs nothing outside.
+
+    Heard are ``F.scaled_dot_product_attention``, ``nn.MultiheadAttention`` (``F.multi_head_attention_forward``), and
+    softmax over the last of four dimensions (attention written out, before dropout). A call belongs to the innermost
+    running layer. Results are not touched. Activation checkpointing's recomputation in the backward pass is not heard;
+    neither are torch's transformer layers in evaluation mode, which run as one fused operation as long as nobody
+    listens, nor compiled code.
+
+    Args:
+        layers: Where calls may belong to; other modules count as part of the one they run in.
+        hear: Called as ``hear(name, call)`` with some rows of a call, detached.
+        failed: Called with an exception that reading a call raised: the model's own call has gone well.
+        rows: Queries to read of each sequence.
+        max_rows: Queries to read of all sequences of a call together.
+        outermost: The layer that calls belong to while no other runs; ``None`` not to hear those.
+
+    Attributes:
+        mask: Padding mask ``(B, L)`` of the running batch, boolean, true for real tokens, if there is one.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Tap],
+        hear: Callable[[str, Heard], None],
+        failed: Callable[[str, Exception], None],
+        rows: int,
+        max_rows: int,
+        outermost: str | None = None,
+    ) -> None:
+        self.mask: Tensor | None = None
+        self._names = {id(tap.module): tap.name for tap in layers}
+        self._hear, self._failed, self._rows, self._max_rows = hear, failed, rows, max_rows
+        self._outermost = outermost
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear calls of attention until the block ends, also if it ends in an exception."""
+        mode: Any = _Mode(self._call, self._outermost)
+        running: list[str | None] = []
+        aside: list[nn.Module] = []
+
+        def enter(module: nn.Module, args: Any) -> None:
+            name = self._names.get(id(module))
+            running.append(name or mode.layer)
+            mode.layer = running[-1]
+            if isinstance(module, _FUSED_IN_EVAL) and not module.training and mode.is_innermost():
+                # such a layer asks whether anybody listens, and computes in another order if so
+                mode.__exit__(None, None, None)
+                aside.append(module)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if aside and aside[-1] is module:
+                aside.pop()
+                mode.__enter__()
+            if running:
+                running.pop()
+            mode.layer = running[-1] if running else self._outermost
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        mode.__enter__()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if not aside:  # an interrupt may come while we stand aside
+                mode.__exit__(None, None, None)
+
+    def _call(self, layer: str | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if layer is None or in_backward():
+            return
+        try:
+            with torch.no_grad():
+                heard = self._read(func, args, kwargs)
+                if heard is not None:
+                    self._hear(layer, heard)
+        except Exception as error:  # reading is ours, the call was the model's
+            self._failed(layer, error)
+
+    def _read(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Heard | None:
+        if func is F.multi_head_attention_forward:
+            bound = _MULTI_HEAD.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return call_of_multi_head(bound.arguments, self._rows, self._max_rows)
+        if func is F.scaled_dot_product_attention:
+            call = call_of_sdpa(*args, **kwargs)
+            return None if call is None else few_rows(call, self.mask, self._rows, self._max_rows)
+        logits = args[0] if args else kwargs["input"]
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        if not isinstance(logits, Tensor) or logits.ndim != 4 or dim not in (-1, 3):
+            return None
+        positions = spread_rows(logits.shape[2], self._rows, logits.device)
+        step = max(-(-len(logits) * len(positions) // self._max_rows), 1)
+        picked = logits[::step].index_select(2, positions)
+        if self.mask is None or self.mask.shape != (logits.shape[0], logits.shape[2]):
+            return picked
+        real = self.mask[::step].index_select(1, positions)[:, None, :, None]
+        return picked.masked_fill(~real, -torch.inf)
+
+
+class ReadTaps:
+    """Forward hooks on modules whose attention torch's functions do not show, each with a function that reads it.
+
+    They cost one ``if`` while not :attr:`armed`, and stay outside the graph of a compiled model.
+
+    Args:
+        root: The model.
+        readers: A reader for each name or glob pattern of modules.
+        hear: As in :class:`AttentionTaps`.
+        failed: As in :class:`AttentionTaps`.
+        rows: Queries to read of each sequence.
+        max_rows: Queries to read of all sequences of a call together.
+
+    Attributes:
+        armed: Whether to read now.
+        mask: Padding mask ``(B, L)`` of the running batch, boolean, true for real tokens, if there is one.
+
+    Raises:
+        ValueError: If a pattern matches nothing; the message lists what there is.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        readers: Mapping[str, Reader],
+        hear: Callable[[str, Heard], None],
+        failed: Callable[[str, Exception], None],
+        rows: int,
+        max_rows: int,
+    ) -> None:
+        self.armed = False
+        self.mask: Tensor | None = None
+        self._hear, self._failed, self._rows, self._max_rows = hear, failed, rows, max_rows
+        by_module = {
+            id(module): reader
+            for pattern, reader in readers.items()
+            for module in find_modules(root, [pattern]).values()
+        }
+        self.taps = find_taps(root, list(readers))
+        self._handles: list[RemovableHandle] = [self._listen(tap, by_module[id(tap.module)]) for tap in self.taps]
+
+    def remove(self) -> None:
+        """Stop listening; may be called twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _listen(self, tap: Tap, reader: Reader) -> RemovableHandle:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.armed:
+                self._read(tap.name, reader, module, args, kwargs)
+
+        return tap.module.register_forward_pre_hook(before, with_kwargs=True)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _read(
+        self, name: str, reader: Reader, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if in_backward():
+            return
+        try:
+            with torch.no_grad():
+                call = AttentionCall(*reader(module, args, kwargs))
+                self._hear(name, few_rows(call, self.mask, self._rows, self._max_rows))
+        except Exception as error:  # the reader is the user's
+            self._failed(name, error)
+
+
+def few_rows(call: AttentionCall, mask: Tensor | None, rows: int, max_rows: int) -> AttentionCall:
+    """A sample of a call, without the queries that a padding mask ``(B, L)`` of the batch hides, if it fits."""
+    if call.query_mask is None and mask is not None and mask.shape == (call.query.shape[0], call.query.shape[2]):
+        call = call._replace(query_mask=mask)
+    return sample(call, rows, max_rows)
+
+
+class _Mode(TorchFunctionMode):
+    """Sees every call of a torch function from Python, after it has been made."""
+
+    def __init__(self, call: Callable[..., None], layer: str | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self._call = call
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        known = func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward or func in _SOFTMAX
+        if known and not torch.compiler.is_compiling():
+            self._call(self.layer, func, args, kwargs)
+        return output
+
+    def is_innermost(self) -> bool:
+        """Whether no other mode has been entered since."""
+        return torch.overrides._get_current_function_mode() is self  # type: ignore[no-untyped-call]
