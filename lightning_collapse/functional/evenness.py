@@ -123,7 +123,8 @@ def _quartile_ratio(values: Tensor, count: Tensor) -> Tensor:
 
 def _at(values: Tensor, position: Tensor) -> Tensor:
     """Interpolate descending values at a fractional index."""
+    position = position.expand(values.shape[:-1])
     below = position.floor()
-    first = values.index_select(-1, below.long().view(1)).squeeze(-1)
-    second = values.index_select(-1, position.ceil().long().view(1)).squeeze(-1)
+    first = values.gather(-1, below.long().unsqueeze(-1)).squeeze(-1)
+    second = values.gather(-1, position.ceil().long().unsqueeze(-1)).squeeze(-1)
     return first + (position - below) * (second - first)
