@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -221,7 +222,8 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         known = func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward or func in _SOFTMAX
-        if known and not torch.compiler.is_compiling():
+        # torch 2.5 does not call it compiling when it traces a function through with tensors that hold nothing
+        if known and not torch.compiler.is_compiling() and not any(isinstance(arg, FakeTensor) for arg in args):
             self._call(self.layer, func, args, kwargs)
         return output
 
