@@ -18,6 +18,9 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.vicreg_covariance
 	$(BIN)/python -m tests.benchmarks.monitor_overhead
+	$(BIN)/python -m tests.benchmarks.spectral_alignment
+	$(BIN)/python -m tests.benchmarks.attention_entropy
+	$(BIN)/python -m tests.benchmarks.weight_spectrum
 
 peers: $(PEERS_READY)
 	OMP_NUM_THREADS=1 $(PEERS)/python -m tests.benchmarks.peers

@@ -1,6 +1,6 @@
 """What announces a loss explosion? A small GPT on English text, healthy or driven into one in three ways.
 
-Run: ``python examples/loss_explosion.py`` (ten minutes on one core; with ``--quick`` one short run of each kind).
+Run: ``python examples/loss_explosion.py`` (twelve minutes on one core; with ``--quick`` one short run of each kind).
 """
 
 import argparse
@@ -243,12 +243,13 @@ def _said(step: int | None) -> str:
     return "never" if step is None else str(step)
 
 
-def main(steps: int = 650, seeds: int = 3) -> None:
-    """Train all runs and print the table."""
+def main(steps: int = 800, seeds: int = 3, first_seed: int = 3) -> None:
+    """Train all runs and print the table; the guard's rules were chosen on seeds 0 to 2."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    some = range(first_seed, first_seed + seeds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders
-        runs = {(course, seed): first_alarms(course, seed, steps) for course in COURSES for seed in range(seeds)}
+        runs = {(course, seed): first_alarms(course, seed, steps) for course in COURSES for seed in some}
     print(table(runs))
     doubled = [alarms["loss"] is not None for (course, _), alarms in runs.items() if course not in HEALTHY]
     print(

@@ -188,6 +188,8 @@ class CollapseGuard(Callback):
         beginnings = {layer: self._begin(rule, layer, points) for layer, points in layers.items()}
         verdicts, worst = [], 0.0
         for layer in filter(rule.judges, layers):
+            if rule.waits and not self._is_complete(rule, layer):
+                continue
             severity = rule.severity(layers[layer], beginnings[layer])
             worst = max(worst, severity)
             since = self._since(rule.kind, layer, severity, step)
@@ -206,6 +208,10 @@ class CollapseGuard(Callback):
             if count < (rule.calibration or self.calibration):
                 first[name] = [count + 1, rule.fold(so_far, value, int(count)) if count else value]
         return {name: first[name][1] for name in rule.measures}
+
+    def _is_complete(self, rule: Rule, layer: str) -> bool:
+        counts = [count for count, _ in self._first[f"{rule.kind}/{layer}"].values()]
+        return min(counts) >= (rule.calibration or self.calibration)
 
     def _since(self, kind: str, layer: str, severity: float, step: int) -> int | None:
         """Since when, if the verdict falls now."""

@@ -20,12 +20,14 @@ class Rule(ABC):
         family: First part of the names of the curves it reads.
         measures: Last parts of the names of the curves it reads.
         calibration: How many first points make the beginning, ``inf`` for all so far; ``None`` leaves it to the guard.
+        waits: Whether nothing is judged before the beginning is complete.
     """
 
     kind: ClassVar[str]
     family: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
     calibration: ClassVar[float | None] = None
+    waits: ClassVar[bool] = False
 
     @abstractmethod
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:

@@ -10,9 +10,9 @@ from lightning_collapse.utilities.points import Point
 class LossExplosion(Rule):
     """The sign diversity of the spectral alignment collapses, in the mean over all matrices.
 
-    It is half of the largest mean of the run's first points, or less. Not judged by matrix: the diversity of single
-    matrices touches zero in healthy training. The verdict names the matrix that lost the largest share of its own.
-    That such a collapse precedes explosions is the finding of Qiu et al. (2025, arXiv 2510.04202); the mean and the
+    It is half of the largest mean of the run's first twenty points, or less. Those are not judged themselves: inputs
+    turn one-sided and back while the learning rate warms up. Nor are single matrices: their diversity touches zero in
+    healthy training. The verdict names the matrix that lost the largest share of its own. That such a collapse precedes explosions is the finding of Qiu et al. (2025, arXiv 2510.04202); the mean and the
     numbers are ours.
     """
 
@@ -20,6 +20,7 @@ class LossExplosion(Rule):
     family = "spectral_alignment"
     measures = ("sign_diversity",)
     calibration = 20
+    waits = True
     share = 0.5
     settled = 0.75
 

@@ -43,22 +43,22 @@ def diversity(mean: float, **of_layers: float) -> dict[str, dict[str, float]]:
 
 def test_one_sided_inputs_of_all_matrices_announce_an_explosion() -> None:
     healthy, ill = diversity(0.6, fc1=0.9, fc2=0.2), diversity(0.25, fc1=0.3, fc2=0.19)
-    guard, keeper = judged("spectral_alignment", [healthy] * 6 + [ill] * 3)
+    guard, keeper = judged("spectral_alignment", [healthy] * 20 + [ill] * 3)
     [verdict] = guard.verdicts
-    assert (verdict.kind, verdict.layer, verdict.since, verdict.step) == ("loss_explosion", "fc1", 6, 7)
+    assert (verdict.kind, verdict.layer, verdict.since, verdict.step) == ("loss_explosion", "fc1", 20, 21)
     assert "is 0.25 in the mean over all matrices, where the run began with 0.60" in verdict.evidence
-    assert [point.value for point in keeper.curve("guard/loss_explosion")] == [0.0] * 7 + [1.0] * 2
+    assert [point.value for point in keeper.curve("guard/loss_explosion")] == [0.0] * 21 + [1.0] * 2
     assert not keeper.curve("guard/complete_collapse")
 
 
 @pytest.mark.parametrize(
     "script",
     [
-        [diversity(0.6, fc1=0.9)] * 4 + [diversity(0.5, fc1=0.0)] * 4,  # single matrices touch zero all the time
-        [diversity(0.6)] * 4 + [diversity(0.2), diversity(0.6)] * 3,
-        [diversity(0.4), diversity(0.25), diversity(0.22), diversity(0.5), diversity(0.7)] + [diversity(0.6)] * 5,
-        [diversity(0.1)] * 8,  # one-sided from the beginning, as after a ReLU
-        [diversity(0.6)] * 4 + [diversity(float("nan"))] * 5,
+        [diversity(0.6, fc1=0.9)] * 20 + [diversity(0.5, fc1=0.0)] * 4,  # single matrices touch zero all the time
+        [diversity(0.6)] * 20 + [diversity(0.2), diversity(0.6)] * 3,
+        [diversity(0.6), diversity(0.1), diversity(0.1), diversity(0.1)] + [diversity(0.6)] * 20,  # a warm-up
+        [diversity(0.1)] * 24,  # one-sided from the beginning, as after a ReLU
+        [diversity(0.6)] * 20 + [diversity(float("nan"))] * 5,
     ],
 )
 def test_what_only_looks_like_an_explosion_gets_no_verdict(script: Script) -> None:
