@@ -12,8 +12,8 @@ class LossExplosion(Rule):
 
     It is half of the largest mean of the run's first twenty points, or less. Those are not judged themselves: inputs
     turn one-sided and back while the learning rate warms up. Nor are single matrices: their diversity touches zero in
-    healthy training. The verdict names the matrix that lost the largest share of its own. That such a collapse precedes explosions is the finding of Qiu et al. (2025, arXiv 2510.04202); the mean and the
-    numbers are ours.
+    healthy training. The verdict names the matrix that lost the largest share of its own. That such a collapse precedes
+    explosions is the finding of Qiu et al. (2025, arXiv 2510.04202); the mean and the numbers are ours.
     """
 
     kind = "loss_explosion"
