@@ -18,7 +18,7 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.vicreg_covariance
 	$(BIN)/python -m tests.benchmarks.monitor_overhead
-	$(BIN)/python -m tests.benchmarks.spectral_alignment
+	$(BIN)/python -m tests.benchmarks.every_step
 	$(BIN)/python -m tests.benchmarks.attention_entropy
 	$(BIN)/python -m tests.benchmarks.weight_spectrum
 
