@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_collapse.utilities.modules import in_backward
+from lightning_collapse.utilities.modules import is_to_be_ignored
 from lightning_collapse.utilities.weight_matrices import Input, WeightMatrix
 
 
@@ -91,7 +91,7 @@ class InputProjections:
 
     def _ear(self, places: Sequence[tuple[int, Input]]) -> Callable[..., None]:
         def hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self.armed or in_backward():
+            if not self.armed or is_to_be_ignored():
                 return
             previous, prepared = None, None
             for i, place in places:

@@ -22,7 +22,7 @@ from lightning_collapse.utilities.attention_calls import (
     sample,
     spread_rows,
 )
-from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, in_backward
+from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, is_to_be_ignored
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """From a module and the arguments of its call to ``(query, key)`` or an :class:`AttentionCall`."""
@@ -104,7 +104,7 @@ class AttentionTaps:
                 mode.__exit__(None, None, None)
 
     def _call(self, layer: str | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if layer is None or in_backward():
+        if layer is None or is_to_be_ignored():
             return
         try:
             with torch.no_grad():
@@ -193,7 +193,7 @@ class ReadTaps:
     def _read(
         self, name: str, reader: Reader, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if in_backward():
+        if is_to_be_ignored():
             return
         try:
             with torch.no_grad():

@@ -158,6 +158,16 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def is_to_be_ignored() -> bool:
+    """Whether the running forward call is none to listen to: a recomputation, or one inside ``torch.func.vmap``, ``grad``.
+
+    Tensors of a function transform mean nothing once it has returned: what is kept of them raises when it is read.
+    """
+    return in_backward() or (
+        not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+    )
+
+
 def _named(root: nn.Module) -> Iterator[Named]:
     return ((name, module) for name, module in root.named_modules(remove_duplicate=False) if name)
 

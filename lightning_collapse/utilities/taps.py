@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly, token_at
-from lightning_collapse.utilities.modules import Tap, in_backward, is_channels_first
+from lightning_collapse.utilities.modules import Tap, is_channels_first, is_to_be_ignored
 
 
 class Heard(NamedTuple):
@@ -98,7 +98,7 @@ class RowTaps:
         name, channels_first = tap.name, is_channels_first(tap.module, tap.side)
 
         def hear(value: Any) -> None:
-            if not self.armed or in_backward():
+            if not self.armed or is_to_be_ignored():
                 return
             with torch.no_grad():
                 rows, mask = self._rows_of(value, channels_first)

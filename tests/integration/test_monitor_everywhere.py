@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lightning_collapse import CollapseGuard, CollapseMonitor
+from lightning_collapse import CollapseGuard, CollapseMonitor, GeometryPhaseMonitor, SpectralAlignmentMonitor
 from tests.toys import ManualToy, MemoryLogger, PointKeeper, Toy, batches, fit, weights
 
 ENCODER = "collapse/encoder/effective_rank"
@@ -331,3 +331,19 @@ def test_memory_does_not_grow_and_no_graph_is_kept():
     fitted(Toy, [CollapseMonitor(every_n_steps=3, layers=["encoder"]), Count()], batches(180), logger=False)
     assert counts[2][0] <= counts[1][0]
     assert counts[2][1] <= counts[1][1]
+
+
+class Jacobians(Toy):
+    """Runs its layers inside function transforms too, as physics-informed networks do."""
+
+    def training_step(self, batch, batch_idx):
+        jacobians = torch.func.vmap(torch.func.jacrev(self.encoder))(batch)
+        return jacobians.pow(2).mean() + super().training_step(batch, batch_idx)
+
+
+def test_calls_inside_function_transforms_are_not_listened_to():
+    monitors = [kind(every_n_steps=2) for kind in (CollapseMonitor, SpectralAlignmentMonitor, GeometryPhaseMonitor)]
+    trainer = fit(Jacobians(), monitors)
+    plain = fit(Toy(), [CollapseMonitor(every_n_steps=2)])
+    assert trainer.callback_metrics["collapse/head/n"] == plain.callback_metrics["collapse/head/n"]
+    assert trainer.callback_metrics["spectral_alignment/encoder.0/flag"] == 0
