@@ -45,7 +45,8 @@ class GradientMonitor(Monitor):
     Norms are taken when Lightning announces an optimizer step: under manual optimization step the optimizers that
     ``self.optimizers()`` returns. With several optimizers each counts with the parameters it updates, and the last of
     several steps in a batch is what is drawn. For the noise a copy of the gradients is kept during the accumulation
-    window that ends in a point. Data-parallel training needs 3 micro-batches for a coherence.
+    window that ends in a point; sparse gradients have no part in it. Data-parallel training needs 3 micro-batches for
+    a coherence.
 
     Args:
         layers: Names of submodules, or glob patterns of them; all parameters inside count. ``None`` takes up to a dozen

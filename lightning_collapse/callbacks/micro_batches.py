@@ -34,7 +34,8 @@ class MicroBatches:
     """Follows the accumulated gradient through one window and takes it apart again.
 
     After each backward pass the gradient has grown by that of the micro-batch, so a copy of what it was before gives
-    the norm of the difference. The copy is of the size of the gradients and lives as long as this object.
+    the norm of the difference. The copy is of the size of the gradients and lives as long as this object. Sparse
+    gradients are left out.
 
     Data-parallel training adds up what processes have accumulated in the last backward pass of a window, which
     therefore cannot be taken apart: there the earlier ones count, each on its own process.
@@ -67,7 +68,7 @@ class MicroBatches:
             last: Whether no further micro-batch follows.
         """
         unscale = 1.0 if scale is None else 1 / scale.to(self._apart).square()
-        found = gradients_of(self._parameters)
+        found = gradients_of(self._parameters, sparse=False)  # other rows in every micro-batch: no difference to take
         shares = torch.tensor(found.shares, dtype=self._apart.dtype).to(self._device, non_blocking=True)
         self._final = squared_norms(found.tensors, self._device) @ shares * unscale
         self._inverse.append(1 / max(size, 1))

@@ -25,11 +25,11 @@ class Gradients(NamedTuple):
     shares: list[float]
 
 
-def gradients_of(parameters: Sequence[nn.Parameter]) -> Gradients:
-    """Gradients of parameters, as they are now, without graph; sparse ones by their values."""
+def gradients_of(parameters: Sequence[nn.Parameter], sparse: bool = True) -> Gradients:
+    """Gradients of parameters, as they are now, without graph; sparse ones by their values, or not at all."""
     found = Gradients([], [], [])
     for i, parameter in enumerate(parameters):
-        if parameter.grad is not None:
+        if parameter.grad is not None and (sparse or not parameter.grad.is_sparse):
             found.indices.append(i)
             found.shares.append(_shards(parameter.grad) / world_size())
             found.tensors.append(_local(parameter.grad.detach()))

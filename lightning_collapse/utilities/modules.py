@@ -159,7 +159,7 @@ def in_backward() -> bool:
 
 
 def is_to_be_ignored() -> bool:
-    """Whether the running forward call is none to listen to: a recomputation, or one inside ``torch.func.vmap``, ``grad``.
+    """Whether the running forward call is not to be heard: a recomputation, or one inside ``torch.func.vmap`` and such.
 
     Tensors of a function transform mean nothing once it has returned: what is kept of them raises when it is read.
     """

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
@@ -333,3 +333,26 @@ def test_flattened_gradients_are_refused():
     trainer.strategy.__class__ = FSDPStrategy  # a real one needs an accelerator
     with pytest.raises(MisconfigurationException, match="Use `ModelParallelStrategy` with `fully_shard`"):
         GradientMonitor().start(trainer, Toy())
+
+
+class SparseTable(LightningModule):
+    """The rows that have a gradient differ between micro-batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 8, sparse=True)
+        self.head = nn.Linear(8, 4)
+
+    def training_step(self, batch, batch_idx):
+        return self.head(self.table(batch)).pow(2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_sparse_gradients_have_no_part_in_the_noise():
+    tokens = DataLoader(torch.arange(64).remainder(50).view(32, 2), batch_size=4)
+    trainer = fit(SparseTable(), [GradientMonitor(every_n_steps=1)], tokens, accumulate_grad_batches=2)
+    metrics = trainer.callback_metrics
+    assert metrics["gradients/all/norm"] > 0
+    assert metrics["gradients/all/noise_trace"].isfinite()
