@@ -194,8 +194,8 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     return norm
 
 
-def first_alarms(course: str, seed: int, steps: int) -> dict[str, int | None]:
-    """The first step at which each signal fires in one run; ``None`` for never."""
+def first_alarms(course: str, seed: int, steps: int) -> tuple[dict[str, int | None], float]:
+    """The first step at which each signal fires in one run, ``None`` for never; and the median of its last losses."""
     seed_everything(seed, verbose=False)
     verdicts: list[Verdict] = []
     plain = PlainSignals()
@@ -214,16 +214,16 @@ def first_alarms(course: str, seed: int, steps: int) -> dict[str, int | None]:
     alarms: dict[str, int | None] = {name: plain.first(name) for name in RULES}
     for name, kind in VERDICTS.items():
         alarms[name] = next((verdict.step for verdict in verdicts if verdict.kind == kind), None)
-    return alarms
+    return alarms, statistics.median(plain.curves["loss"][-20:])
 
 
-def table(runs: dict[tuple[str, int], dict[str, int | None]]) -> str:
+def table(runs: dict[tuple[str, int], tuple[dict[str, int | None], float]]) -> str:
     """Every run a row, in Markdown, and below the leads over the loss and the false alarms."""
-    lines = [f"| run | seed | loss doubles | {' | '.join(SIGNALS)} |", "|---" * (3 + len(SIGNALS)) + "|"]
-    for (course, seed), alarms in runs.items():
+    lines = [f"| run | seed | last loss | loss doubles | {' | '.join(SIGNALS)} |", "|---" * (4 + len(SIGNALS)) + "|"]
+    for (course, seed), (alarms, last) in runs.items():
         cells = [_said(alarms[name]) for name in ("loss", *SIGNALS)]
-        lines.append(f"| {course} | {seed} | {' | '.join(cells)} |")
-    failed = [a for (course, _), a in runs.items() if course not in HEALTHY]
+        lines.append(f"| {course} | {seed} | {last:.2f} | {' | '.join(cells)} |")
+    failed = [a for (course, _), (a, _) in runs.items() if course not in HEALTHY]
     lines += [
         "",
         "| signal | fired in failing runs | median lead over the loss, steps | false alarms in healthy runs |",
@@ -234,7 +234,7 @@ def table(runs: dict[tuple[str, int], dict[str, int | None]]) -> str:
         leads = [loss - step for loss, step in pairs if loss is not None and step is not None]
         lead = f"{statistics.median(leads):.0f} (of {len(leads)})" if leads else "none"
         fired = sum(a[name] is not None for a in failed)
-        healthy = [a[name] is not None for (course, _), a in runs.items() if course in HEALTHY]
+        healthy = [a[name] is not None for (course, _), (a, _) in runs.items() if course in HEALTHY]
         lines.append(f"| {name} | {fired} of {len(failed)} | {lead} | {sum(healthy)} of {len(healthy)} |")
     return "\n".join(lines)
 
@@ -251,7 +251,7 @@ def main(steps: int = 800, seeds: int = 3, first_seed: int = 3) -> None:
         warnings.simplefilter("ignore")  # Lightning's advice on loaders
         runs = {(course, seed): first_alarms(course, seed, steps) for course in COURSES for seed in some}
     print(table(runs))
-    doubled = [alarms["loss"] is not None for (course, _), alarms in runs.items() if course not in HEALTHY]
+    doubled = [alarms["loss"] is not None for (course, _), (alarms, _) in runs.items() if course not in HEALTHY]
     print(
         f"\nAfter {steps} steps the loss had doubled in {sum(doubled)} of {len(doubled)} runs that were driven to it."
     )

@@ -23,13 +23,19 @@ class LossExplosion(Rule):
     waits = True
     share = 0.5
     settled = 0.75
+    least = 0.1
 
     def judges(self, layer: str) -> bool:
         """The mean over all matrices only."""
         return layer == ALL
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
-        """Half of the beginning over the mean sign diversity; three quarters of the beginning are healthy again."""
+        """Half of the beginning over the mean sign diversity; three quarters of the beginning are healthy again.
+
+        Inputs that were one-sided from the beginning, as after a ReLU, have nothing to lose.
+        """
+        if beginning["sign_diversity"] < self.least:
+            return 0.0
         kept = points["sign_diversity"].value / max(beginning["sign_diversity"], 1e-300)
         return self.share / max(kept, 1e-300) if kept < self.settled else 0.0
 

@@ -57,6 +57,8 @@ def test_one_sided_inputs_of_all_matrices_announce_an_explosion() -> None:
         [diversity(0.6, fc1=0.9)] * 20 + [diversity(0.5, fc1=0.0)] * 4,  # single matrices touch zero all the time
         [diversity(0.6)] * 20 + [diversity(0.2), diversity(0.6)] * 3,
         [diversity(0.6), diversity(0.1), diversity(0.1), diversity(0.1)] + [diversity(0.6)] * 20,  # a warm-up
+        [diversity(0.0)] * 22,
+        [diversity(0.02)] * 20 + [diversity(0.0)] * 3,
         [diversity(0.1)] * 24,  # one-sided from the beginning, as after a ReLU
         [diversity(0.6)] * 20 + [diversity(float("nan"))] * 5,
     ],
