@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_collapse.functional import attention_entropy
 from lightning_collapse.metrics import AttentionEntropy
@@ -81,3 +82,14 @@ def test_wrong_arguments():
             AttentionEntropy(**options)
     with pytest.raises(ValueError, match="has 4 heads, but `num_heads` is 2"):
         AttentionEntropy(num_heads=2).update(*batches([1])[0])
+
+
+def test_sums_keep_their_precision_when_the_model_is_converted():
+    query, key = torch.randn(4, 2, 300, 8), torch.randn(4, 2, 300, 8)
+    metric, held = AttentionEntropy(2), nn.Module()
+    held.metric = AttentionEntropy(2)
+    held.to(torch.bfloat16)  # as `Trainer(precision="bf16-true")` does
+    for _ in range(3):
+        metric.update(query, key)
+        held.metric.update(query, key)
+    assert torch.equal(held.metric.compute(), metric.compute())
