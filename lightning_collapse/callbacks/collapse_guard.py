@@ -18,6 +18,7 @@ from lightning_collapse.callbacks.rollback import Rollback
 from lightning_collapse.reporting import log_text, publish
 from lightning_collapse.rules import ALL, HEALTHY, RULES, Rule
 from lightning_collapse.utilities.points import Flag, Point
+from lightning_collapse.utilities.trainer import save_checkpoint
 
 UNREADABLE = (Flag.NOT_CALLED, Flag.FEW_ROWS, Flag.SOLVER)
 
@@ -91,9 +92,11 @@ class CollapseGuard(Callback):
         calibration: int = 3,
         dirpath: str | None = None,
     ) -> None:
-        single = isinstance(action, str | Rollback) or callable(action)
-        actions: list[Action] = [action] if single else list(action)  # type: ignore[list-item, arg-type]
+        several = isinstance(action, Sequence) and not isinstance(action, str)
+        actions: list[Action] = list(action) if several else [action]  # type: ignore[list-item, arg-type]
         for one in actions:
+            if isinstance(one, type):  # callable too: its constructor would be given a trainer when a verdict falls
+                raise ValueError(f"`action` takes an object, got the class `{one.__name__}`. Write `{one.__name__}()`.")
             if not callable(one) and not isinstance(one, Rollback) and one not in ACTIONS:
                 raise ValueError(f"`action` must be among {', '.join(ACTIONS)}, a `Rollback` or callable, got {one!r}.")
         for name, number in (("patience", patience), ("calibration", calibration)):
@@ -115,6 +118,8 @@ class CollapseGuard(Callback):
         # of every "kind/layer": first step of the row of bad points, its length, length of the row of good points
         self._rows: dict[str, list[int]] = {}
         self._standing: dict[str, bool] = {}
+        # of every "kind/layer" whether it looked healthy at its last point: monitors have their own cadences
+        self._healthy: dict[str, bool] = {}
 
     @property
     def _rollbacks(self) -> list[Rollback]:
@@ -167,8 +172,7 @@ class CollapseGuard(Callback):
         if not rules:
             return
         step = points[0].step
-        judged = [self._judge(rule, families[rule.family], step) for rule in rules]
-        fallen = [verdict for verdicts, _ in judged for verdict in verdicts]
+        fallen = [verdict for rule in rules for verdict in self._judge(rule, families[rule.family], step)]
         self.verdicts += fallen
         counts = {rule.kind: 0 for rule in rules}
         for key, standing in self._standing.items():
@@ -178,26 +182,28 @@ class CollapseGuard(Callback):
         publish(trainer, pl_module, [Point(f"guard/{kind}", step, float(count)) for kind, count in counts.items()])
         if fallen:
             self._act(trainer, pl_module, fallen)
-        elif max(severity for _, severity in judged) < HEALTHY and not any(self._standing.values()):
+        elif self._rollbacks and all(self._healthy.values()) and _all_readable(rules, families):
             for action in self._rollbacks:
-                action.remember(trainer, step, self._folder(trainer))
+                action.remember(trainer, pl_module, step, self._folder(trainer))
 
-    def _judge(self, rule: Rule, layers: Mapping[str, Mapping[str, Point]], step: int) -> tuple[list[Verdict], float]:
-        """The verdicts of a rule that fall now, and how bad the worst layer looks to it."""
+    def _judge(self, rule: Rule, layers: Mapping[str, Mapping[str, Point]], step: int) -> list[Verdict]:
+        """The verdicts of a rule that fall now."""
         layers = {layer: points for layer, points in layers.items() if _readable(rule, points)}
         beginnings = {layer: self._begin(rule, layer, points) for layer, points in layers.items()}
-        verdicts, worst = [], 0.0
+        verdicts = []
         for layer in filter(rule.judges, layers):
             if rule.waits and not self._is_complete(rule, layer):
                 continue
             severity = rule.severity(layers[layer], beginnings[layer])
-            worst = max(worst, severity)
+            self._healthy[f"{rule.kind}/{layer}"] = severity < HEALTHY and not self._standing.get(
+                f"{rule.kind}/{layer}"
+            )
             since = self._since(rule.kind, layer, severity, step)
             if since is not None:
                 where = rule.culprit(layers, beginnings) if layer == ALL else layer
                 evidence = rule.evidence(layers[layer], beginnings[layer])
                 verdicts.append(Verdict(rule.kind, where, since, step, evidence))
-        return verdicts, worst
+        return verdicts
 
     def _begin(self, rule: Rule, layer: str, points: Mapping[str, Point]) -> dict[str, float]:
         """The beginning of a layer's run, which this point may still belong to."""
@@ -251,6 +257,7 @@ class CollapseGuard(Callback):
             if action.restore(trainer, pl_module, verdicts[0].step):
                 self._rows.clear()  # what is restored is judged anew
                 self._standing.clear()
+                self._healthy.clear()
         elif callable(action):
             for verdict in verdicts:
                 action(trainer, pl_module, verdict)
@@ -261,11 +268,8 @@ class CollapseGuard(Callback):
     def _save(self, trainer: Trainer, verdict: Verdict) -> None:
         if trainer.fast_dev_run:
             return
-        folder = self._folder(trainer)
-        try:
-            trainer.save_checkpoint(os.path.join(folder, f"{verdict.kind}-step={verdict.step}.ckpt"))
-        except OSError as error:  # a full disk must not end a run that is only watched
-            rank_zero_warn(f"`CollapseGuard` could not save a checkpoint into {folder!r}: {error}")
+        path = os.path.join(self._folder(trainer), f"{verdict.kind}-step={verdict.step}.ckpt")
+        save_checkpoint(trainer, path, "CollapseGuard")
 
 
 def _readable(rule: Rule, points: Mapping[str, Point]) -> bool:
@@ -273,6 +277,19 @@ def _readable(rule: Rule, points: Mapping[str, Point]) -> bool:
         name in points and isfinite(points[name].value) and points[name].flag not in UNREADABLE
         for name in rule.measures
     )
+
+
+def _all_readable(rules: Sequence[Rule], families: Mapping[str, Mapping[str, Mapping[str, Point]]]) -> bool:
+    """Whether at least one layer was judged, and none that ran could not be: NaN is not health."""
+    judged = False
+    for rule in rules:
+        for layer, points in families[rule.family].items():
+            own = [points[name] for name in rule.measures if name in points] if rule.judges(layer) else []
+            ran = len(own) == len(rule.measures) and all(point.flag != Flag.NOT_CALLED for point in own)
+            if ran and not _readable(rule, points):
+                return False
+            judged = judged or ran
+    return judged
 
 
 def _by_family(points: Sequence[Point]) -> dict[str, dict[str, dict[str, Point]]]:

@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_collapse.utilities.trainer import load_own_checkpoint, save_checkpoint
+
 FILE = "healthy.ckpt"
 
 
@@ -63,17 +65,15 @@ class Rollback:
         self._path, self._step = state_dict["path"], state_dict["step"]
         self._returns, self._here = state_dict["returns"], state_dict["here"]
 
-    def remember(self, trainer: Trainer, step: int, folder: str) -> None:
+    def remember(self, trainer: Trainer, pl_module: LightningModule, step: int, folder: str) -> None:
         """Keep this healthy state, if the last one is old enough. Collective."""
         if trainer.fast_dev_run or (self._path and step - self._step < self.every_n_steps):
             return
-        path = os.path.join(folder, FILE)
-        try:
-            trainer.save_checkpoint(path)
-        except OSError as error:  # a full disk must not end the run
-            rank_zero_warn(f"`Rollback` could not save a checkpoint as {path!r}: {error}")
+        if not _all_finite(trainer, pl_module):  # whatever the rules say: their layers need not have run since
             return
-        self._path, self._step, self._here = path, step, 0
+        path = os.path.join(folder, FILE)
+        if save_checkpoint(trainer, path, "Rollback"):
+            self._path, self._step, self._here = path, step, 0
 
     def restore(self, trainer: Trainer, pl_module: LightningModule, step: int) -> bool:
         """Return to the last healthy state, and say whether that was possible. Collective."""
@@ -84,7 +84,9 @@ class Rollback:
         if not self._path:
             rank_zero_warn(f"`Rollback` has no healthy state to return to at step {step}: no point was healthy yet.")
             return False
-        checkpoint = trainer.strategy.load_checkpoint(self._path)
+        checkpoint = self._load(trainer)
+        if checkpoint is None:
+            return False
         pl_module.on_load_checkpoint(checkpoint)
         trainer.strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
         trainer.strategy.load_optimizer_state_dict(checkpoint)
@@ -101,6 +103,26 @@ class Rollback:
             f" learning rates {self.factor**self._here:g} times what they were then."
         )
         return True
+
+    def _load(self, trainer: Trainer) -> dict[str, Any] | None:
+        """What the checkpoint holds, ``None`` on every process if one cannot read it. Collective."""
+        checkpoint, problem = None, ""
+        try:
+            # we have written it: hyperparameters may be objects of any class
+            checkpoint = load_own_checkpoint(trainer, self._path)
+        except Exception as error:  # cleaned up, a lost disk: the run must not end now
+            problem = f"`Rollback` cannot read {self._path!r} and returns to nothing: {error!r:.400}"
+        if trainer.strategy.reduce_boolean_decision(not problem):
+            return checkpoint
+        rank_zero_warn(problem or f"`Rollback` returns to nothing: another process cannot read {self._path!r}.")
+        return None
+
+
+def _all_finite(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether no weight is NaN or infinite. Collective; waits for the device, right before a checkpoint does."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in pl_module.parameters()]
+    finite = all(bool(p.detach().sum(dtype=torch.float64).isfinite()) for p in local if p.is_floating_point())
+    return trainer.strategy.reduce_boolean_decision(finite)
 
 
 def _scale_learning_rates(trainer: Trainer, factor: float) -> None:

@@ -1,8 +1,10 @@
 """What we must know of a running trainer and Lightning does not say in public: the only file that looks inside one."""
 
+from inspect import signature
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -58,6 +60,32 @@ def loss_scale(trainer: Trainer, optimizer: Optimizer | None = None) -> Tensor |
 def synchronizes_last(trainer: Trainer) -> bool:
     """Whether processes accumulate gradients each on its own until the last micro-batch of a step."""
     return isinstance(trainer.model, DistributedDataParallel)
+
+
+def save_checkpoint(trainer: Trainer, path: str, who: str) -> bool:
+    """Save a checkpoint and say whether it is there; a failure is a warning. Collective.
+
+    Whatever the reason (a full disk, an object that cannot be pickled): a run that is only watched goes on. The first
+    process alone writes, so only it may fail; the others wait for it then in the barrier that ends a save.
+    """
+    problem = ""
+    try:
+        trainer.save_checkpoint(path)
+    except Exception as error:
+        problem = f"`{who}` could not save a checkpoint as {path!r}: {error!r:.400}"
+        trainer.strategy.barrier("Trainer.save_checkpoint")
+    saved = trainer.strategy.reduce_boolean_decision(not problem)
+    if problem:
+        rank_zero_warn(problem)
+    return saved
+
+
+def load_own_checkpoint(trainer: Trainer, path: str) -> dict[str, Any]:
+    """A checkpoint that this run has written, whatever classes are in it; raises if it cannot be read."""
+    load = trainer.strategy.load_checkpoint
+    if "weights_only" in signature(load).parameters:
+        return load(path, weights_only=False)
+    return load(path)  # Lightning before 2.6, which asks torch to
 
 
 def _epoch_loop(trainer: Trainer) -> Any:

@@ -134,9 +134,9 @@ def test_checkpoints_are_rare(tmp_path):
     saved = []
 
     class Watched(Rollback):
-        def remember(self, trainer, step, folder):
+        def remember(self, trainer, pl_module, step, folder):
             before = self._step
-            super().remember(trainer, step, folder)
+            super().remember(trainer, pl_module, step, folder)
             saved.extend([step] if self._step != before else [])
 
     run([HEALTHY] * 9, Watched(every_n_steps=4), dirpath=str(tmp_path))
@@ -176,3 +176,88 @@ def test_state_travels_with_the_guard(tmp_path):
 def test_bad_arguments(arguments, match):
     with pytest.raises(ValueError, match=match):
         Rollback(**arguments)
+
+
+NAN = dict.fromkeys(HEALTHY, float("nan"))
+
+
+def kept_step(folder):
+    return torch.load(folder / "healthy.ckpt", weights_only=False)["global_step"] - 1
+
+
+def test_what_cannot_be_read_is_not_healthy(tmp_path):
+    run([HEALTHY] * 3 + [NAN] * 3, Rollback(every_n_steps=1), dirpath=str(tmp_path))
+    assert kept_step(tmp_path) == 2
+
+
+def test_weights_with_nan_are_not_healthy_whatever_the_points_say(tmp_path):
+    class Poison(Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            if trainer.global_step >= 3:
+                pl_module.head.weight.data[0, 0] = float("nan")
+
+    guard = CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path))
+    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    fit(Lit("step"), [monitor, Poison(), guard, Script([HEALTHY] * 6)], batches(6))
+    assert kept_step(tmp_path) < 3
+
+
+def test_a_state_that_already_looks_ill_to_another_rule_is_not_healthy(tmp_path):
+    class Other(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            value = 0.1 if batch_idx >= 3 else 0.8
+            publish(trainer, pl_module, [Point("spectral_alignment/all/sign_diversity", batch_idx, value, 64)])
+
+    guard = CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path), patience=10)
+    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    fit(Lit("step"), [monitor, guard, Other(), Script([HEALTHY] * 6)], batches(6))
+    assert kept_step(tmp_path) == 2
+
+
+class Odd:
+    """What a user keeps among hyperparameters."""
+
+
+class WithHyperparameters(Lit):
+    def __init__(self, schedule, config):
+        super().__init__(schedule)
+        self.save_hyperparameters()
+
+
+def fit_planted(model, tmp_path, *callbacks):
+    planted = Script([HEALTHY] * 3 + [BAD] * 2 + [HEALTHY])
+    guard = CollapseGuard(action=Rollback(0.5, 1), dirpath=str(tmp_path))
+    return fit(model, [CollapseMonitor(["encoder"], every_n_steps=10_000), *callbacks, guard, planted], batches(6))
+
+
+def test_hyperparameters_of_any_class(tmp_path):
+    with pytest.warns(UserWarning, match="`Rollback` at step 4: .* those of step 2 again"):
+        fit_planted(WithHyperparameters("step", Odd()), tmp_path)
+
+
+def test_a_lost_checkpoint_does_not_end_the_run(tmp_path):
+    class Cleaner(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 4:
+                (tmp_path / "healthy.ckpt").unlink()
+
+    with pytest.warns(UserWarning, match="`Rollback` cannot read .*healthy.ckpt"):
+        trainer = fit_planted(Lit("step"), tmp_path, Cleaner())
+    assert trainer.global_step == 6
+
+
+@pytest.mark.filterwarnings("ignore:`Rollback` has no healthy state")
+def test_what_cannot_be_pickled_does_not_end_the_run(tmp_path):
+    class Unsaved(Lit):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["mine"] = lambda: None
+
+    with pytest.warns(UserWarning, match="`Rollback` could not save a checkpoint as"):
+        trainer = fit_planted(Unsaved("step"), tmp_path)
+    assert trainer.global_step == 6
+
+
+@pytest.mark.parametrize(("action", "match"), [(Rollback, r"Write `Rollback\(\)`"), (None, "got None"), (3, "got 3")])
+def test_actions_that_are_none(action, match):
+    with pytest.raises(ValueError, match=match):
+        CollapseGuard(action=action)
