@@ -205,8 +205,8 @@ def test_weights_with_nan_are_not_healthy_whatever_the_points_say(tmp_path):
 def test_a_state_that_already_looks_ill_to_another_rule_is_not_healthy(tmp_path):
     class Other(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            value = 0.1 if batch_idx >= 3 else 0.8
-            publish(trainer, pl_module, [Point("spectral_alignment/all/sign_diversity", batch_idx, value, 64)])
+            values = {"entropy_mean": 0.01 if batch_idx >= 3 else 0.8, "collapsed_share": 0.0, "max_logit": 9.0}
+            publish(trainer, pl_module, [Point(f"attention/a/{name}", batch_idx, v, 64) for name, v in values.items()])
 
     guard = CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path), patience=10)
     monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
