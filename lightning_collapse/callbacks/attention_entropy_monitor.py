@@ -334,3 +334,5 @@ _CURVES = {
 for _name, (_reads, _range, _collapsed) in _CURVES.items():
     _source = "Jha & Reagen, arXiv 2501.03489" if "overload" in _name else "Zhai et al., arXiv 2303.06296"
     register_curve("attention", _name, reads=_reads, range=_range, collapsed=_collapsed, source=_source)
+register_curve("attention", "n", reads="queries per head", range="0 to infinity", collapsed="few: a rough reading")
+register_curve("attention", "flag", reads="attention", range="0 to 7", collapsed="above 0: why to doubt the point")

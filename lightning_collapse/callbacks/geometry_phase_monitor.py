@@ -32,20 +32,31 @@ FAMILY = "geometry"
 MAX_ROWS = 2048
 _PAPER = "Li et al., NeurIPS 2025, arXiv 2509.23024"
 _ALPHA = "weighted least squares over ranks"
+_DECAY = {"range": "0 to infinity", "collapsed": "large", "source": "Agrawal et al. 2022, arXiv 2202.05808"}
 
 for _name, _facts in {
-    "rankme": {"reads": "raw spectrum of one token per sequence", "source": "Garrido et al. 2023, arXiv 2210.02885"},
-    "eigenvalue_effective_rank": {"reads": "centered spectrum of one token per sequence", "source": _PAPER},
-    "alpha_req_4_100": {"reads": f"{_ALPHA} 4 to 100", "source": "Agrawal et al. 2022, arXiv 2202.05808"},
-    "alpha_req_11_100": {"reads": f"{_ALPHA} 11 to 100", "source": "Agrawal et al. 2022, arXiv 2202.05808"},
+    "rankme": {
+        "reads": "raw spectrum of one token per sequence",
+        "range": "1 to min(n, d)",
+        "collapsed": "near 1",
+        "source": "Garrido et al. 2023, arXiv 2210.02885",
+    },
+    "eigenvalue_effective_rank": {
+        "reads": "centered spectrum of one token per sequence",
+        "range": "1 to min(n - 1, d)",
+        "collapsed": "near 1",
+        "source": _PAPER,
+    },
+    "alpha_req_4_100": {"reads": f"{_ALPHA} 4 to 100", **_DECAY},
+    "alpha_req_11_100": {"reads": f"{_ALPHA} 11 to 100", **_DECAY},
     "phase": {
         "reads": "turns of the eigenvalue effective rank",
         "range": "1 warm-up, 2 entropy-seeking, 3 compression-seeking",
         "collapsed": "does not tell",
         "source": f"{_PAPER} (the rule is ours)",
     },
-    "n": {"reads": "sequences behind the point"},
-    "flag": {"reads": "0, or why to doubt the point"},
+    "n": {"reads": "sequences", "range": "0 to 2048", "collapsed": "few: do not read the ranks"},
+    "flag": {"reads": "one token per sequence", "range": "0 to 7", "collapsed": "above 0: why to doubt the point"},
 }.items():
     register_curve(FAMILY, _name, **_facts)
 

@@ -82,6 +82,8 @@ for _name, _facts in {
         "range": "0 to infinity",
         "collapsed": "does not tell",
     },
+    "n": {"reads": "rows behind a matrix, the fewest; under `all`", "range": "0 to infinity", "collapsed": "few"},
+    "flag": {"reads": "a matrix", "range": "0 to 7", "collapsed": "above 0: why to doubt the point"},
 }.items():
     register_curve(FAMILY, _name, **_facts)
 
