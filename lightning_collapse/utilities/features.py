@@ -83,7 +83,7 @@ def token_at(output: Any, mask: Tensor | None, position: int) -> tuple[Tensor, T
         tensor([[2.]])
     """
     features = _pick(output)
-    if features is None or features.ndim not in (2, 3):
+    if features is None or features.ndim not in (2, 3) or not features.shape[-2]:  # no rows, or no tokens
         return None
     if features.ndim == 2:
         return features, torch.ones_like(features[:, 0], dtype=torch.bool)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_collapse.utilities.features import PREFERRED_KEYS, as_row_mask, as_rows, evenly
+from lightning_collapse.utilities.features import PREFERRED_KEYS, as_row_mask, as_rows, evenly, token_at
 
 
 class ModelOutput(OrderedDict):
@@ -214,3 +214,7 @@ def test_evenly_copies(limit: int) -> None:
 
 def test_evenly_of_nothing() -> None:
     assert evenly(torch.zeros(0, 3), 5).shape == (0, 3)
+
+
+def test_sequences_without_tokens_have_no_last_one():
+    assert token_at(torch.zeros(4, 0, 3), None, -1) is None
