@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_collapse.spectral.eigenvalues import eigenvalues
 from lightning_collapse.spectral.moments import Moments, reduce_moments
+from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.spectral.spectrum import Spectrum, finish_spectrum, gram_of, values_of
 from lightning_collapse.utilities.distributed import all_gather_rows, world_size
 from lightning_collapse.utilities.points import Flag
@@ -133,7 +134,9 @@ def _share(layers: Sequence[LayerRows], needs_rows: bool) -> tuple[list[LayerRow
             continue
         most = max(MAX_GATHERED_ROWS // ranks, 1)
         stride = -(-len(layer.rows) // most) or 1
-        rows, mask = all_gather_rows(layer.rows[::stride].contiguous(), layer.mask[::stride].contiguous())
+        # of one dtype everywhere: a process where the layer did not run does not know in which precision it runs
+        own = layer.rows[::stride].to(accumulation_dtype(layer.rows.device)).contiguous()
+        rows, mask = all_gather_rows(own, layer.mask[::stride].contiguous())
         gathered.append(replace(layer, rows=rows, mask=mask))
     return gathered, [next(reduced) if by_moments else None for by_moments in many]
 
