@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import CURVES
-from lightning_collapse.utilities.trainer import batches_until, is_due, logging_step
+from lightning_collapse.utilities.trainer import batches_until, is_due, lighten_results, logging_step
 
 
 class Monitor(Callback, ABC):
@@ -110,6 +110,11 @@ class Monitor(Callback, ABC):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.stop()
+        if stage == "fit" and lighten_results(trainer, _is_detail):
+            rank_zero_info(
+                "`callback_metrics` leave out the curves of single layers in the main process: a spawned process cannot"
+                " hand back so many. Loggers have them all."
+            )
 
     @staticmethod
     def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
@@ -121,3 +126,13 @@ class Monitor(Callback, ABC):
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(f"`{type(self).__name__}`: {message}")
+
+
+def _is_detail(name: str) -> bool:
+    """Whether a curve is one of a single layer."""
+    family, _, rest = name.removeprefix("val/").partition("/")
+    return (
+        "/" in rest
+        and not rest.startswith("all/")
+        and family in {curve.family for curve in CURVES.values()} | {"collapse"}
+    )

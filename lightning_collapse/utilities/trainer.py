@@ -1,13 +1,19 @@
 """What we must know of a running trainer and Lightning does not say in public: the only file that looks inside one."""
 
+import pickle
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+_PIPE = 8 * 1024
+"""Far less than a pipe holds: 29 KB of curves were seen to block one."""
 
 
 def logging_step(trainer: Trainer) -> int:
@@ -86,6 +92,24 @@ def load_own_checkpoint(trainer: Trainer, path: str) -> dict[str, Any]:
     if "weights_only" in signature(load).parameters:
         return load(path, weights_only=False)
     return load(path)  # Lightning before 2.6, which asks torch to
+
+
+def lighten_results(trainer: Trainer, is_detail: Callable[[str], bool]) -> bool:
+    """Drop details from ``callback_metrics`` if a spawned process could not hand them back, and say whether it did so.
+
+    ``ddp_spawn`` and ``ddp_notebook`` send them through a pipe that nobody reads before the process has ended: what the
+    pipe does not hold, 64 KiB, makes it wait forever, see ``_MultiProcessingLauncher``.
+    """
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        return False
+    metrics = trainer.callback_metrics
+    details = [name for name in metrics if is_detail(name)]
+    size = len(pickle.dumps({name: value.cpu().numpy() for name, value in metrics.items()}))
+    if size <= _PIPE or not details:
+        return False
+    for name in details:
+        del metrics[name]
+    return True
 
 
 def _epoch_loop(trainer: Trainer) -> Any:

@@ -7,14 +7,16 @@ import warnings
 import pytest
 import torch
 import torch.multiprocessing as mp
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lightning_collapse import CollapseGuard, CollapseMonitor
+from lightning_collapse import CollapseGuard, CollapseMonitor, SpectralAlignmentMonitor
 from lightning_collapse.functional import effective_rank, feature_std, mean_cosine
 from lightning_collapse.spectral import singular_values
+from lightning_collapse.utilities.trainer import save_checkpoint
 from tests.toys import QUIET, MemoryLogger, PointKeeper, Toy, batches, weights
 
 MEASURES = ["effective_rank", "eigenvalue_effective_rank", "feature_std", "relative_spread", "mean_cosine", "rankme"]
@@ -125,3 +127,46 @@ def test_spawned_by_the_trainer():
     trainer.callbacks.append(CollapseMonitor(["encoder"], every_n_steps=2))
     trainer.fit(Toy(), batches(4))
     assert 1 < trainer.callback_metrics["collapse/encoder/effective_rank"] <= 8
+
+
+class Wide(Toy):
+    """Sixty layers: more curves than a pipe holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(*(nn.Linear(16, 16) for _ in range(60)))
+        self.head = nn.Linear(16, 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_many_curves_do_not_block_spawned_processes():
+    trainer = Trainer(**{**QUIET, "devices": 2, "strategy": "ddp_spawn", "logger": False})
+    trainer.callbacks.append(SpectralAlignmentMonitor(every_n_steps=2))
+    trainer.fit(Wide(), batches(4))
+    assert trainer.callback_metrics["spectral_alignment/all/spectral_norm"] > 0
+    assert not [name for name in trainer.callback_metrics if name.startswith("spectral_alignment/encoder")]
+
+
+class OneSided(Toy):
+    """A layer that runs on one process only."""
+
+    def training_step(self, batch, batch_idx):
+        features = self.encoder(batch)
+        if self.global_rank:
+            return nn.functional.linear(features, self.head.weight, self.head.bias).pow(2).mean()
+        return self.head(features).pow(2).mean()
+
+
+class Unwritable(Callback):
+    """A disk that is full where the first process writes."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        assert not save_checkpoint(trainer, __file__ + "/no/folder.ckpt", "A test")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_happens_on_one_process_only_does_not_block_the_others():
+    trainer = Trainer(**{**QUIET, "devices": 2, "strategy": "ddp_spawn", "logger": False, "precision": "bf16-true"})
+    trainer.callbacks += [CollapseMonitor(["head"], every_n_steps=2, rows=2), Unwritable()]
+    trainer.fit(OneSided(), batches(4))
+    assert trainer.callback_metrics["collapse/head/n"] > 0
