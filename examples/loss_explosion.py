@@ -222,7 +222,7 @@ def table(runs: dict[tuple[str, int], tuple[dict[str, int | None], float]]) -> s
     lines = [f"| run | seed | last loss | loss doubles | {' | '.join(SIGNALS)} |", "|---" * (4 + len(SIGNALS)) + "|"]
     for (course, seed), (alarms, last) in runs.items():
         cells = [_said(alarms[name]) for name in ("loss", *SIGNALS)]
-        lines.append(f"| {course} | {seed} | {last:.2f} | {' | '.join(cells)} |")
+        lines.append(f"| {course} | {seed} | {last:.3g} | {' | '.join(cells)} |")
     failed = [a for (course, _), (a, _) in runs.items() if course not in HEALTHY]
     lines += [
         "",

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitor import Monitor
+from lightning_collapse.callbacks.monitor import Monitor, check_layers
 from lightning_collapse.functional.attention_entropy import entropy_sums
 from lightning_collapse.functional.attention_rows import rows_of_call, rows_of_masked_logits
 from lightning_collapse.spectral.precision import accumulation_dtype
@@ -99,10 +99,7 @@ class AttentionEntropyMonitor(Monitor):
         overloaded_above: float = 0.95,
     ) -> None:
         super().__init__(every_n_steps)
-        if isinstance(layers, str):
-            raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
-        if layers is not None and not layers:
-            raise ValueError("`layers` is empty. Leave it out to watch all attention.")
+        check_layers(layers, "all attention")
         if isinstance(layers, Mapping) and not all(map(callable, layers.values())):
             raise ValueError(f"`layers` as a mapping takes functions `read(module, args, kwargs)`, got {layers!r}.")
         if rows < 1:

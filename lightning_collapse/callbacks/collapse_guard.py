@@ -53,9 +53,12 @@ class CollapseGuard(Callback):
     """Says when a layer collapses, and acts; reads the points of every monitor of the trainer.
 
     Each verdict compares with what noise of the same size reads and with the run's own beginning; the rules
-    (:mod:`lightning_collapse.rules`) say how. Of ``CollapseMonitor``: *complete collapse*
+    (:mod:`lightning_collapse.rules`) say how. With ``CollapseMonitor``: *complete collapse*
     (:class:`~lightning_collapse.rules.CompleteCollapse`) and *dimensional collapse*
-    (:class:`~lightning_collapse.rules.DimensionalCollapse`). A verdict falls after ``patience`` points in a
+    (:class:`~lightning_collapse.rules.DimensionalCollapse`); with ``SpectralAlignmentMonitor`` *loss explosion*
+    (:class:`~lightning_collapse.rules.LossExplosion`); with ``AttentionEntropyMonitor`` *attention entropy collapse*
+    (:class:`~lightning_collapse.rules.AttentionEntropyCollapse`) and *attention overload*
+    (:class:`~lightning_collapse.rules.AttentionOverload`). A verdict falls after ``patience`` points in a
     row on the wrong side of the line, and is lifted only by as many on the right side of twice the line: a curve that
     trembles about the line says nothing. Fine-tuning a binary classifier to neural collapse leaves one direction by
     nature; watch other layers there.

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitor import Monitor
+from lightning_collapse.callbacks.monitor import Monitor, check_layers
 from lightning_collapse.callbacks.plan import Plan
 from lightning_collapse.callbacks.readings import LayerRows, flag_of, read
 from lightning_collapse.callbacks.row_store import RowStore
@@ -98,10 +98,7 @@ class CollapseMonitor(Monitor):
         validation: bool = False,
     ) -> None:
         super().__init__(every_n_steps)
-        if isinstance(layers, str):
-            raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
-        if layers is not None and not layers:
-            raise ValueError("`layers` is empty. Leave it out to watch the default layers.")
+        check_layers(layers, "the default layers")
         if rows is not None and rows < 2:
             raise ValueError(f"`rows` must be at least 2, or None for the automatic number, got {rows}.")
         if not max_overhead > 0:

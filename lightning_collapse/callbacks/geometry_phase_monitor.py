@@ -110,6 +110,10 @@ class GeometryPhaseMonitor(Monitor):
         patience: int = 2,
     ) -> None:
         super().__init__(every_n_steps)
+        if layer is not None and not isinstance(layer, str):
+            raise ValueError(f"`layer` takes one name, or None for the input of the last Linear, got {layer!r}.")
+        if not isinstance(position, int):
+            raise ValueError(f"`position` is the number of a token, -1 for the last, got {position!r}.")
         if rows is not None and rows < 2:
             raise ValueError(f"`rows` must be at least 2, or None for the automatic number, got {rows}.")
         self.layer = layer
@@ -130,7 +134,11 @@ class GeometryPhaseMonitor(Monitor):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"tracker": self.tracker.state_dict(), "plan": list(self._plan) if self._plan else []}
+        return {
+            "tracker": self.tracker.state_dict(),
+            "plan": list(self._plan) if self._plan else [],
+            "rows": self._store.state_dict(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,6 +153,8 @@ class GeometryPhaseMonitor(Monitor):
         self.tracker.load_state_dict(self._restored.get("tracker", self._fresh))
         plan = self._restored.get("plan")
         self._plan = Plan(*plan) if plan else None
+        if self._restored and world_size() == 1:  # a checkpoint holds the rows of one process
+            self._store.load_state_dict(self._restored["rows"], [tap.name], pl_module.device)
         self._restored = {}
 
     @override

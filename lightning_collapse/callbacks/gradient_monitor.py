@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_collapse.callbacks.micro_batches import MicroBatches, Noise
-from lightning_collapse.callbacks.monitor import Monitor
+from lightning_collapse.callbacks.monitor import Monitor, check_layers
 from lightning_collapse.utilities.batch import batch_size
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.gradients import gradients_of, squared_norms
@@ -77,10 +77,7 @@ class GradientMonitor(Monitor):
         micro_batch_size: int | None = None,
     ) -> None:
         super().__init__(every_n_steps)
-        if isinstance(layers, str):
-            raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
-        if layers is not None and not layers:
-            raise ValueError("`layers` is empty. Leave it out to watch the default layers.")
+        check_layers(layers, "the default layers")
         if not 0 <= smoothing < 1:
             raise ValueError(f"`smoothing` must be at least 0 and less than 1, got {smoothing}.")
         if micro_batch_size is not None and micro_batch_size < 1:

@@ -1,7 +1,7 @@
 """What every monitor shares: cadence, lifecycle, publication and a promise never to end a run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,9 +36,10 @@ class Monitor(Callback, ABC):
     family: ClassVar[str] = ""
 
     def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
+        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise ValueError(
-                f"`every_n_steps` must be at least 1, or None to follow the trainer's, got {every_n_steps}."
+                f"`every_n_steps` must be a whole number of at least 1, or None to follow the trainer's, got"
+                f" {every_n_steps!r}."
             )
         self.every_n_steps = every_n_steps
         self._left = -1
@@ -126,6 +127,22 @@ class Monitor(Callback, ABC):
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(f"`{type(self).__name__}`: {message}")
+
+
+def check_layers(layers: Any, everything: str) -> None:
+    """Refuse what cannot be names of layers; ``everything`` says what is watched without them.
+
+    Raises:
+        ValueError: If it is a string, empty, no collection, or holds anything but strings.
+    """
+    if layers is None:
+        return
+    if isinstance(layers, str):
+        raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
+    if not isinstance(layers, Collection) or not all(isinstance(name, str) for name in layers):
+        raise ValueError(f"`layers` takes a list of names of submodules, got {layers!r}.")
+    if not layers:
+        raise ValueError(f"`layers` is empty. Leave it out to watch {everything}.")
 
 
 def _is_detail(name: str) -> bool:

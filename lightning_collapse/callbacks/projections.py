@@ -63,6 +63,7 @@ class InputProjections:
 
     def arm(self, directions: Mapping[str, Tensor], mask: Tensor | None) -> None:
         """Project the inputs of the coming batch on these unit vectors ``(I,)``, by name of the matrix."""
+        self.drain()  # what was heard before a batch that was then left out
         self._directions = [torch.stack([directions[name] for name in names]) for names in self._names]
         self.armed, self.mask = True, mask
 

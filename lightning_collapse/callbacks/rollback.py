@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,8 +13,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_collapse.utilities.trainer import load_own_checkpoint, save_checkpoint
-
-FILE = "healthy.ckpt"
 
 
 class Rollback:
@@ -71,7 +70,8 @@ class Rollback:
             return
         if not _all_finite(trainer, pl_module):  # whatever the rules say: their layers need not have run since
             return
-        path = os.path.join(folder, FILE)
+        # runs may share a folder
+        path = self._path or os.path.join(folder, f"healthy-{trainer.strategy.broadcast(uuid4().hex[:8])}.ckpt")
         if save_checkpoint(trainer, path, "Rollback"):
             self._path, self._step, self._here = path, step, 0
 

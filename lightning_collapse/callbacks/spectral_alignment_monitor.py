@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitor import Monitor
+from lightning_collapse.callbacks.monitor import Monitor, check_layers
 from lightning_collapse.callbacks.projections import InputProjections, Projected
 from lightning_collapse.functional.spectral_alignment import (
     cosines,
@@ -138,10 +138,7 @@ class SpectralAlignmentMonitor(Monitor):
 
     def __init__(self, layers: Sequence[str] | None = None, every_n_steps: int | None = None, rows: int = 512) -> None:
         super().__init__(every_n_steps)
-        if isinstance(layers, str):
-            raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
-        if layers is not None and not layers:
-            raise ValueError("`layers` is empty. Leave it out to watch all weight matrices.")
+        check_layers(layers, "all weight matrices")
         if rows < 2:
             raise ValueError(f"`rows` must be at least 2, got {rows}. The default is 512.")
         self.layers = layers

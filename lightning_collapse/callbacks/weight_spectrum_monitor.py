@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitor import Monitor
+from lightning_collapse.callbacks.monitor import Monitor, check_layers
 from lightning_collapse.callbacks.weight_readings import (
     ONLY_WEIGHTS,
     check_measures,
@@ -95,10 +95,7 @@ class WeightSpectrumMonitor(Monitor):
         embeddings: bool = False,
     ) -> None:
         super().__init__(every_n_steps)
-        if isinstance(layers, str):
-            raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
-        if layers is not None and not layers:
-            raise ValueError("`layers` is empty. Leave it out to watch the default layers.")
+        check_layers(layers, "the default layers")
         if not max_overhead > 0:
             raise ValueError(
                 f"`max_overhead` is a share of the training cost and must be positive, got {max_overhead}."

@@ -10,6 +10,8 @@ from torch import Tensor
 from lightning_collapse.functional.null import marchenko_pastur_quantiles
 from lightning_collapse.spectral.precision import full_precision
 
+EQUAL = 1e-5
+"""Logarithms of eigenvalues that differ by less in the mean are equal: singular values in ``float32`` are rounded."""
 CHUNK = 1 << 22
 """Most elements of the table of candidates that are in memory at once."""
 
@@ -55,7 +57,7 @@ def power_law_alpha(eigenvalues: Tensor, min_tail: int = 10) -> PowerLaw:
 
     Returns:
         Five tensors of shape ``(...)``; exponent, distance, error and ``xmin`` NaN where fewer than ``min_tail``
-        eigenvalues are positive, all are equal, or one is NaN or infinite.
+        eigenvalues are positive, all are equal to five digits, or one is NaN or infinite.
 
     Raises:
         ValueError: If ``min_tail`` is less than 2.
@@ -89,7 +91,7 @@ def power_law_alpha(eigenvalues: Tensor, min_tail: int = 10) -> PowerLaw:
     excess = log.flip(-1).cumsum(dim=-1).flip(-1) - count * log
     first = torch.ones_like(present)
     first[:, 1:] = values[:, 1:] > values[:, :-1]  # of equal values the tail holds all
-    candidate = present & first & (excess > 0) & (count >= min_tail)
+    candidate = present & first & (excess > EQUAL * count) & (count >= min_tail)
     rate = count / torch.where(candidate, excess, 1.0)
     distance = torch.where(candidate, _distances(log, rate), torch.inf)
     best = distance.argmin(dim=-1, keepdim=True)

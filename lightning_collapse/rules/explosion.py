@@ -24,6 +24,7 @@ class LossExplosion(Rule):
     share = 0.5
     settled = 0.75
     least = 0.1
+    least_n = 32
 
     def judges(self, layer: str) -> bool:
         """The mean over all matrices only."""
@@ -32,9 +33,10 @@ class LossExplosion(Rule):
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """Half of the beginning over the mean sign diversity; three quarters of the beginning are healthy again.
 
-        Inputs that were one-sided from the beginning, as after a ReLU, have nothing to lose.
+        Inputs that were one-sided from the beginning, as after a ReLU, have nothing to lose; the signs of a few rows
+        fall to one side by chance.
         """
-        if beginning["sign_diversity"] < self.least:
+        if beginning["sign_diversity"] < self.least or points["sign_diversity"].n < self.least_n:
             return 0.0
         kept = points["sign_diversity"].value / max(beginning["sign_diversity"], 1e-300)
         return self.share / max(kept, 1e-300) if kept < self.settled else 0.0

@@ -369,7 +369,7 @@ def test_fit_shorter_than_the_cadence_says_so():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"every_n_steps": 0}, "`every_n_steps` must be at least 1.*got 0"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be a whole number of at least 1.*got 0"),
         ({"measures": ["speed"]}, "Unknown measure 'speed'. Choose from: alignment"),
         ({"measures": ["alignment"]}, "compares two views"),
         ({"measures": []}, "`measures` takes a list"),

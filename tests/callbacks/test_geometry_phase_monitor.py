@@ -147,6 +147,20 @@ def test_resumed_phase_goes_on(tmp_path) -> None:
     assert [point.value for point in keeper.curve("geometry/head.input/phase")] == [2.0] * 3
 
 
+def test_resumed_window_has_the_sequences_of_both_fits(tmp_path) -> None:
+    save = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=3)
+    first, whole, resumed = GeometryPhaseMonitor(every_n_steps=4), PointKeeper(), PointKeeper()
+    options = {"max_epochs": -1}
+    watch(Language(), sequences(12), PointKeeper(), first, save, max_steps=3, enable_checkpointing=True, **options)
+    watch(Language(), sequences(12), whole, GeometryPhaseMonitor(every_n_steps=4), max_steps=4, **options)
+    again = GeometryPhaseMonitor(every_n_steps=4)
+    again.load_state_dict(torch.load(tmp_path / "mid.ckpt", weights_only=True)["callbacks"][first.state_key])
+    again.every_n_steps = 1  # its first batch ends in the point that was three quarters full
+    watch(Language(), sequences(12)[3:], resumed, again, max_steps=1, **options)
+    ns = [keeper.curve("geometry/head.input/n")[0].value for keeper in (whole, resumed)]
+    assert ns == [48, 48]
+
+
 def test_phases_need_a_turn_that_lasts() -> None:
     tracker = PhaseTracker(hysteresis=0.1, patience=2)
     ranks = [30, 20, 12, 14, 12, 10, 11.5, 11.6, 20, 30, 25, 31, 27, 26, 20, float("nan"), 0, 10, 12, 13, 30]
@@ -167,7 +181,9 @@ def test_phases_need_a_turn_that_lasts() -> None:
         ({"hysteresis": 0}, "`hysteresis` is the relative change that counts as a turn: positive, got 0"),
         ({"patience": 0}, "`patience` must be at least 1, got 0"),
         ({"rows": 1}, "`rows` must be at least 2"),
-        ({"every_n_steps": 0}, "`every_n_steps` must be at least 1"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be a whole number of at least 1"),
+        ({"layer": ["head"]}, "`layer` takes one name, .* got \\['head'\\]"),
+        ({"position": "last"}, "`position` is the number of a token, -1 for the last, got 'last'"),
     ],
 )
 def test_bad_arguments(arguments, match) -> None:

@@ -315,7 +315,7 @@ def test_nothing_is_kept_and_nothing_waits_between_points(monkeypatch):
         ({"layers": []}, "`layers` is empty"),
         ({"smoothing": 1.0}, "`smoothing` must be at least 0 and less than 1, got 1.0"),
         ({"micro_batch_size": 0}, "`micro_batch_size` must be at least 1"),
-        ({"every_n_steps": 0}, "`every_n_steps` must be at least 1"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -1,6 +1,7 @@
 """What the guard's rollback brings back, and what it leaves."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -141,7 +142,8 @@ def test_checkpoints_are_rare(tmp_path):
 
     run([HEALTHY] * 9, Watched(every_n_steps=4), dirpath=str(tmp_path))
     assert saved == [0, 4, 8]
-    assert [file.name for file in tmp_path.iterdir()] == ["healthy.ckpt"]
+    [file] = tmp_path.iterdir()
+    assert re.fullmatch("healthy-[0-9a-f]{8}.ckpt", file.name)
 
 
 def test_full_disk_does_not_end_the_run(tmp_path):
@@ -182,7 +184,8 @@ NAN = dict.fromkeys(HEALTHY, float("nan"))
 
 
 def kept_step(folder):
-    return torch.load(folder / "healthy.ckpt", weights_only=False)["global_step"] - 1
+    [file] = folder.glob("healthy-*.ckpt")
+    return torch.load(file, weights_only=False)["global_step"] - 1
 
 
 def test_what_cannot_be_read_is_not_healthy(tmp_path):
@@ -239,9 +242,10 @@ def test_a_lost_checkpoint_does_not_end_the_run(tmp_path):
     class Cleaner(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 4:
-                (tmp_path / "healthy.ckpt").unlink()
+                [file] = tmp_path.glob("healthy-*.ckpt")
+                file.unlink()
 
-    with pytest.warns(UserWarning, match="`Rollback` cannot read .*healthy.ckpt"):
+    with pytest.warns(UserWarning, match="`Rollback` cannot read .*healthy-.*ckpt"):
         trainer = fit_planted(Lit("step"), tmp_path, Cleaner())
     assert trainer.global_step == 6
 

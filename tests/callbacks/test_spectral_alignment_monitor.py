@@ -469,7 +469,7 @@ def test_stand_alone_validation_draws_nothing():
         ({"layers": "head"}, r"Write `layers=\['head'\]`"),
         ({"layers": []}, "`layers` is empty"),
         ({"rows": 1}, "`rows` must be at least 2, got 1"),
-        ({"every_n_steps": 0}, "`every_n_steps` must be at least 1"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments(arguments, match):

@@ -385,7 +385,7 @@ def test_failing_measure_of_the_users_own_reads_nan():
         ({"measures": ["feature_std"]}, "Unknown measure of weights 'feature_std'. Choose from: alpha_req"),
         ({"max_overhead": 0}, "`max_overhead` .* must be positive, got 0"),
         ({"max_dim": 1}, "`max_dim` must be at least 2, got 1"),
-        ({"every_n_steps": 0}, "`every_n_steps` must be at least 1"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments(arguments, message):

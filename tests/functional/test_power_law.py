@@ -100,3 +100,10 @@ def test_one_bad_spectrum_in_a_batch() -> None:
 def test_tail_of_one() -> None:
     with pytest.raises(ValueError, match="`min_tail` must be at least 2, got 1"):
         power_law_alpha(torch.ones(20), min_tail=1)
+
+
+def test_eigenvalues_equal_to_rounding_are_no_power_law() -> None:
+    orthogonal = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0))).Q
+    law = power_law_alpha(torch.linalg.svdvals(orthogonal).square())
+    assert law.alpha.isnan()
+    assert law.tail_count == 0
