@@ -135,6 +135,7 @@ class CollapseGuard(Callback):
             "first": {layer: {name: list(values) for name, values in of.items()} for layer, of in self._first.items()},
             "rows": {key: list(row) for key, row in self._rows.items()},
             "standing": dict(self._standing),
+            "healthy": dict(self._healthy),
             "rollbacks": [action.state_dict() for action in self._rollbacks],
         }
 
@@ -144,6 +145,7 @@ class CollapseGuard(Callback):
         self.verdicts[:] = [Verdict(**verdict) for verdict in state_dict["verdicts"]]
         self._first = state_dict["first"]
         self._rows, self._standing = state_dict["rows"], state_dict["standing"]
+        self._healthy = state_dict["healthy"]
         for action, state in zip(self._rollbacks, state_dict["rollbacks"], strict=False):
             action.load_state_dict(state)
 
@@ -198,10 +200,9 @@ class CollapseGuard(Callback):
             if rule.waits and not self._is_complete(rule, layer):
                 continue
             severity = rule.severity(layers[layer], beginnings[layer])
-            self._healthy[f"{rule.kind}/{layer}"] = severity < HEALTHY and not self._standing.get(
-                f"{rule.kind}/{layer}"
-            )
             since = self._since(rule.kind, layer, severity, step)
+            key = f"{rule.kind}/{layer}"
+            self._healthy[key] = severity < HEALTHY and not self._standing.get(key, False)
             if since is not None:
                 where = rule.culprit(layers, beginnings) if layer == ALL else layer
                 evidence = rule.evidence(layers[layer], beginnings[layer])

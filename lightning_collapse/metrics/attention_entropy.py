@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_collapse.functional.attention_entropy import check_attention, normalize
 from lightning_collapse.functional.attention_rows import entropies_of_call, rows_of_call
+from lightning_collapse.metrics.sums import SumsMetric
 from lightning_collapse.utilities.attention_calls import AttentionCall, sample
 
 
-class AttentionEntropy(Metric):
+class AttentionEntropy(SumsMetric):
     r"""Normalized entropy of attention weights of every query seen since the last reset, per head.
 
     Sums, a minimum and a histogram: memory does not grow, uneven batches weigh right, and ``compute`` gives every
