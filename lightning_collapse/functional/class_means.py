@@ -56,9 +56,10 @@ def centered_means(means: Tensor, counts: Tensor | None, global_mean: Tensor | N
     rows, present, classes = present_rows(means, counts)
     center = rows.sum(dim=0) / classes if global_mean is None else global_mean.to(rows)
     resolution = 16 * torch.finfo(means.dtype).eps * torch.linalg.vector_norm(rows, dim=1).amax()
-    rows = torch.where(present.unsqueeze(1), rows - center, 0.0)
+    rows = rows - center
+    # not "is greater", which would take NaN for the center
     at_center = torch.linalg.vector_norm(rows, dim=1) <= resolution
-    return CenteredMeans(rows.masked_fill(at_center.unsqueeze(1), 0.0), present, classes)
+    return CenteredMeans(torch.where((present & ~at_center).unsqueeze(1), rows, 0.0), present, classes)
 
 
 def unit(rows: Tensor) -> Tensor:

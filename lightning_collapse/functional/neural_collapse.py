@@ -71,7 +71,9 @@ def nc1(
         between = rows.square().sum() / classes
         return torch.where(between > 0, trace / between, nan)
     value, _ = within_over_between(means, within, counts, global_mean)
-    return value / centered_means(means, counts).classes if per_class else value
+    if not per_class:
+        return value
+    return value / (len(means) if counts is None else (counts > 0).sum())
 
 
 @in_input_precision

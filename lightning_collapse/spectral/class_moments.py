@@ -125,7 +125,8 @@ class ClassMoments:
         labels = labels.long()
         ignored = labels == self.ignore_index
         named = ~ignored & (labels >= 0) & (labels < len(self.count))
-        features, considered, weight = finite_rows(features.to(self.shift.dtype), named)
+        features, considered, weight = finite_rows(features, named)
+        features, weight = features.to(self.shift.dtype), weight.to(self.shift.dtype)
         self.ignored += ignored.sum()
         self.invalid += len(labels) - ignored.sum() - considered
         self.nonfinite += considered - weight.sum()
@@ -135,9 +136,9 @@ class ClassMoments:
         unseen = torch.where(self.count > 0, 0.0, 1 / here.clamp_min(1))
         self.shift.index_add_(0, labels, features * unseen[labels].unsqueeze(1))
         self.count += here
-        anchored = (features - self.shift[labels]) * weight.unsqueeze(1)
+        anchored = features.sub_(self.shift[labels]).mul_(weight.unsqueeze(1))  # `finite_rows` made a copy
         self.total.index_add_(0, labels, anchored)
-        self.square.index_add_(0, labels, anchored.square().sum(dim=1))
+        self.square.index_add_(0, labels, torch.linalg.vector_norm(anchored, dim=1).square())
         if len(self.second):
             self.second.addmm_(anchored.T, anchored)
 
