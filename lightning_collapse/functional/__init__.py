@@ -1,11 +1,21 @@
 """Pure functions: tensors in, tensors out."""
 
 from lightning_collapse.functional.attention_entropy import HeadEntropy, attention_entropy, entropy_bound
+from lightning_collapse.functional.cdnv import Cdnv, cdnv
 from lightning_collapse.functional.evenness import eigenvalue_quartile_ratio, quartile_ratio, svd_entropy
 from lightning_collapse.functional.geometry_phase import Phase, PhaseTracker
 from lightning_collapse.functional.gradient_noise import GradientNoise, gradient_coherence, gradient_noise_scale
+from lightning_collapse.functional.hyperspherical import LogKernel, gnc2
 from lightning_collapse.functional.marchenko_pastur import MarchenkoPasturFit, marchenko_pastur_fit
+from lightning_collapse.functional.nearest_center import nc4, nc5, nearest_class_center, neco_score
+from lightning_collapse.functional.neural_collapse import between_rank, nc1, nc1_null
 from lightning_collapse.functional.null import expected_under_isotropy
+from lightning_collapse.functional.orthogonal_frame import (
+    OrthogonalFrame,
+    gof_error,
+    norm_count_slope,
+    orthogonal_frame,
+)
 from lightning_collapse.functional.power_law import PowerLaw, power_law_alpha, power_law_null
 from lightning_collapse.functional.pq_index import pq_index
 from lightning_collapse.functional.rank import (
@@ -28,6 +38,8 @@ from lightning_collapse.functional.rows import (
     relative_spread,
     uniformity,
 )
+from lightning_collapse.functional.self_duality import bias_collapse, nc3, unc3
+from lightning_collapse.functional.simplex import etf_error, etf_error_floor, nc2_equiangular, nc2_equinorm
 from lightning_collapse.functional.spectral_alignment import (
     expected_majority_fraction,
     majority_fraction,
@@ -42,11 +54,15 @@ from lightning_collapse.functional.spectrum_shape import (
     isotropy,
     top_k_share,
 )
+from lightning_collapse.functional.vci import vci
 
 __all__ = [
+    "Cdnv",
     "GradientNoise",
     "HeadEntropy",
+    "LogKernel",
     "MarchenkoPasturFit",
+    "OrthogonalFrame",
     "Phase",
     "PhaseTracker",
     "PowerLaw",
@@ -54,16 +70,23 @@ __all__ = [
     "alpha_req",
     "alpha_req_fit",
     "attention_entropy",
+    "between_rank",
+    "bias_collapse",
+    "cdnv",
     "condition_number",
     "dead_dimensions",
     "effective_rank",
     "eigenvalue_effective_rank",
     "eigenvalue_quartile_ratio",
     "entropy_bound",
+    "etf_error",
+    "etf_error_floor",
     "expected_majority_fraction",
     "expected_under_isotropy",
     "feature_std",
     "feature_std_floor",
+    "gnc2",
+    "gof_error",
     "gradient_coherence",
     "gradient_noise_scale",
     "isotropy",
@@ -71,8 +94,19 @@ __all__ = [
     "marchenko_pastur_fit",
     "mean_cosine",
     "mean_energy_share",
+    "nc1",
+    "nc1_null",
+    "nc2_equiangular",
+    "nc2_equinorm",
+    "nc3",
+    "nc4",
+    "nc5",
+    "nearest_class_center",
+    "neco_score",
     "nesum",
+    "norm_count_slope",
     "numerical_rank",
+    "orthogonal_frame",
     "participation_ratio",
     "power_law_alpha",
     "power_law_null",
@@ -87,5 +121,7 @@ __all__ = [
     "svd_entropy",
     "top_k_share",
     "unbiased_participation_ratio",
+    "unc3",
     "uniformity",
+    "vci",
 ]

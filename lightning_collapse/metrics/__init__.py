@@ -1,6 +1,8 @@
 """``torchmetrics.Metric`` forms: streaming sufficient statistics in, a measure out."""
 
 from lightning_collapse.metrics.attention_entropy import AttentionEntropy
+from lightning_collapse.metrics.nearest_center import NearestClassCenterAgreement
+from lightning_collapse.metrics.neural_collapse import NeuralCollapse
 from lightning_collapse.metrics.rank import (
     AlphaReQ,
     ConditionNumber,
@@ -27,6 +29,8 @@ __all__ = [
     "EigenvalueEffectiveRank",
     "Isotropy",
     "NESum",
+    "NearestClassCenterAgreement",
+    "NeuralCollapse",
     "NumericalRank",
     "ParticipationRatio",
     "RankMe",

@@ -1,6 +1,7 @@
 """Linear algebra that is safe under any precision plugin and on any numbers."""
 
-from lightning_collapse.spectral.eigenvalues import eigenvalues
+from lightning_collapse.spectral.class_moments import ClassMoments
+from lightning_collapse.spectral.eigenvalues import eigenvalues, eigenvectors
 from lightning_collapse.spectral.matrices import matrix_spectra
 from lightning_collapse.spectral.moments import Moments, reduce_moments
 from lightning_collapse.spectral.power_iteration import PowerIteration, TopSingularPair, top_singular_pair
@@ -9,12 +10,14 @@ from lightning_collapse.spectral.sketch import GaussianSketch
 from lightning_collapse.spectral.spectrum import Spectrum, singular_values, spectrum_of
 
 __all__ = [
+    "ClassMoments",
     "GaussianSketch",
     "Moments",
     "PowerIteration",
     "Spectrum",
     "TopSingularPair",
     "eigenvalues",
+    "eigenvectors",
     "full_precision",
     "matrix_spectra",
     "reduce_moments",

@@ -29,6 +29,26 @@ def eigenvalues(gram: Tensor) -> Tensor:
     return torch.where(finite[..., None], values.flip(-1).clamp_min(0), torch.nan)
 
 
+def eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending and not negative, and eigenvectors of one symmetric positive semi-definite matrix.
+
+    NaN instead of an error, as in :func:`eigenvalues`. Waits for the device.
+
+    Args:
+        gram: Shape ``(K, K)``, ``float32`` or ``float64``.
+
+    Returns:
+        Eigenvalues ``(K,)`` and, in the columns of ``(K, K)``, orthonormal eigenvectors.
+    """
+    finite = gram.sum().isfinite()
+    safe = torch.where(finite, gram, 0.0)
+    try:
+        values, vectors = torch.linalg.eigh(safe)
+    except torch.linalg.LinAlgError:
+        values, vectors = (part.to(gram) for part in _second_pair(safe))
+    return torch.where(finite, values.flip(-1).clamp_min(0), torch.nan), vectors.flip(-1)
+
+
 def safe_sqrt(values: Tensor) -> Tensor:
     """Square root whose gradient at zero is zero instead of infinite."""
     positive = values > 0
@@ -36,12 +56,24 @@ def safe_sqrt(values: Tensor) -> Tensor:
 
 
 def _second_try(matrix: Tensor) -> Tensor:
-    """On the host in double precision; a little of the trace on the diagonal separates what made the solver fail."""
-    size = len(matrix)
-    jitter = 1e-14 * matrix.trace().abs().cpu().double() / max(size, 1)
     try:
-        values = torch.linalg.eigvalsh(matrix.cpu().double() + jitter * torch.eye(size, dtype=torch.float64))
+        values = torch.linalg.eigvalsh(_jittered(matrix))
     except torch.linalg.LinAlgError:
-        values = torch.full((size,), torch.nan, dtype=torch.float64)
+        values = torch.full((len(matrix),), torch.nan, dtype=torch.float64)
     on_device: Tensor = values.to(matrix)
     return on_device
+
+
+def _second_pair(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        values, vectors = torch.linalg.eigh(_jittered(matrix))
+    except torch.linalg.LinAlgError:
+        values = torch.full((len(matrix),), torch.nan, dtype=torch.float64)
+        vectors = torch.eye(len(matrix), dtype=torch.float64)
+    return values, vectors
+
+
+def _jittered(matrix: Tensor) -> Tensor:
+    """On the host in double precision; a little of the trace on the diagonal separates what made the solver fail."""
+    jitter = 1e-14 * matrix.trace().abs().cpu().double() / max(len(matrix), 1)
+    return matrix.cpu().double() + jitter * torch.eye(len(matrix), dtype=torch.float64)

@@ -1,0 +1,94 @@
+"""What the measures of neural collapse share: class means about their center, missing classes, tiles of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from inspect import signature
+from typing import NamedTuple, ParamSpec, cast
+
+import torch
+from torch import Tensor
+
+from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
+
+P = ParamSpec("P")
+
+
+class CenteredMeans(NamedTuple):
+    """Class means less a center, or as they are.
+
+    Attributes:
+        rows: Shape ``(C, D)``; zero for a missing class.
+        present: Which classes are there, boolean ``(C,)``.
+        classes: How many, 0-dimensional, in the dtype of the rows.
+    """
+
+    rows: Tensor
+    present: Tensor
+    classes: Tensor
+
+
+def present_rows(means: Tensor, counts: Tensor | None) -> CenteredMeans:
+    """Class means as they are, in the precision sums are kept in, zero where a class is missing.
+
+    Args:
+        means: Shape ``(C, D)``.
+        counts: Rows of each class, shape ``(C,)``; a class without rows is missing. All are there if ``None``.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    if means.ndim != 2 or (counts is not None and counts.shape != means.shape[:1]):
+        shape = None if counts is None else tuple(counts.shape)
+        raise ValueError(f"`means` must have shape (C, D) and `counts` (C,), got {tuple(means.shape)} and {shape}.")
+    present = torch.ones_like(means[:, 0], dtype=torch.bool) if counts is None else counts > 0
+    rows = means.to(accumulation_dtype(means.device))
+    rows = torch.where(present.unsqueeze(1), rows, 0.0)
+    return CenteredMeans(rows, present, present.sum().to(rows.dtype))
+
+
+def centered_means(means: Tensor, counts: Tensor | None, global_mean: Tensor | None = None) -> CenteredMeans:
+    """:func:`present_rows` about ``global_mean`` ``(D,)``, by default the mean of the means that are there.
+
+    A mean that differs from the center by no more than the rounding of the means is at the center.
+    """
+    rows, present, classes = present_rows(means, counts)
+    center = rows.sum(dim=0) / classes if global_mean is None else global_mean.to(rows)
+    resolution = 16 * torch.finfo(means.dtype).eps * torch.linalg.vector_norm(rows, dim=1).amax()
+    rows = rows - center
+    # not "is greater", which would take NaN for the center
+    at_center = torch.linalg.vector_norm(rows, dim=1) <= resolution
+    return CenteredMeans(torch.where((present & ~at_center).unsqueeze(1), rows, 0.0), present, classes)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows ``(..., D)`` on the unit sphere; NaN where there is no direction."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / norms
+
+
+def pair_tiles(present: Tensor, tile: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """All pairs of different present classes, each once, as blocks of at most ``tile`` by ``tile``.
+
+    Yields:
+        Rows and columns of the block, and which of its elements are such a pair, boolean.
+    """
+    index = torch.arange(len(present), device=present.device)
+    for i in range(0, len(present), tile):
+        for j in range(i, len(present), tile):
+            a, b = slice(i, i + tile), slice(j, j + tile)
+            yield a, b, present[a].unsqueeze(1) & present[b] & (index[a].unsqueeze(1) < index[b])
+
+
+def in_input_precision(fn: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Autocast off, and the result in the dtype of the function's first argument, at least ``float32``."""
+    computed = full_precision(fn)
+    name = next(iter(signature(fn).parameters))
+
+    @wraps(fn)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        first = cast(Tensor, args[0] if args else kwargs[name])
+        return computed(*args, **kwargs).to(torch.promote_types(first.dtype, torch.float32))
+
+    return wrapper

@@ -1,0 +1,161 @@
+"""Streaming neural collapse: class statistics in, the published measures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_collapse.functional.cdnv import cdnv
+from lightning_collapse.functional.neural_collapse import within_over_between
+from lightning_collapse.functional.self_duality import bias_collapse, nc3
+from lightning_collapse.functional.simplex import etf_error, nc2_equiangular, nc2_equinorm
+from lightning_collapse.functional.vci import vci
+from lightning_collapse.metrics.sums import SumsMetric
+from lightning_collapse.spectral.class_moments import CLASS_STATES, ClassMoments
+
+
+class NeuralCollapse(SumsMetric):
+    r"""Neural collapse of all features seen since the last reset, from one pass.
+
+    Keeps :class:`~lightning_collapse.spectral.ClassMoments`: memory is ``O(num_classes * dim + dim ** 2)`` however many
+    samples arrive, and ``compute`` gives every process the measures of the rows of all of them, by all-reduces of the
+    statistics; a class may be missing on any process, or on all. Rows with NaN or infinity and rows whose label names
+    no class are left out and counted. Feed it features in eval mode, of clean, unmixed data.
+
+    As input to ``update``:
+
+    - ``features`` (:class:`~torch.Tensor`): What the classifier multiplies, shape ``(N, dim)``, any floating dtype.
+    - ``labels`` (:class:`~torch.Tensor`): Classes, shape ``(N,)``, integers; ``ignore_index`` is skipped.
+
+    As input to ``compute``:
+
+    - ``weight`` (:class:`~torch.Tensor`, optional): Of the classifier, shape ``(num_classes, dim)``.
+    - ``bias`` (:class:`~torch.Tensor`, optional): Of the classifier, shape ``(num_classes,)``.
+
+    As output of ``compute`` a dictionary of scalars, ``float64``, NaN where undefined:
+
+    - ``nc1``: :func:`~lightning_collapse.functional.nc1`, falls to 0.
+    - ``nc2_equinorm``, ``nc2_equiangular``, ``nc2_etf``: :func:`~lightning_collapse.functional.nc2_equinorm`,
+      :func:`~lightning_collapse.functional.nc2_equiangular` and :func:`~lightning_collapse.functional.etf_error` of the
+      class means, fall to 0.
+    - ``nc3``: :func:`~lightning_collapse.functional.nc3`, falls to 0; NaN without ``weight``.
+    - ``bias_collapse``: :func:`~lightning_collapse.functional.bias_collapse`, falls to 0; NaN without ``weight``.
+    - ``cdnv``, ``cdnv_median``: :func:`~lightning_collapse.functional.cdnv`, fall to 0.
+    - ``vci``: :func:`~lightning_collapse.functional.vci`, falls to 0; also for ``n <= dim + 1`` rows whatever they are.
+    - ``n``, ``classes``, ``missing``: Rows counted, classes with rows, classes without.
+    - ``rank``: Rank of the between-class covariance that ``nc1`` inverts, at most ``classes - 1``.
+
+    Args:
+        num_classes: Number of classes ``C``, at least 2.
+        dim: Number of features ``D``.
+        ignore_index: Label of rows to skip.
+        dtype: What the sums are kept in; choose ``torch.float32`` on a device that has no ``float64``.
+        kwargs: Passed to :class:`torchmetrics.Metric`; what ``compute`` returns is not cached by default, since it
+            depends on the weight.
+
+    Raises:
+        ValueError: If an argument is out of range; in ``update``, if a shape does not fit or labels are not integers.
+            Labels out of range do not raise, which would wait for the device: they are counted in ``invalid``.
+
+    Example:
+        >>> metric = NeuralCollapse(num_classes=2, dim=2)
+        >>> features = torch.tensor([[1.0, 0.5], [1.0, -0.5], [-1.0, 0.5], [-1.0, -0.5]])
+        >>> metric.update(features, torch.tensor([0, 0, 1, 1]))
+        >>> measures = metric.compute(weight=torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+        >>> {name: round(measures[name].item(), 3) for name in ("nc1", "nc3", "cdnv", "rank")}
+        {'nc1': 0.0, 'nc3': 0.0, 'cdnv': 0.062, 'rank': 1.0}
+    """
+
+    is_differentiable = False
+    higher_is_better: bool | None = None
+    # two streams merge by more than a sum per state, so `forward` updates twice instead of merging
+    full_state_update = True
+
+    ignored: Tensor
+    invalid: Tensor
+    nonfinite: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        ignore_index: int = -100,
+        dtype: torch.dtype = torch.float64,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("compute_with_cache", False)
+        super().__init__(**kwargs)
+        if num_classes < 2:
+            raise ValueError(f"`num_classes` must be at least 2, got {num_classes}.")
+        if dim < 1:
+            raise ValueError(f"`dim` is the number of features and must be positive, got {dim}.")
+        self.num_classes = num_classes
+        self.dim = dim
+        self.ignore_index = ignore_index
+        for name, state in ClassMoments(num_classes, dim, dtype=dtype).states().items():
+            self.add_state(name, state, dist_reduce_fx=None)
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add rows of shape ``(N, dim)`` and their classes ``(N,)``."""
+        self.moments().update(features, labels)
+
+    def compute(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
+        """All measures of everything seen so far; those of the classifier if its weight is given."""
+        return measures(self.moments(), weight, bias)
+
+    def moments(self) -> ClassMoments:
+        """The accumulated statistics; an update of them is one of the metric."""
+        return ClassMoments.from_states({name: getattr(self, name) for name in CLASS_STATES}, self.ignore_index)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add what another metric of this class has seen, exactly."""
+        if isinstance(incoming_state, Metric):
+            incoming_state = {name: getattr(incoming_state, name, None) for name in CLASS_STATES}
+        shift = incoming_state.get("shift") if isinstance(incoming_state, dict) else None
+        if shift is None or shift.shape != (self.num_classes, self.dim) or not set(CLASS_STATES) <= set(incoming_state):
+            raise ValueError(
+                f"`incoming_state` must be a `NeuralCollapse` metric, or its states, of"
+                f" `num_classes={self.num_classes}` and `dim={self.dim}`, got {type(incoming_state).__name__}."
+            )
+        self._set(self.moments().merge(ClassMoments.from_states(incoming_state)))
+        self._computed = None
+        self._update_count += 1
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any | None = None) -> None:
+        # the states are sums about anchors that differ between processes: reducing each by itself would be wrong
+        self._set(self.moments().reduce(process_group or self.process_group))
+
+    def _set(self, moments: ClassMoments) -> None:
+        for name, state in moments.states().items():
+            setattr(self, name, state)
+
+
+def measures(moments: ClassMoments, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
+    """What :class:`NeuralCollapse` computes, from statistics with scatter."""
+    means, count, n = moments.means, moments.count, moments.count.sum()
+    present = (count > 0).sum().to(n)
+    within = moments.within_scatter / n
+    trace, rank = within_over_between(means, within, count)
+    pairs = cdnv(means, moments.within_traces / count.clamp_min(1), count)
+    undefined = torch.full_like(n, nan)
+    center = moments.global_mean()
+    return {
+        "nc1": trace / present,
+        "nc2_equinorm": nc2_equinorm(means, count),
+        "nc2_equiangular": nc2_equiangular(means, count),
+        "nc2_etf": etf_error(means, count),
+        "nc3": undefined if weight is None else nc3(means, weight, count),
+        "bias_collapse": undefined if weight is None else bias_collapse(weight.to(center), bias, center),
+        "cdnv": pairs.mean,
+        "cdnv_median": pairs.median,
+        "vci": vci(means, within, count),
+        "n": n,
+        "classes": present,
+        "missing": len(count) - present,
+        "rank": rank,
+    }
