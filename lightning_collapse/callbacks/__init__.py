@@ -6,6 +6,7 @@ from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.monitor import Monitor
+from lightning_collapse.callbacks.neural_collapse_monitor import NeuralCollapseMonitor
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.callbacks.rollback import Rollback
 from lightning_collapse.callbacks.spectral_alignment_monitor import SpectralAlignmentMonitor
@@ -18,6 +19,7 @@ __all__ = [
     "GeometryPhaseMonitor",
     "GradientMonitor",
     "Monitor",
+    "NeuralCollapseMonitor",
     "Regularizer",
     "Rollback",
     "SpectralAlignmentMonitor",
