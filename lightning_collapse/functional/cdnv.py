@@ -21,8 +21,9 @@ class Cdnv(NamedTuple):
         mean: Mean over resolved pairs; dominated by the closest ones.
         median: Lower median over all pairs, unresolved ones as infinity.
         mean_log: Mean of the natural logarithm over resolved pairs (not the logarithm of the mean).
-        pairs: Number of pairs.
-        unresolved: Pairs whose means cannot be told apart from one another, left out of the means.
+        pairs: Number of pairs, ``int64``.
+        unresolved: Pairs whose means cannot be told apart from one another, left out of the means,
+            ``int64``.
     """
 
     mean: Tensor
@@ -83,12 +84,14 @@ def cdnv(
         n = counts.to(rows)
         variances = variances * n / (n - 1).clamp_min(1)
         noise = variances / n.clamp_min(1)
-    return Cdnv(*(part.to(dtype) for part in _over_pairs(rows, variances, noise, present, tile)))
+    mean, median, mean_log, pairs, unresolved = _over_pairs(rows, variances, noise, present, tile)
+    return Cdnv(mean.to(dtype), median.to(dtype), mean_log.to(dtype), pairs, unresolved)
 
 
 def _over_pairs(rows: Tensor, variances: Tensor, noise: Tensor, present: Tensor, tile: int) -> tuple[Tensor, ...]:
     square = rows.square().sum(dim=1)
-    total, total_log, pairs, unresolved = rows.new_zeros(4).unbind()
+    total, total_log = rows.new_zeros(2).unbind()
+    pairs, unresolved = torch.zeros(2, dtype=torch.int64, device=rows.device).unbind()
     several = len(rows) > tile
     histogram = torch.zeros(1 << (31 - SHIFT), dtype=torch.int64, device=rows.device) if several else None
     median = rows.new_full((), nan)

@@ -44,7 +44,8 @@ def present_rows(means: Tensor, counts: Tensor | None) -> CenteredMeans:
         raise ValueError(f"`means` must have shape (C, D) and `counts` (C,), got {tuple(means.shape)} and {shape}.")
     present = torch.ones_like(means[:, 0], dtype=torch.bool) if counts is None else counts > 0
     rows = means.to(accumulation_dtype(means.device))
-    rows = torch.where(present.unsqueeze(1), rows, 0.0)
+    if counts is not None:
+        rows = torch.where(present.unsqueeze(1), rows, 0.0)
     return CenteredMeans(rows, present, present.sum().to(rows.dtype))
 
 
@@ -55,11 +56,11 @@ def centered_means(means: Tensor, counts: Tensor | None, global_mean: Tensor | N
     """
     rows, present, classes = present_rows(means, counts)
     center = rows.sum(dim=0) / classes if global_mean is None else global_mean.to(rows)
-    resolution = 16 * torch.finfo(means.dtype).eps * torch.linalg.vector_norm(rows, dim=1).amax()
+    resolution = 16 * torch.finfo(means.dtype).eps * torch.linalg.vector_norm(rows.detach(), dim=1).amax()
     rows = rows - center
     # not "is greater", which would take NaN for the center
-    at_center = torch.linalg.vector_norm(rows, dim=1) <= resolution
-    return CenteredMeans(torch.where((present & ~at_center).unsqueeze(1), rows, 0.0), present, classes)
+    at_center = torch.linalg.vector_norm(rows.detach(), dim=1) <= resolution
+    return CenteredMeans(rows.mul_((present & ~at_center).unsqueeze(1)), present, classes)
 
 
 def unit(rows: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_collapse.functional.class_means import centered_means, in_input_precision, unit
 from lightning_collapse.functional.simplex import frame_distance
-from lightning_collapse.spectral.eigenvalues import safe_sqrt
 
 
 @in_input_precision
@@ -57,8 +56,8 @@ def nc3(
     if method == "simplex":
         return frame_distance(weight, rows, present)
     difference = weight / torch.linalg.matrix_norm(weight) - rows / torch.linalg.matrix_norm(rows)
-    squared = difference.square().sum()
-    return squared if method == "squared" else safe_sqrt(squared)
+    distance: Tensor = torch.linalg.matrix_norm(difference)
+    return distance.square() if method == "squared" else distance
 
 
 @in_input_precision

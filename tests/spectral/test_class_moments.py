@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from lightning_collapse.spectral import ClassMoments
 
@@ -190,6 +192,18 @@ def test_no_graph_is_kept() -> None:
     features, labels = labelled()
     moments = fed((features.requires_grad_(), labels))
     assert not any(state.requires_grad for state in moments.states().values())
+
+
+def test_nothing_waits_for_the_device() -> None:
+    # fake tensors have no values: whoever asks for one raises
+    with FakeTensorMode():
+        moments = ClassMoments(C, D)
+        moments.update(torch.randn(9, D), torch.randint(C, (9,)))
+        reduced = moments.merge(moments).grow(C + 2).reduce()
+        assert reduced.means.shape == (C + 2, D)
+        assert reduced.within_scatter.shape == (D, D)
+        with pytest.raises(DataDependentOutputException):
+            bool(reduced.count.sum() > 0)
 
 
 def test_bad_arguments() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_collapse.spectral import eigenvalues
+from lightning_collapse.spectral import eigenvalues, eigenvectors
 from lightning_collapse.spectral.eigenvalues import safe_sqrt
 
 SOLVE = torch.linalg.eigvalsh
@@ -115,3 +115,38 @@ def test_safe_sqrt() -> None:
     assert root[3].isnan()
     root[:3].sum().backward()
     assert values.grad.tolist() == [0.25, 0.0, 0.0, 0.0]
+
+
+def test_eigenvectors_are_descending_and_diagonalize() -> None:
+    x = torch.randn(7, 3, dtype=torch.float64)
+    gram = x @ x.T
+    values, vectors = eigenvectors(gram)
+    torch.testing.assert_close(values, eigenvalues(gram))
+    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, gram)
+    assert (values.diff() <= 0).all()
+
+
+def test_eigenvectors_of_bad_numbers_are_nan_and_no_error() -> None:
+    for bad in (torch.nan, torch.inf):
+        values, vectors = eigenvectors(torch.full((3, 3), bad))
+        assert values.isnan().all()
+        assert vectors.isfinite().all()
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_eigenvectors_where_the_solver_fails(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    eigh, calls = torch.linalg.eigh, []
+
+    def failing(matrix: torch.Tensor) -> object:
+        calls.append(matrix)
+        if len(calls) <= failures:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    values, vectors = eigenvectors(torch.diag(torch.tensor([1.0, 3.0])))
+    assert values.dtype == vectors.dtype == torch.float32
+    if failures == 1:
+        torch.testing.assert_close(values, torch.tensor([3.0, 1.0]))
+    else:
+        assert values.isnan().all()
