@@ -68,7 +68,7 @@ class NeuralCollapseMonitor(Monitor):
             the second of a pair, or what a mapping holds under ``label``, ``labels``, ``target``, ``targets`` or ``y``.
             The label -100 is skipped; so are soft labels, with a warning.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
-        rows: Rows of a point, on each process; ``None`` for four per feature or sixteen per class.
+        rows: Rows of a point, on each process; ``None`` for two per feature or sixteen per class.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, if there is no
@@ -220,7 +220,7 @@ class NeuralCollapseMonitor(Monitor):
     @property
     def _wanted(self) -> int:
         classes, dim = self._shape
-        return self.rows or max(4 * dim, 16 * classes)
+        return self.rows or max(2 * dim, 16 * classes)
 
     def _between(self, trainer: Trainer) -> int:
         return (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
