@@ -5,8 +5,10 @@ from lightning_collapse.callbacks.collapse_guard import CollapseGuard, Verdict
 from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.gradient_monitor import GradientMonitor
+from lightning_collapse.callbacks.intrinsic_dimension_monitor import IntrinsicDimensionMonitor
 from lightning_collapse.callbacks.monitor import Monitor
 from lightning_collapse.callbacks.neural_collapse_monitor import NeuralCollapseMonitor
+from lightning_collapse.callbacks.regression_collapse_monitor import RegressionCollapseMonitor
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.callbacks.rollback import Rollback
 from lightning_collapse.callbacks.spectral_alignment_monitor import SpectralAlignmentMonitor
@@ -18,8 +20,10 @@ __all__ = [
     "CollapseMonitor",
     "GeometryPhaseMonitor",
     "GradientMonitor",
+    "IntrinsicDimensionMonitor",
     "Monitor",
     "NeuralCollapseMonitor",
+    "RegressionCollapseMonitor",
     "Regularizer",
     "Rollback",
     "SpectralAlignmentMonitor",

@@ -15,13 +15,13 @@ from typing_extensions import override
 from lightning_collapse.callbacks.monitor import Monitor
 from lightning_collapse.metrics.neural_collapse import measures
 from lightning_collapse.spectral.class_moments import ClassMoments
-from lightning_collapse.utilities.batch import labels_of
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.features import evenly, padding_mask
 from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import register_curve
 from lightning_collapse.utilities.taps import Heard, RowTaps
+from lightning_collapse.utilities.targets import targets_of
 
 FAMILY = "neural_collapse"
 MAX_DIM = 4096
@@ -227,7 +227,7 @@ class NeuralCollapseMonitor(Monitor):
 
     def _labels_of(self, batch: Any) -> Tensor | None:
         try:
-            labels = labels_of(batch) if self.labels is None else self.labels(batch)
+            labels = targets_of(batch) if self.labels is None else self.labels(batch)
         except Exception as error:  # of the user's function: what is only watched goes on
             self.warn_once(f"`labels` failed: {type(error).__name__}: {error}")
             return None

@@ -6,6 +6,12 @@ from lightning_collapse.functional.evenness import eigenvalue_quartile_ratio, qu
 from lightning_collapse.functional.geometry_phase import Phase, PhaseTracker
 from lightning_collapse.functional.gradient_noise import GradientNoise, gradient_coherence, gradient_noise_scale
 from lightning_collapse.functional.hyperspherical import LogKernel, gnc2
+from lightning_collapse.functional.intrinsic_dimension import (
+    LocalIntrinsicDimension,
+    TwoNN,
+    local_intrinsic_dimension,
+    two_nn,
+)
 from lightning_collapse.functional.marchenko_pastur import MarchenkoPasturFit, marchenko_pastur_fit
 from lightning_collapse.functional.nearest_center import nc4, nc5, nearest_class_center, neco_score
 from lightning_collapse.functional.neural_collapse import between_rank, nc1, nc1_null
@@ -28,6 +34,14 @@ from lightning_collapse.functional.rank import (
     srank,
     stable_rank,
     unbiased_participation_ratio,
+)
+from lightning_collapse.functional.regression_collapse import (
+    RegressionCollapseReading,
+    nrc1,
+    nrc2,
+    nrc3,
+    nrc3_gamma,
+    regression_collapse,
 )
 from lightning_collapse.functional.rows import (
     alignment,
@@ -60,12 +74,15 @@ __all__ = [
     "Cdnv",
     "GradientNoise",
     "HeadEntropy",
+    "LocalIntrinsicDimension",
     "LogKernel",
     "MarchenkoPasturFit",
     "OrthogonalFrame",
     "Phase",
     "PhaseTracker",
     "PowerLaw",
+    "RegressionCollapseReading",
+    "TwoNN",
     "alignment",
     "alpha_req",
     "alpha_req_fit",
@@ -90,6 +107,7 @@ __all__ = [
     "gradient_coherence",
     "gradient_noise_scale",
     "isotropy",
+    "local_intrinsic_dimension",
     "majority_fraction",
     "marchenko_pastur_fit",
     "mean_cosine",
@@ -105,6 +123,10 @@ __all__ = [
     "neco_score",
     "nesum",
     "norm_count_slope",
+    "nrc1",
+    "nrc2",
+    "nrc3",
+    "nrc3_gamma",
     "numerical_rank",
     "orthogonal_frame",
     "participation_ratio",
@@ -113,6 +135,7 @@ __all__ = [
     "pq_index",
     "quartile_ratio",
     "rankme",
+    "regression_collapse",
     "relative_spread",
     "sign_diversity",
     "spectral_alignment",
@@ -120,6 +143,7 @@ __all__ = [
     "stable_rank",
     "svd_entropy",
     "top_k_share",
+    "two_nn",
     "unbiased_participation_ratio",
     "unc3",
     "uniformity",

@@ -1,6 +1,7 @@
 """``torchmetrics.Metric`` forms: streaming sufficient statistics in, a measure out."""
 
 from lightning_collapse.metrics.attention_entropy import AttentionEntropy
+from lightning_collapse.metrics.intrinsic_dimension import IntrinsicDimension
 from lightning_collapse.metrics.nearest_center import NearestClassCenterAgreement
 from lightning_collapse.metrics.neural_collapse import NeuralCollapse
 from lightning_collapse.metrics.rank import (
@@ -18,6 +19,7 @@ from lightning_collapse.metrics.rank import (
     StableRank,
     UnbiasedParticipationRatio,
 )
+from lightning_collapse.metrics.regression_collapse import RegressionCollapse
 from lightning_collapse.metrics.spectral_alignment import SpectralAlignment
 from lightning_collapse.metrics.spectrum import Spectrum
 
@@ -27,6 +29,7 @@ __all__ = [
     "ConditionNumber",
     "EffectiveRank",
     "EigenvalueEffectiveRank",
+    "IntrinsicDimension",
     "Isotropy",
     "NESum",
     "NearestClassCenterAgreement",
@@ -34,6 +37,7 @@ __all__ = [
     "NumericalRank",
     "ParticipationRatio",
     "RankMe",
+    "RegressionCollapse",
     "SRank",
     "SpectralAlignment",
     "SpectralMetric",

@@ -4,6 +4,7 @@ from lightning_collapse.rules.attention import AttentionEntropyCollapse, Attenti
 from lightning_collapse.rules.base import ALL, HEALTHY, RULES, Rule, register_rule
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
 from lightning_collapse.rules.explosion import LossExplosion
+from lightning_collapse.rules.regression import RegressionOverCompression
 
 __all__ = [
     "ALL",
@@ -14,6 +15,7 @@ __all__ = [
     "CompleteCollapse",
     "DimensionalCollapse",
     "LossExplosion",
+    "RegressionOverCompression",
     "Rule",
     "register_rule",
 ]

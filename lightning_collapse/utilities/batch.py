@@ -38,19 +38,3 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         for value in batch:
             yield from _tensors(value)
-
-
-LABELS = ("label", "labels", "target", "targets", "y")
-"""Keys under which a mapping is searched for labels, in this order."""
-
-
-def labels_of(batch: Any) -> Any:
-    """Labels of a batch: the second of a pair, or what a mapping holds under one of :data:`LABELS`; else ``None``.
-
-    Example:
-        >>> labels_of(("features", "classes")), labels_of({"x": 0, "label": 1})
-        ('classes', 1)
-    """
-    if isinstance(batch, Mapping):
-        return next((batch[key] for key in LABELS if key in batch), None)
-    return batch[1] if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 1 else None

@@ -70,8 +70,10 @@ def test_the_battery_knows_every_metric() -> None:
     # they read more than rows of features
     others = {
         "AttentionEntropy",
+        "IntrinsicDimension",
         "NearestClassCenterAgreement",
         "NeuralCollapse",
+        "RegressionCollapse",
         "SpectralAlignment",
         "SpectralMetric",
     }

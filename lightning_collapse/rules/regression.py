@@ -1,0 +1,40 @@
+"""Features of a regression head that have become poorer than the targets."""
+
+from collections.abc import Mapping
+from math import log, sqrt
+
+from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.utilities.points import Point
+
+
+@register_rule
+class RegressionOverCompression(Rule):
+    """The features of a regression head have a lower intrinsic dimension than the targets they are to predict.
+
+    That such models generalize worse, and those with more dimensions than the targets do not, is the finding of a study
+    of which we could read the abstract only (2025, arXiv 2510.01105). How much lower is ours: three standard errors of
+    both estimates together, but a tenth at least, since both are too low by some percent near the boundary of the data.
+    Neural collapse as such, which leaves as many dimensions as there are targets, is no failure here.
+    """
+
+    kind = "regression_over_compression"
+    family = "regression_collapse"
+    measures = ("intrinsic_dimension", "target_dimension")
+    errors = 3.0
+    least = 0.1
+
+    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+        """The logarithm of the targets' dimension over the features', in units of what counts as a difference."""
+        features, targets = (points[name] for name in self.measures)
+        if min(features.n, targets.n) < 1 or not (features.value > 0 and targets.value > 0):
+            return 0.0
+        error = self.errors * sqrt(1 / features.n + 1 / targets.n)
+        return max(log(targets.value / features.value) / max(error, self.least), 0.0)
+
+    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
+        """Both dimensions, and the features' at the beginning."""
+        features, targets = (points[name] for name in self.measures)
+        return (
+            f"over {features.n} rows the intrinsic dimension of the features is {features.value:.2g}, below the"
+            f" {targets.value:.2g} of the targets; the run began with {beginning['intrinsic_dimension']:.2g}"
+        )

@@ -1,0 +1,75 @@
+"""Planted curves of two intrinsic dimensions: when features are poorer than targets, and when they only seem so."""
+
+from collections.abc import Sequence
+from math import exp, nan, sqrt
+
+import pytest
+from lightning.pytorch import Callback
+
+from lightning_collapse import CollapseGuard, RegressionCollapseMonitor
+from lightning_collapse.reporting import publish
+from lightning_collapse.utilities.points import Flag, Point
+from tests.regression import Regressor, loader
+from tests.toys import PointKeeper, fit
+
+Script = Sequence[tuple[float, float, int]]
+
+
+class Planted(Callback):
+    """Publishes the dimension of features and of targets, and the rows behind both, one point per step."""
+
+    def __init__(self, script: Script, flag: Flag = Flag.OK) -> None:
+        self.script, self.flag = script, flag
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        features, targets, n = self.script[batch_idx]
+        values = {"intrinsic_dimension": features, "target_dimension": targets}
+        points = [Point(f"regression_collapse/head/{m}", batch_idx, v, n, flag=self.flag) for m, v in values.items()]
+        publish(trainer, pl_module, points)
+
+
+def judged(script: Script, flag: Flag = Flag.OK) -> tuple[CollapseGuard, PointKeeper]:
+    guard, keeper = CollapseGuard(action="log"), PointKeeper()
+    callbacks = [RegressionCollapseMonitor(every_n_steps=10_000), guard, Planted(script, flag), keeper]
+    fit(Regressor(), callbacks, loader(), limit_train_batches=len(script), log_every_n_steps=1)
+    return guard, keeper
+
+
+def test_features_poorer_than_the_targets() -> None:
+    guard, keeper = judged([(6.0, 3.0, 500)] * 4 + [(2.0, 3.0, 500)] * 3 + [(4.0, 3.0, 500)] * 3)
+    [verdict] = guard.verdicts
+    assert (verdict.kind, verdict.layer, verdict.since, verdict.step) == ("regression_over_compression", "head", 4, 5)
+    assert verdict.evidence == (
+        "over 500 rows the intrinsic dimension of the features is 2, below the 3 of the targets; the run began with 6"
+    )
+    values = [point.value for point in keeper.curve("guard/regression_over_compression")]
+    assert values == [0.0] * 5 + [1.0] * 3 + [0.0] * 2
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [(3.0, 3.0, 500)] * 8,  # neural collapse leaves as many dimensions as targets
+        [(2.75, 3.0, 100_000)] * 8,  # too little to matter, however sure
+        [(2.6, 3.0, 100)] * 8,  # too little for so few rows
+        [(6.0, 3.0, 500), (2.0, 3.0, 500)] * 4,  # one bad point is not two
+        [(nan, 3.0, 500)] * 8,
+        [(0.0, 3.0, 0)] * 8,
+    ],
+    ids=["collapsed", "small", "noise", "flicker", "unknown", "nothing"],
+)
+def test_what_only_looks_poorer_gets_no_verdict(script: Script) -> None:
+    guard, _ = judged(script)
+    assert guard.verdicts == []
+
+
+def test_points_without_rows_are_not_judged() -> None:
+    guard, _ = judged([(1.0, 3.0, 500)] * 8, Flag.NOT_CALLED)
+    assert guard.verdicts == []
+
+
+@pytest.mark.parametrize("n", [50, 500, 50_000])
+def test_the_line_is_three_standard_errors_or_a_tenth(n: int) -> None:
+    line = exp(-max(3 * sqrt(2 / n), 0.1))
+    assert judged([(3 * line * 0.999, 3.0, n)] * 3)[0].verdicts
+    assert not judged([(3 * line * 1.001, 3.0, n)] * 3)[0].verdicts
