@@ -61,8 +61,8 @@ class CollapseGuard(Callback):
     (:class:`~lightning_collapse.rules.AttentionOverload`); with ``RegressionCollapseMonitor`` *regression
     over-compression* (:class:`~lightning_collapse.rules.RegressionOverCompression`). A verdict falls after
     ``patience`` points in a row on the wrong side of the line, and is lifted only by as many on the right side of twice
-    the line: a curve that trembles about the line says nothing. Fine-tuning a binary classifier to neural collapse leaves one direction by
-    nature; watch other layers there.
+    the line: a curve that trembles about the line says nothing. Fine-tuning a binary classifier to neural collapse
+    leaves one direction by nature; watch other layers there.
 
     **Logged metrics**: ``guard/{kind}``, such as ``guard/complete_collapse``, the number of layers so judged; plain
     stopping on a single curve is ``EarlyStopping``'s business.
