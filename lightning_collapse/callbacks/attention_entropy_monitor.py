@@ -17,7 +17,7 @@ from lightning_collapse.functional.attention_entropy import entropy_sums
 from lightning_collapse.functional.attention_rows import rows_of_call, rows_of_masked_logits
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.attention_taps import AttentionTaps, Heard, Reader, ReadTaps
-from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum, world_size
+from lightning_collapse.utilities.distributed import agree, all_reduce_max, all_reduce_sum, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import Tap, find_taps, is_compiled, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -257,9 +257,9 @@ class AttentionEntropyMonitor(Monitor):
     def _agree(self, device: torch.device) -> None:
         """Let every process know every layer that any has heard, and its heads. Collective."""
         found = {name: len(sums) for name, (sums, _) in self._heard.items()}
-        if world_size() > 1 and self._news:  # as a rule once: it waits for the device
-            table = torch.tensor([found.get(name, 0) for name in self._names], device=device)
-            found = dict(zip(self._names, all_reduce_max(table).tolist(), strict=True))
+        if world_size() > 1 and self._news:  # at a point, and as a rule once: it waits for the device
+            heads = map(int, agree([found.get(name, 0) for name in self._names], device))
+            found = dict(zip(self._names, heads, strict=True))
         if world_size() == 1 or self._news:
             self._heads = {name: heads for name, heads in found.items() if heads} | self._heads
 
@@ -299,6 +299,7 @@ class AttentionEntropyMonitor(Monitor):
         return [Point(f"{key}/{name}", step, value, n, flag=flag) for name, value in values.items()]
 
     def _values(self, heads: Tensor) -> dict[str, float]:
+        """Curves of some heads, from their numbers, which are on the host already."""
         entropy = heads[:, 1] / heads[:, 0]
         return {
             "entropy_mean": entropy.mean().item(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from math import nan
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_collapse.callbacks.monitor import Monitor, check_layers
-from lightning_collapse.callbacks.plan import Plan
+from lightning_collapse.callbacks.plan import Plan, shapes_heard
 from lightning_collapse.callbacks.readings import LayerRows, flag_of, read
 from lightning_collapse.callbacks.row_store import RowStore
 from lightning_collapse.functional.null import expected_under_isotropy
@@ -28,7 +27,7 @@ from lightning_collapse.reporting import (
     log_text,
 )
 from lightning_collapse.spectral.cost import rows_within
-from lightning_collapse.utilities.distributed import all_reduce_max, world_size
+from lightning_collapse.utilities.distributed import agree, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.flops import TrainingFlops
 from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen, weighted_layers
@@ -290,14 +289,8 @@ class CollapseMonitor(Monitor):
 
         Collective: every process calls it after its first batch, and at points while a layer has not run yet.
         """
-        facts = [
-            (len(heard[tap.name].rows), heard[tap.name].rows.shape[1]) if tap.name in heard else (0, 0)
-            for tap in self._taps
-        ]
-        table = torch.tensor([self._batch_flops, *chain(*facts)], dtype=torch.float64)
-        if world_size() > 1:  # off the step path: it happens once, as a rule
-            table = all_reduce_max(table.to(device)).cpu()
-        self._batch_flops, *numbers = map(int, table.tolist())
+        # waits for the device off the step path: it happens once, as a rule
+        self._batch_flops, *numbers = map(int, agree([self._batch_flops, *shapes_heard(self._taps, heard)], device))
         between = (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
         budget = self.max_overhead * self._batch_flops * between / max(len(self._taps), 1)
         for tap, per_batch, width in zip(self._taps, numbers[::2], numbers[1::2], strict=True):

@@ -8,7 +8,6 @@ from functools import partial
 from math import nan
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -21,7 +20,7 @@ from lightning_collapse.callbacks.row_store import RowStore
 from lightning_collapse.functional.geometry_phase import PhaseTracker
 from lightning_collapse.functional.null import expected_under_isotropy
 from lightning_collapse.functional.spectrum_shape import alpha_req
-from lightning_collapse.utilities.distributed import all_reduce_max, world_size
+from lightning_collapse.utilities.distributed import agree, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -125,6 +124,7 @@ class GeometryPhaseMonitor(Monitor):
         self._taps: RowTaps | None = None
         self._name = ""
         self._plan: Plan | None = None
+        self._first = True
         self._store = RowStore(MAX_ROWS)
 
     @property
@@ -153,6 +153,7 @@ class GeometryPhaseMonitor(Monitor):
         self.tracker.load_state_dict(self._restored.get("tracker", self._fresh))
         plan = self._restored.get("plan")
         self._plan = Plan(*plan) if plan else None
+        self._first = self._plan is None
         if self._restored and world_size() == 1:  # a checkpoint holds the rows of one process
             self._store.load_state_dict(self._restored["rows"], [tap.name], pl_module.device)
         self._restored = {}
@@ -166,7 +167,10 @@ class GeometryPhaseMonitor(Monitor):
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
-        if self._taps is not None and (self._plan is None or batches_left < self._plan.batches):
+        window = self._plan.batches if self._plan else 1
+        # the first batch of a fit is heard for its shapes
+        if self._taps is not None and (self._first or batches_left < window):
+            self._first = False
             self._taps.armed = True
             self._taps.mask = padding_mask(batch)
 
@@ -177,13 +181,12 @@ class GeometryPhaseMonitor(Monitor):
         self._taps.armed = False
         heard = self._taps.drain().get(self._name)
         if self._plan is None:
-            facts = [0, 0] if heard is None else [len(heard.rows), heard.rows.shape[1]]
-            if world_size() > 1:  # off the step path: it happens once, as a rule
-                facts = [int(x) for x in all_reduce_max(torch.tensor(facts, device=pl_module.device)).tolist()]
-            if facts[0]:
+            # waits for the device off the step path: once, or at points while the layer has not run yet
+            facts = [0, 0] if heard is None else list(heard.rows.shape)
+            per_batch, width = map(int, agree(facts, pl_module.device))
+            if per_batch:
                 between = (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
-                rows = self.rows or min(4 * facts[1], MAX_ROWS)
-                self._plan = Plan.make(rows, facts[1], facts[0], between)
+                self._plan = Plan.make(self.rows or min(4 * width, MAX_ROWS), width, per_batch, between)
         if heard is not None and self._plan is not None and batches_left < self._plan.batches:
             self._store.add(self._name, heard.rows, heard.mask, self._plan.quota)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from math import nan
 from typing import Any
 
@@ -13,13 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitor import Monitor
-from lightning_collapse.callbacks.plan import Plan
+from lightning_collapse.callbacks.monitor import Monitor, check_layers
+from lightning_collapse.callbacks.plan import Plan, shapes_heard
 from lightning_collapse.callbacks.row_store import RowStore
 from lightning_collapse.functional.intrinsic_dimension import local_dimension_of_distances, two_nn_of_distances
 from lightning_collapse.spectral.neighbors import nearest_distances
 from lightning_collapse.spectral.precision import accumulation_dtype
-from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_max, world_size
+from lightning_collapse.utilities.distributed import agree, all_gather_rows, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -95,8 +94,7 @@ class IntrinsicDimensionMonitor(Monitor):
         k: int = 20,
     ) -> None:
         super().__init__(every_n_steps)
-        if isinstance(layers, str):
-            raise ValueError(f"`layers` takes a list of names, got {layers!r}. Write `layers=[{layers!r}]`.")
+        check_layers(layers, "the default layers")
         for name, number in (("rows", rows), ("k", k)):
             if number < 3:
                 raise ValueError(f"`{name}` must be at least 3, got {number}.")
@@ -208,13 +206,8 @@ class IntrinsicDimensionMonitor(Monitor):
 
         Collective: every process calls it after its first batch, and at points while a layer has not run yet.
         """
-        facts = [
-            (len(heard[tap.name].rows), heard[tap.name].rows.shape[1]) if tap.name in heard else (0, 0)
-            for tap in self._taps
-        ]
-        numbers = list(chain(*facts))
-        if world_size() > 1:  # off the step path: it happens once, as a rule
-            numbers = [int(x) for x in all_reduce_max(torch.tensor(numbers, device=device)).tolist()]
+        # waits for the device off the step path: it happens once, as a rule
+        numbers = [int(x) for x in agree(shapes_heard(self._taps, heard), device)]
         between = (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
         for tap, per_batch, width in zip(self._taps, numbers[::2], numbers[1::2], strict=True):
             if per_batch and tap.name not in self._plans:

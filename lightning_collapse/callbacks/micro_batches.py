@@ -107,7 +107,7 @@ class MicroBatches:
             accumulate: What Lightning divided the losses by.
         """
         ranks, batches, told = world_size(), len(self._inverse), max(self._told, 1)
-        numbers = torch.tensor(statistics, dtype=torch.float64)
+        numbers = torch.tensor(statistics, dtype=torch.float64)  # on the host: what follows waits for no device
         # E |g|^2 = |G|^2 + tr / b: of unequal batches 1 / b is averaged
         small = numbers[0] * accumulate**2 / told, numbers[3] / (told * ranks * (1 if self._local else ranks))
         big = numbers[2] * (accumulate / max(batches, 1)) ** 2, numbers[4] / max(ranks * batches, 1) ** 2

@@ -102,7 +102,8 @@ class NeuralCollapseMonitor(Monitor):
         self._taps: RowTaps | None = None
         self._moments: ClassMoments | None = None
         self._labels: Tensor | None = None
-        self._batches: int | None = None  # not known before the first one
+        self._batches: int | None = None  # not known before the first one that was heard
+        self._first = True
         self._restored: dict[str, Any] = {}
 
     @property
@@ -126,6 +127,7 @@ class NeuralCollapseMonitor(Monitor):
         self._moments = self._empty(pl_module)
         self._taps = RowTaps([self._tap], self._wanted)
         self._batches = self._restored.get("batches")
+        self._first = self._batches is None
         if states := self._restored.get("moments"):
             self._moments = ClassMoments.from_states({key: x.to(pl_module.device) for key, x in states.items()})
         self._restored = {}
@@ -138,8 +140,10 @@ class NeuralCollapseMonitor(Monitor):
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
-        if self._taps is None or (self._batches is not None and batches_left >= self._batches):
+        # the first batch of a fit is heard for its shape
+        if self._taps is None or not (self._first or batches_left < (self._batches or 1)):
             return
+        self._first = False
         self._labels = self._labels_of(batch)
         self._taps.armed = self._labels is not None
         self._taps.mask = padding_mask(batch)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lightning_collapse.utilities.distributed import world_size
+from lightning_collapse.utilities.modules import Tap
+from lightning_collapse.utilities.taps import Heard
+
+
+def shapes_heard(taps: Sequence[Tap], heard: Mapping[str, Heard]) -> list[int]:
+    """Rows and features of every layer in one batch, one after the other; zeros where a layer did not run."""
+    shapes = [heard[tap.name].rows.shape if tap.name in heard else (0, 0) for tap in taps]
+    return [size for shape in shapes for size in shape]
 
 
 class Plan(NamedTuple):

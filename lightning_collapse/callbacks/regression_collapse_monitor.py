@@ -19,7 +19,7 @@ from lightning_collapse.functional.intrinsic_dimension import two_nn_of_distance
 from lightning_collapse.functional.regression_collapse import regression_collapse
 from lightning_collapse.spectral.neighbors import nearest_distances
 from lightning_collapse.spectral.precision import accumulation_dtype
-from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_max, world_size
+from lightning_collapse.utilities.distributed import agree, all_gather_rows, world_size
 from lightning_collapse.utilities.features import evenly, padding_mask
 from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -189,9 +189,8 @@ class RegressionCollapseMonitor(Monitor):
         if self._plan is None and (not self._planned or batches_left == 0):
             self._planned = True
             facts = [0, 0, 0] if heard is None or joint is None else [len(joint), joint.shape[1], heard.rows.shape[1]]
-            if world_size() > 1:  # off the step path: it happens once, as a rule
-                facts = [int(x) for x in all_reduce_max(torch.tensor(facts, device=pl_module.device)).tolist()]
-            per_batch, width, self._width = facts
+            # waits for the device off the step path: once, or at points while there were no rows yet
+            per_batch, width, self._width = map(int, agree(facts, pl_module.device))
             if per_batch:
                 between = (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
                 self._plan = Plan.make(self.rows, width, per_batch, between)
@@ -211,9 +210,10 @@ class RegressionCollapseMonitor(Monitor):
                     f"`{self._name}` returns {len(weight)} numbers for {targets} targets; `nrc2` and `nrc3` read NaN."
                     " Pass `head=` the layer that returns the predictions alone, or `targets=`."
                 )
-                numbers = _read(joint, mask, self._width, None).tolist()  # the one transfer of a point
+                reading = _read(joint, mask, self._width, None)
             else:
-                numbers = _read(joint, mask, self._width, weight.to(joint.device)).tolist()
+                reading = _read(joint, mask, self._width, weight.to(joint.device))
+            numbers = reading.tolist()  # the one transfer of a point
         self._store.clear()
         first, second, third, n, dimension, behind, of_targets, behind_targets, different, seen = numbers
         flag = _flag(int(n), int(different), int(seen))

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.trainer import load_own_checkpoint, save_checkpoint
 
 
@@ -119,10 +120,12 @@ class Rollback:
 
 
 def _all_finite(trainer: Trainer, pl_module: LightningModule) -> bool:
-    """Whether no weight is NaN or infinite. Collective; waits for the device, right before a checkpoint does."""
+    """Whether no weight is NaN or infinite. Collective; waits for the device once, right before a checkpoint does."""
     local = [p.to_local() if hasattr(p, "to_local") else p for p in pl_module.parameters()]
-    finite = all(bool(p.detach().sum(dtype=torch.float64).isfinite()) for p in local if p.is_floating_point())
-    return trainer.strategy.reduce_boolean_decision(finite)
+    # a sum is finite if and only if its terms are
+    sums = [p.detach().sum(dtype=accumulation_dtype(p.device)) for p in local if p.is_floating_point()]
+    total = torch.stack([one.to(pl_module.device) for one in sums]).sum() if sums else torch.zeros(())
+    return trainer.strategy.reduce_boolean_decision(bool(total.isfinite()))
 
 
 def _scale_learning_rates(trainer: Trainer, factor: float) -> None:

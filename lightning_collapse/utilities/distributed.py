@@ -1,5 +1,6 @@
 """Sums and rows over processes, with and without gradient."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +68,22 @@ def all_reduce_sum_with_grad(tensor: Tensor, group: "ProcessGroup | None" = None
     return total
 
 
+def agree(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The largest that any process brings of each number, on the host: shapes, for a plan that all must share.
+
+    Collective: every process must call it, with equally many numbers. Waits for the device if there are several
+    processes, so it is not for every step.
+
+    Example:
+        >>> agree([3, 0], torch.device("cpu"))
+        [3, 0]
+    """
+    if world_size() == 1:
+        return list(numbers)
+    agreed: list[float] = all_reduce_max(torch.tensor(numbers, dtype=_exact(device), device=device)).tolist()
+    return agreed
+
+
 def all_gather_rows(
     rows: Tensor, mask: Tensor | None = None, group: "ProcessGroup | None" = None
 ) -> tuple[Tensor, Tensor]:
@@ -104,6 +121,10 @@ def all_gather_rows(
     dist.all_gather(gathered, padded, group=group)
     everything = torch.cat(gathered)
     return everything[:, :-1], everything[:, -1] > 0
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_collapse import GeometryPhaseMonitor
 from lightning_collapse.functional import eigenvalue_effective_rank, rankme
-from lightning_collapse.functional.geometry_phase import Phase, PhaseTracker
+from lightning_collapse.functional.geometry_phase import PhaseTracker
 from lightning_collapse.spectral import singular_values
 from lightning_collapse.utilities.features import token_at
 from lightning_collapse.utilities.points import Flag
@@ -137,7 +137,6 @@ def test_a_layer_that_never_runs_and_bad_numbers_read_nan() -> None:
 def test_resumed_phase_goes_on(tmp_path) -> None:
     save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=6)
     monitor = GeometryPhaseMonitor(every_n_steps=2)
-    monitor.tracker.phase = Phase.WARM_UP
     watch(Language(), sequences(6), PointKeeper(), monitor, save, enable_checkpointing=True)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][monitor.state_key]
     state["tracker"].update(phase=2, extreme=1.0)

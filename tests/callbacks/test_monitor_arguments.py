@@ -7,6 +7,9 @@ from lightning_collapse import (
     CollapseMonitor,
     GeometryPhaseMonitor,
     GradientMonitor,
+    IntrinsicDimensionMonitor,
+    NeuralCollapseMonitor,
+    RegressionCollapseMonitor,
     SpectralAlignmentMonitor,
     WeightSpectrumMonitor,
 )
@@ -15,9 +18,11 @@ OF_LAYERS = [
     AttentionEntropyMonitor,
     CollapseMonitor,
     GradientMonitor,
+    IntrinsicDimensionMonitor,
     SpectralAlignmentMonitor,
     WeightSpectrumMonitor,
 ]
+OF_ONE = [GeometryPhaseMonitor, NeuralCollapseMonitor, RegressionCollapseMonitor]
 
 
 @pytest.mark.parametrize("monitor", OF_LAYERS)
@@ -35,7 +40,7 @@ def test_layers(monitor, layers, match):
         monitor(layers)
 
 
-@pytest.mark.parametrize("monitor", [*OF_LAYERS, GeometryPhaseMonitor])
+@pytest.mark.parametrize("monitor", [*OF_LAYERS, *OF_ONE])
 @pytest.mark.parametrize("every", [0, -3, 2.5, "epoch"])
 def test_cadence(monitor, every):
     with pytest.raises(ValueError, match=f"`every_n_steps` must be a whole number of at least 1, .* got {every!r}"):

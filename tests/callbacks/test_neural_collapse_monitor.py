@@ -87,7 +87,7 @@ def test_values_are_those_of_the_last_batches(tokens: tuple[int, ...]) -> None:
     [
         (lambda x, y: {"x": x, "label": y}, None),
         (lambda x, y: (x, y, "more"), None),
-        (lambda x, y: (x, y.int()), lambda batch: batch[1]),
+        (lambda x, y: (x, y.roll(1), y.int()), lambda batch: batch[2]),
     ],
 )
 def test_labels_are_found_in_the_usual_batches(form: Any, labels: Any) -> None:

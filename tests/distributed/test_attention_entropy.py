@@ -1,12 +1,7 @@
 """Two processes draw one set of curves of the attention of both, sharded or not."""
 
-import os
-import socket
-import warnings
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -15,6 +10,7 @@ from lightning_collapse import AttentionEntropyMonitor
 from lightning_collapse.functional import attention_entropy
 from lightning_collapse.metrics import AttentionEntropy
 from tests.attention import GPT, LENGTH, Encoder, tokens
+from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, MemoryLogger, PointKeeper, weights
 
 
@@ -113,18 +109,11 @@ def _check_metric(rank):
             torch.testing.assert_close(getattr(metric, state), getattr(whole, state), rtol=1e-6, atol=1e-9)
 
 
-def _run(rank, port):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+def _check_all(rank):
     _check_ddp(rank)
     _check_metric(rank)
     _check_fsdp(rank)
 
 
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_run, (port,), nprocs=2)
+    on_two_processes(_check_all)

@@ -1,12 +1,7 @@
 """Two processes with uneven batches draw the geometry of all their sequences together."""
 
-import os
-import socket
-import warnings
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -16,6 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_collapse import GeometryPhaseMonitor
 from lightning_collapse.functional import eigenvalue_effective_rank, rankme
 from lightning_collapse.spectral import singular_values
+from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, PointKeeper
 
 
@@ -71,11 +67,7 @@ def _check(rank, model, strategy, rows):
     assert points["eigenvalue_effective_rank"].value == pytest.approx(expected, rel=1e-4)
 
 
-def _run(rank, port):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+def _check_all(rank):
     for rows in (10, 32):  # fewer than features: gathered; more: moments
         _check(rank, Language, DDPStrategy(process_group_backend="gloo"), rows)
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
@@ -83,7 +75,4 @@ def _run(rank, port):
 
 
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_run, (port,), nprocs=2)
+    on_two_processes(_check_all)

@@ -1,12 +1,7 @@
 """Two processes draw the curves of one, and training on two is the same with and without us."""
 
-import os
-import socket
-import warnings
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -17,6 +12,7 @@ from lightning_collapse import CollapseGuard, CollapseMonitor, SpectralAlignment
 from lightning_collapse.functional import effective_rank, feature_std, mean_cosine
 from lightning_collapse.spectral import singular_values
 from lightning_collapse.utilities.trainer import save_checkpoint
+from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, MemoryLogger, PointKeeper, Toy, batches, weights
 
 MEASURES = ["effective_rank", "eigenvalue_effective_rank", "feature_std", "relative_spread", "mean_cosine", "rankme"]
@@ -104,20 +100,13 @@ def _check_fsdp(rank):
     assert all(1 < point.value <= 8 for point in ranks)
 
 
-def _run(rank, port):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+def _check_all(rank):
     _check_ddp(rank)
     _check_fsdp(rank)
 
 
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_run, (port,), nprocs=2)
+    on_two_processes(_check_all)
 
 
 @pytest.mark.filterwarnings("ignore")

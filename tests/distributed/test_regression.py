@@ -1,12 +1,7 @@
 """Two processes with uneven batches draw the regression collapse and the intrinsic dimension of all their rows."""
 
-import os
-import socket
-import warnings
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -16,6 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_collapse import IntrinsicDimensionMonitor, RegressionCollapseMonitor
 from lightning_collapse.functional import two_nn
 from lightning_collapse.metrics import IntrinsicDimension, RegressionCollapse
+from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, PointKeeper
 
 
@@ -80,18 +76,11 @@ def _check(rank, model, strategy):
     assert found["two_nn"].item() == pytest.approx(dimension, rel=1e-6)
 
 
-def _run(rank, port):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+def _check_all(rank):
     _check(rank, Regressor, DDPStrategy(process_group_backend="gloo"))
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     _check(rank, Sharded, sharded)
 
 
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_run, (port,), nprocs=2)
+    on_two_processes(_check_all)

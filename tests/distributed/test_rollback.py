@@ -1,12 +1,7 @@
 """Two processes, whole or sharded, return to the same healthy weights together."""
 
-import os
-import socket
-import warnings
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -14,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_collapse import CollapseGuard, CollapseMonitor, Rollback
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
+from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, Toy, batches
 
 HEALTHY = {"effective_rank": 30.0, "eigenvalue_effective_rank": 12.0, "feature_std": 1.0, "relative_spread": 0.6}
@@ -68,18 +64,11 @@ def _check(rank, model, strategy, folder):
     assert not all(map(torch.equal, script.before[6], returned))  # and trains on
 
 
-def _run(rank, port, folder):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+def _check_all(rank, folder):
     _check(rank, Whole, DDPStrategy(process_group_backend="gloo"), f"{folder}/whole")
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     _check(rank, Sharded, sharded, f"{folder}/sharded")
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_run, (port, str(tmp_path)), nprocs=2)
+    on_two_processes(_check_all, str(tmp_path))

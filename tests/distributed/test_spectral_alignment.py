@@ -1,12 +1,7 @@
 """Two processes draw the curves of all their rows, on replicated and on sharded weights."""
 
-import os
-import socket
-import warnings
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +11,7 @@ from lightning_collapse.functional import mean_energy_share, sign_diversity, spe
 from lightning_collapse.metrics import SpectralAlignment
 from lightning_collapse.spectral import top_singular_pair
 from lightning_collapse.utilities import Flag
+from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, MemoryLogger, PointKeeper, Toy, batches, weights
 
 
@@ -111,18 +107,11 @@ def _check_metric(rank):
     assert metric.compute() == sign_diversity(spectral_alignment(inputs, weight))
 
 
-def _run(rank, port):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+def _check_all(rank):
     _check_ddp(rank)
     _check_metric(rank)
     _check_fsdp(rank)
 
 
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_run, (port,), nprocs=2)
+    on_two_processes(_check_all)

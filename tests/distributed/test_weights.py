@@ -1,18 +1,14 @@
 """Two processes draw the same spectra and gradients, which are those of one on all the data."""
 
-import os
-import socket
-import warnings
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from lightning_collapse import GradientMonitor, WeightSpectrumMonitor
 from lightning_collapse.functional import gradient_coherence, gradient_noise_scale
+from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, MemoryLogger, PointKeeper, Toy, batches, weights
 
 ROWS = 32, 20
@@ -114,17 +110,10 @@ def _check_sharded(rank):
     assert first["weights/encoder.0/spectral_norm"] == pytest.approx(before[0].item(), rel=1e-2)
 
 
-def _run(rank, port):
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+def _check_all(rank):
     _check_ddp(rank)
     _check_sharded(rank)
 
 
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_run, (port,), nprocs=2)
+    on_two_processes(_check_all)

@@ -1,0 +1,26 @@
+"""Two processes that know of each other, for whatever is to be checked on both."""
+
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def on_two_processes(check: Callable[..., None], *arguments: Any) -> None:
+    """Run ``check(rank, *arguments)``, a function of a module, in two processes that a trainer takes for its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_run, (port, check, arguments), nprocs=2)
+
+
+def _run(rank: int, port: int, check: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+    check(rank, *arguments)
