@@ -135,6 +135,17 @@ def test_bad_rows_and_labels_are_counted_and_left_out() -> None:
     assert keeper.points[-1].flag == Flag.NONFINITE
 
 
+def test_padding_does_not_count() -> None:
+    model, batches = Classifier(), data(tokens=(4,))
+    mask = torch.ones(24, 4, dtype=torch.long)
+    mask[::2, 3] = 0
+    padded = [{"x": x, "label": y, "attention_mask": mask} for x, y in batches]
+    found = last(run(model, padded, NeuralCollapseMonitor(every_n_steps=5, rows=96)))
+    x, y = batches[-1]
+    assert found["n"] == 84
+    assert found["nc1"] == pytest.approx(expected(model, [(x[mask > 0], y[mask > 0])])["nc1"], rel=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_monitoring_changes_nothing_and_sees_collapse_on_digits(precision: str) -> None:
     images, digits = load_digits(return_X_y=True)

@@ -217,6 +217,25 @@ def test_a_state_that_already_looks_ill_to_another_rule_is_not_healthy(tmp_path)
     assert kept_step(tmp_path) == 2
 
 
+def test_a_resumed_guard_knows_what_looked_ill(tmp_path):
+    class Other(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            values = {"entropy_mean": 0.01 if batch_idx else 0.8, "collapsed_share": 0.0, "max_logit": 9.0}
+            publish(trainer, pl_module, [Point(f"attention/a/{name}", batch_idx, v, 64) for name, v in values.items()])
+
+    def guard():
+        return CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path), patience=10)
+
+    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    before, after = guard(), guard()
+    fit(Lit("step"), [monitor, before, Other()], batches(2))
+    for file in tmp_path.iterdir():  # of the first point, which was healthy
+        file.unlink()
+    after.load_state_dict(before.state_dict())
+    fit(Lit("step"), [monitor, after, Script([HEALTHY] * 3)], batches(3))
+    assert list(tmp_path.iterdir()) == []
+
+
 class Odd:
     """What a user keeps among hyperparameters."""
 

@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_collapse import SpectralAlignmentMonitor
+from lightning_collapse.callbacks.projections import InputProjections
 from lightning_collapse.functional import mean_energy_share, sign_diversity, spectral_alignment
 from lightning_collapse.spectral import power_iteration
-from lightning_collapse.utilities import Flag
+from lightning_collapse.utilities import Flag, weight_matrices
 from tests.toys import QUIET, ManualToy, MemoryLogger, PointKeeper, Toy, batches, fit, weights
 
 HEAD = "spectral_alignment/head/sign_diversity"
@@ -480,3 +481,15 @@ def test_bad_arguments(arguments, match):
 def test_pattern_without_a_match_lists_what_there_is():
     with pytest.raises(MisconfigurationException, match=r"'tail' matches no submodule of Toy\. It has: .*head"):
         fit(Toy(), [monitor(layers=["tail"])])
+
+
+def test_what_was_heard_before_a_batch_that_never_ended_is_forgotten():
+    layer = nn.Linear(4, 3)
+    heard = InputProjections(weight_matrices(nn.Sequential(layer)), limit=16)
+    direction = {"0": torch.eye(4)[0]}
+    for rows in (5, 2):
+        heard.arm(direction, None)
+        layer(torch.ones(rows, 4))
+    [projected] = heard.drain().values()
+    assert projected.projections.tolist() == [1.0, 1.0]
+    heard.remove()
