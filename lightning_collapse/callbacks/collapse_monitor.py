@@ -30,7 +30,14 @@ from lightning_collapse.spectral.cost import rows_within
 from lightning_collapse.utilities.distributed import agree, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.flops import TrainingFlops
-from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen, weighted_layers
+from lightning_collapse.utilities.modules import (
+    Tap,
+    default_taps,
+    find_taps,
+    is_compiled,
+    let_hooks_be_seen,
+    weighted_layers,
+)
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Measure, get_measure
 from lightning_collapse.utilities.taps import Heard, RowTaps
@@ -121,6 +128,7 @@ class CollapseMonitor(Monitor):
 
     def _reset(self) -> None:
         self._plans: dict[str, Plan] = {}
+        self._quotas: dict[str, int] = {}
         self._batch_flops = 0
         self._points = 0
         self._history = History()
@@ -193,7 +201,7 @@ class CollapseMonitor(Monitor):
             self._flops.total = 0  # the sanity check has run through the model too
         # the first batch of a fit is heard for its shapes
         if self._flops is not None or batches_left < self._window():
-            self._listen(batch)
+            self._listen(batch, self._quotas)
 
     @override
     def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
@@ -210,6 +218,8 @@ class CollapseMonitor(Monitor):
         if self._flops is not None or (batches_left == 0 and len(self._plans) < len(self._taps)):
             self._flops = None
             self._plan(trainer, heard, pl_module.device)
+            if not is_compiled(pl_module):  # a limit that changes would have it compiled anew
+                self._quotas = {name: plan.quota for name, plan in self._plans.items()}
         for name, of_layer in heard.items():
             plan = self._plans.get(name)
             if plan is not None and batches_left < plan.batches:
@@ -230,7 +240,7 @@ class CollapseMonitor(Monitor):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.validation and not trainer.sanity_checking:
-            self._listen(batch)
+            self._listen(batch, {})
 
     @override
     def on_validation_batch_end(
@@ -276,10 +286,12 @@ class CollapseMonitor(Monitor):
         except ValueError as error:
             raise MisconfigurationException(f"`CollapseMonitor(layers={list(self.layers)!r})`: {error}") from error
 
-    def _listen(self, batch: Any) -> None:
+    def _listen(self, batch: Any, limits: Mapping[str, int]) -> None:
         if self._heard is not None:
             self._heard.armed = True
             self._heard.mask = padding_mask(batch)
+            if self._quotas:
+                self._heard.limits = limits
 
     def _window(self) -> int:
         return max((plan.batches for plan in self._plans.values()), default=1)
@@ -308,7 +320,7 @@ class CollapseMonitor(Monitor):
             if len(rows) or world_size() > 1:  # every process must bring every layer, if only its width
                 layers[name] = LayerRows(rows, mask, plan.rows * world_size(), plan.width > self.max_dim)
         store.clear()
-        vectors, spectra = read(list(layers.values()), self._measures)
+        vectors, spectra = read(list(layers.values()), self._measures, pictures)
         if pictures:
             bins = [log10_histogram(values, vector[0]) for values, vector in zip(spectra, vectors, strict=True)]
             vectors = [torch.cat(pair) for pair in zip(vectors, bins, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +101,9 @@ class InputProjections:
                 directions = self._directions[i]
                 if not _is_rows(value, directions.shape[1]):
                     continue
-                with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+                # to enter a context takes as long as a product, and detached tensors need no `no_grad`
+                device = value.device.type
+                with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
                     if prepared is None or value is not previous:  # self-attention gets one tensor three times
                         previous, prepared = value, self._prepare(value.detach(), directions.dtype)
                     rows, norms, total = prepared

@@ -42,7 +42,9 @@ class LayerRows:
 
 
 @torch.no_grad()
-def read(layers: Sequence[LayerRows], measures: Sequence[Measure]) -> tuple[list[Tensor], list[Tensor]]:
+def read(
+    layers: Sequence[LayerRows], measures: Sequence[Measure], spectra: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
     """Evaluate measures on layers.
 
     Collective: every process must call it, with layers of the same widths in the same order. Where all processes
@@ -52,32 +54,38 @@ def read(layers: Sequence[LayerRows], measures: Sequence[Measure]) -> tuple[list
     Args:
         layers: What was heard.
         measures: What to evaluate; kinds ``"spectrum"`` and ``"rows"``.
+        spectra: Whether the singular values are wanted themselves.
 
     Returns:
         Per layer a ``float64`` vector (``float32`` on devices without) of ``3 + len(measures)`` numbers: finite rows,
-        considered rows, the largest centered singular value, then the value of every measure, in order; and per layer
-        the centered singular values.
+        considered rows, the largest centered singular value or, where nothing needs one, the centered features' norm,
+        then the value of every measure, in order; and per layer the centered singular values, if wanted.
     """
     kinds = {measure.spectrum for measure in measures if measure.kind == "spectrum"} | {"centered"}
+    solved = {measure.spectrum for measure in measures if measure.kind == "spectrum" and measure.of_gram is None}
+    solved |= {"centered"} if spectra else set()
     needs_rows = any(measure.kind == "rows" and measure.of_record is None for measure in measures)
     layers, shared = _share(layers, needs_rows)
     readings: dict[int, Tensor] = {}
-    spectra: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
     for members in _alike(layers, shared):
         group = [layers[i] for i in members]
-        records = {kind: _spectra(group, [shared[i] for i in members], kind) for kind in kinds}
+        grams = {kind: _gram(group, [shared[i] for i in members], kind) for kind in kinds}
+        records = {kind: record for kind, (_, record) in grams.items()}
+        records |= {kind: finish_spectrum(eigenvalues(grams[kind][0]), records[kind]) for kind in solved}
         centered = records["centered"]
+        top = grams["centered"][0].diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()
         seen = [layers[i].mask.sum() if (moments := shared[i]) is None else moments.seen for i in members]
-        columns = [centered.count, torch.stack(seen), values_of(centered)[..., 0]]
-        columns += [_evaluate(measure, group, records) for measure in measures]
+        columns = [centered.count, torch.stack(seen), values_of(centered)[..., 0] if "centered" in solved else top]
+        columns += [_evaluate(measure, group, grams, records) for measure in measures]
         rows = torch.stack([column.to(centered.count) for column in columns], dim=1)
         readings.update(zip(members, rows, strict=True))
-        spectra.update(zip(members, centered.singular_values, strict=True))
-    return [readings[i] for i in range(len(layers))], [spectra[i] for i in range(len(layers))]
+        values.update(zip(members, centered.singular_values, strict=True))
+    return [readings[i] for i in range(len(layers))], [values[i] for i in range(len(layers) if spectra else 0)]
 
 
 def flag_of(n: int, seen: int, top: float, sketched: bool) -> Flag:
-    """Why a reading deserves doubt: from finite rows, considered rows and the largest singular value."""
+    """Why a reading deserves doubt, from the first three numbers of :func:`read`."""
     if not seen:
         return Flag.NOT_CALLED
     if n < 2:
@@ -89,11 +97,18 @@ def flag_of(n: int, seen: int, top: float, sketched: bool) -> Flag:
     return Flag.NONFINITE if n < seen else Flag.SKETCHED if sketched else Flag.OK
 
 
-def _evaluate(measure: Measure, layers: Sequence[LayerRows], records: Mapping[str, Spectrum]) -> Tensor:
+def _evaluate(
+    measure: Measure,
+    layers: Sequence[LayerRows],
+    grams: Mapping[str, tuple[Tensor, Spectrum]],
+    records: Mapping[str, Spectrum],
+) -> Tensor:
     """Values of a measure, one per layer of a group: of all at once, or where that fails of one after the other."""
     nothing = layers[0].rows.new_full((), torch.nan)
     if layers[0].sketched and not measure.sketchable:
         return nothing.expand(len(layers))
+    if measure.of_gram is not None:
+        return measure.of_gram(*grams[measure.spectrum])
     record = records[measure.spectrum]
     if measure.kind == "spectrum" or measure.of_record is not None:
         of_record = measure.of_record or measure.of_spectrum
@@ -150,7 +165,7 @@ def _alike(layers: Sequence[LayerRows], shared: Sequence[Moments | None]) -> lis
     return list(groups.values())
 
 
-def _spectra(layers: Sequence[LayerRows], shared: Sequence[Moments | None], kind: str) -> Spectrum:
+def _gram(layers: Sequence[LayerRows], shared: Sequence[Moments | None], kind: str) -> tuple[Tensor, Spectrum]:
     center = kind == "centered"
     moments = [m for m in shared if m is not None]
     if moments:
@@ -159,7 +174,7 @@ def _spectra(layers: Sequence[LayerRows], shared: Sequence[Moments | None], kind
     else:
         rows, masks = torch.stack([layer.rows for layer in layers]), torch.stack([layer.mask for layer in layers])
         gram, record = gram_of(rows, center, masks)
-    return replace(finish_spectrum(eigenvalues(gram), record), sketched=layers[0].sketched)
+    return gram, replace(record, sketched=layers[0].sketched)
 
 
 def _together(records: Sequence[Spectrum]) -> Spectrum:

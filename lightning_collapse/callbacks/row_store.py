@@ -29,8 +29,9 @@ class RowStore:
         return max((sum(len(rows) for rows, _ in kept) for kept in self._rows.values()), default=0)
 
     def add(self, layer: str, rows: Tensor, mask: Tensor, quota: int) -> None:
-        """Keep at most ``quota`` of these rows ``(n, D)``, evenly spaced, and their mask ``(n,)``."""
-        rows, mask = evenly(rows, quota), evenly(mask, quota)
+        """Keep at most ``quota`` of these rows ``(n, D)``, spread, and their mask; if fewer, themselves."""
+        if len(rows) > quota:
+            rows, mask = evenly(rows, quota), evenly(mask, quota)
         width = rows.shape[1]
         if width > self.max_dim:
             if width not in self._sketches:

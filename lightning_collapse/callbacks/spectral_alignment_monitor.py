@@ -136,11 +136,11 @@ class SpectralAlignmentMonitor(Monitor):
 
     family = FAMILY
 
-    def __init__(self, layers: Sequence[str] | None = None, every_n_steps: int | None = None, rows: int = 512) -> None:
+    def __init__(self, layers: Sequence[str] | None = None, every_n_steps: int | None = None, rows: int = 256) -> None:
         super().__init__(every_n_steps)
         check_layers(layers, "all weight matrices")
         if rows < 2:
-            raise ValueError(f"`rows` must be at least 2, got {rows}. The default is 512.")
+            raise ValueError(f"`rows` must be at least 2, got {rows}. The default is 256.")
         self.layers = layers
         self.rows = rows
         self._matrices: list[WeightMatrix] = []

@@ -106,7 +106,11 @@ def eigenvalue_effective_rank(singular_values: Tensor | Spectrum) -> Tensor:
 
 
 @register_measure(
-    record=True, range="1 to min(n - 1, d)", collapsed="near 1", source="Gao & Ganguli 2015; Recanatesi et al. 2022"
+    record=True,
+    of_gram=lambda gram, record: _participation(*_power_sums(gram), record),
+    range="1 to min(n - 1, d)",
+    collapsed="near 1",
+    source="Gao & Ganguli 2015; Recanatesi et al. 2022",
 )
 @full_precision
 def participation_ratio(singular_values: Tensor | Spectrum) -> Tensor:
@@ -133,6 +137,7 @@ def participation_ratio(singular_values: Tensor | Spectrum) -> Tensor:
 
 @register_measure(
     record=True,
+    of_gram=lambda gram, record: _unbiased_participation(*_power_sums(gram), record),
     range="1 to d",
     collapsed="near 1",
     source="Himeno & Yamada, J. Multivariate Analysis 2014",
@@ -170,20 +175,8 @@ def unbiased_participation_ratio(spectrum: Spectrum) -> Tensor:
             "`unbiased_participation_ratio` needs the `Spectrum` record of centered features, got"
             f" {type(spectrum).__name__}. Use `lightning_collapse.spectral.spectrum_of(features)`."
         )
-    n = spectrum.count
     energy = _relative(spectrum).square()
-    total = energy.sum(dim=-1)
-    square = energy.square().sum(dim=-1) / total.square().clamp_min(torch.finfo(total.dtype).tiny)
-    quartic = (n - 1) * spectrum.kurtosis
-    # relative to (tr S)^2; the common factor of both estimates cancels
-    numerator = 2 * square + (n**2 - 3 * n + 1) - n * quartic
-    denominator = (n - 1) * (n - 2) * square + 1 - n * quartic
-    ratio = _participation(numerator, denominator, spectrum)
-    # a projection does not know how wide the features were
-    most = float("inf") if spectrum.sketched else float(spectrum.dim)
-    ratio = torch.where(denominator > 0, ratio, most).clamp(1, most)
-    ratio = torch.where(n > 3, ratio, torch.nan)
-    return torch.where(total > 0, ratio, torch.where(total.isnan(), total, 0.0))
+    return _unbiased_participation(energy.sum(dim=-1).square(), energy.square().sum(dim=-1), spectrum)
 
 
 @register_measure(
@@ -314,6 +307,26 @@ def _relative(singular_values: Tensor | Spectrum) -> Tensor:
     """Relative to the largest, so that squares and fourth powers neither overflow nor vanish."""
     values = values_of(singular_values)
     return values / values.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _power_sums(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared sum and sum of squares of the eigenvalues."""
+    return gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1).square(), gram.square().sum(dim=(-2, -1))
+
+
+def _unbiased_participation(trace2: Tensor, square: Tensor, spectrum: Spectrum) -> Tensor:
+    assert spectrum.kurtosis is not None
+    n, square = spectrum.count, square / trace2.clamp_min(torch.finfo(trace2.dtype).tiny)
+    quartic = (n - 1) * spectrum.kurtosis
+    # relative to (tr S)^2; the common factor of both estimates cancels
+    numerator = 2 * square + (n**2 - 3 * n + 1) - n * quartic
+    denominator = (n - 1) * (n - 2) * square + 1 - n * quartic
+    ratio = _participation(numerator, denominator, spectrum)
+    # a projection does not know how wide the features were
+    most = float("inf") if spectrum.sketched else float(spectrum.dim)
+    ratio = torch.where(denominator > 0, ratio, most).clamp(1, most)
+    ratio = torch.where(n > 3, ratio, torch.nan)
+    return torch.where(trace2 > 0, ratio, torch.where(trace2.isnan(), trace2, 0.0))
 
 
 def _participation(trace2: Tensor, square: Tensor, singular_values: Tensor | Spectrum) -> Tensor:

@@ -1,6 +1,7 @@
 """From what a layer returns to rows of features."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -104,11 +105,26 @@ def padding_mask(batch: Any) -> Tensor | None:
 
 
 def evenly(rows: Tensor, limit: int) -> Tensor:
-    """A copy of at most ``limit`` rows, evenly spaced over all of them."""
+    """A copy of at most ``limit`` rows, spread over all of them: the same ones of as many rows.
+
+    One of every ``count / limit`` in a row, but not always the same: every 128th token of sequences of 128 would be
+    the first one of each.
+    """
     count = rows.shape[0]
     if count <= limit:
         return rows.clone()
-    return rows.index_select(0, torch.arange(limit, device=rows.device) * count // limit)
+    # dynamo would warn of the cache and look behind it
+    spread = _spread.__wrapped__ if torch.compiler.is_compiling() else _spread
+    return rows.index_select(0, spread(count, limit, rows.device))
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _spread(count: int, limit: int, device: torch.device) -> Tensor:
+    i = torch.arange(limit + 1, device=device)
+    starts = i * count // limit
+    golden = (i * 0.6180339887498949).frac()[:-1]  # equidistributed, as are its multiples
+    return starts[:-1] + (golden * starts.diff()).long()
 
 
 def _pick(output: Any) -> Tensor | None:

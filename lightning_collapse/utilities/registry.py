@@ -21,8 +21,10 @@ class Measure:
             ``kind="pairs"``: maps two feature matrices ``(N, D)`` to a scalar, and is not for monitors.
         kind: What ``fn`` reads.
         record: Whether ``fn`` wants the whole ``Spectrum`` record, which also knows n and d.
-        of_record: For ``kind="rows"``: the same value from the ``Spectrum`` record of centered features, where it holds
-            all there is to know; then monitors need no rows for it.
+        of_record: For ``kind="rows"``: the same value from the count, mean and variance of the ``Spectrum`` record of
+            centered features, where these are all there is to know; then monitors need no rows for it.
+        of_gram: For ``kind="spectrum"``: the same value from the Gram matrix ``(..., K, K)`` of the features and its
+            ``Spectrum`` record without singular values; then monitors need no decomposition for it.
         spectrum: Which singular values ``fn`` reads: of ``"centered"`` or of ``"raw"`` features.
         range: Smallest and largest value in words.
         collapsed: What a collapsed representation reads.
@@ -39,6 +41,7 @@ class Measure:
     kind: Literal["spectrum", "rows", "pairs"] = "spectrum"
     record: bool = False
     of_record: Callable[[Any], Tensor] | None = None
+    of_gram: Callable[[Tensor, Any], Tensor] | None = None
     spectrum: Literal["centered", "raw"] = "centered"
     range: str = ""
     collapsed: str = ""

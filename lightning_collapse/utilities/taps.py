@@ -1,6 +1,6 @@
 """Rows of chosen layers, copied out of the forward pass of the batches that matter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,19 +37,21 @@ class RowTaps:
 
     Args:
         taps: Where to listen.
-        limit: Rows to copy per call, evenly spaced; by default four per feature, but 1024 at most.
+        limit: Rows to copy per call, spread over all; by default four per feature, but 1024 at most.
         position: Copy this token of every sequence instead of all of them, see
             :func:`~lightning_collapse.utilities.features.token_at`.
 
     Attributes:
         armed: Whether to copy rows now.
         mask: Padding mask ``(N, L)`` of the running batch; rows of tokens get their part of it.
+        limits: Rows to copy per call of single taps, by name; those not named keep the ``limit``.
     """
 
     def __init__(self, taps: Sequence[Tap], limit: int | None = None, position: int | None = None) -> None:
         self.armed = False
         self.mask: Tensor | None = None
         self.limit = limit
+        self.limits: Mapping[str, int] = {}
         self.position = position
         self._calls: dict[str, list[tuple[Tensor, Tensor | None, int]]] = {tap.name: [] for tap in taps}
         self._handles: list[RemovableHandle] = [self._listen(tap) for tap in taps]
@@ -67,8 +69,8 @@ class RowTaps:
                 masks = [
                     rows.new_ones(len(rows), dtype=torch.bool) if mask is None else mask for rows, mask, _ in alike
                 ]
-                rows = torch.cat([rows for rows, _, _ in alike])
-                heard[name] = Heard(rows, torch.cat(masks), sum(returned for _, _, returned in alike))
+                rows = _cat([rows for rows, _, _ in alike])
+                heard[name] = Heard(rows, _cat(masks), sum(returned for _, _, returned in alike))
             calls.clear()
         return heard
 
@@ -104,7 +106,7 @@ class RowTaps:
                 rows, mask = self._rows_of(value, channels_first)
                 if rows is None:
                     return
-                limit = self.limit or min(4 * rows.shape[1], 1024)
+                limit = self.limits.get(name) or self.limit or min(4 * rows.shape[1], 1024)
                 kept = evenly(rows.detach(), limit), mask if mask is None else evenly(mask, limit)
                 self._calls[name].append((*kept, rows.shape[0]))
 
@@ -114,3 +116,7 @@ class RowTaps:
         if self.position is None:
             return as_rows(value, channels_first), as_row_mask(value, self.mask, channels_first)
         return token_at(value, self.mask, self.position) or (None, None)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,10 +1,12 @@
 """Layers are read together, and none of them can tell."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_collapse.callbacks.readings import LayerRows, read
+from lightning_collapse.callbacks.readings import LayerRows, flag_of, read
 from lightning_collapse.utilities.registry import MEASURES, Measure
 
 
@@ -18,11 +20,23 @@ LAYERS = [layer(n, d, i) for i, (n, d) in enumerate([(9, 5), (6, 12), (9, 5), (8
 
 def test_the_company_of_other_layers_changes_no_reading() -> None:
     measures = [measure for measure in MEASURES.values() if measure.kind != "pairs"]
-    together, spectra = read(LAYERS, measures)
+    together, spectra = read(LAYERS, measures, spectra=True)
     for of_layer, values, found in zip(LAYERS, spectra, together, strict=True):
-        [alone], [expected] = read([of_layer], measures)
+        [alone], [expected] = read([of_layer], measures, spectra=True)
         torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12, equal_nan=True)
         torch.testing.assert_close(values, expected)
+
+
+@pytest.mark.parametrize("name", [name for name, measure in MEASURES.items() if measure.of_gram is not None])
+@pytest.mark.parametrize("sketched", [False, True])
+def test_what_needs_no_decomposition_reads_the_same_as_with_one(name: str, sketched: bool) -> None:
+    layers = [replace(of_layer, sketched=sketched) for of_layer in LAYERS]
+    layers += [LayerRows(3e37 * of_layer.rows, of_layer.mask, of_layer.expected) for of_layer in LAYERS]
+    layers += [LayerRows(torch.ones(9, 5), torch.ones(9, dtype=torch.bool), 9)]
+    found, _ = read(layers, [MEASURES[name]])
+    expected, _ = read(layers, [replace(MEASURES[name], of_gram=None)])
+    torch.testing.assert_close([v[3] for v in found], [v[3] for v in expected], rtol=1e-9, atol=0, equal_nan=True)
+    assert [flag_of(*map(float, v[:3]), False) for v in found] == [flag_of(*map(float, v[:3]), False) for v in expected]
 
 
 def of_one_spectrum(singular_values: Tensor) -> Tensor:
@@ -36,5 +50,5 @@ def test_a_measure_may_be_written_for_one_spectrum(fn) -> None:
     layers = [LAYERS[0], LAYERS[2], LAYERS[5], layer(9, 5, 3), layer(9, 5, 4)]  # as many as there are singular values
     measure = Measure("top", fn)
     for chosen in (layers, layers[:3]):
-        found, spectra = read(chosen, [measure])
+        found, spectra = read(chosen, [measure], spectra=True)
         assert [v[3].item() for v in found] == [pytest.approx((s[0] / s.sum()).item()) for s in spectra]

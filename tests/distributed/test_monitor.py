@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_collapse import CollapseGuard, CollapseMonitor, SpectralAlignmentMonitor
 from lightning_collapse.functional import effective_rank, feature_std, mean_cosine
 from lightning_collapse.spectral import singular_values
+from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.trainer import save_checkpoint
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, MemoryLogger, PointKeeper, Toy, batches, weights
@@ -62,9 +63,8 @@ def _check_ddp(rank):
         torch.distributed.all_gather_object(everyone, (repr((points, metrics)), model.seen))
         assert everyone[0][0] == everyone[1][0]  # the same numbers on both, bit by bit
         if rows == 104:
-            # 52 of each: both batches of process 0 hold 64, of process 1 40, evenly taken down to the quota of 26
-            parts = [seen[-2:] for _, seen in everyone]
-            taken = [part[torch.arange(26) * len(part) // 26] if len(part) > 26 else part for p in parts for part in p]
+            # 52 of each: both batches of process 0 hold 64, of process 1 40, taken down to the quota of 26
+            taken = [evenly(part, 26) for _, seen in everyone for part in seen[-2:]]
             pool = torch.cat(taken).double()
             assert points["n"].value == len(pool) == 92
             expected = {

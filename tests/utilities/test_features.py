@@ -197,12 +197,17 @@ def test_evenly(count: int, limit: int) -> None:
     picked = evenly(rows, limit)
     positions = (picked[:, 0] / 2).tolist()
     assert len(positions) == limit
-    assert positions[0] == 0
-    steps = {later - earlier for earlier, later in pairwise(positions)}
-    assert all(count // limit <= step <= -(-count // limit) for step in steps)
-    assert count - positions[-1] <= -(-count // limit)
+    bounds = [i * count // limit for i in range(limit + 1)]
+    assert all(low <= position < high for position, (low, high) in zip(positions, pairwise(bounds), strict=True))
     mask = torch.arange(count) % 3 == 0
     assert torch.equal(evenly(mask, limit), mask[(picked[:, 0] / 2).long()])
+
+
+@pytest.mark.parametrize(("sequences", "length", "limit"), [(64, 128, 64), (64, 128, 512), (16, 64, 256), (32, 8, 16)])
+def test_evenly_does_not_fall_in_step_with_sequences(sequences: int, length: int, limit: int) -> None:
+    positions = (evenly(tensor(sequences * length, 2), limit)[:, 0] / 2) % length
+    quarters = torch.bincount((positions * 4 / length).long(), minlength=4) / limit
+    torch.testing.assert_close(quarters, torch.full((4,), 0.25), atol=0.07, rtol=0)
 
 
 @pytest.mark.parametrize("limit", [4, 100])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.modules import Tap
 from lightning_collapse.utilities.taps import RowTaps
 
@@ -191,22 +192,27 @@ def test_limits() -> None:
         heard = taps.drain()["layer"]
         assert len(heard.rows) == len(heard.mask) == kept
         assert heard.returned == 1000
-        assert torch.equal(heard.rows, x[torch.arange(kept) * 1000 // kept])
+        assert torch.equal(heard.rows, evenly(x, kept))
         taps.remove()
     taps = listen(layer)
     layer(torch.zeros(5000, 400))
     assert len(taps.drain()["layer"].rows) == 1024
+    taps.limits = {"layer": 5, "other": 6}
+    layer(x)
+    assert torch.equal(taps.drain()["layer"].rows, evenly(x, 5))
 
 
 def test_masks() -> None:
     layer = Call()
     taps = listen(layer, limit=6)
     taps.mask = torch.tensor([[1, 1, 0, 0, 0, 0]] * 2)
-    layer(torch.arange(24.0).view(2, 6, 2))
+    tokens = torch.arange(24.0).view(2, 6, 2)
+    layer(tokens)
     layer(torch.arange(8.0).view(4, 2))  # vectors have no mask
     heard = taps.drain()["layer"]
-    assert heard.mask.tolist() == [True, False, False, True, False, False] + [True] * 4
-    assert heard.rows[:6, 0].tolist() == [0, 4, 8, 12, 16, 20]
+    assert torch.equal(heard.rows[:6], evenly(tokens.flatten(0, 1), 6))
+    assert heard.mask.tolist() == [position % 12 < 4 for position in heard.rows[:6, 0].tolist()] + [True] * 4
+    assert 0 < heard.mask[:6].sum() < 6
     assert taps.mask is None  # of the batch that was
 
 
