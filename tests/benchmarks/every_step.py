@@ -2,7 +2,8 @@
 
 (a) Fits of a transformer (four layers of width 128) in which steps with the monitors, a point each, alternate with
 steps without them; the ratio is that of each watched step to the mean of its two neighbours, in processor time on one
-thread. The runs have no logger, so what loggers write is left out; ``callback_metrics`` and hooks are in.
+thread. The runs have no logger, so what loggers write is left out; ``callback_metrics`` and hooks are in. Twice, with
+batches of 2048 and of 4096 tokens: what the monitors do hardly grows with the batch, a step does.
 
 (b) One call of ``PowerIteration.step`` on all matrices of that transformer, interleaved with
 ``torch.linalg.matrix_norm(weight, 2)`` on each of them.
@@ -28,6 +29,7 @@ from lightning_collapse.utilities.trainer import logging_step
 from tests.benchmarks.monitor_overhead import Endless, Transformer
 
 STEPS = 60
+SHAPES = ((128, 16), (64, 64))
 WARM_UP = 6
 
 
@@ -70,8 +72,8 @@ class Clock(Callback):
         self.marks.append(time.process_time())
 
 
-def every_step(name: str, monitors: list[Monitor]) -> None:
-    """Print (a)."""
+def every_step(name: str, monitors: list[Monitor], shape: tuple[int, int]) -> None:
+    """Print (a) for batches of this many sequences of this many tokens."""
     clock = Clock()
     trainer = Trainer(
         accelerator="cpu",
@@ -83,13 +85,14 @@ def every_step(name: str, monitors: list[Monitor]) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batch = torch.randint(100, (128, 16)), torch.randint(100, (128, 16))
+    batch = torch.randint(100, shape), torch.randint(100, shape)
     trainer.fit(Transformer(), DataLoader(Endless(batch), batch_size=None))
     seconds = [end - start for start, end in pairwise(clock.marks)]
     odd = range(WARM_UP + 1, len(seconds) - 2, 2)
     ratios = [2 * seconds[i] / (seconds[i - 1] + seconds[i + 1]) for i in odd]
     control = [2 * seconds[i + 1] / (seconds[i - 1] + seconds[i + 3]) for i in odd if i + 3 < len(seconds)]
-    print(f"a step takes {1000 * statistics.median(seconds[i + 1] for i in odd):.0f} ms")
+    tokens = f"{shape[0]} x {shape[1]} tokens"
+    print(f"a step of {tokens} takes {1000 * statistics.median(seconds[i + 1] for i in odd):.0f} ms")
     report(f"{name} at every step", ratios)
     report("control: unwatched steps", control)
 
@@ -125,6 +128,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for reading, monitors in readings().items():
-        every_step(reading, monitors)
+    for shape in SHAPES:
+        for reading, monitors in readings().items():
+            every_step(reading, monitors, shape)
     power_step()
