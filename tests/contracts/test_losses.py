@@ -1,48 +1,34 @@
 """One battery over every registered loss, against an independent reference in ``float64``."""
 
-from collections.abc import Callable
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_collapse.losses import AntiCollapseLoss, CovarianceLoss, VarianceLoss, VICReg, covariance_loss
 from lightning_collapse.utilities.registry import LOSSES
-
-SHAPES = {"dual": (6, 10), "primal": (12, 5), "square": (7, 7)}
-
-
-def naive_variance(z: np.ndarray) -> float:
-    return float(np.mean([max(0.0, 1.0 - np.sqrt(np.var(column, ddof=1) + 1e-4)) for column in z.T]))
-
-
-def naive_covariance(z: np.ndarray) -> float:
-    c = np.cov(z, rowvar=False)
-    return sum(c[i, j] ** 2 for i in range(len(c)) for j in range(len(c)) if i != j) / z.shape[1]
-
-
-def naive_vicreg(a: np.ndarray, b: np.ndarray) -> float:
-    variance = (naive_variance(a) + naive_variance(b)) / 2
-    return 25 * np.mean((a - b) ** 2) + 25 * variance + naive_covariance(a) + naive_covariance(b)
-
-
-REFERENCES: dict[str, Callable[..., float]] = {
-    "CovarianceLoss": naive_covariance,
-    "VICReg": naive_vicreg,
-    "VarianceLoss": naive_variance,
-}
+from tests.losses.cases import CASES
+from tests.losses.cases.base import Shape
+from tests.losses.cases.vicreg import naive_covariance, naive_variance
 
 every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
-both_sides = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+every_shape = pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, id=f"{name}-{side}")
+        for name in sorted(LOSSES)
+        for side, shape in CASES[name].shapes.items()
+    ],
+)
 
 
-def views(name: str, shape: tuple[int, int], dtype: torch.dtype = torch.float64, scale: float = 0.5) -> list[Tensor]:
-    """An active input: correlated features below the variance floor, two views that differ."""
-    generator = torch.Generator().manual_seed(0)
-    mix = torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64) / shape[1] ** 0.5
-    draws = [torch.randn(shape, generator=generator, dtype=torch.float64) @ mix for _ in range(LOSSES[name].views)]
-    return [(scale * draw).to(dtype) for draw in draws]
+def views(name: str, shape: Shape, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> list[Tensor]:
+    """An input at which every row has a gradient."""
+    return [(scale * view).to(dtype) for view in CASES[name].active(shape, LOSSES[name].views)]
+
+
+def some(name: str) -> Shape:
+    """One of its shapes."""
+    return next(iter(CASES[name].shapes.values()))
 
 
 def evaluate(name: str, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -53,20 +39,20 @@ def evaluate(name: str, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return loss.detach(), [leaf.grad for leaf in leaves]
 
 
-@every_loss
-@both_sides
-def test_value_is_the_reference(name: str, shape: tuple[int, int]) -> None:
+@every_shape
+def test_value_is_the_reference(name: str, shape: Shape) -> None:
     inputs = views(name, shape)
-    expected = REFERENCES[name](*(z.numpy() for z in inputs))
-    assert LOSSES[name]()(*inputs).item() == pytest.approx(expected, rel=1e-12)
-    assert LOSSES[name]()(*(z.float() for z in inputs)).item() == pytest.approx(expected, rel=1e-5)
+    case = CASES[name]
+    expected = case.reference(*(z.numpy() for z in inputs))
+    assert LOSSES[name]()(*inputs).item() == pytest.approx(expected, rel=case.rtol)
+    assert LOSSES[name]()(*(z.float() for z in inputs)).item() == pytest.approx(expected, rel=case.rtol_single)
 
 
 @every_loss
 def test_loss_is_the_weighted_sum_of_its_terms(name: str) -> None:
     loss = LOSSES[name]()
     assert isinstance(loss, AntiCollapseLoss)
-    inputs = views(name, (8, 4))
+    inputs = views(name, some(name))
     terms = loss.terms(*inputs)
     assert list(terms) == list(loss.coefficients)
     assert all(term.ndim == 0 for term in terms.values())
@@ -76,16 +62,14 @@ def test_loss_is_the_weighted_sum_of_its_terms(name: str) -> None:
     assert not loss.state_dict()
 
 
-@every_loss
-@both_sides
-def test_gradcheck(name: str, shape: tuple[int, int]) -> None:
+@every_shape
+def test_gradcheck(name: str, shape: Shape) -> None:
     inputs = [z.requires_grad_() for z in views(name, shape)]
     assert torch.autograd.gradcheck(LOSSES[name](), inputs)
 
 
-@every_loss
-@both_sides
-def test_gradient_reaches_every_row(name: str, shape: tuple[int, int]) -> None:
+@every_shape
+def test_gradient_reaches_every_row(name: str, shape: Shape) -> None:
     _, grads = evaluate(name, views(name, shape))
     assert all((grad.norm(dim=1) > 1e-6).all() for grad in grads)
 
@@ -101,20 +85,14 @@ def test_constant_batch(name: str, dtype: torch.dtype) -> None:
 
 @every_loss
 def test_perfect_batch(name: str) -> None:
-    # 16 rows of a Hadamard matrix: zero mean, uncorrelated, standard deviation just above 1
-    rows = torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(4):
-        rows = torch.cat([torch.cat([rows, rows], 1), torch.cat([rows, -rows], 1)])
-    whitened = rows[:, 1:]
     loss = LOSSES[name]()
-    value = loss(*[whitened] * loss.views)
+    value = loss(*CASES[name].perfect(loss.views))
     assert value.item() == pytest.approx(loss.value_at_perfection, abs=1e-12)
 
 
-@every_loss
-@both_sides
+@every_shape
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_with_and_without_autocast(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_half_precision_with_and_without_autocast(name: str, shape: Shape, dtype: torch.dtype) -> None:
     inputs = views(name, shape, dtype)
     exact, _ = evaluate(name, [z.double() for z in inputs])
     off, grads_off = evaluate(name, inputs)
@@ -123,20 +101,20 @@ def test_half_precision_with_and_without_autocast(name: str, shape: tuple[int, i
     assert off.dtype == on.dtype == torch.float32
     assert torch.equal(on, off)
     assert all(map(torch.equal, grads_on, grads_off))
-    assert off.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert off.item() == pytest.approx(exact.item(), rel=CASES[name].rtol_single)
 
 
-@every_loss
-@both_sides
-def test_large_half_features_stay_finite(name: str, shape: tuple[int, int]) -> None:
-    loss, grads = evaluate(name, views(name, shape, torch.float16, scale=16.0))
+@every_shape
+def test_large_half_features_stay_finite(name: str, shape: Shape) -> None:
+    loss, grads = evaluate(name, views(name, shape, torch.float16, scale=32.0))
     assert loss.isfinite()
     assert all(grad.isfinite().all() for grad in grads)
 
 
-@every_loss
-@pytest.mark.parametrize("shape", [(64, 128), (256, 32)])
-def test_large_mean(name: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, shape) for name in sorted(LOSSES) if CASES[name].shift for shape in CASES[name].wide]
+)
+def test_large_mean(name: str, shape: Shape) -> None:
     centered = [z - z.mean(dim=0) for z in views(name, shape)]
     expected, reference = evaluate(name, centered)
     loss, grads = evaluate(name, [(z + 500.0).float() for z in centered])  # 1000 times the spread
@@ -147,7 +125,7 @@ def test_large_mean(name: str, shape: tuple[int, int]) -> None:
 
 @every_loss
 def test_compiles_without_a_graph_break(name: str) -> None:
-    inputs = [z.requires_grad_() for z in views(name, (8, 16))]
+    inputs = [z.requires_grad_() for z in views(name, some(name))]
     expected, grads = evaluate(name, inputs)
     loss = LOSSES[name]()
     value = torch.compile(lambda *z: loss(*z), backend="aot_eager", fullgraph=True)(*inputs)
@@ -165,7 +143,7 @@ def test_bad_arguments(name: str) -> None:
         loss(*[torch.randn(2, 3, 4)] * n_views)
     with pytest.raises(ValueError, match=r"got torch.int64 of shape \(8, 4\)"):
         loss(*[torch.ones(8, 4, dtype=torch.int64)] * n_views)
-    with pytest.raises(ValueError, match=r"at least 2 rows over all processes, got 1 .*drop_last"):
+    with pytest.raises(ValueError, match=rf"at least {CASES[name].rows} rows over all processes, got 1 .*"):
         loss(*[good[:1]] * n_views)
     with pytest.raises(ValueError, match=f"takes {n_views} feature matrices, got {n_views + 1}"):
         loss(*[good] * (n_views + 1))

@@ -1,0 +1,55 @@
+"""A loss, an independent reference for it, and the inputs on which it is to be judged."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int]
+
+
+def correlated(shape: Shape, views: int) -> list[Tensor]:
+    """Correlated features of standard deviation about a half, and views that are independent, in ``float64``."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64) / shape[1] ** 0.5
+    return [0.5 * torch.randn(shape, generator=generator, dtype=torch.float64) @ mix for _ in range(views)]
+
+
+def whitened(views: int) -> list[Tensor]:
+    """Sixteen rows of a Hadamard matrix, ``(16, 15)``: zero mean, uncorrelated, standard deviation just above 1."""
+    rows = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(4):
+        rows = torch.cat([torch.cat([rows, rows], 1), torch.cat([rows, -rows], 1)])
+    return [rows[:, 1:]] * views
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss in the batteries, with its published defaults.
+
+    Attributes:
+        reference: The value of ``float64`` arrays, written from the paper and not from our code.
+        active: From a shape and a number of views to views at which every row has a gradient.
+        perfect: From a number of views to views at which the loss reads ``value_at_perfection``.
+        shapes: Shapes ``(N, D)`` of the batteries, by name; leave out what the loss cannot take.
+        rows: The fewest rows, over all processes, that it takes.
+        rtol: How far ``float64`` may be from the reference.
+        rtol_single: How far ``float32`` may be from ``float64``, in value.
+        shift: Whether adding a constant row changes nothing.
+        wide: Shapes for the test with a large mean.
+        split: Shapes of the test that splits a batch over two processes, a third to the first.
+        messages: All-reduces of a forward pass.
+    """
+
+    reference: Callable[..., float]
+    active: Callable[[Shape, int], list[Tensor]] = correlated
+    perfect: Callable[[int], list[Tensor]] = whitened
+    shapes: Mapping[str, Shape] = field(default_factory=lambda: {"dual": (6, 10), "primal": (12, 5), "square": (7, 7)})
+    rows: int = 2
+    rtol: float = 1e-12
+    rtol_single: float = 1e-5
+    shift: bool = True
+    wide: tuple[Shape, ...] = ((64, 128), (256, 32))
+    split: tuple[Shape, ...] = ((9, 12), (40, 6))
+    messages: int = 2
