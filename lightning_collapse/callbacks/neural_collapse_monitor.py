@@ -22,6 +22,7 @@ from lightning_collapse.callbacks.clean_pass import (
     whole,
 )
 from lightning_collapse.callbacks.monitor import Monitor
+from lightning_collapse.functional.neural_collapse import nc1_null
 from lightning_collapse.metrics.neural_collapse import measures
 from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.utilities.distributed import world_size
@@ -44,6 +45,13 @@ _CURVES = {
     "nc3": ("class means against the classifier's rows", "0 to 4", "near 0", _PAPER),
     "cdnv": ("variance of classes over their squared distance", "0 to infinity", "near 0", "arXiv 2112.15121"),
     "vci": ("scatter of all that is not between classes", "0 to 1", "near 0", "arXiv 2306.03440"),
+    "minority_cosine": (
+        "classifier rows of the rare classes",
+        "-1 to 1",
+        "near 1",
+        "Fang et al. 2021, arXiv 2101.12699",
+    ),
+    "minority_norm": ("lengths of rare over other classifier rows", "0 to infinity", "near 0", "arXiv 2301.00437"),
     "nc4": ("classifier against the nearest class mean", "0 to 1", "near 0", _PAPER),
     "classes": ("classes that the window held", "0 to the number of classes", "does not tell", ""),
     "n": ("labelled rows", "0 to infinity", "few: do not read the others", ""),
@@ -65,6 +73,9 @@ class NeuralCollapseMonitor(Monitor):
     - ``nc2_equinorm``, ``nc2_equiangular``, ``nc2_etf``: the class means become a simplex frame;
     - ``nc3``: they align with the rows of the classifier's weight;
     - ``cdnv``, ``vci``: class-distance normalized variance, variability collapse index;
+    - ``minority_cosine``, ``minority_norm``: directions and lengths of the classifier's rows of rare classes, see
+      :func:`~lightning_collapse.functional.minority_cosine`; NaN unless two classes or more have had less than half of
+      the rows of the largest, in all points so far;
     - ``classes``, ``n``: classes and labelled rows behind the point; classes without rows are left out;
     - ``flag``: 0, or why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`.
 
@@ -138,6 +149,7 @@ class NeuralCollapseMonitor(Monitor):
         self._labels: Tensor | None = None
         self._batches: int | None = None  # not known before the first one that was heard
         self._first = True
+        self._seen: Tensor | None = None
         self._restored: dict[str, Any] = {}
 
     @property
@@ -148,7 +160,7 @@ class NeuralCollapseMonitor(Monitor):
     @override
     def state_dict(self) -> dict[str, Any]:
         moments = {} if self._moments is None or world_size() > 1 else self._moments.states()
-        return {"batches": self._batches, "moments": moments}
+        return {"batches": self._batches, "moments": moments} | ({} if self._seen is None else {"seen": self._seen})
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -169,6 +181,8 @@ class NeuralCollapseMonitor(Monitor):
         self._first = self._batches is None
         if states := self._restored.get("moments"):
             self._moments = ClassMoments.from_states({key: x.to(pl_module.device) for key, x in states.items()})
+        seen = self._restored.get("seen")
+        self._seen = torch.zeros_like(self._moments.count) if seen is None else seen.to(self._moments.count)
         self._restored = {}
 
     @override
@@ -211,7 +225,8 @@ class NeuralCollapseMonitor(Monitor):
         assert self._tap is not None and self._moments is not None  # noqa: PT018  # `start` has made them
         moments = self._moments.reduce() if world_size() > 1 else self._moments
         self._moments = self._empty(pl_module)
-        return self._points(self._tap, self._tap.name, step, moments)
+        self._seen = moments.count if self._seen is None else self._seen + moments.count
+        return self._points(self._tap, self._tap.name, step, moments, self._seen)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,15 +237,23 @@ class NeuralCollapseMonitor(Monitor):
             return
         step = max(logging_step(trainer) - 1, 0)  # that of the epoch's last batch
         tap = self._clean.tap
-        self.publish(trainer, pl_module, self._points(tap, f"{tap.name}.eval", step, *reading))
+        self.publish(
+            trainer, pl_module, self._points(tap, f"{tap.name}.eval", step, reading.moments, None, reading.agreement)
+        )
 
     def _points(
-        self, tap: Tap, layer: str, step: int, moments: ClassMoments, agreement: Tensor | None = None
+        self,
+        tap: Tap,
+        layer: str,
+        step: int,
+        moments: ClassMoments,
+        seen: Tensor | None,
+        agreement: Tensor | None = None,
     ) -> list[Point]:
         """Points of statistics that all processes share."""
         weight = whole(tap.module.weight)
         assert weight is not None
-        found = measures(moments, weight.to(moments.shift))
+        found = measures(moments, weight.to(moments.shift), seen=seen)
         names = [*_VALUES, "classes", "n"]
         numbers = [*(found[name] for name in names), moments.nonfinite]
         if agreement is not None:
@@ -250,8 +273,12 @@ class NeuralCollapseMonitor(Monitor):
             self.warn_once(f"`{layer}` received no labelled rows before a point; its curves read NaN there.")
             readings |= dict.fromkeys(_VALUES, nan)
         readings["flag"] = float(flag)
-        keys = [name for name in _CURVES if name in readings]
-        return [Point(f"{FAMILY}/{layer}/{name}", step, readings[name], n, flag=flag) for name in keys]
+        nulls = {"nc1": nc1_null(n, int(readings["classes"]), self._shape[1])}
+        return [
+            Point(f"{FAMILY}/{layer}/{name}", step, readings[name], n, nulls.get(name, nan), flag)
+            for name in _CURVES
+            if name in readings
+        ]
 
     def _choose(self, pl_module: LightningModule) -> Tap:
         call = f"`NeuralCollapseMonitor(layer={self.layer!r})`"
