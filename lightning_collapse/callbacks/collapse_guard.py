@@ -59,7 +59,9 @@ class CollapseGuard(Callback):
     (:class:`~lightning_collapse.rules.LossExplosion`); with ``AttentionEntropyMonitor`` *attention entropy collapse*
     (:class:`~lightning_collapse.rules.AttentionEntropyCollapse`) and *attention overload*
     (:class:`~lightning_collapse.rules.AttentionOverload`); with ``RegressionCollapseMonitor`` *regression
-    over-compression* (:class:`~lightning_collapse.rules.RegressionOverCompression`). A verdict falls after
+    over-compression* (:class:`~lightning_collapse.rules.RegressionOverCompression`); with ``NeuralCollapseMonitor``
+    *minority collapse* (:class:`~lightning_collapse.rules.MinorityCollapse`), and as news without any action *neural
+    collapse reached* (:class:`~lightning_collapse.rules.NeuralCollapseReached`). A verdict falls after
     ``patience`` points in a row on the wrong side of the line, and is lifted only by as many on the right side of twice
     the line: a curve that trembles about the line says nothing. Fine-tuning a binary classifier to neural collapse
     leaves one direction by nature; watch other layers there.
@@ -79,6 +81,7 @@ class CollapseGuard(Callback):
 
     Attributes:
         verdicts: Every :class:`Verdict` so far, in order.
+        news: What rules found that are no failure, as verdicts; each layer's once.
 
     Raises:
         ValueError: On an unknown action or a number that is not positive; as ``MisconfigurationException`` when the
@@ -111,12 +114,14 @@ class CollapseGuard(Callback):
         self.calibration = calibration
         self.dirpath = dirpath
         self.verdicts: list[Verdict] = []
+        self.news: list[Verdict] = []
         self._actions: list[Action] = actions
         self._restored = False
         self._reset()
 
     def _reset(self) -> None:
         self.verdicts.clear()
+        self.news.clear()
         # of every "kind/layer" and curve: how many first values there were, and what they come to
         self._first: dict[str, dict[str, Sequence[float]]] = {}
         # of every "kind/layer": first step of the row of bad points, its length, length of the row of good points
@@ -133,6 +138,7 @@ class CollapseGuard(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "news": [asdict(verdict) for verdict in self.news],
             "first": {layer: {name: list(values) for name, values in of.items()} for layer, of in self._first.items()},
             "rows": {key: list(row) for key, row in self._rows.items()},
             "standing": dict(self._standing),
@@ -144,6 +150,7 @@ class CollapseGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = True
         self.verdicts[:] = [Verdict(**verdict) for verdict in state_dict["verdicts"]]
+        self.news[:] = [Verdict(**verdict) for verdict in state_dict.get("news", ())]
         self._first = state_dict["first"]
         self._rows, self._standing = state_dict["rows"], state_dict["standing"]
         self._healthy = state_dict["healthy"]
@@ -179,6 +186,7 @@ class CollapseGuard(Callback):
             return
         step = points[0].step
         fallen = [verdict for rule in rules for verdict in self._judge(rule, families[rule.family], step)]
+        fallen = [verdict for verdict in fallen if not self._is_news(verdict)]
         self.verdicts += fallen
         counts = {rule.kind: 0 for rule in rules}
         for key, standing in self._standing.items():
@@ -203,12 +211,22 @@ class CollapseGuard(Callback):
             severity = rule.severity(layers[layer], beginnings[layer])
             since = self._since(rule.kind, layer, severity, step)
             key = f"{rule.kind}/{layer}"
-            self._healthy[key] = severity < HEALTHY and not self._standing.get(key, False)
+            if not rule.informative:
+                self._healthy[key] = severity < HEALTHY and not self._standing.get(key, False)
             if since is not None:
                 where = rule.culprit(layers, beginnings) if layer == ALL else layer
                 evidence = rule.evidence(layers[layer], beginnings[layer])
                 verdicts.append(Verdict(rule.kind, where, since, step, evidence))
         return verdicts
+
+    def _is_news(self, verdict: Verdict) -> bool:
+        """Whether it is no failure; then it is said, and that was all."""
+        if not RULES[verdict.kind].informative:
+            return False
+        if all((verdict.kind, verdict.layer) != (old.kind, old.layer) for old in self.news):
+            self.news.append(verdict)
+            rank_zero_info(f"`CollapseGuard` at step {verdict.step}: {verdict}")
+        return True
 
     def _begin(self, rule: Rule, layer: str, points: Mapping[str, Point]) -> dict[str, float]:
         """The beginning of a layer's run, which this point may still belong to."""
@@ -287,7 +305,7 @@ def _readable(rule: Rule, points: Mapping[str, Point]) -> bool:
 def _all_readable(rules: Sequence[Rule], families: Mapping[str, Mapping[str, Mapping[str, Point]]]) -> bool:
     """Whether at least one layer was judged, and none that ran could not be: NaN is not health."""
     judged = False
-    for rule in rules:
+    for rule in (rule for rule in rules if not rule.informative):
         for layer, points in families[rule.family].items():
             own = [points[name] for name in rule.measures if name in points] if rule.judges(layer) else []
             ran = len(own) == len(rule.measures) and all(point.flag != Flag.NOT_CALLED for point in own)

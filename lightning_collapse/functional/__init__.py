@@ -13,6 +13,7 @@ from lightning_collapse.functional.intrinsic_dimension import (
     two_nn,
 )
 from lightning_collapse.functional.marchenko_pastur import MarchenkoPasturFit, marchenko_pastur_fit
+from lightning_collapse.functional.minority import minority_cosine, minority_norm
 from lightning_collapse.functional.nearest_center import nc4, nc5, nearest_class_center, neco_score
 from lightning_collapse.functional.neural_collapse import between_rank, nc1, nc1_null
 from lightning_collapse.functional.null import expected_under_isotropy
@@ -112,6 +113,8 @@ __all__ = [
     "marchenko_pastur_fit",
     "mean_cosine",
     "mean_energy_share",
+    "minority_cosine",
+    "minority_norm",
     "nc1",
     "nc1_null",
     "nc2_equiangular",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_collapse.functional.cdnv import cdnv
+from lightning_collapse.functional.minority import minority_cosine, minority_norm
 from lightning_collapse.functional.neural_collapse import within_over_between
 from lightning_collapse.functional.self_duality import bias_collapse, nc3
 from lightning_collapse.functional.simplex import etf_error, nc2_equiangular, nc2_equinorm
@@ -47,6 +48,9 @@ class NeuralCollapse(SumsMetric):
     - ``bias_collapse``: :func:`~lightning_collapse.functional.bias_collapse`, falls to 0; NaN without ``weight``.
     - ``cdnv``, ``cdnv_median``: :func:`~lightning_collapse.functional.cdnv`, fall to 0.
     - ``vci``: :func:`~lightning_collapse.functional.vci`, falls to 0; also for ``n <= dim + 1`` rows whatever they are.
+    - ``minority_cosine``, ``minority_norm``: :func:`~lightning_collapse.functional.minority_cosine` and
+      :func:`~lightning_collapse.functional.minority_norm` of the rows of ``weight``; NaN without it, and where the
+      largest class has at most twice the rows of the smallest.
     - ``n``, ``classes``, ``missing``: Rows counted, classes with rows, classes without.
     - ``rank``: Rank of the between-class covariance that ``nc1`` inverts, at most ``classes - 1``.
 
@@ -135,8 +139,13 @@ class NeuralCollapse(SumsMetric):
             setattr(self, name, state)
 
 
-def measures(moments: ClassMoments, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
-    """What :class:`NeuralCollapse` computes, from statistics with scatter."""
+def measures(
+    moments: ClassMoments, weight: Tensor | None = None, bias: Tensor | None = None, seen: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What :class:`NeuralCollapse` computes, from statistics with scatter.
+
+    Rare are the classes that are so in ``seen``, rows per class, by default those of the statistics.
+    """
     means, count, n = moments.means, moments.count, moments.count.sum()
     present = (count > 0).sum().to(n)
     within = moments.within_scatter / n
@@ -144,6 +153,7 @@ def measures(moments: ClassMoments, weight: Tensor | None = None, bias: Tensor |
     pairs = cdnv(means, moments.within_traces / count.clamp_min(1), count)
     undefined = torch.full_like(n, nan)
     center = moments.global_mean()
+    seen = count if seen is None else seen
     return {
         "nc1": trace / present,
         "nc2_equinorm": nc2_equinorm(means, count),
@@ -154,6 +164,8 @@ def measures(moments: ClassMoments, weight: Tensor | None = None, bias: Tensor |
         "cdnv": pairs.mean,
         "cdnv_median": pairs.median,
         "vci": vci(means, within, count),
+        "minority_cosine": undefined if weight is None else minority_cosine(weight.to(center), seen),
+        "minority_norm": undefined if weight is None else minority_norm(weight.to(center), seen),
         "n": n,
         "classes": present,
         "missing": len(count) - present,

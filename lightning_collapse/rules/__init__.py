@@ -4,6 +4,7 @@ from lightning_collapse.rules.attention import AttentionEntropyCollapse, Attenti
 from lightning_collapse.rules.base import ALL, HEALTHY, RULES, Rule, register_rule
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
 from lightning_collapse.rules.explosion import LossExplosion
+from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
 from lightning_collapse.rules.regression import RegressionOverCompression
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "CompleteCollapse",
     "DimensionalCollapse",
     "LossExplosion",
+    "MinorityCollapse",
+    "NeuralCollapseReached",
     "RegressionOverCompression",
     "Rule",
     "register_rule",

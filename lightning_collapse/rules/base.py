@@ -20,6 +20,7 @@ class Rule(ABC):
         family: First part of the names of the curves it reads.
         measures: Last parts of the names of the curves it reads.
         calibration: How many first points make the beginning, ``inf`` for all so far; ``None`` leaves it to the guard.
+        informative: Whether it is no failure: it is said once and drawn, and nothing else follows from it.
         waits: Whether nothing is judged before the beginning is complete.
     """
 
@@ -27,6 +28,7 @@ class Rule(ABC):
     family: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
     calibration: ClassVar[float | None] = None
+    informative: ClassVar[bool] = False
     waits: ClassVar[bool] = False
 
     @abstractmethod

@@ -63,6 +63,13 @@ def loss_scale(trainer: Trainer, optimizer: Optimizer | None = None) -> Tensor |
     return getattr(scaler, "_scale", None) if scaler is not None and scaler.is_enabled() else None
 
 
+def to_device(trainer: Trainer, batch: Any) -> Any:
+    """A batch as a step would get it: in the trainer's precision, through the batch hooks, on the device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
 def synchronizes_last(trainer: Trainer) -> bool:
     """Whether processes accumulate gradients each on its own until the last micro-batch of a step."""
     return isinstance(trainer.model, DistributedDataParallel)

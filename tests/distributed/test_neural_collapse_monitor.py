@@ -27,6 +27,9 @@ class Classifier(LightningModule):
         self.seen.append((features.detach().clone(), y))
         return nn.functional.cross_entropy(self.head(features), y)
 
+    def forward(self, x):
+        return self.head(self.body(x))
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
@@ -65,6 +68,71 @@ def _check(rank, model, strategy):
         assert points[name] == pytest.approx(expected[name].item(), rel=1e-6), name
 
 
+def _clean(rank, model, strategy, loader, points):
+    """Values of the pass over a loader, the same on both processes; ``None`` for no points."""
+    keeper = PointKeeper()
+    options = {**QUIET, "devices": 2, "strategy": strategy, "logger": False, "use_distributed_sampler": False}
+    monitor = NeuralCollapseMonitor(every_n_steps=1000, loader=loader)
+    trainer = Trainer(**options, callbacks=[monitor, keeper])
+    torch.manual_seed(0)
+    lit = model()
+    start = {name: value.clone() for name, value in lit.state_dict().items()}
+    trainer.fit(lit, DataLoader([(torch.randn(8, 6), torch.arange(8) % 4)], batch_size=None))
+    everyone = [None, None]
+    torch.distributed.all_gather_object(everyone, repr(keeper.points))
+    assert everyone[0] == everyone[1]
+    found = {point.key.partition(".eval/")[2]: point.value for point in keeper.points}
+    if not points:
+        assert not found
+        return
+    whole = Classifier()
+    whole.load_state_dict(start)
+    moments = ClassMoments(4, 12)
+    rows = [(whole.body(x).detach(), y) for r in (0, 1) for x, y in _uneven(r)]
+    for features, y in rows:
+        moments.update(features, y)
+    expected = measures(moments, whole.head.weight.detach())
+    assert found["n"] == 3 * 20 + 30
+    for name in ("nc1", "nc2_equinorm", "nc2_etf", "nc3", "cdnv", "vci"):
+        assert found[name] == pytest.approx(expected[name].item(), rel=1e-6), name
+    features, y = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    nearest = torch.cdist(features.double(), moments.means).argmin(dim=1)
+    mismatch = (nearest != whole.head(features).argmax(dim=1)).double().mean().item()
+    assert 0 < mismatch == pytest.approx(found["nc4"], abs=1e-12)
+
+
+def _uneven(rank):
+    """Three batches on the first process, a larger one on the second."""
+    generator = torch.Generator().manual_seed(10 + rank)
+    labels = [torch.randint(4, (30 if rank else 20,), generator=generator) for _ in range(1 if rank else 3)]
+    return [(torch.randn(len(y), 6, generator=generator) + y[:, None], y) for y in labels]
+
+
+class Breaking:
+    """A loader that breaks off in one process only."""
+
+    def __init__(self, rank, when):
+        self.rank, self.when, self.passes = rank, when, 0
+
+    def __iter__(self):
+        self.passes += 1
+        yield from _uneven(self.rank)
+        if self.rank == 1 and self.passes >= self.when:
+            raise OSError("no disk")
+
+
+def _check_clean(rank):
+    for model in (Classifier, Sharded):
+
+        def strategy(model=model):
+            if model is Classifier:
+                return DDPStrategy(process_group_backend="gloo")
+            return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+        _clean(rank, model, strategy(), _uneven(rank), points=True)
+        _clean(rank, model, strategy(), Breaking(rank, 1), points=False)
+
+
 def _check_all(rank):
     _check(rank, Classifier, DDPStrategy(process_group_backend="gloo"))
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
@@ -73,3 +141,7 @@ def _check_all(rank):
 
 def test_two_processes():
     on_two_processes(_check_all)
+
+
+def test_pass_over_clean_data_on_two_processes():
+    on_two_processes(_check_clean)

@@ -13,6 +13,8 @@ from lightning_collapse.functional import (
     bias_collapse,
     cdnv,
     etf_error,
+    minority_cosine,
+    minority_norm,
     nc1,
     nc2_equiangular,
     nc2_equinorm,
@@ -36,6 +38,9 @@ def labelled(seed: int = 0, noise: float = 1.0, offset: float = 0.0) -> tuple[Te
     return WEIGHT[labels] + noise * spread + offset, labels
 
 
+OF_THE_CLASSIFIER = ("nc3", "bias_collapse", "minority_cosine", "minority_norm")
+
+
 def reference(features: Tensor, labels: Tensor) -> dict[str, float]:
     """The functions, on statistics taken in two passes."""
     features = features.double()
@@ -56,6 +61,8 @@ def reference(features: Tensor, labels: Tensor) -> dict[str, float]:
         "cdnv": pairs.mean,
         "cdnv_median": pairs.median,
         "vci": vci(means, within, counts),
+        "minority_cosine": minority_cosine(WEIGHT, counts),
+        "minority_norm": minority_norm(WEIGHT, counts),
         "n": len(features),
         "classes": (counts > 0).sum(),
         "missing": (counts == 0).sum(),
@@ -94,7 +101,7 @@ def test_without_the_classifier() -> None:
     metric = NeuralCollapse(C, D)
     read(metric, pair)
     expected = reference(*pair)
-    assert numbers(metric.compute()) == near(expected | {"nc3": math.nan, "bias_collapse": math.nan})
+    assert numbers(metric.compute()) == near(expected | dict.fromkeys(OF_THE_CLASSIFIER, math.nan))
     # what was computed without the weight is not what is computed with it
     assert numbers(metric.compute(WEIGHT, BIAS)) == near(expected)
     assert numbers(metric.compute(WEIGHT))["nc3"] == pytest.approx(expected["nc3"])
@@ -212,7 +219,7 @@ def test_forward_reads_the_batch_and_keeps_everything() -> None:
     metric = NeuralCollapse(C, D)
     batches = split(labelled(), 40, 50)
     for features, labels in batches:
-        expected = reference(features, labels) | {"nc3": math.nan, "bias_collapse": math.nan}
+        expected = reference(features, labels) | dict.fromkeys(OF_THE_CLASSIFIER, math.nan)
         assert numbers(metric(features, labels)) == near(expected)
     assert numbers(metric.compute(WEIGHT, BIAS)) == near(reference(*labelled()))
 
@@ -226,7 +233,7 @@ def test_in_a_collection() -> None:
     assert found
     for name, value in found.items():
         base = name.removeprefix("a_").removeprefix("b_")
-        if base not in ("nc3", "bias_collapse"):
+        if base not in OF_THE_CLASSIFIER:
             assert value.item() == pytest.approx(expected[base], rel=1e-9)
     collection.update(*labelled())
     assert collection["a"].moments().count.sum() == collection["b"].moments().count.sum() == 2 * N
