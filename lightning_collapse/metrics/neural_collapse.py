@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_collapse.functional.cdnv import cdnv
+from lightning_collapse.functional.cdnv import over_pairs
+from lightning_collapse.functional.class_means import centered_means
 from lightning_collapse.functional.neural_collapse import within_over_between
-from lightning_collapse.functional.self_duality import bias_collapse, nc3
-from lightning_collapse.functional.simplex import etf_error, nc2_equiangular, nc2_equinorm
+from lightning_collapse.functional.self_duality import bias_collapse, duality_distance
+from lightning_collapse.functional.simplex import angle_error, frame_distance, norm_variation
 from lightning_collapse.functional.vci import vci
 from lightning_collapse.metrics.sums import SumsMetric
 from lightning_collapse.spectral.class_moments import CLASS_STATES, ClassMoments
+from lightning_collapse.spectral.precision import full_precision
 
 
 class NeuralCollapse(SumsMetric):
@@ -47,7 +49,8 @@ class NeuralCollapse(SumsMetric):
     - ``bias_collapse``: :func:`~lightning_collapse.functional.bias_collapse`, falls to 0; NaN without ``weight``.
     - ``cdnv``, ``cdnv_median``: :func:`~lightning_collapse.functional.cdnv`, fall to 0.
     - ``vci``: :func:`~lightning_collapse.functional.vci`, falls to 0; also for ``n <= dim + 1`` rows whatever they are.
-    - ``n``, ``classes``, ``missing``: Rows counted, classes with rows, classes without.
+    - ``n``, ``classes``: Rows, and classes with at least ``min_count`` of them, that the others are of.
+    - ``missing``, ``rare``: Classes left out: without rows, and with fewer.
     - ``rank``: Rank of the between-class covariance that ``nc1`` inverts, at most ``classes - 1``.
 
     Args:
@@ -55,6 +58,9 @@ class NeuralCollapse(SumsMetric):
         dim: Number of features ``D``.
         ignore_index: Label of rows to skip.
         dtype: What the sums are kept in; choose ``torch.float32`` on a device that has no ``float64``.
+        min_count: Rows that a class must have to be in a measure: means of a few are noise, and one row has no
+            variance. The shape of the within-class scatter stays that of all rows, its size is that of the classes
+            that are in.
         kwargs: Passed to :class:`torchmetrics.Metric`; what ``compute`` returns is not cached by default, since it
             depends on the weight.
 
@@ -86,6 +92,7 @@ class NeuralCollapse(SumsMetric):
         dim: int,
         ignore_index: int = -100,
         dtype: torch.dtype = torch.float64,
+        min_count: int = 1,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("compute_with_cache", False)
@@ -96,7 +103,10 @@ class NeuralCollapse(SumsMetric):
             raise ValueError(f"`dim` is the number of features and must be positive, got {dim}.")
         self.num_classes = num_classes
         self.dim = dim
+        if min_count < 1:
+            raise ValueError(f"`min_count` is a number of rows and must be positive, got {min_count}.")
         self.ignore_index = ignore_index
+        self.min_count = min_count
         for name, state in ClassMoments(num_classes, dim, dtype=dtype).states().items():
             self.add_state(name, state, dist_reduce_fx=None)
 
@@ -106,7 +116,7 @@ class NeuralCollapse(SumsMetric):
 
     def compute(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
         """All measures of everything seen so far; those of the classifier if its weight is given."""
-        return measures(self.moments(), weight, bias)
+        return measures(self.moments(), weight, bias, self.min_count)
 
     def moments(self) -> ClassMoments:
         """The accumulated statistics; an update of them is one of the metric."""
@@ -135,27 +145,40 @@ class NeuralCollapse(SumsMetric):
             setattr(self, name, state)
 
 
-def measures(moments: ClassMoments, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
+def measures(
+    moments: ClassMoments, weight: Tensor | None = None, bias: Tensor | None = None, min_count: int = 1
+) -> dict[str, Tensor]:
     """What :class:`NeuralCollapse` computes, from statistics with scatter."""
-    means, count, n = moments.means, moments.count, moments.count.sum()
-    present = (count > 0).sum().to(n)
-    within = moments.within_scatter / n
-    trace, rank = within_over_between(means, within, count)
-    pairs = cdnv(means, moments.within_traces / count.clamp_min(1), count)
-    undefined = torch.full_like(n, nan)
-    center = moments.global_mean()
+    counts = torch.where(moments.count >= min_count, moments.count, 0.0)
+    found = _measures(moments.means, moments.within_scatter, moments.within_traces, counts, weight, bias)
+    seen = (moments.count > 0).sum().to(counts)
+    return found | {"missing": len(counts) - seen, "rare": seen - found["classes"]}
+
+
+@full_precision
+def _measures(
+    means: Tensor, scatter: Tensor, traces: Tensor, counts: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> dict[str, Tensor]:
+    # the public functions each center the means anew, which takes them half of their time
+    part, n, undefined = centered_means(means, counts), counts.sum(), traces.new_full((), nan)
+    kept, everything = torch.where(part.present, traces, 0.0).sum(), traces.sum()
+    # the scatter is pooled: of classes left out its size can be taken off, and its shape cannot
+    within = scatter * (torch.where(everything > 0, kept / everything, 1.0) / n)
+    trace, rank = within_over_between(part, within)
+    variances = torch.where(part.present, traces / counts.clamp_min(1), 0.0)
+    pairs = over_pairs(part, variances, torch.zeros_like(variances))
+    center = torch.where(part.present.unsqueeze(1), means, 0.0).sum(dim=0) / part.classes
     return {
-        "nc1": trace / present,
-        "nc2_equinorm": nc2_equinorm(means, count),
-        "nc2_equiangular": nc2_equiangular(means, count),
-        "nc2_etf": etf_error(means, count),
-        "nc3": undefined if weight is None else nc3(means, weight, count),
+        "nc1": trace / part.classes,
+        "nc2_equinorm": norm_variation(part),
+        "nc2_equiangular": angle_error(part),
+        "nc2_etf": frame_distance(part.rows, part.rows, part.present),
+        "nc3": undefined if weight is None else duality_distance(part, weight).square(),
         "bias_collapse": undefined if weight is None else bias_collapse(weight.to(center), bias, center),
         "cdnv": pairs.mean,
         "cdnv_median": pairs.median,
-        "vci": vci(means, within, count),
+        "vci": vci(means, within, counts),
         "n": n,
-        "classes": present,
-        "missing": len(count) - present,
+        "classes": part.classes.to(n),
         "rank": rank,
     }

@@ -59,6 +59,7 @@ def reference(features: Tensor, labels: Tensor) -> dict[str, float]:
         "n": len(features),
         "classes": (counts > 0).sum(),
         "missing": (counts == 0).sum(),
+        "rare": 0,
         "rank": (counts > 0).sum() - 1,
     }
     return {name: float(value) for name, value in values.items()}
