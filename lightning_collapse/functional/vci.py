@@ -68,13 +68,19 @@ def vci(means: Tensor, within: Tensor, counts: Tensor | None = None, adjusted: b
 
 def _explained(rows: Tensor, total: Tensor) -> Tensor:
     r""":math:`\operatorname{tr}(\Sigma_T^+ M^\top M)`. Waits for the device, as decompositions do."""
-    factor, failed = torch.linalg.cholesky_ex(total)
+    eps = torch.finfo(total.dtype).eps
+    variance = total.diagonal()
+    # features that do not vary, such as dead units, must not make it singular
+    alive = (variance > len(variance) * eps * variance.amax()).to(total)
+    regular = torch.where(torch.outer(alive, alive) > 0, total, 0.0)
+    regular.diagonal().add_((1 - alive) * variance.amax())
+    factor, failed = torch.linalg.cholesky_ex(regular)
     pivots = factor.diagonal().square()
-    # a fifth of the time of the eigenvalues, where there is nothing to cut off; far from the cutoff below
-    if (failed == 0) & (pivots.amin() > torch.finfo(total.dtype).eps ** 0.5 * pivots.amax()):
-        whitened: Tensor = torch.linalg.solve_triangular(factor, rows.T, upper=False)
+    # a fifth of the time of the eigenvalues, where there is nothing to cut off: far from the cutoff below
+    if (failed == 0) & (pivots.amin() > eps**0.5 * pivots.amax()):
+        whitened: Tensor = torch.linalg.solve_triangular(factor, (rows * alive).T, upper=False)
         return whitened.square().sum()
     values, vectors = eigenvectors(total)
-    keep = values > len(values) * torch.finfo(values.dtype).eps * values[:1]
+    keep = values > len(values) * eps * values[:1]
     along = (rows @ vectors).square().sum(dim=0)
     return torch.where(keep, along / torch.where(keep, values, 1.0), 0.0).sum()

@@ -146,18 +146,28 @@ class NeuralCollapse(SumsMetric):
 
 
 def measures(
-    moments: ClassMoments, weight: Tensor | None = None, bias: Tensor | None = None, min_count: int = 1
+    moments: ClassMoments,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    min_count: int = 1,
+    with_vci: bool = True,
 ) -> dict[str, Tensor]:
-    """What :class:`NeuralCollapse` computes, from statistics with scatter."""
+    """What :class:`NeuralCollapse` computes, from statistics with scatter; ``vci`` takes half of the time."""
     counts = torch.where(moments.count >= min_count, moments.count, 0.0)
-    found = _measures(moments.means, moments.within_scatter, moments.within_traces, counts, weight, bias)
+    found = _measures(moments.means, moments.within_scatter, moments.within_traces, counts, weight, bias, with_vci)
     seen = (moments.count > 0).sum().to(counts)
     return found | {"missing": len(counts) - seen, "rare": seen - found["classes"]}
 
 
 @full_precision
 def _measures(
-    means: Tensor, scatter: Tensor, traces: Tensor, counts: Tensor, weight: Tensor | None, bias: Tensor | None
+    means: Tensor,
+    scatter: Tensor,
+    traces: Tensor,
+    counts: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    with_vci: bool,
 ) -> dict[str, Tensor]:
     # the public functions each center the means anew, which takes them half of their time
     part, n, undefined = centered_means(means, counts), counts.sum(), traces.new_full((), nan)
@@ -177,7 +187,7 @@ def _measures(
         "bias_collapse": undefined if weight is None else bias_collapse(weight.to(center), bias, center),
         "cdnv": pairs.mean,
         "cdnv_median": pairs.median,
-        "vci": vci(means, within, counts),
+        "vci": vci(means, within, counts) if with_vci else undefined,
         "n": n,
         "classes": part.classes.to(n),
         "rank": rank,
