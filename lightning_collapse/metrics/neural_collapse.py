@@ -173,13 +173,13 @@ def _measures(
     part, n, undefined = centered_means(means, counts), counts.sum(), traces.new_full((), nan)
     kept, everything = torch.where(part.present, traces, 0.0).sum(), traces.sum()
     # the scatter is pooled: of classes left out its size can be taken off, and its shape cannot
-    within = scatter * (torch.where(everything > 0, kept / everything, 1.0) / n)
-    trace, rank = within_over_between(part, within)
+    share = torch.where(everything > 0, kept / everything, 1.0) / n
+    trace, rank = within_over_between(part, scatter)
     variances = torch.where(part.present, traces / counts.clamp_min(1), 0.0)
     pairs = over_pairs(part, variances, torch.zeros_like(variances))
     center = torch.where(part.present.unsqueeze(1), means, 0.0).sum(dim=0) / part.classes
     return {
-        "nc1": trace / part.classes,
+        "nc1": share * trace / part.classes,
         "nc2_equinorm": norm_variation(part),
         "nc2_equiangular": angle_error(part),
         "nc2_etf": frame_distance(part.rows, part.rows, part.present),
@@ -187,7 +187,7 @@ def _measures(
         "bias_collapse": undefined if weight is None else bias_collapse(weight.to(center), bias, center),
         "cdnv": pairs.mean,
         "cdnv_median": pairs.median,
-        "vci": vci(means, within, counts) if with_vci else undefined,
+        "vci": vci(means, share * scatter, counts) if with_vci else undefined,
         "n": n,
         "classes": part.classes.to(n),
         "rank": rank,
