@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.class_means import centered_means, pair_tiles
+from lightning_collapse.functional.class_means import CenteredMeans, centered_means, pair_tiles
 from lightning_collapse.spectral.precision import full_precision
 
 SHIFT = 12  # bits of the significand dropped in the histogram of pairs: 11 stay
@@ -77,18 +77,20 @@ def cdnv(
     dtype = torch.promote_types(means.dtype, torch.float32)
     if debiased and counts is not None:
         counts = torch.where(counts > 1, counts, 0)
-    rows, present, _ = centered_means(means, counts)
+    rows, present, classes = centered_means(means, counts)
     variances = torch.where(present, variances.to(rows), 0.0)
     noise = torch.zeros_like(variances)
     if debiased and counts is not None:
         n = counts.to(rows)
         variances = variances * n / (n - 1).clamp_min(1)
         noise = variances / n.clamp_min(1)
-    mean, median, mean_log, pairs, unresolved = _over_pairs(rows, variances, noise, present, tile)
-    return Cdnv(mean.to(dtype), median.to(dtype), mean_log.to(dtype), pairs, unresolved)
+    found = over_pairs(CenteredMeans(rows, present, classes), variances, noise, tile)
+    return found._replace(mean=found.mean.to(dtype), median=found.median.to(dtype), mean_log=found.mean_log.to(dtype))
 
 
-def _over_pairs(rows: Tensor, variances: Tensor, noise: Tensor, present: Tensor, tile: int) -> tuple[Tensor, ...]:
+def over_pairs(part: CenteredMeans, variances: Tensor, noise: Tensor, tile: int = 1024) -> Cdnv:
+    """:func:`cdnv` of class means that are centered already, with what is to be subtracted for each class."""
+    rows, present, _ = part
     square = rows.square().sum(dim=1)
     total, total_log = rows.new_zeros(2).unbind()
     pairs, unresolved = torch.zeros(2, dtype=torch.int64, device=rows.device).unbind()
@@ -116,7 +118,7 @@ def _over_pairs(rows: Tensor, variances: Tensor, noise: Tensor, present: Tensor,
     if histogram is not None:
         median = _median(histogram).to(rows)
     median = torch.where((pairs > 0) & ~total.isnan(), median, nan)
-    return mean, median, mean_log, pairs, unresolved
+    return Cdnv(mean, median, mean_log, pairs, unresolved)
 
 
 def _median(histogram: Tensor) -> Tensor:

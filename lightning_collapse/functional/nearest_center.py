@@ -11,6 +11,8 @@ from lightning_collapse.functional.class_means import in_input_precision, presen
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.spectral.rows import finite_rows
 
+BLOCK = 1 << 22  # distances at a time
+
 
 @full_precision
 def nearest_class_center(features: Tensor, means: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -36,8 +38,11 @@ def nearest_class_center(features: Tensor, means: Tensor, counts: Tensor | None 
     rows, present, classes = present_rows(means, counts)
     center = rows.sum(dim=0) / classes
     rows = torch.where(present.unsqueeze(1), rows - center, 0.0)
-    distance = rows.square().sum(dim=1) - 2 * (features.to(rows) - center) @ rows.T
-    return torch.where(present, distance, torch.inf).argmin(dim=1)
+    square = torch.where(present, rows.square().sum(dim=1), torch.inf)
+    # features by the block: of all of them and a vocabulary of classes the distances would fill the memory
+    blocks = torch.split(features, max(BLOCK // len(rows), 1))
+    nearest = [torch.addmm(square, x.to(rows) - center, rows.T, alpha=-2).argmin(dim=1) for x in blocks]
+    return torch.cat(nearest)
 
 
 @in_input_precision
@@ -92,8 +97,9 @@ def agreement_counts(
     if logits.shape != (len(features), len(means)):
         raise ValueError(f"`logits` must have shape ({len(features)}, {len(means)}), got {tuple(logits.shape)}.")
     rows, _, valid = finite_rows(features)
-    counted = (valid > 0) & ~logits.isnan().any(dim=1)
-    agree = nearest_class_center(rows, means, counts) == logits.argmax(dim=1)
+    largest, choice = logits.max(dim=1)  # NaN where there is one
+    counted = (valid > 0) & ~largest.isnan()
+    agree = nearest_class_center(rows, means, counts) == choice
     return (agree & counted).sum(), counted.sum()
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.class_means import centered_means, in_input_precision
+from lightning_collapse.functional.class_means import CenteredMeans, centered_means, in_input_precision
 from lightning_collapse.spectral.eigenvalues import eigenvectors
 
 
@@ -65,15 +65,13 @@ def nc1(
     """
     if method not in ("pinv", "quotient"):
         raise ValueError(f'`method` must be "pinv" or "quotient", got {method!r}.')
+    part = centered_means(means, counts, global_mean)
     if method == "quotient":
-        rows, _, classes = centered_means(means, counts, global_mean)
         trace = within.trace() if within.ndim else within
-        between = rows.square().sum() / classes
+        between = part.rows.square().sum() / part.classes
         return torch.where(between > 0, trace / between, nan)
-    value, _ = within_over_between(means, within, counts, global_mean)
-    if not per_class:
-        return value
-    return value / (len(means) if counts is None else (counts > 0).sum())
+    value, _ = within_over_between(part, within)
+    return value / part.classes if per_class else value
 
 
 @in_input_precision
@@ -93,7 +91,7 @@ def between_rank(means: Tensor, counts: Tensor | None = None, global_mean: Tenso
         >>> between_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]))
         tensor(1.)
     """
-    return within_over_between(means, means.new_zeros(means.shape[1], means.shape[1]), counts, global_mean)[1]
+    return within_over_between(centered_means(means, counts, global_mean))[1]
 
 
 def nc1_null(n: float, num_classes: int, dim: int) -> float:
@@ -121,28 +119,22 @@ def nc1_null(n: float, num_classes: int, dim: int) -> float:
     return (n / num_classes - 1) * (num_classes - 1) / (dim - num_classes)
 
 
-def within_over_between(
-    means: Tensor,
-    within: Tensor,
-    counts: Tensor | None = None,
-    global_mean: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def within_over_between(part: CenteredMeans, within: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r""":math:`\operatorname{tr}(\Sigma_W \Sigma_B^+)` and the rank of :math:`\Sigma_B`, from one decomposition.
 
     With :math:`\Sigma_B = M^\top M / C`, :math:`G = M M^\top = U \Lambda U^\top` and the rows :math:`q_i` of
     :math:`U^\top M`, the trace is :math:`C \sum_i q_i \Sigma_W q_i^\top / \lambda_i^2`.
 
     Args:
-        means: Class means, shape ``(C, D)``.
-        within: :math:`\Sigma_W`, shape ``(D, D)``.
-        counts: Rows of each class, shape ``(C,)``.
-        global_mean: Shape ``(D,)``.
+        part: Centered class means, ``(C, D)``.
+        within: :math:`\Sigma_W`, shape ``(D, D)``; zero if only the rank is asked for.
 
     Raises:
         ValueError: If a shape does not fit.
     """
-    rows, _, classes = centered_means(means, counts, global_mean)
+    rows, _, classes = part
     size, dim = rows.shape
+    within = rows.new_zeros(dim, dim) if within is None else within
     if within.shape != (dim, dim):
         raise ValueError(f"`within` must have shape ({dim}, {dim}), got {tuple(within.shape)}.")
     values, vectors = eigenvectors(rows @ rows.T if size <= dim else rows.T @ rows)

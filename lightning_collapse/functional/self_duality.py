@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.class_means import centered_means, in_input_precision, unit
+from lightning_collapse.functional.class_means import CenteredMeans, centered_means, in_input_precision, unit
 from lightning_collapse.functional.simplex import frame_distance
 
 
@@ -48,15 +48,12 @@ def nc3(
         >>> nc3(torch.tensor([[5.0, 0.0], [-1.0, 0.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) < 1e-12
         tensor(True)
     """
-    _same_shape(means, weight)
     if method not in ("squared", "distance", "simplex"):
         raise ValueError(f'`method` must be "squared", "distance" or "simplex", got {method!r}.')
-    rows, present, _ = centered_means(means, counts, global_mean)
-    weight = torch.where(present.unsqueeze(1), weight.to(rows), 0.0)
+    part = centered_means(means, counts, global_mean)
     if method == "simplex":
-        return frame_distance(weight, rows, present)
-    difference = weight / torch.linalg.matrix_norm(weight) - rows / torch.linalg.matrix_norm(rows)
-    distance: Tensor = torch.linalg.matrix_norm(difference)
+        return frame_distance(_weight_of(part, weight), part.rows, part.present)
+    distance = duality_distance(part, weight)
     return distance.square() if method == "squared" else distance
 
 
@@ -89,9 +86,9 @@ def unc3(means: Tensor, weight: Tensor, counts: Tensor | None = None, global_mea
         >>> unc3(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [-3.0, 3.0]])) < 1e-12
         tensor(True)
     """
-    _same_shape(means, weight)
-    rows, present, classes = centered_means(means, counts, global_mean)
-    cosine = torch.where(present, (unit(rows) * unit(weight.to(rows))).sum(dim=1), 0.0)
+    part = centered_means(means, counts, global_mean)
+    rows, present, classes = part
+    cosine = torch.where(present, (unit(rows) * unit(_weight_of(part, weight))).sum(dim=1), 0.0)
     return torch.where(present, cosine - cosine.sum() / classes, 0.0).square().sum() / classes
 
 
@@ -120,9 +117,19 @@ def bias_collapse(weight: Tensor, bias: Tensor | None, global_mean: Tensor) -> T
     return length
 
 
-def _same_shape(means: Tensor, weight: Tensor) -> None:
-    if weight.shape != means.shape:
+def duality_distance(part: CenteredMeans, weight: Tensor) -> Tensor:
+    """:func:`nc3`, the root of the square, of class means that are centered already."""
+    rows, weight = part.rows, _weight_of(part, weight)
+    difference = weight / torch.linalg.matrix_norm(weight) - rows / torch.linalg.matrix_norm(rows)
+    distance: Tensor = torch.linalg.matrix_norm(difference)
+    return distance
+
+
+def _weight_of(part: CenteredMeans, weight: Tensor) -> Tensor:
+    """The rows of the classifier for the classes that are there, in the precision of their means."""
+    if weight.shape != part.rows.shape:
         raise ValueError(
             f"`weight` must have the shape of `means`, a row per class, got {tuple(weight.shape)} and"
-            f" {tuple(means.shape)}."
+            f" {tuple(part.rows.shape)}."
         )
+    return torch.where(part.present.unsqueeze(1), weight.to(part.rows), 0.0)

@@ -7,7 +7,14 @@ from math import nan
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.class_means import centered_means, in_input_precision, pair_tiles, present_rows, unit
+from lightning_collapse.functional.class_means import (
+    CenteredMeans,
+    centered_means,
+    in_input_precision,
+    pair_tiles,
+    present_rows,
+    unit,
+)
 from lightning_collapse.spectral.eigenvalues import safe_sqrt
 
 
@@ -37,11 +44,7 @@ def nc2_equinorm(
         >>> nc2_equinorm(torch.tensor([[3.0, 0.0], [0.0, 3.0], [-3.0, 0.0]]), center=False)
         tensor(0.)
     """
-    rows, present, classes = centered_means(means, counts, global_mean) if center else present_rows(means, counts)
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    mean = norms.sum() / classes
-    variance = torch.where(present, norms - mean, 0.0).square().sum() / (classes - 1)
-    return torch.where((classes > 1) & (mean > 0), safe_sqrt(variance) / mean, nan)
+    return norm_variation(centered_means(means, counts, global_mean) if center else present_rows(means, counts))
 
 
 @in_input_precision
@@ -74,12 +77,7 @@ def nc2_equiangular(
         >>> nc2_equiangular(torch.tensor([[5.0, 0.0], [-1.0, 0.0]]))
         tensor(0.)
     """
-    rows, present, classes = centered_means(means, counts, global_mean) if center else present_rows(means, counts)
-    directions, total = unit(rows), rows.new_zeros(())
-    for a, b, pairs in pair_tiles(present, tile):
-        error = (directions[a] @ directions[b].T + 1 / (classes - 1)).abs()
-        total = total + torch.where(pairs, error, 0.0).sum()
-    return torch.where(classes > 1, 2 * total / (classes * (classes - 1)), nan)
+    return angle_error(centered_means(means, counts, global_mean) if center else present_rows(means, counts), tile)
 
 
 @in_input_precision
@@ -136,6 +134,25 @@ def etf_error_floor(num_classes: int, dim: int) -> float:
     if num_classes < 2:
         return nan
     return float((2 - 2 * min(dim / (num_classes - 1), 1.0) ** 0.5) ** 0.5)
+
+
+def norm_variation(part: CenteredMeans) -> Tensor:
+    """:func:`nc2_equinorm` of rows that are centered already."""
+    rows, present, classes = part
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    mean = norms.sum() / classes
+    variance = torch.where(present, norms - mean, 0.0).square().sum() / (classes - 1)
+    return torch.where((classes > 1) & (mean > 0), safe_sqrt(variance) / mean, nan)
+
+
+def angle_error(part: CenteredMeans, tile: int = 1024) -> Tensor:
+    """:func:`nc2_equiangular` of rows that are centered already."""
+    rows, present, classes = part
+    directions, total = unit(rows), rows.new_zeros(())
+    for a, b, pairs in pair_tiles(present, tile):
+        error = (directions[a] @ directions[b].T + 1 / (classes - 1)).abs()
+        total = total + torch.where(pairs, error, 0.0).sum()
+    return torch.where(classes > 1, 2 * total / (classes * (classes - 1)), nan)
 
 
 def frame_distance(x: Tensor, y: Tensor, present: Tensor) -> Tensor:

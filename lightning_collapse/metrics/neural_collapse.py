@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_collapse.functional.cdnv import cdnv
+from lightning_collapse.functional.cdnv import over_pairs
+from lightning_collapse.functional.class_means import centered_means
 from lightning_collapse.functional.minority import minority_cosine, minority_norm
 from lightning_collapse.functional.neural_collapse import within_over_between
-from lightning_collapse.functional.self_duality import bias_collapse, nc3
-from lightning_collapse.functional.simplex import etf_error, nc2_equiangular, nc2_equinorm
+from lightning_collapse.functional.self_duality import bias_collapse, duality_distance
+from lightning_collapse.functional.simplex import angle_error, frame_distance, norm_variation
 from lightning_collapse.functional.vci import vci
 from lightning_collapse.metrics.sums import SumsMetric
 from lightning_collapse.spectral.class_moments import CLASS_STATES, ClassMoments
+from lightning_collapse.spectral.precision import full_precision
 
 
 class NeuralCollapse(SumsMetric):
@@ -51,7 +53,8 @@ class NeuralCollapse(SumsMetric):
     - ``minority_cosine``, ``minority_norm``: :func:`~lightning_collapse.functional.minority_cosine` and
       :func:`~lightning_collapse.functional.minority_norm` of the rows of ``weight``; NaN without it, and where the
       largest class has at most twice the rows of the smallest.
-    - ``n``, ``classes``, ``missing``: Rows counted, classes with rows, classes without.
+    - ``n``, ``classes``: Rows, and classes with at least ``min_count`` of them, that the others are of.
+    - ``missing``, ``rare``: Classes left out: without rows, and with fewer.
     - ``rank``: Rank of the between-class covariance that ``nc1`` inverts, at most ``classes - 1``.
 
     Args:
@@ -59,6 +62,9 @@ class NeuralCollapse(SumsMetric):
         dim: Number of features ``D``.
         ignore_index: Label of rows to skip.
         dtype: What the sums are kept in; choose ``torch.float32`` on a device that has no ``float64``.
+        min_count: Rows that a class must have to be in a measure: means of a few are noise, and one row has no
+            variance. The shape of the within-class scatter stays that of all rows, its size is that of the classes
+            that are in.
         kwargs: Passed to :class:`torchmetrics.Metric`; what ``compute`` returns is not cached by default, since it
             depends on the weight.
 
@@ -90,6 +96,7 @@ class NeuralCollapse(SumsMetric):
         dim: int,
         ignore_index: int = -100,
         dtype: torch.dtype = torch.float64,
+        min_count: int = 1,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("compute_with_cache", False)
@@ -100,7 +107,10 @@ class NeuralCollapse(SumsMetric):
             raise ValueError(f"`dim` is the number of features and must be positive, got {dim}.")
         self.num_classes = num_classes
         self.dim = dim
+        if min_count < 1:
+            raise ValueError(f"`min_count` is a number of rows and must be positive, got {min_count}.")
         self.ignore_index = ignore_index
+        self.min_count = min_count
         for name, state in ClassMoments(num_classes, dim, dtype=dtype).states().items():
             self.add_state(name, state, dist_reduce_fx=None)
 
@@ -110,7 +120,7 @@ class NeuralCollapse(SumsMetric):
 
     def compute(self, weight: Tensor | None = None, bias: Tensor | None = None) -> dict[str, Tensor]:
         """All measures of everything seen so far; those of the classifier if its weight is given."""
-        return measures(self.moments(), weight, bias)
+        return measures(self.moments(), weight, bias, self.min_count)
 
     def moments(self) -> ClassMoments:
         """The accumulated statistics; an update of them is one of the metric."""
@@ -140,34 +150,64 @@ class NeuralCollapse(SumsMetric):
 
 
 def measures(
-    moments: ClassMoments, weight: Tensor | None = None, bias: Tensor | None = None, seen: Tensor | None = None
+    moments: ClassMoments,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    min_count: int = 1,
+    seen: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What :class:`NeuralCollapse` computes, from statistics with scatter.
 
-    Rare are the classes that are so in ``seen``, rows per class, by default those of the statistics.
+    Minorities are the classes that are so in ``seen``, rows per class, by default those of the statistics.
     """
-    means, count, n = moments.means, moments.count, moments.count.sum()
-    present = (count > 0).sum().to(n)
-    within = moments.within_scatter / n
-    trace, rank = within_over_between(means, within, count)
-    pairs = cdnv(means, moments.within_traces / count.clamp_min(1), count)
-    undefined = torch.full_like(n, nan)
-    center = moments.global_mean()
-    seen = count if seen is None else seen
+    means, scatter, traces = moments.means, moments.within_scatter, moments.within_traces
+    counts = torch.where(moments.count >= min_count, moments.count, 0.0)
+    found = of_means(means, scatter, traces, counts, weight, bias)
+    found["vci"] = vci(means, _share(traces, counts) * scatter, counts)
+    for name, measure in {"minority_cosine": minority_cosine, "minority_norm": minority_norm}.items():
+        found[name] = torch.full_like(found["n"], nan)
+        if weight is not None:
+            found[name] = measure(weight.to(counts), moments.count if seen is None else seen)
+    present = (moments.count > 0).sum().to(counts)
+    return found | {"missing": len(counts) - present, "rare": present - found["classes"]}
+
+
+@full_precision
+def of_means(
+    means: Tensor, scatter: Tensor, traces: Tensor, counts: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> dict[str, Tensor]:
+    """The measures of class means: NC1 to NC3, bias collapse and CDNV, with what they are of.
+
+    Args:
+        means: Of the classes, shape ``(C, D)``.
+        scatter: Sum over all rows of outer products about their class means, shape ``(D, D)``.
+        traces: Its trace, class by class, shape ``(C,)``.
+        counts: Rows per class, shape ``(C,)``; 0 leaves a class out.
+        weight: Of the classifier, shape ``(C, D)``.
+        bias: Of the classifier, shape ``(C,)``.
+    """
+    # the public functions each center the means anew, which takes them half of their time
+    part, n, undefined = centered_means(means, counts), counts.sum(), traces.new_full((), nan)
+    trace, rank = within_over_between(part, scatter)
+    variances = torch.where(part.present, traces / counts.clamp_min(1), 0.0)
+    pairs = over_pairs(part, variances, torch.zeros_like(variances))
+    center = torch.where(part.present.unsqueeze(1), means, 0.0).sum(dim=0) / part.classes
     return {
-        "nc1": trace / present,
-        "nc2_equinorm": nc2_equinorm(means, count),
-        "nc2_equiangular": nc2_equiangular(means, count),
-        "nc2_etf": etf_error(means, count),
-        "nc3": undefined if weight is None else nc3(means, weight, count),
+        "nc1": _share(traces, counts) * trace / part.classes,
+        "nc2_equinorm": norm_variation(part),
+        "nc2_equiangular": angle_error(part),
+        "nc2_etf": frame_distance(part.rows, part.rows, part.present),
+        "nc3": undefined if weight is None else duality_distance(part, weight).square(),
         "bias_collapse": undefined if weight is None else bias_collapse(weight.to(center), bias, center),
         "cdnv": pairs.mean,
         "cdnv_median": pairs.median,
-        "vci": vci(means, within, count),
-        "minority_cosine": undefined if weight is None else minority_cosine(weight.to(center), seen),
-        "minority_norm": undefined if weight is None else minority_norm(weight.to(center), seen),
         "n": n,
-        "classes": present,
-        "missing": len(count) - present,
+        "classes": part.classes.to(n),
         "rank": rank,
     }
+
+
+def _share(traces: Tensor, counts: Tensor) -> Tensor:
+    """What makes the pooled scatter a covariance: of classes left out its size can be taken off, its shape cannot."""
+    kept, everything = torch.where(counts > 0, traces, 0.0).sum(), traces.sum()
+    return torch.where(everything > 0, kept / everything, 1.0) / counts.sum()

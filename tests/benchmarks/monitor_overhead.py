@@ -1,10 +1,13 @@
-"""Share of the training time that ``CollapseMonitor()`` takes at its defaults, point, logging and pictures included.
+"""Share of the training time that monitors take at their defaults, point, logging and pictures included.
 
 One fit in which blocks of 50 steps with the monitor (one point each) alternate with blocks without it; the ratio is
 that of each watched block to the mean of its two neighbours, in processor time on one thread. Where a block takes
 seconds its noise hides a point of milliseconds, so the time inside the monitor's own callbacks is printed as well.
 
-Run: ``python -m tests.benchmarks.monitor_overhead [mlp|transformer]``.
+``CollapseMonitor`` on random batches; on scikit-learn's digits (64-256x4-10, or one output where the target is the
+digit as a number) the monitors of neural collapse, of regression collapse and of the intrinsic dimension.
+
+Run: ``python -m tests.benchmarks.monitor_overhead [mlp|transformer|nc|nrc|id]``. Budgets: 4 %, 1 % and 4 %.
 """
 
 import logging
@@ -14,37 +17,42 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from itertools import pairwise, repeat
+from itertools import cycle, pairwise
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_collapse import CollapseMonitor
+from lightning_collapse import (
+    CollapseMonitor,
+    IntrinsicDimensionMonitor,
+    Monitor,
+    NeuralCollapseMonitor,
+    RegressionCollapseMonitor,
+)
 from lightning_collapse.utilities.trainer import logging_step
 
 BLOCK = 50  # the trainer's default `log_every_n_steps`
 
 
 class Endless(IterableDataset[Any]):
-    """One batch for ever: an epoch that ends would cost the block it ends in."""
+    """The same batches for ever: an epoch that ends would cost the block it ends in."""
 
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
+    def __init__(self, *batches: Any) -> None:
+        self.batches = batches
 
     def __iter__(self) -> Iterator[Any]:
-        return repeat(self.batch)
+        return cycle(self.batches)
 
 
-class EveryOtherBlock(CollapseMonitor):
-    """The monitor at its defaults, silent in every other block; it times itself."""
+class EveryOtherBlock(Monitor):
+    """A monitor that is silent in every other block and times itself; goes before the class of one."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.spent = 0.0
+    spent = 0.0
 
     def cadence(self, trainer: Trainer) -> int:
         return BLOCK if logging_step(trainer) // BLOCK % 2 else 0
@@ -72,17 +80,18 @@ class Clock(Callback):
 
 
 class MLP(LightningModule):
-    """784-256x4-10."""
+    """Four hidden layers of 256, with cross entropy; with one output the squared error."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int = 784, outputs: int = 10) -> None:
         super().__init__()
-        sizes = [784, 256, 256, 256, 256]
+        sizes = [inputs, 256, 256, 256, 256]
         layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(256, 10))
+        self.net = nn.Sequential(*layers, nn.Linear(256, outputs))
+        self.loss = nn.functional.mse_loss if outputs == 1 else nn.functional.cross_entropy
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        return nn.functional.cross_entropy(self.net(x), y)
+        return self.loss(self.net(x), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters())
@@ -106,14 +115,30 @@ class Transformer(LightningModule):
         return torch.optim.AdamW(self.parameters())
 
 
-def blocks(kind: str, points: int, folder: str) -> tuple[list[float], float]:
-    """Processor seconds of the blocks, unwatched and watched in turn; and per point inside the monitor's callbacks."""
-    torch.manual_seed(0)
+def digits(regression: bool = False) -> Endless:
+    """Whole batches of 128 of scikit-learn's digits."""
+    x, y = load_digits(return_X_y=True)
+    images, labels = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
+    targets = labels.unsqueeze(1).float() if regression else labels
+    return Endless(*zip(images.split(128)[:-1], targets.split(128)[:-1], strict=True))
+
+
+def setting(kind: str) -> tuple[LightningModule, Endless, type[Monitor]]:
+    """What to fit, on what, watched by what."""
     if kind == "mlp":
-        model, batch = MLP(), (torch.randn(128, 784), torch.randint(10, (128,)))
-    else:
-        model, batch = Transformer(), (torch.randint(100, (128, 16)), torch.randint(100, (128, 16)))
-    clock, monitor = Clock(), EveryOtherBlock()
+        return MLP(), Endless((torch.randn(128, 784), torch.randint(10, (128,)))), CollapseMonitor
+    if kind == "transformer":
+        return Transformer(), Endless((torch.randint(100, (128, 16)), torch.randint(100, (128, 16)))), CollapseMonitor
+    if kind == "nrc":
+        return MLP(64, 1), digits(regression=True), RegressionCollapseMonitor
+    return MLP(64), digits(), {"nc": NeuralCollapseMonitor, "id": IntrinsicDimensionMonitor}[kind]
+
+
+def blocks(kind: str, points: int, folder: str) -> tuple[list[float], float, str]:
+    """Processor seconds of the blocks, unwatched and watched in turn; per point inside the monitor; its name."""
+    torch.manual_seed(0)
+    model, data, watch = setting(kind)
+    clock, monitor = Clock(), type(watch.__name__, (EveryOtherBlock, watch), {})()
     trainer = Trainer(
         accelerator="cpu",
         max_steps=(2 * points + 3) * BLOCK + 1,
@@ -124,22 +149,21 @@ def blocks(kind: str, points: int, folder: str) -> tuple[list[float], float]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader(Endless(batch), batch_size=None))
+    trainer.fit(model, DataLoader(data, batch_size=None))
     seconds = [end - start for start, end in pairwise(clock.marks)]
-    return seconds[2:], monitor.spent / (points + 1)  # the first two blocks, with one point, warm up
+    return seconds[2:], monitor.spent / (points + 1), watch.__name__  # the first two blocks, with one point, warm up
 
 
 def main(kind: str, points: int) -> None:
     """Print the mean and the median ratio: pictures are drawn at every tenth point, so the mean is what counts."""
     with tempfile.TemporaryDirectory() as folder:
-        seconds, spent = blocks(kind, points, folder)
+        seconds, spent, watch = blocks(kind, points, folder)
     watched = [2 * seconds[i] / (seconds[i - 1] + seconds[i + 1]) for i in range(1, len(seconds) - 1, 2)]
     control = [2 * seconds[i] / (seconds[i - 2] + seconds[i + 2]) for i in range(2, len(seconds) - 2, 2)]
     share = spent / statistics.median(seconds[::2])
-    print(
-        f"CollapseMonitor() on {kind}: {1000 * spent:.1f} ms per point in its callbacks, {100 * share:.2f} % of a block"
-    )
-    for name, ratios in ((f"CollapseMonitor() on {kind}", watched), ("control: unwatched blocks", control)):
+    title = f"{watch}() on {kind if kind in ('mlp', 'transformer') else 'digits'}"
+    print(f"{title}: {1000 * spent:.1f} ms per point in its callbacks, {100 * share:.2f} % of a block")
+    for name, ratios in ((title, watched), ("control: unwatched blocks", control)):
         mean, median, error = statistics.mean(ratios), statistics.median(ratios), statistics.stdev(ratios)
         print(
             f"{name}: mean {mean:.4f} +- {error / len(ratios) ** 0.5:.4f}, median {median:.4f} ({len(ratios)} blocks)"
@@ -150,6 +174,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for name, points in (("mlp", 40), ("transformer", 4)):
+    for name, points in (("mlp", 40), ("nc", 40), ("nrc", 40), ("id", 40), ("transformer", 4)):
         if len(sys.argv) < 2 or sys.argv[1] == name:
             main(name, points)

@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from lightning_collapse.functional import (
@@ -190,6 +191,71 @@ def test_one_pass_is_the_formulas_in_two(shape: tuple[int, int], noise: float, o
     close(nc5(means, ood, counts), np.abs(naive.unit(naive.means) @ stranger).mean(), rtol)
     slope = np.polyfit(np.log(naive.n), np.log(np.linalg.norm(naive.means, axis=1)), 1)[0]
     close(norm_count_slope(means, counts), slope, rtol)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Tensor, Tensor, Tensor]:
+    """Features, labels and classifier of a network that has learned scikit-learn's digits; some units are dead."""
+    images, targets = load_digits(return_X_y=True)
+    x, labels = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(targets)
+    generator = torch.Generator().manual_seed(0)
+    first, head = torch.nn.Linear(64, 48), torch.nn.Linear(48, 10)
+    for weight in (first.weight, head.weight):
+        torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
+    for bias in (first.bias, head.bias):
+        torch.nn.init.zeros_(bias)
+    with torch.no_grad():
+        first.bias[:4] = -100
+    optimizer = torch.optim.Adam([*first.parameters(), *head.parameters()], lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(first(x).relu()), labels).backward()
+        optimizer.step()
+    return first(x).relu().detach(), labels, head.weight.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [37, 1797])
+def test_features_of_a_trained_network(trained: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, batch: int) -> None:
+    features, labels, weight = trained[0].to(dtype), trained[1], trained[2]
+    assert (features == 0).all(dim=0).sum() >= 4
+    moments = ClassMoments(10, 48)
+    for x, y in zip(features.split(batch), labels.split(batch), strict=True):
+        moments.update(x, y)
+    means, counts = moments.means, moments.count
+    within, variances = moments.within_scatter / counts.sum(), moments.within_traces / counts
+    naive, rtol = Naive(features, labels), 1e-9
+    close(nc1(means, within, counts), naive.nc1(), rtol)
+    for found, expected in zip(
+        (nc2_equinorm(means), nc2_equiangular(means), etf_error(means)), naive.nc2(), strict=True
+    ):
+        close(found, expected, rtol)
+    close(cdnv(means, variances, counts).mean, naive.cdnv().mean(), rtol)
+    close(vci(means, within, counts), naive.vci(), rtol)
+    w = weight.double().numpy()
+    difference = w / np.linalg.norm(w) - naive.m / np.linalg.norm(naive.m)
+    close(nc3(means, weight, counts), (difference**2).sum(), rtol)
+    assert nc1(means, within, counts) < nc1_null(1797, 10, 48) / 20  # it has learned
+
+
+def test_vci_of_a_singular_scatter() -> None:
+    features, labels = data(4, 6)
+    expected = vci(*statistics(features, labels, 4)[:2], statistics(features, labels, 4)[3])
+    dead = torch.zeros(len(features), 3, dtype=F64)
+    faint = 1e-9 * torch.randn(dead.shape, dtype=F64, generator=torch.Generator().manual_seed(2))
+    repeated = features[:, :2] @ torch.randn(2, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
+    for extra in (dead, dead + 7.3, repeated, faint):
+        means, within, _, counts = statistics(torch.cat([extra, features], dim=1), labels, 4)
+        close(vci(means, within, counts) * 3, expected.item() * 3, 1e-6)
+
+
+def test_nearest_centers_by_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = data()
+    means = statistics(features, labels, 6)[0]
+    expected = nearest_class_center(features, means)
+    monkeypatch.setattr("lightning_collapse.functional.nearest_center.BLOCK", 50)
+    assert torch.equal(nearest_class_center(features, means), expected)
+    assert nearest_class_center(features[:0], means).shape == (0,)
 
 
 def test_mean_of_all_rows_as_the_global_mean() -> None:

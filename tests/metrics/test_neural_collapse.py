@@ -66,6 +66,7 @@ def reference(features: Tensor, labels: Tensor) -> dict[str, float]:
         "n": len(features),
         "classes": (counts > 0).sum(),
         "missing": (counts == 0).sum(),
+        "rare": 0,
         "rank": (counts > 0).sum() - 1,
     }
     return {name: float(value) for name, value in values.items()}
@@ -133,6 +134,28 @@ def test_rows_that_cannot_be_counted() -> None:
     metric = NeuralCollapse(C, D)
     assert read(metric, *split((features, labels), 6, 84)) == near(reference(features[keep], labels[keep]))
     assert [metric.nonfinite, metric.ignored, metric.invalid] == [2, 1, 2]
+
+
+def test_classes_of_few_rows_are_left_out_and_counted() -> None:
+    features, labels = labelled()
+    features, labels = torch.cat([features, 9 + features[:1]]), torch.cat([labels, torch.tensor([3])])
+    few, metric = labels == 3, NeuralCollapse(C, D, min_count=2)
+    # one row is its own mean: the others are what they are without it
+    expected = reference(features[~few], labels[~few]) | {"missing": 0, "rare": 1}
+    assert read(metric, *split((features, labels), 41, 50)) == near(expected)
+    metric.update(features[few] + torch.eye(1, D), labels[few])
+    assert metric.compute()["rare"] == 0
+    # of two rows the scatter stays in the shape of the whole, and its size is taken off
+    strict = NeuralCollapse(C, D, min_count=3)
+    strict.merge_state(metric)
+    found = read(strict)
+    assert found["nc1"] == pytest.approx(expected["nc1"], rel=0.02)
+    exact = ("nc2_equinorm", "nc2_equiangular", "nc2_etf", "nc3", "cdnv", "cdnv_median", "n", "classes", "rare", "rank")
+    assert {name: found[name] for name in exact} == near({name: expected[name] for name in exact})
+    all_rare = NeuralCollapse(C, D, min_count=N)
+    found = read(all_rare, (features, labels))
+    assert [found["classes"], found["rare"], found["n"]] == [0, 5, 0]
+    assert all(math.isnan(found[name]) for name in ("nc1", "nc3", "cdnv", "vci"))
 
 
 def test_total_collapse() -> None:
@@ -310,6 +333,11 @@ def test_bad_arguments() -> None:
         NeuralCollapse(1, D)
     with pytest.raises(ValueError, match="`dim` is the number of features and must be positive, got 0"):
         NeuralCollapse(C, 0)
+    with pytest.raises(ValueError, match="`min_count` is a number of rows and must be positive, got 0"):
+        NeuralCollapse(C, D, min_count=0)
+    for soft in (torch.rand(3), torch.rand(3) > 0.5):
+        with pytest.raises(ValueError, match="Mixed or soft targets name no class"):
+            NeuralCollapse(C, D).update(torch.zeros(3, D), soft)
     with pytest.raises(ValueError, match="Expected `features` of shape"):
         NeuralCollapse(C, D).update(torch.zeros(3, D + 1), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="`means` must be given"):
