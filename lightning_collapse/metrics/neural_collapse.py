@@ -158,7 +158,7 @@ def measures(
 ) -> dict[str, Tensor]:
     """What :class:`NeuralCollapse` computes, from statistics with scatter.
 
-    Minorities are the classes that are so in ``seen``, rows per class, by default those of the statistics.
+    Minorities are the classes that are so in ``seen``, rows per class, by default those that are kept.
     """
     means, scatter, traces = moments.means, moments.within_scatter, moments.within_traces
     counts = torch.where(moments.count >= min_count, moments.count, 0.0)
@@ -167,7 +167,7 @@ def measures(
     for name, measure in {"minority_cosine": minority_cosine, "minority_norm": minority_norm}.items():
         found[name] = torch.full_like(found["n"], nan)
         if weight is not None:
-            found[name] = measure(weight.to(counts), moments.count if seen is None else seen)
+            found[name] = measure(weight.to(counts), counts if seen is None else seen)
     present = (moments.count > 0).sum().to(counts)
     return found | {"missing": len(counts) - present, "rare": present - found["classes"]}
 

@@ -59,7 +59,9 @@ def finish(classes: int = 100, dim: int = 512, rounds: int = 31) -> None:
         return measures(moments, weight)["nc1"]
 
     def without_vci() -> Tensor:
-        return of_means(moments.means, moments.within_scatter, moments.within_traces, moments.count, weight, None)["nc1"]
+        return of_means(moments.means, moments.within_scatter, moments.within_traces, moments.count, weight, None)[
+            "nc1"
+        ]
 
     centered = moments.means - moments.global_mean()
     between = centered.T @ centered / classes
