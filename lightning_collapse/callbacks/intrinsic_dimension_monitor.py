@@ -27,6 +27,7 @@ from lightning_collapse.utilities.taps import Heard, RowTaps
 
 FAMILY = "intrinsic_dimension"
 MAX_DIM = 2048
+SELDOM = 10
 
 for _name, _facts in {
     "two_nn": {
@@ -71,7 +72,8 @@ class IntrinsicDimensionMonitor(Monitor):
         layers: Names of submodules, or glob patterns of them; ``"name:input"`` is what a module receives instead of
             what it returns. ``None`` takes up to a dozen by the rule of
             :func:`~lightning_collapse.utilities.default_taps`.
-        every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
+        every_n_steps: Optimizer steps between two points. ``None`` is ten times ``Trainer(log_every_n_steps)``: a point
+            on a dozen layers costs as much as several steps of a small model.
         rows: Rows per layer and point, over all processes. The cost of a point grows with its square.
         k: Neighbours of ``lid``.
 
@@ -106,7 +108,12 @@ class IntrinsicDimensionMonitor(Monitor):
         self._heard: RowTaps | None = None
         self._plans: dict[str, Plan] = {}
         self._planned = False
+        self._points = 0
         self._store = RowStore(MAX_DIM)
+
+    @override
+    def cadence(self, trainer: Trainer) -> int:
+        return super().cadence(trainer) * (SELDOM if self.every_n_steps is None else 1)
 
     @property
     @override
@@ -119,6 +126,7 @@ class IntrinsicDimensionMonitor(Monitor):
         return {
             "plans": {name: list(plan) for name, plan in self._plans.items()},
             "rows": self._store.state_dict(),
+            "points": self._points,
         }
 
     @override
@@ -131,11 +139,11 @@ class IntrinsicDimensionMonitor(Monitor):
         names = [tap.name for tap in self._taps]
         let_hooks_be_seen(pl_module)
         self._heard = RowTaps(self._taps, self.rows)
-        self._plans, self._planned = {}, False
+        self._plans, self._planned, self._points = {}, False, 0
         if state := self._restored:
             self._restored = {}
             self._plans = {name: Plan(*plan) for name, plan in state["plans"].items() if name in names}
-            self._planned = bool(self._plans)
+            self._planned, self._points = bool(self._plans), state["points"]
             if world_size() == 1:  # a checkpoint holds the rows of one process: with several the window starts anew
                 self._store.load_state_dict(state["rows"], names, pl_module.device)
 
@@ -178,6 +186,7 @@ class IntrinsicDimensionMonitor(Monitor):
             rows = rows.to(accumulation_dtype(rows.device))  # the same on every process, whatever came
             readings.append(_read(*all_gather_rows(rows, mask), self.k))
         self._store.clear()
+        self._points += 1
         numbers = torch.stack(readings).tolist() if readings else []  # the one transfer of a point
         of_layers = dict(zip(self._plans, numbers, strict=True))
         points: list[Point] = []
@@ -190,6 +199,14 @@ class IntrinsicDimensionMonitor(Monitor):
                     " never runs choose other `layers`."
                 )
         return points
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._taps and not self._points and self.cadence(trainer) and not trainer.fast_dev_run:
+            self.warn_once(
+                f"the fit ended before the first point, due after {self.cadence(trainer)} steps."
+                " Set `every_n_steps` to less."
+            )
 
     def _choose(self, pl_module: LightningModule) -> list[Tap]:
         if self.layers is None:

@@ -54,10 +54,12 @@ class InputProjections:
                 names.setdefault(matrix.input, []).append(matrix.name)
         self._names = list(names.values())
         self._directions: list[Tensor] = []
+        self._joint: dict[nn.Module, Tensor] = {}
         self._heard: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in names]
         modules: dict[nn.Module, list[tuple[int, Input]]] = {}
         for i, place in enumerate(names):
             modules.setdefault(place.module, []).append((i, place))
+        self._shared = {module: [i for i, _ in places] for module, places in modules.items() if len(places) > 1}
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._ear(places), with_kwargs=True) for module, places in modules.items()
         ]
@@ -65,7 +67,12 @@ class InputProjections:
     def arm(self, directions: Mapping[str, Tensor], mask: Tensor | None) -> None:
         """Project the inputs of the coming batch on these unit vectors ``(I,)``, by name of the matrix."""
         self.drain()  # what was heard before a batch that was then left out
-        self._directions = [torch.stack([directions[name] for name in names]) for names in self._names]
+        self._directions = [torch.stack([directions[name] for name in names], dim=1) for names in self._names]
+        self._joint = {
+            module: torch.cat([self._directions[i] for i in places], dim=1)
+            for module, places in self._shared.items()
+            if len({len(self._directions[i]) for i in places}) == 1
+        }
         self.armed, self.mask = True, mask
 
     def drain(self) -> dict[str, Projected]:
@@ -90,41 +97,46 @@ class InputProjections:
         self._handles.clear()
         self.drain()
         self._directions.clear()
+        self._joint.clear()
 
     def _ear(self, places: Sequence[tuple[int, Input]]) -> Callable[..., None]:
         def hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.armed or is_to_be_ignored():
                 return
-            previous, prepared = None, None
-            for i, place in places:
-                value = _argument(place, args, kwargs)
-                directions = self._directions[i]
-                if not _is_rows(value, directions.shape[1]):
-                    continue
-                # to enter a context takes as long as a product, and detached tensors need no `no_grad`
-                device = value.device.type
-                with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-                    if prepared is None or value is not previous:  # self-attention gets one tensor three times
-                        previous, prepared = value, self._prepare(value.detach(), directions.dtype)
-                    rows, norms, total = prepared
-                    self._heard[i].append((rows @ directions.T, norms, total))
+            values = [_argument(place, args, kwargs) for _, place in places]
+            joint = self._joint.get(module)
+            if joint is not None and all(value is values[0] for value in values):  # self-attention: one product for all
+                if (found := self._project(values[0], joint)) is not None:
+                    widths = [self._directions[i].shape[1] for i, _ in places]
+                    for (i, _), part in zip(places, torch.split(found[0], widths, dim=1), strict=True):
+                        self._heard[i].append((part, *found[1:]))
+                return
+            for (i, _), value in zip(places, values, strict=True):
+                if (found := self._project(value, self._directions[i])) is not None:
+                    self._heard[i].append(found)
 
         return hear
 
-    def _prepare(self, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        rows = value.reshape(-1, value.shape[-1])
-        mask = None
-        if self.mask is not None and value.ndim == 3 and self.mask.shape == value.shape[:2]:
-            mask = self.mask.flatten().bool()
-        if rows.shape[0] > self.limit:
-            stride = _stride(-(-rows.shape[0] // self.limit), value.shape[-2] if value.ndim > 2 else None)
-            rows = rows[::stride]  # a view: to copy costs more than all that follows
-            mask = None if mask is None else mask[::stride]
-        rows = rows.to(torch.promote_types(dtype, torch.float32))
-        norms = torch.linalg.vector_norm(rows, dim=1)
-        if mask is None:
-            return rows, norms, rows.sum(dim=0)
-        return rows, torch.where(mask, norms, -1.0), mask.to(rows.dtype) @ rows
+    def _project(self, value: Any, directions: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Projections ``(n, k)`` on directions ``(I, k)``, norms ``(n,)`` and the sum ``(I,)`` of some of the rows."""
+        if not _is_rows(value, len(directions)):
+            return None
+        device = value.device.type
+        # to enter a context takes longer than a product; and detached tensors need no `no_grad`
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            value, mask = value.detach(), None
+            rows = value.reshape(-1, value.shape[-1])
+            if self.mask is not None and value.ndim == 3 and self.mask.shape == value.shape[:2]:
+                mask = self.mask.flatten().bool()
+            if rows.shape[0] > self.limit:
+                stride = _stride(-(-rows.shape[0] // self.limit), value.shape[-2] if value.ndim > 2 else None)
+                rows = rows[::stride]  # a view: to copy costs more than all that follows
+                mask = None if mask is None else mask[::stride]
+            rows = rows.to(torch.promote_types(directions.dtype, torch.float32))
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            if mask is None:
+                return rows @ directions, norms, rows.sum(dim=0)
+            return rows @ directions, torch.where(mask, norms, -1.0), mask.to(rows.dtype) @ rows
 
 
 def _stride(least: int, length: int | None) -> int:

@@ -98,7 +98,7 @@ class RegressionCollapseMonitor(Monitor):
         head: str | None = None,
         targets: Callable[[Any], Tensor] | None = None,
         every_n_steps: int | None = None,
-        rows: int = 512,
+        rows: int = 256,
     ) -> None:
         super().__init__(every_n_steps)
         if rows < 3:

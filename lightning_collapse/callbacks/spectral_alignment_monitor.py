@@ -271,8 +271,9 @@ def _read(pairs: Mapping[str, TopSingularPair], heard: Mapping[str, Projected], 
     residual, gap, norm = (value / world_size() for value in weight)
     mean = (projection / n).to(projections)
     centered = all_reduce_sum(torch.stack(sign_counts(cosines(projections - mean[:, None], norms))))
-    widths = [len(of_one.total) for of_one in heard.values()]
-    mean_energy = torch.stack([squares.sum() for squares in torch.split(message[table.numel() :].square(), widths)])
+    widths = torch.tensor([len(of_one.total) for of_one in heard.values()], device=n.device)
+    owners = torch.arange(len(widths), device=n.device).repeat_interleave(widths, output_size=len(totals))
+    mean_energy = torch.zeros_like(n).index_add_(0, owners, message[table.numel() :].square())
     columns = [seen, n, residual, gap, norm, diversity_of_counts(positive, negative)]
     columns += [diversity_of_counts(*centered).to(dtype), cosine / n, mean_energy / (n * energy)]
     return torch.cat([torch.stack(columns, dim=1), table[:, 10:]], dim=1)

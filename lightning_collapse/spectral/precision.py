@@ -37,7 +37,8 @@ def full_precision(fn: Callable[P, T]) -> Callable[P, T]:
         device = _device_type(*args, *kwargs.values())
         args = tuple(_promote(arg) for arg in args)  # type: ignore[assignment]
         kwargs = {name: _promote(arg) for name, arg in kwargs.items()}  # type: ignore[assignment]
-        if device == "meta":  # `torch.autocast` refuses it
+        # "meta" is refused by `torch.autocast`; and a context that changes nothing takes longer than a small product
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return fn(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return fn(*args, **kwargs)

@@ -194,3 +194,11 @@ def test_bad_arguments(arguments, match: str) -> None:
 def test_a_layer_that_is_not_there_is_refused_at_the_start() -> None:
     with pytest.raises(MisconfigurationException, match="'haed' matches no submodule of Toy"):
         fit(Toy(), [IntrinsicDimensionMonitor(["haed"])])
+
+
+def test_by_default_points_are_seldom() -> None:
+    keeper = PointKeeper()
+    fit(Toy(), [IntrinsicDimensionMonitor(["encoder"], rows=64), keeper], batches(24), log_every_n_steps=1)
+    assert [point.step for point in keeper.curve("intrinsic_dimension/encoder/two_nn")] == [9, 19]
+    with pytest.warns(UserWarning, match="ended before the first point, due after 30 steps. Set `every_n_steps`"):
+        fit(Toy(), [IntrinsicDimensionMonitor(["encoder"])], batches(4), log_every_n_steps=3)

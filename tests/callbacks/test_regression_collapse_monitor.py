@@ -171,7 +171,7 @@ def test_targets_of_mappings_and_of_a_function(key: str) -> None:
     model, keeper = Mapped(lr=0.0), PointKeeper()
     model.key = key
     function = (lambda batch: batch["progression"]) if key == "progression" else None
-    fit(model, [RegressionCollapseMonitor(targets=function, every_n_steps=10), keeper], mapped(key))
+    fit(model, [RegressionCollapseMonitor(targets=function, every_n_steps=10, rows=340), keeper], mapped(key))
     expected = regression_collapse(model.body(diabetes()[0][:340]), diabetes()[1][:340], model.head.weight)
     assert named(keeper)["nrc3"].value == pytest.approx(expected.nrc3.item(), rel=1e-5)
 

@@ -23,6 +23,7 @@ def run(batches, *callbacks, **kwargs):
 
 
 @pytest.mark.parametrize("name", MONITORS)
+@pytest.mark.filterwarnings("ignore:.*the fit ended before the first point")
 def test_a_window_cut_in_two(name, tmp_path):
     generator = torch.Generator().manual_seed(0)
     batches = [(torch.randn(20, 7, generator=generator), torch.randn(20, 3, generator=generator)) for _ in range(4)]
