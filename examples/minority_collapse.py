@@ -1,6 +1,6 @@
 """Do rare classes lose their place in the classifier? Handwritten digits, five of the ten kept only in part.
 
-Run: ``python examples/minority_collapse.py`` (TIME on one core; with ``--quick`` one short run of each kind).
+Run: ``python examples/minority_collapse.py`` (four minutes on one core; with ``--quick`` one short run each).
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 (a) Fits of a transformer (four layers of width 128) in which steps with the monitors, a point each, alternate with
 steps without them; the ratio is that of each watched step to the mean of its two neighbours, in processor time on one
-thread. The runs have no logger, so what loggers write is left out; ``callback_metrics`` and hooks are in. Twice, with
-batches of 2048 and of 4096 tokens: what the monitors do hardly grows with the batch, a step does.
+thread. The runs have no logger, so what loggers write is left out; ``callback_metrics`` and hooks are in. All of them
+together also with larger batches: what the monitors do hardly grows with the batch, and a step does.
 
 (b) One call of ``PowerIteration.step`` on all matrices of that transformer, interleaved with
 ``torch.linalg.matrix_norm(weight, 2)`` on each of them.
@@ -29,7 +29,7 @@ from lightning_collapse.utilities.trainer import logging_step
 from tests.benchmarks.monitor_overhead import Endless, Transformer
 
 STEPS = 60
-SHAPES = ((128, 16), (64, 64))
+SHAPE, LARGER = (128, 16), ((64, 64), (64, 128))
 WARM_UP = 6
 
 
@@ -128,7 +128,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for shape in SHAPES:
-        for reading, monitors in readings().items():
-            every_step(reading, monitors, shape)
+    for reading, monitors in readings().items():
+        every_step(reading, monitors, SHAPE)
+    for shape in LARGER:
+        every_step("all three", readings()["all three"], shape)
     power_step()

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_collapse.functional import effective_rank
 from lightning_collapse.losses import AntiCollapseLoss, CovarianceLoss, VarianceLoss, VICReg, covariance_loss
+from lightning_collapse.spectral import singular_values
 from lightning_collapse.utilities.registry import LOSSES
 from tests.losses.cases import CASES
 from tests.losses.cases.base import Shape
@@ -121,6 +123,35 @@ def test_large_mean(name: str, shape: Shape) -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
     for grad, exact in zip(grads, reference, strict=True):
         torch.testing.assert_close(grad.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+
+
+def rank_after_training(loss: nn.Module | None, weight: float) -> float:
+    """Effective rank, of 8 at most, of linear features that are to agree on views which share one coordinate of 16."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        rows, encoder = torch.randn(128, 16), nn.Linear(16, 8)
+        noise = torch.full((16,), 0.3).index_fill(0, torch.tensor([0]), 0.0)
+        optimizer = torch.optim.Adam(encoder.parameters(), lr=0.02)
+        for _ in range(300):
+            first, second = (encoder(rows + noise * torch.randn(128, 16)) for _ in range(2))
+            total = (first - second).square().mean()
+            if loss is not None and loss.views == 2:
+                total = total + weight * loss(first, second)
+            elif loss is not None:
+                total = total + weight * (loss(first) + loss(second))
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+        return effective_rank(singular_values(encoder(rows).detach())).item()
+
+
+def test_the_toy_collapses_without_a_loss() -> None:
+    assert rank_after_training(None, 0.0) < 2
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(LOSSES) if CASES[name].weight is not None])
+def test_the_toy_does_not_collapse_with_it(name: str) -> None:
+    assert rank_after_training(LOSSES[name](), CASES[name].weight) > 4
 
 
 @every_loss

@@ -40,6 +40,7 @@ class Case:
         wide: Shapes for the test with a large mean.
         split: Shapes of the test that splits a batch over two processes, a third to the first.
         messages: All-reduces of a forward pass.
+        weight: Of the loss in the toy that collapses without it; ``None`` if it alone does not stop a collapse.
     """
 
     reference: Callable[..., float]
@@ -53,3 +54,4 @@ class Case:
     wide: tuple[Shape, ...] = ((64, 128), (256, 32))
     split: tuple[Shape, ...] = ((9, 12), (40, 6))
     messages: int = 2
+    weight: float | None = 1.0
