@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_collapse import GeometryPhaseMonitor
 from lightning_collapse.functional import eigenvalue_effective_rank, rankme
 from lightning_collapse.spectral import singular_values
+from lightning_collapse.utilities.features import evenly
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, PointKeeper
 
@@ -53,14 +54,7 @@ def _check(rank, model, strategy, rows):
     # each process keeps its half, from as few batches as hold it where they are largest
     quota, last = rows // 2, -(-(rows // 2) // 8)
     per_batch = -(-quota // last)
-    taken = []
-    for _, seen in everyone:
-        for part in seen[-last:]:
-            kept = (
-                torch.arange(per_batch) * len(part) // per_batch if len(part) > per_batch else torch.arange(len(part))
-            )
-            taken.append(part[kept])
-    pool = torch.cat(taken).double()
+    pool = torch.cat([evenly(part, per_batch) for _, seen in everyone for part in seen[-last:]]).double()
     assert points["n"].value == len(pool)
     assert points["rankme"].value == pytest.approx(rankme(singular_values(pool, center=False)).item(), rel=1e-4)
     expected = eigenvalue_effective_rank(singular_values(pool)).item()
