@@ -108,3 +108,10 @@ def test_shape_must_fit() -> None:
         marchenko_pastur_fit(torch.ones(5), (6, 9))
     with pytest.raises(ValueError, match="`ratio` must be in"):
         marchenko_pastur_cdf(torch.ones(1), 1.5)
+
+
+def test_the_edge_of_an_oblong_matrix() -> None:
+    noise = torch.randn(20, 100, 900, dtype=torch.float64)
+    edge = marchenko_pastur_fit(torch.linalg.svdvals(noise), (100, 900)).edge
+    # sqrt(900) + sqrt(100), and the fluctuation that is allowed for
+    assert ((edge > 40) & (edge < 43)).all()
