@@ -2,18 +2,26 @@
 
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
-from lightning_collapse.losses.schedule import LinearWarmup
+from lightning_collapse.losses.max_sup import MaxSup, label_smoothing_terms, max_suppression
+from lightning_collapse.losses.schedule import LinearRamp, LinearWarmup
+from lightning_collapse.losses.spectral_decoupling import SpectralDecoupling, spectral_decoupling
 from lightning_collapse.losses.variance import VarianceLoss, variance_loss
 from lightning_collapse.losses.vicreg import VICReg, vicreg_terms
 
 __all__ = [
     "AntiCollapseLoss",
     "CovarianceLoss",
+    "LinearRamp",
     "LinearWarmup",
+    "MaxSup",
+    "SpectralDecoupling",
     "TooFewRowsError",
     "VICReg",
     "VarianceLoss",
     "covariance_loss",
+    "label_smoothing_terms",
+    "max_suppression",
+    "spectral_decoupling",
     "variance_loss",
     "vicreg_terms",
 ]
