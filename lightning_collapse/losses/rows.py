@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import TooFewRowsError
-from lightning_collapse.utilities.distributed import all_reduce_sum, all_reduce_sum_with_grad, world_size
+from lightning_collapse.utilities.distributed import all_reduce_sum, all_reduce_sum_with_grad
 
 
 def named_rows(function: str, features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,7 @@ def count_classes(labels: Tensor, named: Tensor, num_classes: int, like: Tensor)
 def mean_of_rows(function: str, values: Tensor, counted: Tensor | None = None) -> Tensor:
     """Mean over the rows of all processes; in data-parallel training gradients are those of a single process.
 
-    Collective: every process must call it; one all-reduce of ``T + 2`` numbers. Only a process without rows waits for
-    their number, to raise where, and only where, all others raise too.
+    Collective: every process must call it; one all-reduce of ``T + 2`` numbers, see :func:`sum_of_rows`.
 
     Args:
         function: What to call the caller in messages.
@@ -61,15 +60,29 @@ def mean_of_rows(function: str, values: Tensor, counted: Tensor | None = None) -
     Raises:
         TooFewRowsError: If there is no row at all.
     """
-    n = len(values)
+    total, count = sum_of_rows(function, values, counted)
+    return total / count
+
+
+def sum_of_rows(function: str, values: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum over the rows of all processes, and how many count; arguments as in :func:`mean_of_rows`.
+
+    Collective: every process must call it; one all-reduce of ``T + 2`` numbers. Only a process without rows waits for
+    their number, to raise where, and only where, all others raise too.
+
+    Returns:
+        Shape ``(T,)`` and, 0-dimensional and at least 1, the number of rows that count.
+
+    Raises:
+        TooFewRowsError: If there is no row at all.
+    """
+    n = values.new_full((), len(values))
+    count = n if counted is None else counted.sum().to(values.dtype)
     if counted is not None:
         values = torch.where(counted.unsqueeze(1), values, 0.0)
-    if world_size() == 1 and n > 0 and counted is None:
-        return values.mean(dim=0)
-    count = values.new_full((), n) if counted is None else counted.sum().to(values.dtype)
-    message = all_reduce_sum_with_grad(torch.cat([torch.stack([values.new_full((), n), count]), values.sum(dim=0)]))
-    if n == 0 and int(message[0].detach()) == 0:
+    message = all_reduce_sum_with_grad(torch.cat([torch.stack([n, count]), values.sum(dim=0)]))
+    if len(values) == 0 and int(message[0].detach()) == 0:
         raise TooFewRowsError(
             f"`{function}` needs at least 1 row over all processes, got 0 (0 here). Use a larger batch."
         )
-    return message[2:] / message[1].detach().clamp_min(1)
+    return message[2:], message[1].detach().clamp_min(1)
