@@ -18,6 +18,7 @@ LEVEL = {
     "functional": 2,
     "metrics": 3,
     "losses": 3,
+    "layers": 3,
     "reporting": 4,
     "rules": 4,
     "mixins": 5,

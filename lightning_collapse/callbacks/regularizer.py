@@ -47,7 +47,7 @@ class Regularizer(Callback):
         name: Name of the curves; by default that of the loss class without ``Loss``, in lower case.
 
     Raises:
-        ValueError: If ``chunk`` does not fit the loss.
+        ValueError: If ``chunk`` does not fit the loss, or the loss takes labels.
         MisconfigurationException: At the start of the fit, if the module optimizes by hand, the loss has trainable
             parameters, the layer is not found or the name is taken; at the first training step, if the layer did not
             run as often as the loss has views.
@@ -70,6 +70,11 @@ class Regularizer(Callback):
             raise ValueError(
                 f"`chunk` must be 1, or the number of views of the loss: {type(loss).__name__} takes {self._views},"
                 f" got chunk={chunk}."
+            )
+        if getattr(loss, "takes_labels", False):
+            raise ValueError(
+                f"{type(loss).__name__} takes labels, and a layer returns none. Call `self.anti_collapse_loss(features,"
+                " labels)` of `AntiCollapseMixin` in `training_step`."
             )
         self.loss = loss
         self.on = on

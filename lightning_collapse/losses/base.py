@@ -18,17 +18,20 @@ class AntiCollapseLoss(nn.Module):
 
     Attributes:
         views: How many feature matrices it takes: 1, or 2 for a pair of augmented views.
+        takes_labels: Whether the class of each row, shape ``(N,)``, is its last argument. Such a loss can have
+            parameters, and is for :class:`~lightning_collapse.AntiCollapseMixin`: a layer returns no labels.
         coefficients: Factor of each term in the sum.
     """
 
     views: ClassVar[Literal[1, 2]] = 1
+    takes_labels: ClassVar[bool] = False
     coefficients: dict[str, float]
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:
         """The unweighted terms by name, each a scalar of at least ``float32``.
 
         Args:
-            views: As many as :attr:`views` says, each of shape ``(N, D)``.
+            views: As many as :attr:`views` says, each of shape ``(N, D)``, then the labels if it takes them.
         """
         raise NotImplementedError
 
@@ -36,10 +39,11 @@ class AntiCollapseLoss(nn.Module):
         """Weighted sum of the terms, a scalar of at least ``float32``; ``views`` of shape ``(N, D)`` each.
 
         Raises:
-            ValueError: If there are more or fewer than :attr:`views` of them.
+            ValueError: If there are more or fewer arguments than :attr:`views` and :attr:`takes_labels` say.
         """
-        if len(views) != self.views:
-            raise ValueError(f"`{type(self).__name__}` takes {self.views} feature matrices, got {len(views)}.")
+        if len(views) != self.views + self.takes_labels:
+            wanted = f"{self.views} feature matrices" + (" and their labels" if self.takes_labels else "")
+            raise ValueError(f"`{type(self).__name__}` takes {wanted}, got {len(views)}.")
         return self.combine(self.terms(*views))
 
     def combine(self, terms: dict[str, Tensor]) -> Tensor:
@@ -70,7 +74,7 @@ def evaluate(loss: nn.Module, views: tuple[Tensor, ...]) -> tuple[Tensor, dict[s
 
     Args:
         loss: A module that maps feature matrices to a scalar.
-        views: Feature matrices of shape ``(N, D)``.
+        views: Feature matrices of shape ``(N, D)``, then the labels if the loss takes them.
 
     Returns:
         The scalar and the terms by name, empty for a module that has none.

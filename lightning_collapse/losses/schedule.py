@@ -46,3 +46,34 @@ class LinearWarmup:
         if self.steps == 0:
             return self.weight if step >= self.start else 0.0
         return self.weight * min(max((step - self.start) / self.steps, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class LinearRamp:
+    """A weight that moves linearly from ``first`` at step 0 to ``last`` at step ``steps``, and stays there.
+
+    Args:
+        first: The value at step 0.
+        last: The value from step ``steps`` on.
+        steps: How many steps it takes, usually all that there are.
+
+    Raises:
+        ValueError: If ``steps`` is not positive.
+
+    Example:
+        >>> ramp = LinearRamp(first=1.0, last=2.0, steps=4)
+        >>> [ramp(step) for step in (0, 1, 4, 1000)]
+        [1.0, 1.25, 2.0, 2.0]
+    """
+
+    first: float
+    last: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"`steps` must be positive, got {self.steps}.")
+
+    def __call__(self, step: int) -> float:
+        """Weight at a step."""
+        return self.first + (self.last - self.first) * min(max(step / self.steps, 0.0), 1.0)

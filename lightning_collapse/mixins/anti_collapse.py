@@ -62,7 +62,8 @@ class AntiCollapseMixin:
         Args:
             regularizers: A loss by name, or a pair of a weight and a loss. A weight is a number or a function of the
                 step such as :class:`~lightning_collapse.losses.LinearWarmup`. Any module that maps feature matrices to
-                a scalar will do; it takes one matrix, or as many as its attribute ``views`` says.
+                a scalar will do; it takes one matrix, or as many as its attribute ``views`` says, and then the labels
+                if its attribute ``takes_labels`` is true.
 
         Raises:
             ValueError: If an entry is neither.
@@ -86,7 +87,9 @@ class AntiCollapseMixin:
         Collective: every process must call it. Call it once per step and name, the last call is what the curves show.
 
         Args:
-            views: Feature matrices of shape ``(N, D)``: one, or the two views of the same samples.
+            views: Feature matrices of shape ``(N, D)``: one, or the two views of the same samples. An integer tensor
+                ``(N,)`` behind them is the labels, ``anti_collapse_loss(logits, labels)``; only regularizers that take
+                labels see it.
             names: Which regularizers; all by default. For regularizers that look at different features.
 
         Returns:
@@ -94,14 +97,16 @@ class AntiCollapseMixin:
             with one warning.
 
         Raises:
-            MisconfigurationException: If there are no regularizers, or if one takes another number of views.
+            MisconfigurationException: If there are no regularizers, or if one takes another number of views, or labels
+                that are not there.
         """
+        views, labels = _split_labels(views)
         added: list[Tensor] = []
         curves: dict[str, Tensor] = {}
-        for name, (weight, loss) in self._chosen(names, len(views)).items():
+        for name, (weight, loss) in self._chosen(names, len(views), bool(labels)).items():
             _follow(loss, views[0])
             try:
-                value, terms = evaluate(loss, views)
+                value, terms = evaluate(loss, (*views, *labels) if _takes_labels(loss) else views)
             except TooFewRowsError as error:
                 _warn_once(self, name, str(error))
                 continue
@@ -112,7 +117,7 @@ class AntiCollapseMixin:
             return nothing(*views)
         return sum(added[1:], start=added[0])
 
-    def _chosen(self, names: Sequence[str] | None, n_views: int) -> dict[str, tuple[Weight, nn.Module]]:
+    def _chosen(self, names: Sequence[str] | None, n_views: int, labelled: bool) -> dict[str, tuple[Weight, nn.Module]]:
         regularizers: dict[str, tuple[Weight, nn.Module]] | None = getattr(self, "regularizers", None)
         if regularizers is None:
             raise MisconfigurationException(
@@ -131,7 +136,23 @@ class AntiCollapseMixin:
                     f" `anti_collapse_loss` as many feature matrices, and say with `names=[...]` which regularizers"
                     " they are for."
                 )
+            if _takes_labels(loss) and not labelled:
+                raise MisconfigurationException(
+                    f"The regularizer {name!r} ({type(loss).__name__}) takes labels. Pass the integer class of each row"
+                    " behind the features: `anti_collapse_loss(features, labels)`."
+                )
         return chosen
+
+
+def _split_labels(views: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Feature matrices, and the labels behind them if there are any."""
+    if len(views) > 1 and not views[-1].is_floating_point():
+        return views[:-1], views[-1:]
+    return views, ()
+
+
+def _takes_labels(loss: nn.Module) -> bool:
+    return bool(getattr(loss, "takes_labels", False))
 
 
 # Dynamo can trace neither a trainer nor a warning, and would compile a schedule's weight anew at every step.

@@ -79,7 +79,7 @@ def test_gradient_reaches_every_row(name: str, shape: Shape) -> None:
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_constant_batch(name: str, dtype: torch.dtype) -> None:
-    constant = [torch.full((8, 4), 3.0, dtype=dtype)] * LOSSES[name].views
+    constant = [torch.full((8, 4), CASES[name].collapsed, dtype=dtype)] * LOSSES[name].views
     loss, grads = evaluate(name, constant)
     assert loss.item() == pytest.approx(LOSSES[name]().value_at_collapse, abs=1e-4)
     assert all(grad.isfinite().all() for grad in grads)
@@ -174,8 +174,9 @@ def test_bad_arguments(name: str) -> None:
         loss(*[torch.randn(2, 3, 4)] * n_views)
     with pytest.raises(ValueError, match=r"got torch.int64 of shape \(8, 4\)"):
         loss(*[torch.ones(8, 4, dtype=torch.int64)] * n_views)
-    with pytest.raises(ValueError, match=rf"at least {CASES[name].rows} rows over all processes, got 1 .*"):
-        loss(*[good[:1]] * n_views)
+    fewer = CASES[name].rows - 1
+    with pytest.raises(ValueError, match=rf"at least {CASES[name].rows} rows? over all processes, got {fewer} .*"):
+        loss(*[good[:fewer]] * n_views)
     with pytest.raises(ValueError, match=f"takes {n_views} feature matrices, got {n_views + 1}"):
         loss(*[good] * (n_views + 1))
 
