@@ -3,21 +3,33 @@
 from lightning_collapse.losses.balanced_softmax import BalancedSoftmax, balanced_cross_entropy
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
+from lightning_collapse.losses.decorrelation import FeatureDecorrelation, feature_decorrelation_terms
 from lightning_collapse.losses.dot_regression import DotRegression, dot_regression
+from lightning_collapse.losses.effective_rank import EffectiveRankHinge, effective_rank_terms
+from lightning_collapse.losses.koleo import KoLeo, koleo_loss
+from lightning_collapse.losses.ldreg import LDReg, ldreg_loss
+from lightning_collapse.losses.log_det import LogDetBarrier, log_det_barrier
 from lightning_collapse.losses.long_tail_collapse import LongTailCollapse, long_tail_collapse_terms
 from lightning_collapse.losses.max_sup import MaxSup, label_smoothing_terms, max_suppression
 from lightning_collapse.losses.schedule import LinearRamp, LinearWarmup
 from lightning_collapse.losses.spectral_decoupling import SpectralDecoupling, spectral_decoupling
+from lightning_collapse.losses.tregs import TREGS, tregs_terms
 from lightning_collapse.losses.variance import VarianceLoss, variance_loss
 from lightning_collapse.losses.vicreg import VICReg, vicreg_terms
 
 __all__ = [
+    "TREGS",
     "AntiCollapseLoss",
     "BalancedSoftmax",
     "CovarianceLoss",
     "DotRegression",
+    "EffectiveRankHinge",
+    "FeatureDecorrelation",
+    "KoLeo",
+    "LDReg",
     "LinearRamp",
     "LinearWarmup",
+    "LogDetBarrier",
     "LongTailCollapse",
     "MaxSup",
     "SpectralDecoupling",
@@ -27,10 +39,16 @@ __all__ = [
     "balanced_cross_entropy",
     "covariance_loss",
     "dot_regression",
+    "effective_rank_terms",
+    "feature_decorrelation_terms",
+    "koleo_loss",
     "label_smoothing_terms",
+    "ldreg_loss",
+    "log_det_barrier",
     "long_tail_collapse_terms",
     "max_suppression",
     "spectral_decoupling",
+    "tregs_terms",
     "variance_loss",
     "vicreg_terms",
 ]

@@ -123,6 +123,33 @@ def all_gather_rows(
     return everything[:, :-1], everything[:, -1] > 0
 
 
+def all_gather_rows_with_grad(rows: Tensor, group: "ProcessGroup | None" = None) -> tuple[Tensor, int]:
+    """Rows of every process on every process, with gradient; each may have a different number of them.
+
+    Collective, in the forward and, where a gradient is asked for, in the backward pass: every process must call it,
+    with the same number of columns and the same dtype, and every process must run backward or none. Two messages, and
+    one wait for the device to learn how many rows there are. The backward pass sums over processes, so the mean of
+    data-parallel training has the gradient on the concatenated batch, as with :func:`all_reduce_sum_with_grad`.
+
+    Args:
+        rows: Shape ``(n, D)``; ``n`` may differ between processes and may be 0.
+        group: Processes to gather from; all by default.
+
+    Returns:
+        All rows in the order of the processes, and the index of the first one of this process. Without a process group
+        ``rows`` itself and 0.
+    """
+    if world_size(group) == 1:
+        return rows, 0
+    mine = torch.tensor([len(rows)], device=rows.device)
+    found = [torch.empty_like(mine) for _ in range(world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    counts: list[int] = torch.cat(found).tolist()
+    first = sum(counts[: dist.get_rank(group)])
+    everything: Tensor = _AllGatherRows.apply(rows, counts, first, group)  # type: ignore[no-untyped-call]
+    return everything, first
+
+
 def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -137,3 +164,18 @@ class _AllReduceSum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         # through `apply`, so that the gradient can itself be differentiated
         return all_reduce_sum_with_grad(grads[0], ctx.group), None
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], first: int, group: "ProcessGroup | None") -> Tensor:
+        ctx.own, ctx.group = slice(first, first + len(rows)), group
+        padded = rows.new_zeros(max(counts), rows.shape[1])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded, group=group)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_reduce_sum_with_grad(grads[0], ctx.group)[ctx.own], None, None, None

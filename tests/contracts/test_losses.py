@@ -66,6 +66,8 @@ def test_loss_is_the_weighted_sum_of_its_terms(name: str) -> None:
 
 @every_shape
 def test_gradcheck(name: str, shape: Shape) -> None:
+    if not CASES[name].differentiable:
+        pytest.skip("stops a gradient, as published: checked in its own file")
     inputs = [z.requires_grad_() for z in views(name, shape)]
     assert torch.autograd.gradcheck(LOSSES[name](), inputs)
 
@@ -81,15 +83,16 @@ def test_gradient_reaches_every_row(name: str, shape: Shape) -> None:
 def test_constant_batch(name: str, dtype: torch.dtype) -> None:
     constant = [torch.full((8, 4), CASES[name].collapsed, dtype=dtype)] * LOSSES[name].views
     loss, grads = evaluate(name, constant)
-    assert loss.item() == pytest.approx(LOSSES[name]().value_at_collapse, abs=1e-4)
+    assert loss.item() == pytest.approx(LOSSES[name]().at_collapse(8, 4), abs=1e-4)
     assert all(grad.isfinite().all() for grad in grads)
 
 
 @every_loss
 def test_perfect_batch(name: str) -> None:
     loss = LOSSES[name]()
-    value = loss(*CASES[name].perfect(loss.views))
-    assert value.item() == pytest.approx(loss.value_at_perfection, abs=1e-12)
+    inputs = CASES[name].perfect(loss.views)
+    expected = loss.at_perfection(*inputs[0].shape)
+    assert loss(*inputs).item() == pytest.approx(expected, abs=CASES[name].perfect_atol)
 
 
 @every_shape

@@ -12,10 +12,18 @@ from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from torch import Tensor, multiprocessing
 
 from lightning_collapse.callbacks.regularizer import Regularizer
-from lightning_collapse.losses import TooFewRowsError, VarianceLoss, VICReg, variance_loss
+from lightning_collapse.losses import (
+    EffectiveRankHinge,
+    LogDetBarrier,
+    TooFewRowsError,
+    VarianceLoss,
+    VICReg,
+    variance_loss,
+)
 from lightning_collapse.mixins.anti_collapse import AntiCollapseMixin
 from lightning_collapse.utilities.distributed import (
     all_gather_rows,
+    all_gather_rows_with_grad,
     all_reduce_sum,
     all_reduce_sum_with_grad,
     world_size,
@@ -88,6 +96,14 @@ def splits(rank: int, rows: int) -> slice:
     return slice(0, first) if rank == 0 else slice(first, None)
 
 
+def gradient_at_collapse(loss: torch.nn.Module, split: slice) -> Tensor:
+    """Of twelve equal rows, those of a part."""
+    features = torch.full((12, 3), 2.0)[split].requires_grad_()
+    loss(features).backward()
+    assert features.grad is not None
+    return features.grad
+
+
 def messages(name: str) -> int:
     """How many all-reduces a forward pass takes."""
     sent = []
@@ -116,6 +132,9 @@ def primitives(rank: int) -> dict[str, Any]:
     (second,) = torch.autograd.grad(grad.sum(), leaf)
     rows = torch.full((3 * rank, 2), float(rank), dtype=torch.bfloat16)
     mask = torch.tensor([True, False, True])[: len(rows)]
+    uneven = torch.arange(2.0 * 3 * rank).view(3 * rank, 2).requires_grad_()
+    everything, first = all_gather_rows_with_grad(uneven)
+    ((rank + 1) * everything.square().sum()).backward()
     return {
         "world": world_size(),
         "sum": all_reduce_sum(mine),
@@ -124,6 +143,9 @@ def primitives(rank: int) -> dict[str, Any]:
         "grad": grad.detach(),
         "second": second,
         "gathered": all_gather_rows(rows, mask),
+        "rows": everything.detach(),
+        "first": first,
+        "grad of rows": uneven.grad,
     }
 
 
@@ -145,6 +167,8 @@ def worker(rank: int, folder: str) -> None:
         dist.all_reduce(grad)
         result[case] = value, grad / RANKS
     result["messages"] = {name: messages(name) for name in LOSSES}
+    floors = EffectiveRankHinge(), LogDetBarrier()
+    result["collapsed"] = [gradient_at_collapse(loss, splits(rank, 12)) for loss in floors]
     result["few"] = {rows: few_rows(rank, rows) for rows in [(1, 0), (0, 1), (0, 0), (1, 1), (0, 2)]}
     result["primitives"] = primitives(rank)
     result["callback"] = door(Flipped, Regularizer(VICReg(), on="projector"))
@@ -213,10 +237,29 @@ def test_gathered_rows(ranks: list[dict[str, Any]]) -> None:
         assert torch.equal(rows, torch.tensor([[0.0, 0.0]] * 3 + [[1.0, 1.0]] * 3, dtype=torch.bfloat16))
 
 
+def test_rows_gathered_with_gradient(ranks: list[dict[str, Any]]) -> None:
+    rows = torch.arange(6.0).view(3, 2)
+    found = [result["primitives"] for result in ranks]
+    assert all(torch.equal(one["rows"], rows) for one in found)
+    assert [one["first"] for one in found] == [0, 0]
+    # process r evaluates (r + 1) x^2: all gradients arrive, process 0 has no rows
+    assert torch.equal(found[1]["grad of rows"], (1 + 2) * 2 * rows)
+    assert found[0]["grad of rows"].shape == (0, 2)
+
+
+def test_equal_rows_are_told_apart_as_in_one_process(ranks: list[dict[str, Any]]) -> None:
+    for i, loss in enumerate((EffectiveRankHinge(), LogDetBarrier())):
+        found = torch.cat([result["collapsed"][i] for result in ranks]) / RANKS
+        expected = gradient_at_collapse(loss, slice(None))
+        assert expected.norm() > 1e-3
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
 def test_without_a_process_group() -> None:
     x = torch.randn(3, 2, requires_grad=True)
     assert world_size() == 1
     assert all_reduce_sum_with_grad(x) is x
+    assert all_gather_rows_with_grad(x) == (x, 0)
     total = all_reduce_sum(x)
     assert torch.equal(total, x)
     assert not total.requires_grad

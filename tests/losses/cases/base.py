@@ -41,6 +41,9 @@ class Case:
         wide: Shapes for the test with a large mean.
         split: Shapes of the test that splits a batch over two processes, a third to the first.
         messages: All-reduces of a forward pass.
+        collapsed: What all entries of the batch are at which the loss reads ``value_at_collapse``.
+        differentiable: Whether the gradient is the derivative of the value; not where the published form stops one.
+        perfect_atol: How far the perfect batch may be from ``value_at_perfection``, where it rests on differences.
         weight: Of the loss in the toy that collapses without it; ``None`` if it alone does not stop a collapse.
     """
 
@@ -56,4 +59,7 @@ class Case:
     wide: tuple[Shape, ...] = ((64, 128), (256, 32))
     split: tuple[Shape, ...] = ((9, 12), (40, 6))
     messages: int = 2
+    collapsed: float = 3.0
+    differentiable: bool = True
+    perfect_atol: float = 1e-12
     weight: float | None = 1.0
