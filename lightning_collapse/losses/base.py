@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class TooFewRowsError(ValueError):
-    """The batch, over all processes, has fewer than the two rows that a variance needs; raised on all of them alike."""
+    """The batch, over all processes, has fewer rows than the loss needs; raised on all of them alike."""
 
 
 class AntiCollapseLoss(nn.Module):
@@ -56,6 +56,14 @@ class AntiCollapseLoss(nn.Module):
     def value_at_collapse(self) -> float:
         """What the loss reads when all rows of all views are equal."""
         raise NotImplementedError
+
+    def at_perfection(self, rows: int, dim: int) -> float:
+        """:attr:`value_at_perfection`, which for some losses depends on the shape of the global batch."""
+        return self.value_at_perfection
+
+    def at_collapse(self, rows: int, dim: int) -> float:
+        """:attr:`value_at_collapse`, which for some losses depends on the shape of the global batch."""
+        return self.value_at_collapse
 
 
 def require_positive(**values: float) -> None:
