@@ -7,8 +7,10 @@ from lightning_collapse.losses.schedule import LinearWarmup
 from lightning_collapse.losses.variance import VarianceLoss, variance_loss
 from lightning_collapse.losses.vcreg import VCReg, vcreg_terms
 from lightning_collapse.losses.vicreg import VICReg, vicreg_terms
+from lightning_collapse.losses.wmse import WMSE, wmse_loss
 
 __all__ = [
+    "WMSE",
     "AntiCollapseLoss",
     "BarlowTwins",
     "CovarianceLoss",
@@ -22,4 +24,5 @@ __all__ = [
     "variance_loss",
     "vcreg_terms",
     "vicreg_terms",
+    "wmse_loss",
 ]

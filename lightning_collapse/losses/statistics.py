@@ -49,7 +49,7 @@ def stack_views(function: str, **views: Tensor) -> Tensor:
     return torch.stack(list(views.values()))
 
 
-def center(function: str, views: Tensor, extra: Tensor, rows: int = 2) -> CenteredBatch:
+def center(function: str, views: Tensor, extra: Tensor, rows: int = 2, grad_of_mean: bool = False) -> CenteredBatch:
     """Subtract the mean of the global batch.
 
     Collective: every process must call it; one all-reduce of ``V * D + 2`` numbers. Only a process with fewer than
@@ -60,22 +60,24 @@ def center(function: str, views: Tensor, extra: Tensor, rows: int = 2) -> Center
         views: Shape ``(V, N, D)``; ``N`` may differ between processes.
         extra: A scalar of this process to sum over all of them in the same message; keeps its gradient.
         rows: The fewest rows, over all processes, that will do.
+        grad_of_mean: Whether the mean passes a gradient on: not needed where nothing but products of centered rows is
+            summed, since what it would pass on is multiplied by their sum, which is zero.
 
     Raises:
         TooFewRowsError: If there are fewer than ``rows`` rows over all processes.
     """
     n = views.shape[1]
-    # The mean needs no gradient: what it would pass on is multiplied by the sum of the centered rows, which is zero.
+    counted = views if grad_of_mean else views.detach()
     if world_size() == 1:
         require_rows(function, rows, n, n)
-        return CenteredBatch(views - views.detach().mean(dim=1, keepdim=True), n, extra)
-    sums = views.detach().sum(dim=1)
+        return CenteredBatch(views - counted.mean(dim=1, keepdim=True), n, extra)
+    sums = counted.sum(dim=1)
     message = all_reduce_sum_with_grad(torch.cat([sums.new_full((1,), n), extra.reshape(1), sums.flatten()]))
     count = message[0].detach()
     if n < rows:
         require_rows(function, rows, int(count), n)
-    mean = message[2:].detach().view_as(sums) / count
-    return CenteredBatch(views - mean.unsqueeze(1), count, message[1])
+    mean = message[2:].view_as(sums) / count
+    return CenteredBatch(views - (mean if grad_of_mean else mean.detach()).unsqueeze(1), count, message[1])
 
 
 def variances(batch: CenteredBatch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Case:
         shift: Whether adding a constant row changes nothing.
         wide: Shapes for the test with a large mean.
         split: Shapes of the test that splits a batch over two processes, a third to the first.
-        messages: All-reduces of a forward pass.
+        exact: Arguments with which it is exact on several processes, if it is not by default.
+        messages: All-reduces of a forward pass, with these arguments.
         weight: Of the loss in the toy that collapses without it; ``None`` if it alone does not stop a collapse.
     """
 
@@ -53,5 +55,6 @@ class Case:
     shift: bool = True
     wide: tuple[Shape, ...] = ((64, 128), (256, 32))
     split: tuple[Shape, ...] = ((9, 12), (40, 6))
+    exact: Mapping[str, Any] = field(default_factory=dict)
     messages: int = 2
     weight: float | None = 1.0
