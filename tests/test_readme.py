@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_collapse.losses import WMSE, CovarianceLoss, VarianceLoss, VCReg, VICReg
+from lightning_collapse.losses import WMSE, CovarianceLoss, SpectralTransformation, VarianceLoss, VCReg, VICReg
 from lightning_collapse.reporting import legend
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -32,7 +32,7 @@ def test_table_of_measures_is_the_registry():
 
 
 def test_table_of_losses_is_what_they_declare():
-    for loss in (VICReg(), VarianceLoss(), CovarianceLoss(), VCReg(), WMSE()):
+    for loss in (VICReg(), VarianceLoss(), CovarianceLoss(), VCReg(), WMSE(), SpectralTransformation()):
         row = next(line for line in README.splitlines() if line.startswith(f"| `{type(loss).__name__}`"))
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert int(cells[1]) == loss.views

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -121,6 +122,31 @@ def all_gather_rows(
     dist.all_gather(gathered, padded, group=group)
     everything = torch.cat(gathered)
     return everything[:, :-1], everything[:, -1] > 0
+
+
+def all_gather_rows_with_grad(rows: Tensor, group: "ProcessGroup | None" = None) -> Tensor:
+    """Rows of every process on every process, in their order; gradients reach the process whose rows they are.
+
+    Collective, in the forward and, where a gradient is asked for, in the backward pass: every process must call it,
+    with shapes that differ in the number of rows only. Two messages, and one wait for the device to learn the numbers
+    of rows: for losses that no sum over rows can express. Gradients are those of :func:`all_reduce_sum_with_grad`.
+
+    Args:
+        rows: Shape ``(..., n, D)``; ``n`` may differ between processes and may be 0.
+        group: Processes to gather from; all by default.
+
+    Returns:
+        Shape ``(..., sum of n, D)``; the argument itself if there is one process.
+    """
+    ranks = world_size(group)
+    if ranks == 1:
+        return rows
+    rank = dist.get_rank(group)
+    counts = torch.zeros(ranks, dtype=torch.long, device=rows.device)
+    counts[rank] = rows.shape[-2]
+    numbers: list[int] = all_reduce_sum(counts, group).tolist()
+    # a sum in which every row has one term
+    return all_reduce_sum_with_grad(pad(rows, (0, 0, sum(numbers[:rank]), sum(numbers[rank + 1 :]))), group)
 
 
 def _exact(device: torch.device) -> torch.dtype:

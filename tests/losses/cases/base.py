@@ -33,6 +33,7 @@ class Case:
         reference: The value of ``float64`` arrays, written from the paper and not from our code.
         active: From a shape and a number of views to views at which every row has a gradient.
         perfect: From a number of views to views at which the loss reads ``value_at_perfection``.
+        row: The row of four features of which a constant batch is made.
         shapes: Shapes ``(N, D)`` of the batteries, by name; leave out what the loss cannot take.
         rows: The fewest rows, over all processes, that it takes.
         rtol: How far ``float64`` may be from the reference.
@@ -48,6 +49,7 @@ class Case:
     reference: Callable[..., float]
     active: Callable[[Shape, int], list[Tensor]] = correlated
     perfect: Callable[[int], list[Tensor]] = whitened
+    row: Tensor = field(default_factory=lambda: torch.full((4,), 3.0))
     shapes: Mapping[str, Shape] = field(default_factory=lambda: {"dual": (6, 10), "primal": (12, 5), "square": (7, 7)})
     rows: int = 2
     rtol: float = 1e-12

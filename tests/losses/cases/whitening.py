@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.losses.cases.base import Case, Shape
+from tests.losses.cases.base import Case, Shape, whitened
 
 
 def well_conditioned(shape: Shape, views: int) -> list[Tensor]:
@@ -33,7 +33,51 @@ def naive_wmse(a: np.ndarray, b: np.ndarray) -> float:
     return naive_distance(naive_cholesky_whitening(a), naive_cholesky_whitening(b))
 
 
+def naive_iter_norm(rows: np.ndarray, iterations: int = 4) -> np.ndarray:
+    """Of rows that are observations, by what the iteration does to each eigenvalue."""
+    rows = rows - rows.mean(axis=0)
+    values, vectors = np.linalg.eigh(np.atleast_2d(rows.T @ rows / (len(rows) - 1)))
+    scales = []
+    for share in values / values.sum():
+        p = 1.0
+        for _ in range(iterations):
+            p = 1.5 * p - 0.5 * p**3 * share
+        scales.append(p / np.sqrt(values.sum()))
+    return rows @ vectors @ np.diag(scales) @ vectors.T
+
+
+def naive_intl(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = naive_iter_norm(a.T), naive_iter_norm(b.T)  # samples are made white, features are the observations
+    trace = sum((np.var(column, ddof=1) - 1) ** 2 for z in (a, b) for column in z.T)
+    return naive_distance(a.T, b.T) + 0.01 * max(0.0, np.log2(a.shape[1]) - 3) * trace
+
+
+def naive_zca(z: np.ndarray, power: float = 0.5) -> np.ndarray:
+    values, vectors = np.linalg.eigh(np.cov(z, rowvar=False))
+    return (z - z.mean(axis=0)) @ vectors @ np.diag(values**-power) @ vectors.T
+
+
+def naive_spectral_transformation(a: np.ndarray, b: np.ndarray) -> float:
+    return naive_distance(naive_zca(a), naive_zca(b))
+
+
 CASES = {
+    "INTL": Case(
+        naive_intl,
+        perfect=lambda views: [z.mT for z in whitened(views)],  # samples without a mean, orthogonal
+        row=torch.arange(1.0, 5.0),  # equal samples that are not flat: a flat one has no direction
+        shapes={"dual": (12, 20), "primal": (12, 5), "small": (6, 10)},
+        rtol=1e-10,
+    ),
+    "SpectralTransformation": Case(
+        naive_spectral_transformation,
+        active=well_conditioned,
+        shapes={"primal": (12, 5), "tall": (40, 6)},  # more rows than features
+        rtol=1e-10,
+        wide=((256, 32),),
+        split=((40, 6),),  # a gradient of the layer's weight that is not all cancellation in single precision
+        messages=3,
+    ),
     "WMSE": Case(
         naive_wmse,
         active=well_conditioned,
