@@ -1,11 +1,13 @@
 """Anti-collapse losses: a function and its module each, exact in data-parallel training and in any precision."""
 
 from lightning_collapse.losses.balanced_softmax import BalancedSoftmax, balanced_cross_entropy
+from lightning_collapse.losses.barlow_twins import BarlowTwins, barlow_twins_terms
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
 from lightning_collapse.losses.decorrelation import FeatureDecorrelation, feature_decorrelation_terms
 from lightning_collapse.losses.dot_regression import DotRegression, dot_regression
 from lightning_collapse.losses.effective_rank import EffectiveRankHinge, effective_rank_terms
+from lightning_collapse.losses.intl import INTL, intl_terms
 from lightning_collapse.losses.koleo import KoLeo, koleo_loss
 from lightning_collapse.losses.ldreg import LDReg, ldreg_loss
 from lightning_collapse.losses.log_det import LogDetBarrier, log_det_barrier
@@ -13,14 +15,20 @@ from lightning_collapse.losses.long_tail_collapse import LongTailCollapse, long_
 from lightning_collapse.losses.max_sup import MaxSup, label_smoothing_terms, max_suppression
 from lightning_collapse.losses.schedule import LinearRamp, LinearWarmup
 from lightning_collapse.losses.spectral_decoupling import SpectralDecoupling, spectral_decoupling
+from lightning_collapse.losses.spectral_transformation import SpectralTransformation, spectral_transformation_terms
 from lightning_collapse.losses.tregs import TREGS, tregs_terms
 from lightning_collapse.losses.variance import VarianceLoss, variance_loss
+from lightning_collapse.losses.vcreg import VCReg, vcreg_terms
 from lightning_collapse.losses.vicreg import VICReg, vicreg_terms
+from lightning_collapse.losses.wmse import WMSE, wmse_loss
 
 __all__ = [
+    "INTL",
     "TREGS",
+    "WMSE",
     "AntiCollapseLoss",
     "BalancedSoftmax",
+    "BarlowTwins",
     "CovarianceLoss",
     "DotRegression",
     "EffectiveRankHinge",
@@ -33,14 +41,18 @@ __all__ = [
     "LongTailCollapse",
     "MaxSup",
     "SpectralDecoupling",
+    "SpectralTransformation",
     "TooFewRowsError",
+    "VCReg",
     "VICReg",
     "VarianceLoss",
     "balanced_cross_entropy",
+    "barlow_twins_terms",
     "covariance_loss",
     "dot_regression",
     "effective_rank_terms",
     "feature_decorrelation_terms",
+    "intl_terms",
     "koleo_loss",
     "label_smoothing_terms",
     "ldreg_loss",
@@ -48,7 +60,10 @@ __all__ = [
     "long_tail_collapse_terms",
     "max_suppression",
     "spectral_decoupling",
+    "spectral_transformation_terms",
     "tregs_terms",
     "variance_loss",
+    "vcreg_terms",
     "vicreg_terms",
+    "wmse_loss",
 ]

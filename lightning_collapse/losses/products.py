@@ -26,6 +26,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         >>> product(torch.eye(2), torch.ones(2, 1)).squeeze()
         tensor([1., 1.])
     """
+    if right is left:  # Dynamo does not trace a function of the same tensor twice
+        right = right.clone()
     result: Tensor = _Product.apply(left, right)  # type: ignore[no-untyped-call]
     return result
 

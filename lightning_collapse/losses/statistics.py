@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_collapse.losses.base import TooFewRowsError
+from lightning_collapse.losses.products import product
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
 
@@ -48,32 +49,35 @@ def stack_views(function: str, **views: Tensor) -> Tensor:
     return torch.stack(list(views.values()))
 
 
-def center(function: str, views: Tensor, extra: Tensor) -> CenteredBatch:
+def center(function: str, views: Tensor, extra: Tensor, rows: int = 2, grad_of_mean: bool = False) -> CenteredBatch:
     """Subtract the mean of the global batch.
 
-    Collective: every process must call it; one all-reduce of ``V * D + 2`` numbers. Only a process with fewer than two
-    rows waits for the count, to raise where, and only where, all others raise too.
+    Collective: every process must call it; one all-reduce of ``V * D + 2`` numbers. Only a process with fewer than
+    ``rows`` rows waits for the count, to raise where, and only where, all others raise too.
 
     Args:
         function: What to call the caller in messages.
         views: Shape ``(V, N, D)``; ``N`` may differ between processes.
         extra: A scalar of this process to sum over all of them in the same message; keeps its gradient.
+        rows: The fewest rows, over all processes, that will do.
+        grad_of_mean: Whether the mean passes a gradient on: not needed where nothing but products of centered rows is
+            summed, since what it would pass on is multiplied by their sum, which is zero.
 
     Raises:
-        TooFewRowsError: If there are fewer than two rows over all processes.
+        TooFewRowsError: If there are fewer than ``rows`` rows over all processes.
     """
     n = views.shape[1]
-    # The mean needs no gradient: what it would pass on is multiplied by the sum of the centered rows, which is zero.
+    counted = views if grad_of_mean else views.detach()
     if world_size() == 1:
-        _require_two(function, n, n)
-        return CenteredBatch(views - views.detach().mean(dim=1, keepdim=True), n, extra)
-    sums = views.detach().sum(dim=1)
+        require_rows(function, rows, n, n)
+        return CenteredBatch(views - counted.mean(dim=1, keepdim=True), n, extra)
+    sums = counted.sum(dim=1)
     message = all_reduce_sum_with_grad(torch.cat([sums.new_full((1,), n), extra.reshape(1), sums.flatten()]))
     count = message[0].detach()
-    if n < 2:
-        _require_two(function, int(count), n)
-    mean = message[2:].detach().view_as(sums) / count
-    return CenteredBatch(views - mean.unsqueeze(1), count, message[1])
+    if n < rows:
+        require_rows(function, rows, int(count), n)
+    mean = message[2:].view_as(sums) / count
+    return CenteredBatch(views - (mean if grad_of_mean else mean.detach()).unsqueeze(1), count, message[1])
 
 
 def variances(batch: CenteredBatch) -> Tensor:
@@ -82,6 +86,14 @@ def variances(batch: CenteredBatch) -> Tensor:
     Collective: every process must call it; one all-reduce of ``V * D`` numbers.
     """
     return all_reduce_sum_with_grad(batch.rows.square().sum(dim=1)) / (batch.samples - 1)
+
+
+def covariances(batch: CenteredBatch) -> Tensor:
+    """Unbiased covariance of the features of the global batch, ``(V, D, D)``.
+
+    Collective: every process must call it; one all-reduce of ``V * D * D`` numbers.
+    """
+    return all_reduce_sum_with_grad(product(batch.rows.mT, batch.rows)) / (batch.samples - 1)
 
 
 def variances_and_covariance(batch: CenteredBatch) -> tuple[Tensor, Tensor]:
@@ -95,9 +107,18 @@ def variances_and_covariance(batch: CenteredBatch) -> tuple[Tensor, Tensor]:
     if world_size() == 1:
         energy: Tensor = _OffDiagonalEnergy.apply(batch.rows, batch.samples - 1)  # type: ignore[no-untyped-call]
         return variances(batch), energy
-    covariance = all_reduce_sum_with_grad(batch.rows.mT @ batch.rows) / (batch.samples - 1)
+    covariance = covariances(batch)
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
     return diagonal, (covariance - torch.diag_embed(diagonal)).square().sum(dim=(-2, -1))
+
+
+def require_rows(function: str, rows: int, count: int, here: int) -> None:
+    """Raise a :class:`TooFewRowsError` that names the numbers if ``count`` over all processes is below ``rows``."""
+    if count < rows:
+        raise TooFewRowsError(
+            f"`{function}` needs at least {rows} rows over all processes, got {count} ({here} here)."
+            " Use a larger batch, or `drop_last=True` in the DataLoader."
+        )
 
 
 class _OffDiagonalEnergy(torch.autograd.Function):
@@ -134,11 +155,3 @@ def _gradient(scale: Tensor, rows: Tensor, matrix: Tensor, variance: Tensor | No
     if variance is None:
         return (rows @ matrix).mul_(scale.view(-1, 1, 1))
     return torch.baddbmm(rows * variance, matrix, rows, beta=-1).mul_(scale.view(-1, 1, 1))
-
-
-def _require_two(function: str, count: int, here: int) -> None:
-    if count < 2:
-        raise TooFewRowsError(
-            f"`{function}` needs at least 2 rows over all processes, got {count} ({here} here)."
-            " Use a larger batch, or `drop_last=True` in the DataLoader."
-        )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -124,30 +125,30 @@ def all_gather_rows(
 
 
 def all_gather_rows_with_grad(rows: Tensor, group: "ProcessGroup | None" = None) -> tuple[Tensor, int]:
-    """Rows of every process on every process, with gradient; each may have a different number of them.
+    """Rows of every process on every process, in their order; gradients reach the process whose rows they are.
 
     Collective, in the forward and, where a gradient is asked for, in the backward pass: every process must call it,
-    with the same number of columns and the same dtype, and every process must run backward or none. Two messages, and
-    one wait for the device to learn how many rows there are. The backward pass sums over processes, so the mean of
-    data-parallel training has the gradient on the concatenated batch, as with :func:`all_reduce_sum_with_grad`.
+    with shapes that differ in the number of rows only. Two messages, and one wait for the device to learn the numbers
+    of rows: for losses that no sum over rows can express. Gradients are those of :func:`all_reduce_sum_with_grad`.
 
     Args:
-        rows: Shape ``(n, D)``; ``n`` may differ between processes and may be 0.
+        rows: Shape ``(..., n, D)``; ``n`` may differ between processes and may be 0.
         group: Processes to gather from; all by default.
 
     Returns:
-        All rows in the order of the processes, and the index of the first one of this process. Without a process group
+        All rows, ``(..., sum of n, D)``, and the index of the first one of this process. Without a process group
         ``rows`` itself and 0.
     """
-    if world_size(group) == 1:
+    ranks = world_size(group)
+    if ranks == 1:
         return rows, 0
-    mine = torch.tensor([len(rows)], device=rows.device)
-    found = [torch.empty_like(mine) for _ in range(world_size(group))]
-    dist.all_gather(found, mine, group=group)
-    counts: list[int] = torch.cat(found).tolist()
-    first = sum(counts[: dist.get_rank(group)])
-    everything: Tensor = _AllGatherRows.apply(rows, counts, first, group)  # type: ignore[no-untyped-call]
-    return everything, first
+    rank = dist.get_rank(group)
+    counts = torch.zeros(ranks, dtype=torch.long, device=rows.device)
+    counts[rank] = rows.shape[-2]
+    numbers: list[int] = all_reduce_sum(counts, group).tolist()
+    first = sum(numbers[:rank])
+    # a sum in which every row has one term
+    return all_reduce_sum_with_grad(pad(rows, (0, 0, first, sum(numbers[rank + 1 :]))), group), first
 
 
 def _exact(device: torch.device) -> torch.dtype:
@@ -164,18 +165,3 @@ class _AllReduceSum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         # through `apply`, so that the gradient can itself be differentiated
         return all_reduce_sum_with_grad(grads[0], ctx.group), None
-
-
-class _AllGatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int], first: int, group: "ProcessGroup | None") -> Tensor:
-        ctx.own, ctx.group = slice(first, first + len(rows)), group
-        padded = rows.new_zeros(max(counts), rows.shape[1])
-        padded[: len(rows)] = rows
-        gathered = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(gathered, padded, group=group)
-        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_reduce_sum_with_grad(grads[0], ctx.group)[ctx.own], None, None, None

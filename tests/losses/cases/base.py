@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Case:
         reference: The value of ``float64`` arrays, written from the paper and not from our code.
         active: From a shape and a number of views to views at which every row has a gradient.
         perfect: From a number of views to views at which the loss reads ``value_at_perfection``.
-        collapsed: What all entries of the batch are at which the loss reads ``value_at_collapse``.
+        row: The row of four features of which a constant batch is made.
         shapes: Shapes ``(N, D)`` of the batteries, by name; leave out what the loss cannot take.
         rows: The fewest rows, over all processes, that it takes.
         rtol: How far ``float64`` may be from the reference.
@@ -40,8 +41,8 @@ class Case:
         shift: Whether adding a constant row changes nothing.
         wide: Shapes for the test with a large mean.
         split: Shapes of the test that splits a batch over two processes, a third to the first.
-        messages: All-reduces of a forward pass.
-        collapsed: What all entries of the batch are at which the loss reads ``value_at_collapse``.
+        exact: Arguments with which it is exact on several processes, if it is not by default.
+        messages: All-reduces of a forward pass, with these arguments.
         differentiable: Whether the gradient is the derivative of the value; not where the published form stops one.
         perfect_atol: How far the perfect batch may be from ``value_at_perfection``, where it rests on differences.
         weight: Of the loss in the toy that collapses without it; ``None`` if it alone does not stop a collapse.
@@ -50,7 +51,7 @@ class Case:
     reference: Callable[..., float]
     active: Callable[[Shape, int], list[Tensor]] = correlated
     perfect: Callable[[int], list[Tensor]] = whitened
-    collapsed: float = 3.0
+    row: Tensor = field(default_factory=lambda: torch.full((4,), 3.0))
     shapes: Mapping[str, Shape] = field(default_factory=lambda: {"dual": (6, 10), "primal": (12, 5), "square": (7, 7)})
     rows: int = 2
     rtol: float = 1e-12
@@ -58,8 +59,8 @@ class Case:
     shift: bool = True
     wide: tuple[Shape, ...] = ((64, 128), (256, 32))
     split: tuple[Shape, ...] = ((9, 12), (40, 6))
+    exact: Mapping[str, Any] = field(default_factory=dict)
     messages: int = 2
-    collapsed: float = 3.0
     differentiable: bool = True
     perfect_atol: float = 1e-12
     weight: float | None = 1.0

@@ -22,6 +22,12 @@ def zeros(views: int) -> list[Tensor]:
 CASES = {
     "MaxSup": Case(naive_max_sup, perfect=zeros, rows=1, messages=1, weight=None),
     "SpectralDecoupling": Case(
-        naive_spectral_decoupling, perfect=zeros, collapsed=0.0, rows=1, shift=False, messages=1, weight=None
+        naive_spectral_decoupling,
+        perfect=zeros,
+        row=torch.full((4,), 0.0),
+        rows=1,
+        shift=False,
+        messages=1,
+        weight=None,
     ),
 }

@@ -74,7 +74,7 @@ CASES = {
         perfect=simplex,
         shift=False,
         messages=1,
-        collapsed=0.5,
+        row=torch.full((4,), 0.5),
         weight=None,
     ),
 }

@@ -1,0 +1,78 @@
+"""Whitening without eigenvectors, and the distance of whitened views."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
+
+from lightning_collapse.spectral.precision import full_precision
+
+Scope = Literal["rank", "global"]
+SHORTEST = 1e-4  # rows below this length, of about sqrt(D), are not normalized
+
+
+def inverse_cholesky(covariance: Tensor) -> Tensor:
+    r"""The inverse :math:`L^{-1}` of the Cholesky factor of :math:`C = L L^\top`: ``rows @ inverse.mT`` is white.
+
+    Where :math:`C` is singular to working precision, a multiple of the identity, the root of that precision times the
+    trace, is added first: the result stays finite, and rows that are zero stay zero. Nothing waits for the device.
+
+    Args:
+        covariance: Symmetric and positive semi-definite, shape ``(..., D, D)``.
+
+    Returns:
+        Lower triangular, shape ``(..., D, D)``; it can be differentiated once.
+
+    Example:
+        >>> inverse_cholesky(4 * torch.eye(2))
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+    """
+    inverse: Tensor = _InverseCholesky.apply(covariance)  # type: ignore[no-untyped-call]
+    return inverse
+
+
+def cosine_distances(first: Tensor, second: Tensor) -> Tensor:
+    """Squared distances of normalized rows, between 0 and 4: from two of ``(..., N, D)`` to ``(..., N)``."""
+    first, second = normalize(first, dim=-1, eps=SHORTEST), normalize(second, dim=-1, eps=SHORTEST)
+    return 2 - 2 * (first * second).sum(dim=-1)
+
+
+def require_scope(scope: str) -> None:
+    """Raise a ``ValueError`` unless ``scope`` is a known one."""
+    if scope not in get_args(Scope):
+        raise ValueError(f"`scope` must be one of {get_args(Scope)}, got {scope!r}.")
+
+
+class _InverseCholesky(torch.autograd.Function):
+    r""":math:`dW = -\Phi(W\, dC\, W^\top)\, W`, :math:`\Phi` being the lower triangle with half the diagonal."""
+
+    @staticmethod
+    def forward(ctx: Any, covariance: Tensor) -> Tensor:
+        dim = covariance.shape[-1]
+        eye = torch.eye(dim, dtype=covariance.dtype, device=covariance.device)
+        precision = torch.finfo(covariance.dtype).eps
+        diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(dim=-1)
+        singular = (failed > 0) | (pivots <= dim * precision * diagonal.amax(dim=-1))
+        ridge = torch.where(singular, precision**0.5 * diagonal.sum(dim=-1) + 1e-6, 0.0)
+        factor, _ = torch.linalg.cholesky_ex(covariance + ridge[..., None, None] * eye)
+        inverse: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _gradient(grads[0], *ctx.saved_tensors)
+
+
+@full_precision  # the backward pass may run under autocast
+def _gradient(grad: Tensor, inverse: Tensor) -> Tensor:
+    inner = (grad @ inverse.mT).tril()
+    inner = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1) / 2)
+    outer: Tensor = inverse.mT @ inner @ inverse
+    return -(outer + outer.mT) / 2
