@@ -1,19 +1,25 @@
 """Anti-collapse losses: a function and its module each, exact in data-parallel training and in any precision."""
 
+from lightning_collapse.losses.alignment import Alignment, alignment_loss
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
 from lightning_collapse.losses.schedule import LinearWarmup
+from lightning_collapse.losses.uniformity import Uniformity, uniformity_loss
 from lightning_collapse.losses.variance import VarianceLoss, variance_loss
 from lightning_collapse.losses.vicreg import VICReg, vicreg_terms
 
 __all__ = [
+    "Alignment",
     "AntiCollapseLoss",
     "CovarianceLoss",
     "LinearWarmup",
     "TooFewRowsError",
+    "Uniformity",
     "VICReg",
     "VarianceLoss",
+    "alignment_loss",
     "covariance_loss",
+    "uniformity_loss",
     "variance_loss",
     "vicreg_terms",
 ]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class TooFewRowsError(ValueError):
-    """The batch, over all processes, has fewer than the two rows that a variance needs; raised on all of them alike."""
+    """The batch has fewer rows, over all processes, than the loss needs; raised on all processes alike."""
 
 
 class AntiCollapseLoss(nn.Module):
@@ -56,6 +56,14 @@ class AntiCollapseLoss(nn.Module):
     def value_at_collapse(self) -> float:
         """What the loss reads when all rows of all views are equal."""
         raise NotImplementedError
+
+    def perfection(self, samples: int, dim: int) -> float:
+        """:attr:`value_at_perfection` for ``samples`` rows, over all processes, of ``dim`` features."""
+        return self.value_at_perfection
+
+    def collapse(self, samples: int, dim: int) -> float:
+        """:attr:`value_at_collapse` for ``samples`` rows, over all processes, of ``dim`` features."""
+        return self.value_at_collapse
 
 
 def require_positive(**values: float) -> None:

@@ -76,7 +76,7 @@ def value_and_gradient(case: str, split: slice) -> tuple[Tensor, Tensor]:
     name, shape, dtype, mean = CASES[case]
     rows, weight = data(shape, dtype)
     weight.requires_grad_()
-    loss = LOSSES[name]()
+    loss = LOSSES[name](**FACTS[name].options)
     value = loss(*(row[split] @ weight + mean for row in rows[: loss.views]))
     value.backward()
     assert weight.grad is not None
@@ -94,7 +94,7 @@ def messages(name: str) -> int:
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: sent.append(1) or all_reduce(*args, **kwargs)
     try:
-        LOSSES[name]()(*[torch.randn(FACTS[name].split[-1])] * LOSSES[name].views)
+        LOSSES[name](**FACTS[name].options)(*[torch.randn(FACTS[name].split[-1])] * LOSSES[name].views)
     finally:
         dist.all_reduce = all_reduce
     return len(sent)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class Case:
         reference: The value of ``float64`` arrays, written from the paper and not from our code.
         active: From a shape and a number of views to views at which every row has a gradient.
         perfect: From a number of views to views at which the loss reads ``value_at_perfection``.
+        perfect_atol: How far the value there may be from it, if it is that of a law and the views are a sample.
+        collapsed: What the equal rows are made of at which the loss reads ``value_at_collapse``.
+        settle: Training steps on the same batch before either value is read, for losses that remember.
+        options: Arguments with which the loss is that of the global batch.
         shapes: Shapes ``(N, D)`` of the batteries, by name; leave out what the loss cannot take.
         rows: The fewest rows, over all processes, that it takes.
         rtol: How far ``float64`` may be from the reference.
@@ -46,6 +51,10 @@ class Case:
     reference: Callable[..., float]
     active: Callable[[Shape, int], list[Tensor]] = correlated
     perfect: Callable[[int], list[Tensor]] = whitened
+    perfect_atol: float = 1e-12
+    collapsed: float = 3.0
+    settle: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
     shapes: Mapping[str, Shape] = field(default_factory=lambda: {"dual": (6, 10), "primal": (12, 5), "square": (7, 7)})
     rows: int = 2
     rtol: float = 1e-12
