@@ -4,6 +4,7 @@ from lightning_collapse.losses.alignment import Alignment, alignment_loss
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
 from lightning_collapse.losses.schedule import LinearWarmup
+from lightning_collapse.losses.sigreg import SIGReg, sigreg_loss
 from lightning_collapse.losses.uniformity import Uniformity, uniformity_loss
 from lightning_collapse.losses.variance import VarianceLoss, variance_loss
 from lightning_collapse.losses.vicreg import VICReg, vicreg_terms
@@ -13,12 +14,14 @@ __all__ = [
     "AntiCollapseLoss",
     "CovarianceLoss",
     "LinearWarmup",
+    "SIGReg",
     "TooFewRowsError",
     "Uniformity",
     "VICReg",
     "VarianceLoss",
     "alignment_loss",
     "covariance_loss",
+    "sigreg_loss",
     "uniformity_loss",
     "variance_loss",
     "vicreg_terms",
