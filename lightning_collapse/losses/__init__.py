@@ -2,7 +2,9 @@
 
 from lightning_collapse.losses.alignment import Alignment, alignment_loss
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
+from lightning_collapse.losses.coding_rate import CodingRate, coding_rate_loss
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
+from lightning_collapse.losses.mmcr import MMCR, mmcr_terms
 from lightning_collapse.losses.schedule import LinearWarmup
 from lightning_collapse.losses.sigreg import SIGReg, sigreg_loss
 from lightning_collapse.losses.uniformity import Uniformity, uniformity_loss
@@ -10,8 +12,10 @@ from lightning_collapse.losses.variance import VarianceLoss, variance_loss
 from lightning_collapse.losses.vicreg import VICReg, vicreg_terms
 
 __all__ = [
+    "MMCR",
     "Alignment",
     "AntiCollapseLoss",
+    "CodingRate",
     "CovarianceLoss",
     "LinearWarmup",
     "SIGReg",
@@ -20,7 +24,9 @@ __all__ = [
     "VICReg",
     "VarianceLoss",
     "alignment_loss",
+    "coding_rate_loss",
     "covariance_loss",
+    "mmcr_terms",
     "sigreg_loss",
     "uniformity_loss",
     "variance_loss",
