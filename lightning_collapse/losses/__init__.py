@@ -3,6 +3,7 @@
 from lightning_collapse.losses.alignment import Alignment, alignment_loss
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
 from lightning_collapse.losses.coding_rate import CodingRate, coding_rate_loss
+from lightning_collapse.losses.corinfomax import CorInfoMax, corinfomax_terms
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
 from lightning_collapse.losses.mmcr import MMCR, mmcr_terms
 from lightning_collapse.losses.schedule import LinearWarmup
@@ -16,6 +17,7 @@ __all__ = [
     "Alignment",
     "AntiCollapseLoss",
     "CodingRate",
+    "CorInfoMax",
     "CovarianceLoss",
     "LinearWarmup",
     "SIGReg",
@@ -25,6 +27,7 @@ __all__ = [
     "VarianceLoss",
     "alignment_loss",
     "coding_rate_loss",
+    "corinfomax_terms",
     "covariance_loss",
     "mmcr_terms",
     "sigreg_loss",
