@@ -11,6 +11,7 @@ from lightning_collapse.losses.sigreg import SIGReg, sigreg_loss
 from lightning_collapse.losses.uniformity import Uniformity, uniformity_loss
 from lightning_collapse.losses.variance import VarianceLoss, variance_loss
 from lightning_collapse.losses.vicreg import VICReg, vicreg_terms
+from lightning_collapse.losses.visreg import VISReg, visreg_terms
 
 __all__ = [
     "MMCR",
@@ -24,6 +25,7 @@ __all__ = [
     "TooFewRowsError",
     "Uniformity",
     "VICReg",
+    "VISReg",
     "VarianceLoss",
     "alignment_loss",
     "coding_rate_loss",
@@ -34,4 +36,5 @@ __all__ = [
     "uniformity_loss",
     "variance_loss",
     "vicreg_terms",
+    "visreg_terms",
 ]

@@ -41,11 +41,13 @@ class Case:
         rows: The fewest rows, over all processes, that it takes.
         rtol: How far ``float64`` may be from the reference.
         rtol_single: How far ``float32`` may be from ``float64``, in value.
+        detached: Whether it holds a part of itself constant, so that its gradient is not that of its value.
         shift: Whether adding a constant row changes nothing.
         wide: Shapes for the test with a large mean.
         split: Shapes of the test that splits a batch over two processes, a third to the first.
         messages: All-reduces of a forward pass.
         weight: Of the loss in the toy that collapses without it; ``None`` if it alone does not stop a collapse.
+        toy: Arguments there, if the defaults would take long.
     """
 
     reference: Callable[..., float]
@@ -59,8 +61,10 @@ class Case:
     rows: int = 2
     rtol: float = 1e-12
     rtol_single: float = 1e-5
+    detached: bool = False
     shift: bool = True
     wide: tuple[Shape, ...] = ((64, 128), (256, 32))
     split: tuple[Shape, ...] = ((9, 12), (40, 6))
     messages: int = 2
     weight: float | None = 1.0
+    toy: Mapping[str, Any] = field(default_factory=dict)

@@ -27,6 +27,14 @@ def normal(views: int) -> list[Tensor]:
 
 CASES = {
     "SIGReg": Case(
-        naive_sigreg, perfect=normal, perfect_atol=0.3, collapsed=0.0, rows=1, shift=False, messages=1, weight=0.05
+        naive_sigreg,
+        perfect=normal,
+        perfect_atol=0.3,
+        collapsed=0.0,
+        rows=1,
+        shift=False,
+        messages=1,
+        weight=0.05,
+        toy={"slices": 64},
     ),
 }
