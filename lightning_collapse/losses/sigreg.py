@@ -27,7 +27,7 @@ def sigreg_loss(features: Tensor, directions: Tensor, quadrature: Quadrature = "
         e^{-t^2 / 2}\, dt
 
     The integrand is even and vanishes at 0, so only positive knots are evaluated: 8 of the paper's 17, 16 of the
-    package's 33. The backward pass computes sines and cosines again: memory is that of one ``N x M`` matrix. It can be
+    package's 33. The backward pass computes sines and cosines again: one ``N x M`` matrix is kept. It can be
     differentiated once.
 
     Collective: every process must call it with the same directions; one all-reduce of ``2 M`` numbers per knot.
@@ -84,8 +84,9 @@ class _CharacteristicSums(torch.autograd.Function):
     def forward(ctx: Any, projections: Tensor, knots: list[float]) -> Tensor:
         ctx.knots = knots
         ctx.save_for_backward(projections)
-        angles = [t * projections for t in knots]
-        return torch.stack([torch.stack([f(angle).sum(dim=0) for angle in angles]) for f in (torch.cos, torch.sin)])
+        return torch.stack(
+            [torch.stack([f(t * projections).sum(dim=0) for t in knots]) for f in (torch.cos, torch.sin)]
+        )
 
     @staticmethod
     @once_differentiable
