@@ -1,8 +1,11 @@
 """Anti-collapse losses: a function and its module each, exact in data-parallel training and in any precision."""
 
+from lightning_collapse.losses.alignment import Alignment, alignment_loss
 from lightning_collapse.losses.balanced_softmax import BalancedSoftmax, balanced_cross_entropy
 from lightning_collapse.losses.barlow_twins import BarlowTwins, barlow_twins_terms
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
+from lightning_collapse.losses.coding_rate import CodingRate, coding_rate_loss
+from lightning_collapse.losses.corinfomax import CorInfoMax, corinfomax_terms
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
 from lightning_collapse.losses.decorrelation import FeatureDecorrelation, feature_decorrelation_terms
 from lightning_collapse.losses.dot_regression import DotRegression, dot_regression
@@ -13,22 +16,30 @@ from lightning_collapse.losses.ldreg import LDReg, ldreg_loss
 from lightning_collapse.losses.log_det import LogDetBarrier, log_det_barrier
 from lightning_collapse.losses.long_tail_collapse import LongTailCollapse, long_tail_collapse_terms
 from lightning_collapse.losses.max_sup import MaxSup, label_smoothing_terms, max_suppression
+from lightning_collapse.losses.mmcr import MMCR, mmcr_terms
 from lightning_collapse.losses.schedule import LinearRamp, LinearWarmup
+from lightning_collapse.losses.sigreg import SIGReg, sigreg_loss
 from lightning_collapse.losses.spectral_decoupling import SpectralDecoupling, spectral_decoupling
 from lightning_collapse.losses.spectral_transformation import SpectralTransformation, spectral_transformation_terms
 from lightning_collapse.losses.tregs import TREGS, tregs_terms
+from lightning_collapse.losses.uniformity import Uniformity, uniformity_loss
 from lightning_collapse.losses.variance import VarianceLoss, variance_loss
 from lightning_collapse.losses.vcreg import VCReg, vcreg_terms
 from lightning_collapse.losses.vicreg import VICReg, vicreg_terms
+from lightning_collapse.losses.visreg import VISReg, visreg_terms
 from lightning_collapse.losses.wmse import WMSE, wmse_loss
 
 __all__ = [
     "INTL",
+    "MMCR",
     "TREGS",
     "WMSE",
+    "Alignment",
     "AntiCollapseLoss",
     "BalancedSoftmax",
     "BarlowTwins",
+    "CodingRate",
+    "CorInfoMax",
     "CovarianceLoss",
     "DotRegression",
     "EffectiveRankHinge",
@@ -40,14 +51,20 @@ __all__ = [
     "LogDetBarrier",
     "LongTailCollapse",
     "MaxSup",
+    "SIGReg",
     "SpectralDecoupling",
     "SpectralTransformation",
     "TooFewRowsError",
+    "Uniformity",
     "VCReg",
     "VICReg",
+    "VISReg",
     "VarianceLoss",
+    "alignment_loss",
     "balanced_cross_entropy",
     "barlow_twins_terms",
+    "coding_rate_loss",
+    "corinfomax_terms",
     "covariance_loss",
     "dot_regression",
     "effective_rank_terms",
@@ -59,11 +76,15 @@ __all__ = [
     "log_det_barrier",
     "long_tail_collapse_terms",
     "max_suppression",
+    "mmcr_terms",
+    "sigreg_loss",
     "spectral_decoupling",
     "spectral_transformation_terms",
     "tregs_terms",
+    "uniformity_loss",
     "variance_loss",
     "vcreg_terms",
     "vicreg_terms",
+    "visreg_terms",
     "wmse_loss",
 ]

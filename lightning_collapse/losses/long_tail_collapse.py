@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.rows import count_classes, named_rows, sum_of_rows
+from lightning_collapse.losses.labels import count_classes, named_rows
+from lightning_collapse.losses.rows import sum_of_rows
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
 

@@ -1,9 +1,10 @@
-"""Matrix products whose gradients, too, are computed in full precision."""
+"""Matrix functions whose gradients, too, are computed in full precision, and need no eigenvectors."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_collapse.spectral.precision import full_precision
 
@@ -32,6 +33,19 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return result
 
 
+def logdet(matrix: Tensor) -> Tensor:
+    """Logarithm of the determinant of positive definite matrices, from their Cholesky factor; no wait for the device.
+
+    Args:
+        matrix: Symmetric, shape ``(..., D, D)``. One that is not positive definite reads ``nan``, instead of raising.
+
+    Returns:
+        Shape ``(...)``; it can be differentiated once.
+    """
+    result: Tensor = _LogDet.apply(matrix)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
@@ -42,3 +56,22 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         left, right = ctx.saved_tensors
         return product(grads[0], right.mT), product(left.mT, grads[0])
+
+
+class _LogDet(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        ctx.save_for_backward(factor)
+        value = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+        return torch.where(info == 0, value, torch.nan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _inverse(ctx.saved_tensors[0]) * grads[0][..., None, None]
+
+
+@full_precision
+def _inverse(factor: Tensor) -> Tensor:
+    return torch.cholesky_inverse(factor)

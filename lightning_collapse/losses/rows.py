@@ -1,47 +1,39 @@
-"""What losses over single rows share: labels that name a class, and means over the rows of all processes."""
+"""Rows as losses take them: enough of them, of unit length, and their mean over all processes."""
 
 import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import TooFewRowsError
-from lightning_collapse.utilities.distributed import all_reduce_sum, all_reduce_sum_with_grad
+from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 
 
-def named_rows(function: str, features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Check labels, and tell the rows whose label names a class.
+def require_rows(function: str, needed: int, count: int | Tensor, here: int) -> None:
+    """Raise where, and only where, all other processes raise too, from the count of rows over all of them.
 
-    Args:
-        function: What to call the caller in messages.
-        features: Features or logits, checked already, shape ``(N, D)``.
-        labels: Class of each row, shape ``(N,)``, any integer dtype.
-        num_classes: Number of classes ``C``.
-
-    Returns:
-        Labels in ``0 .. C - 1``, ``(N,)``, and which of them were so before, boolean ``(N,)``: others, such as -100,
-        name no class, and their rows do not count.
+    Waits for the device only on a process that by itself has too few rows.
 
     Raises:
-        ValueError: If the labels are not integers of shape ``(N,)``.
+        TooFewRowsError: If there are fewer than ``needed`` rows over all processes.
     """
-    if labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"`labels` of `{function}` must have shape ({len(features)},), one per row, got {tuple(labels.shape)}."
+    if here < needed and int(count) < needed:
+        raise TooFewRowsError(
+            f"`{function}` needs at least {needed} row{'s' * (needed > 1)} over all processes, got {int(count)}"
+            f" ({here} here). Use a larger batch, or `drop_last=True` in the DataLoader."
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"`labels` of `{function}` must be integers, got {labels.dtype}. Mixed or soft targets name no class."
-        )
-    labels = labels.long()
-    named = (labels >= 0) & (labels < num_classes)
-    return torch.where(named, labels, 0), named
 
 
-def count_classes(labels: Tensor, named: Tensor, num_classes: int, like: Tensor) -> Tensor:
-    """Rows of each class over all processes, ``(C,)``, without gradient, in the dtype of ``like``.
+def unit_rows(features: Tensor) -> Tensor:
+    """Rows divided by their length; a row of zeros stays one, with zero gradient, where dividing has none.
 
-    Collective: every process must call it; one all-reduce of ``C`` numbers.
+    Args:
+        features: Shape ``(..., D)``, at least ``float32``.
     """
-    return all_reduce_sum(like.new_zeros(num_classes).index_add_(0, labels, named.to(like.dtype)))
+    # the largest entry first: squares of small numbers would underflow
+    largest = features.detach().abs().amax(dim=-1, keepdim=True)
+    there = largest > 0
+    scaled = features / torch.where(there, largest, torch.ones_like(largest))
+    length = torch.where(there, scaled, torch.ones_like(scaled)).norm(dim=-1, keepdim=True)
+    return torch.where(there, scaled / length, torch.zeros_like(scaled))
 
 
 def mean_of_rows(function: str, values: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -81,8 +73,5 @@ def sum_of_rows(function: str, values: Tensor, counted: Tensor | None = None) ->
     if counted is not None:
         values = torch.where(counted.unsqueeze(1), values, 0.0)
     message = all_reduce_sum_with_grad(torch.cat([torch.stack([n, count]), values.sum(dim=0)]))
-    if len(values) == 0 and int(message[0].detach()) == 0:
-        raise TooFewRowsError(
-            f"`{function}` needs at least 1 row over all processes, got 0 (0 here). Use a larger batch."
-        )
+    require_rows(function, 1, message[0].detach(), len(values))
     return message[2:], message[1].detach().clamp_min(1)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
 from lightning_collapse.losses.products import product
-from lightning_collapse.losses.statistics import center, covariances, require_rows, stack_views
+from lightning_collapse.losses.rows import require_rows
+from lightning_collapse.losses.statistics import center, covariances, stack_views
 from lightning_collapse.losses.symmetric_power import iter_norm, symmetric_power
 from lightning_collapse.losses.whitening import cosine_distances
 from lightning_collapse.spectral.precision import full_precision

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_collapse.losses.base import TooFewRowsError
 from lightning_collapse.losses.products import product
+from lightning_collapse.losses.rows import require_rows
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
 
@@ -74,8 +74,7 @@ def center(function: str, views: Tensor, extra: Tensor, rows: int = 2, grad_of_m
     sums = counted.sum(dim=1)
     message = all_reduce_sum_with_grad(torch.cat([sums.new_full((1,), n), extra.reshape(1), sums.flatten()]))
     count = message[0].detach()
-    if n < rows:
-        require_rows(function, rows, int(count), n)
+    require_rows(function, rows, count, n)
     mean = message[2:].view_as(sums) / count
     return CenteredBatch(views - (mean if grad_of_mean else mean.detach()).unsqueeze(1), count, message[1])
 
@@ -110,15 +109,6 @@ def variances_and_covariance(batch: CenteredBatch) -> tuple[Tensor, Tensor]:
     covariance = covariances(batch)
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
     return diagonal, (covariance - torch.diag_embed(diagonal)).square().sum(dim=(-2, -1))
-
-
-def require_rows(function: str, rows: int, count: int, here: int) -> None:
-    """Raise a :class:`TooFewRowsError` that names the numbers if ``count`` over all processes is below ``rows``."""
-    if count < rows:
-        raise TooFewRowsError(
-            f"`{function}` needs at least {rows} rows over all processes, got {count} ({here} here)."
-            " Use a larger batch, or `drop_last=True` in the DataLoader."
-        )
 
 
 class _OffDiagonalEnergy(torch.autograd.Function):

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from lightning_collapse.losses.base import TooFewRowsError, require_positive
 from lightning_collapse.losses.products import product
+from lightning_collapse.losses.rows import require_rows
 from lightning_collapse.losses.shuffle import ShufflingLoss, permutation
-from lightning_collapse.losses.statistics import CenteredBatch, center, covariances, require_rows, stack_views
+from lightning_collapse.losses.statistics import CenteredBatch, center, covariances, stack_views
 from lightning_collapse.losses.whitening import Scope, cosine_distances, inverse_cholesky, require_scope
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size

@@ -34,10 +34,12 @@ class Case:
         active: From a shape and a number of views to views at which every row has a gradient.
         perfect: From a number of views to views at which the loss reads ``value_at_perfection``.
         row: The row of four features of which a constant batch is made.
+        settle: Training steps on the same batch before its value at either end is read, for losses that remember.
         shapes: Shapes ``(N, D)`` of the batteries, by name; leave out what the loss cannot take.
         rows: The fewest rows, over all processes, that it takes.
         rtol: How far ``float64`` may be from the reference.
         rtol_single: How far ``float32`` may be from ``float64``, in value.
+        detached: Whether it holds a part of itself constant, so that its gradient is not that of its value.
         shift: Whether adding a constant row changes nothing.
         wide: Shapes for the test with a large mean.
         split: Shapes of the test that splits a batch over two processes, a third to the first.
@@ -46,16 +48,19 @@ class Case:
         differentiable: Whether the gradient is the derivative of the value; not where the published form stops one.
         perfect_atol: How far the perfect batch may be from ``value_at_perfection``, where it rests on differences.
         weight: Of the loss in the toy that collapses without it; ``None`` if it alone does not stop a collapse.
+        toy: Arguments there, if the defaults would take long.
     """
 
     reference: Callable[..., float]
     active: Callable[[Shape, int], list[Tensor]] = correlated
     perfect: Callable[[int], list[Tensor]] = whitened
     row: Tensor = field(default_factory=lambda: torch.full((4,), 3.0))
+    settle: int = 0
     shapes: Mapping[str, Shape] = field(default_factory=lambda: {"dual": (6, 10), "primal": (12, 5), "square": (7, 7)})
     rows: int = 2
     rtol: float = 1e-12
     rtol_single: float = 1e-5
+    detached: bool = False
     shift: bool = True
     wide: tuple[Shape, ...] = ((64, 128), (256, 32))
     split: tuple[Shape, ...] = ((9, 12), (40, 6))
@@ -64,3 +69,4 @@ class Case:
     differentiable: bool = True
     perfect_atol: float = 1e-12
     weight: float | None = 1.0
+    toy: Mapping[str, Any] = field(default_factory=dict)
