@@ -1,0 +1,137 @@
+"""Losses with a cheaper form, forward and backward, against the formula as published: in turn, in one process.
+
+Run: ``python -m tests.benchmarks.losses``. Two of these are dearer than the plain form, for what that form lacks: MMCR
+has a gradient where singular values vanish, and KoLeo does not lose the nearest of two close rows to rounding. The
+covariance of VICReg has a script of its own.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_collapse.losses import (
+    barlow_twins_terms,
+    coding_rate_loss,
+    koleo_loss,
+    ldreg_loss,
+    mmcr_terms,
+    sigreg_loss,
+    uniformity_loss,
+)
+
+Loss = Callable[[Tensor], Tensor]
+DIRECTIONS = torch.nn.functional.normalize(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)), dim=0)
+
+
+def units(z: Tensor) -> Tensor:
+    """Rows of length one."""
+    return torch.nn.functional.normalize(z, dim=1)
+
+
+def plain_uniformity(z: Tensor) -> Tensor:
+    """With all distances."""
+    return torch.pdist(units(z)).square().mul(-2).exp().mean().log()
+
+
+def plain_sigreg(z: Tensor) -> Tensor:
+    """With complex exponentials at all 17 knots."""
+    knots = torch.linspace(-5, 5, 17)
+    window = torch.exp(-knots.square() / 2)
+    angles = (z @ DIRECTIONS).unsqueeze(2) * knots
+    error = ((1j * angles).exp().mean(dim=0) - window).abs().square() * window
+    return (torch.trapezoid(error, knots, dim=1) * len(z)).mean()
+
+
+def plain_coding_rate(z: Tensor) -> Tensor:
+    """With the ``D x D`` matrix."""
+    rows = units(z)
+    n, d = rows.shape
+    return -torch.logdet(torch.eye(d) + d / (n * 0.2) * rows.T @ rows) / 2
+
+
+def plain_mmcr(z: Tensor) -> Tensor:
+    """With singular values that autograd differentiates."""
+    first, second = (units(half) for half in z.chunk(2, dim=1))
+    return -torch.linalg.svdvals((first + second) / 2).sum()
+
+
+def plain_barlow_twins(z: Tensor) -> Tensor:
+    """With the ``D x D`` cross-correlation."""
+    first, second = (torch.nn.functional.batch_norm(half, None, None, training=True) for half in z.chunk(2, dim=1))
+    correlation = first.T @ second / len(z)
+    diagonal = correlation.diagonal()
+    off = correlation.square().sum() - diagonal.square().sum()
+    return (diagonal - 1).square().sum() + 0.0051 * off
+
+
+def plain_koleo(z: Tensor) -> Tensor:
+    """With the nearest by inner products, as in DINOv2."""
+    rows = units(z)
+    with torch.no_grad():
+        products = rows @ rows.T
+        nearest = products.fill_diagonal_(-1).argmax(dim=1)
+    return -((rows - rows[nearest]).norm(dim=1) + 1e-8).log().mean()
+
+
+def plain_ldreg(z: Tensor) -> Tensor:
+    """With all distances, sorted."""
+    ordered = torch.cdist(z, z.detach()).sort(dim=1).values
+    mean, last = ordered[:, 1:64].mean(dim=1), ordered[:, 64]
+    return -(mean / (last - mean)).log().mean()
+
+
+def our_mmcr(z: Tensor) -> Tensor:
+    """The term that counts by default."""
+    first, second = z.chunk(2, dim=1)
+    return mmcr_terms(first, second)["centroid"]
+
+
+def our_barlow_twins(z: Tensor) -> Tensor:
+    """Both terms, weighted."""
+    first, second = z.chunk(2, dim=1)
+    terms = barlow_twins_terms(first, second)
+    return terms["invariance"] + 0.0051 * terms["redundancy"]
+
+
+PAIRS: dict[str, tuple[Loss, Loss, tuple[int, int], float]] = {
+    "coding rate": (lambda z: coding_rate_loss(z), plain_coding_rate, (128, 1024), 1e-4),
+    "SIGReg, 256 directions": (lambda z: sigreg_loss(z, DIRECTIONS), plain_sigreg, (512, 256), 1e-3),
+    "uniformity": (lambda z: uniformity_loss(z), plain_uniformity, (1024, 512), 1e-4),
+    "MMCR, two views": (our_mmcr, plain_mmcr, (512, 2 * 128), 1e-4),
+    "Barlow Twins, two views": (our_barlow_twins, plain_barlow_twins, (128, 2 * 1024), 1e-4),
+    "KoLeo": (lambda z: koleo_loss(z), plain_koleo, (1024, 256), 1e-4),
+    "LDReg": (lambda z: ldreg_loss(z), plain_ldreg, (1024, 256), math.inf),  # it adds an eps
+}
+
+
+def seconds(loss: Loss, features: Tensor) -> tuple[float, Tensor]:
+    """Processor time of forward and backward, and the value."""
+    leaf = features.detach().requires_grad_()
+    start = time.process_time()
+    value = loss(leaf)
+    torch.autograd.backward(value)
+    return time.process_time() - start, value.detach()
+
+
+def main(rounds: int = 15) -> None:
+    """Print one line per loss: medians of both, and the median of the ratios of each round."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for name, (ours, plain, shape, tolerance) in PAIRS.items():
+        features = torch.randn(shape)
+        torch.testing.assert_close(seconds(ours, features)[1], seconds(plain, features)[1], rtol=tolerance, atol=0)
+        pairs = [(seconds(ours, features)[0], seconds(plain, features)[0]) for _ in range(rounds)]
+        both = [1000 * statistics.median(times) for times in zip(*pairs, strict=True)]
+        ratios = sorted(a / b for a, b in pairs)
+        print(
+            f"{name:26s} {shape[0]:5d} x {shape[1]:<5d} {both[0]:8.1f} ms against {both[1]:8.1f} ms:"
+            f" {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
