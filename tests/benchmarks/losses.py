@@ -50,7 +50,8 @@ def plain_coding_rate(z: Tensor) -> Tensor:
     """With the ``D x D`` matrix."""
     rows = units(z)
     n, d = rows.shape
-    return -torch.logdet(torch.eye(d) + d / (n * 0.2) * rows.T @ rows) / 2
+    rate: Tensor = torch.logdet(torch.eye(d) + d / (n * 0.2) * rows.T @ rows) / 2
+    return -rate
 
 
 def plain_mmcr(z: Tensor) -> Tensor:
@@ -65,7 +66,8 @@ def plain_barlow_twins(z: Tensor) -> Tensor:
     correlation = first.T @ second / len(z)
     diagonal = correlation.diagonal()
     off = correlation.square().sum() - diagonal.square().sum()
-    return (diagonal - 1).square().sum() + 0.0051 * off
+    value: Tensor = (diagonal - 1).square().sum() + 0.0051 * off
+    return value
 
 
 def plain_koleo(z: Tensor) -> Tensor:
