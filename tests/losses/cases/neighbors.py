@@ -56,14 +56,14 @@ def simplex(views: int) -> list[Tensor]:
 # rows are gathered: no statistics are sent but one message of sums
 CASES = {
     # looks at directions alone
-    "KoLeo": Case(naive_koleo, perfect=right_angles, shift=False, messages=1),
+    "KoLeo": Case(naive_koleo, perfect=right_angles, shift=False, messages=3),
     # what is equally far is equal to rounding, over `eps`; at a large mean rounding must not exchange neighbours
     "LDReg": Case(
         naive_ldreg,
         perfect=right_angles,
         rows=4,
         wide=((64, 128), (128, 32)),
-        messages=1,
+        messages=3,
         differentiable=False,
         perfect_atol=1e-10,
     ),
@@ -73,7 +73,7 @@ CASES = {
         naive_tregs,
         perfect=simplex,
         shift=False,
-        messages=1,
+        messages=3,
         row=torch.full((4,), 0.5),
         weight=None,
     ),

@@ -39,7 +39,7 @@ CASES = {
         exact={"scope": "global"},
         differentiable=False,  # see test_visreg.py for its gradient
         shift=False,
-        messages=1,
+        messages=2,
         toy={"slices": 64},
     ),
 }
