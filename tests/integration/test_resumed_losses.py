@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from lightning_collapse import AntiCollapseMixin, Regularizer
+from lightning_collapse.callbacks.rollback import Rollback
 from lightning_collapse.losses import BalancedSoftmax, CorInfoMax, SIGReg, VICReg
 from lightning_collapse.losses.memory import recall, remembered
 from lightning_collapse.utilities.registry import LOSSES
@@ -60,6 +61,24 @@ def test_resumed_run_is_the_uninterrupted_one(name: str, door: str, tmp_path: Pa
     forgot, _ = run(door, lambda: make(name), max_epochs=2, ckpt_path=tmp_path / "old.ckpt")
     assert not torch.equal(weights(forgot), weights(whole))
     assert not torch.equal(weights(forgot), weights(half))
+
+
+@pytest.mark.parametrize("door", ["callback", "mixin"])
+def test_rollback_brings_the_memory_back(door: str, tmp_path: Path) -> None:
+    class Back(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            steps.append(int(loss.step))
+            if batch_idx == 1:
+                rollback.remember(trainer, pl_module, batch_idx, str(tmp_path))
+            if batch_idx == 3:
+                assert rollback.restore(trainer, pl_module, batch_idx)
+                steps.append(int(loss.step))
+
+    rollback, loss, steps = Rollback(), SIGReg(), []
+    door_of_it = [Regularizer(loss, on="projector")] if door == "callback" else []
+    with pytest.warns(UserWarning, match="are those of step 1 again"):
+        fit(Single if door_of_it else lambda: MixedSingle(it=loss), *door_of_it, Back(), batches=5)
+    assert steps == [1, 2, 3, 4, 2, 3]
 
 
 def test_state_keys_tell_regularizers_apart() -> None:
