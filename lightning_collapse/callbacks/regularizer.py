@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
+from lightning_collapse.losses.memory import recall, remembered
 from lightning_collapse.losses.schedule import Weight, weighted
 from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.features import as_rows
@@ -23,8 +24,10 @@ class Regularizer(Callback):
     """Adds a loss on the output of a layer to what ``training_step`` returns.
 
     Collects what the layer returns within one ``training_step``, graph included, and adds ``weight * loss`` to the
-    returned loss; the update is that of :class:`~lightning_collapse.AntiCollapseMixin`, bit by bit. The model's code,
-    ``state_dict`` and checkpoints stay as they are. Vectors ``(N, D)`` are taken as they are, every token of
+    returned loss; the update is that of :class:`~lightning_collapse.AntiCollapseMixin`, bit by bit if one other
+    operation reads what the layer returns, else up to the order in which their gradients are summed. The model's code
+    and ``state_dict`` stay as they are: what the loss remembers, its buffers, is in the state of the callback, so that
+    a resumed run goes on as if it had not been interrupted. Vectors ``(N, D)`` are taken as they are, every token of
     ``(N, L, D)`` is a row, maps ``(N, C, *spatial)`` are averaged over space.
 
     At logging steps it publishes ``regularizer/{name}``, which is what was added to the loss, and
@@ -113,6 +116,20 @@ class Regularizer(Callback):
         if self._curves:
             publish_terms(trainer, pl_module, self._curves)
             self._curves = {}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name, on=self.on)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        memory = remembered(self.loss)
+        return {"loss": memory} if memory else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        recall(self.loss, state_dict.get("loss", {}))
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

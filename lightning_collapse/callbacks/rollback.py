@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.trainer import load_own_checkpoint, save_checkpoint
 
@@ -20,9 +21,10 @@ class Rollback:
     """Action of :class:`~lightning_collapse.CollapseGuard`: restore the last healthy state, lower the learning rate.
 
     At points where no rule sees anything it keeps a checkpoint, one file that is written over. When a verdict falls it
-    brings back what that checkpoint holds of weights, buffers, optimizers, learning-rate schedulers and the gradient
-    scaler, and multiplies every learning rate by ``factor``. The fit goes on from there with new data: its step count,
-    the position in the data, other callbacks and the state of random number generators are not turned back.
+    brings back what that checkpoint holds of weights, buffers, optimizers, learning-rate schedulers, the gradient
+    scaler and the memory of regularizers, and multiplies every learning rate by ``factor``. The fit goes on from there
+    with new data: its step count, the position in the data, other callbacks and the state of random number generators
+    are not turned back.
 
     Args:
         factor: What every learning rate is multiplied by, once more at each return to the same checkpoint.
@@ -93,6 +95,9 @@ class Rollback:
         trainer.strategy.load_optimizer_state_dict(checkpoint)
         for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
             config.scheduler.load_state_dict(state)
+        for callback in trainer.callbacks:
+            if isinstance(callback, Regularizer):  # a running covariance may hold what went wrong
+                callback.load_state_dict(checkpoint.get("callbacks", {}).get(callback.state_key, {}))
         precision = trainer.precision_plugin
         if type(precision).__qualname__ in checkpoint:
             precision.load_state_dict(checkpoint[type(precision).__qualname__])

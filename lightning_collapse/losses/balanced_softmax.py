@@ -70,6 +70,7 @@ class BalancedSoftmax(AntiCollapseLoss):
     """
 
     takes_labels = True
+    constants = ("class_counts",)
     class_counts: Tensor
 
     def __init__(self, class_counts: Sequence[float]) -> None:

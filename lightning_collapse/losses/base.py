@@ -20,11 +20,15 @@ class AntiCollapseLoss(nn.Module):
         views: How many feature matrices it takes: 1, or 2 for a pair of augmented views.
         takes_labels: Whether the class of each row, shape ``(N,)``, is its last argument. Such a loss can have
             parameters, and is for :class:`~lightning_collapse.AntiCollapseMixin`: a layer returns no labels.
+        constants: Names of buffers that the arguments decide. All others are what the loss remembers: the state of
+            :class:`~lightning_collapse.Regularizer` and the checkpoints of
+            :class:`~lightning_collapse.AntiCollapseMixin` hold them.
         coefficients: Factor of each term in the sum.
     """
 
     views: ClassVar[Literal[1, 2]] = 1
     takes_labels: ClassVar[bool] = False
+    constants: ClassVar[tuple[str, ...]] = ()
     coefficients: dict[str, float]
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ class JitteredCovarianceLoss(AntiCollapseLoss):
 
     With ``momentum`` the covariance is ``(1 - momentum)`` of this batch's and ``momentum`` of the earlier one, without
     its gradient: for batches with fewer rows than features. It lives in a buffer that is not part of the
-    ``state_dict``: a resumed run begins a new stream.
+    ``state_dict``; callback and mixin bring it back on a resume.
 
     Args:
         target_std: The standard deviation that is asked for, in units of the features.

@@ -12,7 +12,8 @@ class ShufflingLoss(AntiCollapseLoss):
     """A loss that shuffles anew each time it is evaluated in training mode, and as the last time in evaluation mode.
 
     It counts its evaluations, and the count decides the permutation: the same on all processes, without a draw from
-    the random numbers of the training. The count is no part of the ``state_dict`` and starts again with a new object.
+    the random numbers of the training. The count is no part of the ``state_dict``; callback and mixin
+    bring it back on a resume.
 
     Attributes:
         step: How often it was evaluated in training mode, a 0-dimensional integer tensor.

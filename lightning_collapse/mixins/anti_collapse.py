@@ -10,19 +10,23 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_collapse.losses.base import TooFewRowsError, evaluate, nothing
+from lightning_collapse.losses.memory import recall, remembered
 from lightning_collapse.losses.schedule import Weight, weighted
 from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.trainer import logging_step
 
 LIGHTNING = ("lightning", "pytorch_lightning")
+MEMORY = "anti_collapse_memory"
 
 
 class AntiCollapseMixin:
     """Adds weighted, logged regularizers to a ``LightningModule``; put it before ``LightningModule`` in the bases.
 
-    It defines no Lightning hook and no persistent state: checkpoints of the plain module load into the mixed one and
-    back. Works with automatic and manual optimization, any precision, data-parallel training (where every process must
-    call it alike), ``torch.compile``, and without a trainer.
+    It adds nothing to the ``state_dict``: checkpoints of the plain module load into the mixed one and back. What the
+    losses remember, their buffers, is under a key of its own in the checkpoint, so that a resumed run goes on as if it
+    had not been interrupted; a module with hooks ``on_save_checkpoint`` and ``on_load_checkpoint`` of its own calls
+    ``super()`` in them. Works with automatic and manual optimization, any precision, data-parallel training (where
+    every process must call it alike), ``torch.compile``, and without a trainer.
 
     At logging steps it publishes, for every regularizer, ``regularizer/{name}``, which is what was added to the loss,
     and ``regularizer/{name}/{term}``, its terms without any weight. Of the micro-batches of an accumulated step the
@@ -116,6 +120,21 @@ class AntiCollapseMixin:
         if not added:
             return nothing(*views)
         return sum(added[1:], start=added[0])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the losses remember, if any does."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        memories = {name: remembered(loss) for name, (_, loss) in getattr(self, "regularizers", {}).items()}
+        memories = {name: memory for name, memory in memories.items() if memory}
+        if memories:
+            checkpoint[MEMORY] = memories
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give it back to the losses of the same names."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        memories = checkpoint.get(MEMORY, {})
+        for name, (_, loss) in getattr(self, "regularizers", {}).items():
+            recall(loss, memories.get(name, {}))
 
     def _chosen(self, names: Sequence[str] | None, n_views: int, labelled: bool) -> dict[str, tuple[Weight, nn.Module]]:
         regularizers: dict[str, tuple[Weight, nn.Module]] | None = getattr(self, "regularizers", None)

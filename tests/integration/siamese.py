@@ -56,12 +56,28 @@ class MixedSiamese(AntiCollapseMixin, Siamese):
         return (first - second).square().mean() + self.anti_collapse_loss(first, second)
 
 
+class Single(Siamese):
+    """Pulls everything to the origin, in one call of each layer: for losses of one view."""
+
+    def training_step(self, batch: Tensor) -> Any:
+        return self.projector(self.encoder(batch)).square().mean()
+
+
+class MixedSingle(MixedSiamese):
+    """That one through the other door."""
+
+    def training_step(self, batch: Tensor) -> Any:
+        features = self.projector(self.encoder(batch))
+        return features.square().mean() + self.anti_collapse_loss(features)
+
+
 def fit(
     make: Callable[[], LightningModule],
     *callbacks: Any,
     batches: int = 4,
     batch_size: int = 16,
     extra: int = 0,
+    ckpt_path: Any = None,
     **kwargs: Any,
 ) -> tuple[LightningModule, Memory, Trainer]:
     """Train on noise, in ``batches`` batches and, if ``extra``, a last smaller one."""
@@ -78,7 +94,7 @@ def fit(
         enable_model_summary=False,
         **kwargs,
     )
-    trainer.fit(model, DataLoader(data, batch_size=batch_size))
+    trainer.fit(model, DataLoader(data, batch_size=batch_size), ckpt_path=ckpt_path)
     return model, logger, trainer
 
 

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.losses import CovarianceLoss, LinearWarmup, VarianceLoss, VICReg
 from lightning_collapse.mixins.anti_collapse import AntiCollapseMixin
-from tests.integration.siamese import Memory, MixedSiamese, Siamese, curve, fit, weights
+from lightning_collapse.utilities.registry import LOSSES
+from tests.integration.siamese import Memory, MixedSiamese, MixedSingle, Siamese, Single, curve, fit, weights
+from tests.losses.cases import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")  # on purpose
 PRECISIONS = ["32-true", "bf16-mixed", "bf16-true", "16-true", "64-true"]
@@ -37,6 +39,42 @@ def test_doors_are_bit_equal(precision: str, accumulate: int) -> None:
     steps = [step for step, _ in curve(callback_log, "regularizer/vicreg")]
     assert steps == list(range(math.ceil(5 / accumulate)))
     assert "regularizer/vicreg/variance" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_doors_of_every_loss_are_bit_equal(name: str, accumulate: int) -> None:
+    def loss() -> nn.Module:
+        return LOSSES[name](**CASES[name].doors)
+
+    plain, mixed = {1: (Single, MixedSingle), 2: (Siamese, MixedSiamese)}[LOSSES[name].views]
+    kwargs = {"accumulate_grad_batches": accumulate, "batches": 3, "batch_size": 32}
+    callback, callback_log, _ = fit(plain, Regularizer(loss(), on="projector", weight=0.01, name="it"), **kwargs)
+    mixin, mixin_log, _ = fit(lambda: mixed(it=(0.01, loss())), **kwargs)
+    without, _, _ = fit(plain, **kwargs)
+    assert torch.equal(weights(callback), weights(mixin))
+    assert not torch.equal(weights(callback), weights(without))
+    assert weights(callback).isfinite().all()
+    assert callback_log.rows == mixin_log.rows
+    assert {f"regularizer/it/{term}" for term in loss().coefficients} < set(callback_log.rows[-1][1])
+
+
+def test_doors_are_close_where_more_operations_read_the_layer() -> None:
+    class Twice(Single):
+        def training_step(self, batch: Tensor) -> Any:
+            features = self.projector(self.encoder(batch))
+            return (features - features.roll(1, 0)).square().mean()
+
+    class MixedTwice(MixedSingle):
+        def training_step(self, batch: Tensor) -> Any:
+            features = self.projector(self.encoder(batch))
+            return (features - features.roll(1, 0)).square().mean() + self.anti_collapse_loss(features)
+
+    callback, _, _ = fit(Twice, Regularizer(VarianceLoss(), on="projector"))
+    mixin, _, _ = fit(lambda: MixedTwice(variance=VarianceLoss()))
+    without, _, _ = fit(Twice)
+    torch.testing.assert_close(weights(callback), weights(mixin), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(weights(callback), weights(without), rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_scaler() -> None:

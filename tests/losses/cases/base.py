@@ -49,6 +49,7 @@ class Case:
         perfect_atol: How far the perfect batch may be from ``value_at_perfection``, where it rests on differences.
         weight: Of the loss in the toy that collapses without it; ``None`` if it alone does not stop a collapse.
         toy: Arguments there, if the defaults would take long.
+        doors: Arguments in the toy with both doors, 32 rows of 8 features, if the defaults do not suit it.
     """
 
     reference: Callable[..., float]
@@ -70,3 +71,4 @@ class Case:
     perfect_atol: float = 1e-12
     weight: float | None = 1.0
     toy: Mapping[str, Any] = field(default_factory=dict)
+    doors: Mapping[str, Any] = field(default_factory=dict)

@@ -88,5 +88,6 @@ CASES = {
         split=((30, 7), (40, 6)),
         exact={"scope": "global"},
         messages=3,
+        doors={"sub_batch": 16},  # two of them, so that the shuffle counts
     ),
 }

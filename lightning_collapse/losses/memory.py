@@ -1,0 +1,51 @@
+"""What a loss remembers from one step to the next, for a resumed run to go on as if it had not been interrupted."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+
+def remembered(loss: nn.Module) -> dict[str, Tensor | None]:
+    """Copies of all buffers of a loss by name, persistent or not, but for its ``constants``.
+
+    Args:
+        loss: Any module; each module in it may have an attribute ``constants``, see
+            :class:`~lightning_collapse.losses.AntiCollapseLoss`.
+
+    Returns:
+        Tensors, and ``None`` for a buffer that is still empty.
+
+    Example:
+        >>> from lightning_collapse.losses import SIGReg, VICReg
+        >>> remembered(SIGReg()), remembered(VICReg())
+        ({'step': tensor(0)}, {})
+    """
+    return {
+        key: None if buffer is None else buffer.detach().clone()
+        for key, (module, name) in _places(loss)
+        for buffer in [getattr(module, name)]
+    }
+
+
+def recall(loss: nn.Module, memory: Mapping[str, Tensor | None]) -> None:
+    """Set the buffers of a loss to what :func:`remembered` returned; they keep their device and type.
+
+    Args:
+        loss: The loss, changed in place. What ``memory`` does not name stays as it is.
+        memory: Buffers by name; names that the loss does not know are ignored.
+    """
+    for key, (module, name) in _places(loss):
+        if key in memory:
+            value, buffer = memory[key], getattr(module, name)
+            if value is not None:
+                value = value.clone() if buffer is None else value.to(buffer, copy=True)
+            setattr(module, name, value)
+
+
+def _places(loss: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """Name within the loss, and module and attribute, of each buffer that is no constant."""
+    for prefix, module in loss.named_modules():
+        # `named_buffers` leaves out those that are still empty
+        for name in module._buffers:
+            if name not in getattr(module, "constants", ()):
+                yield f"{prefix}.{name}" if prefix else name, (module, name)
