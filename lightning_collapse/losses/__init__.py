@@ -7,6 +7,7 @@ from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
 from lightning_collapse.losses.coding_rate import CodingRate, coding_rate_loss
 from lightning_collapse.losses.corinfomax import CorInfoMax, corinfomax_terms
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
+from lightning_collapse.losses.cw_rgp import CWRGP, cw_rgp_loss
 from lightning_collapse.losses.decorrelation import FeatureDecorrelation, feature_decorrelation_terms
 from lightning_collapse.losses.dot_regression import DotRegression, dot_regression
 from lightning_collapse.losses.effective_rank import EffectiveRankHinge, effective_rank_terms
@@ -30,6 +31,7 @@ from lightning_collapse.losses.visreg import VISReg, visreg_terms
 from lightning_collapse.losses.wmse import WMSE, wmse_loss
 
 __all__ = [
+    "CWRGP",
     "INTL",
     "MMCR",
     "TREGS",
@@ -66,6 +68,7 @@ __all__ = [
     "coding_rate_loss",
     "corinfomax_terms",
     "covariance_loss",
+    "cw_rgp_loss",
     "dot_regression",
     "effective_rank_terms",
     "feature_decorrelation_terms",

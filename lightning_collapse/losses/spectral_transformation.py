@@ -125,8 +125,7 @@ class SpectralTransformation(AntiCollapseLoss):
     ) -> None:
         super().__init__()
         require_positive(power=1.0 if power is None else power, iterations=iterations)
-        if axis not in get_args(Axis):
-            raise ValueError(f"`axis` must be one of {get_args(Axis)}, got {axis!r}.")
+        require_axis(axis)
         self.power = power
         self.iterations = iterations
         self.axis: Axis = axis
@@ -174,6 +173,12 @@ class SpectralTransformation(AntiCollapseLoss):
         """Show the hyperparameters in ``print(model)``."""
         trace = self.coefficients["trace"]
         return f"power={self.power}, iterations={self.iterations}, trace={trace}, axis={self.axis!r}"
+
+
+def require_axis(axis: str) -> None:
+    """Raise a ``ValueError`` unless ``axis`` is a known one."""
+    if axis not in get_args(Axis):
+        raise ValueError(f"`axis` must be one of {get_args(Axis)}, got {axis!r}.")
 
 
 def iter_norm_eigenvalue(share: float, iterations: int) -> float:

@@ -7,7 +7,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
+from lightning_collapse.losses.base import TooFewRowsError
+from lightning_collapse.losses.rows import require_rows
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
 
 Scope = Literal["rank", "global"]
 SHORTEST = 1e-4  # rows below this length, of about sqrt(D), are not normalized
@@ -34,10 +37,50 @@ def inverse_cholesky(covariance: Tensor) -> Tensor:
     return inverse
 
 
-def cosine_distances(first: Tensor, second: Tensor) -> Tensor:
+def cosine_distances(first: Tensor, second: Tensor, shortest: float = SHORTEST) -> Tensor:
     """Squared distances of normalized rows, between 0 and 4: from two of ``(..., N, D)`` to ``(..., N)``."""
-    first, second = normalize(first, dim=-1, eps=SHORTEST), normalize(second, dim=-1, eps=SHORTEST)
+    first, second = normalize(first, dim=-1, eps=shortest), normalize(second, dim=-1, eps=shortest)
     return 2 - 2 * (first * second).sum(dim=-1)
+
+
+def shrunk(covariance: Tensor, eps: float) -> Tensor:
+    """The covariance, ``(..., D, D)``, with a share ``eps`` of the identity."""
+    if not eps:
+        return covariance
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    return (1 - eps) * covariance + eps * eye
+
+
+def mean_over_processes(function: str, views: Tensor, total: Tensor, needed: int) -> Tensor:
+    """Mean over the rows of those processes that have enough of them to whiten.
+
+    Collective: every process must call it; one all-reduce of 3 numbers.
+
+    Args:
+        function: What to call the caller in messages.
+        views: Shape ``(V, N, D)``.
+        total: Sum over the rows of this process; 0 if it has fewer than ``needed``.
+        needed: The fewest rows that a process whitens.
+
+    Raises:
+        TooFewRowsError: If no process has that many.
+    """
+    rows = views.shape[1]
+    if world_size() == 1:
+        require_rows(function, needed, rows, rows)
+        return total / rows
+    # depends on the views even if it is zero, so that this process takes part in the backward pass
+    total = total + 0 * views[:, :0].sum()
+    counts = total.new_tensor(rows if rows >= needed else 0), total.new_tensor(rows)
+    message = all_reduce_sum_with_grad(torch.stack([*counts, total]))
+    if rows < needed and not int(message[0]):
+        purpose = f"s on one process to whiten {needed - 1} features" if needed > 1 else ""
+        raise TooFewRowsError(
+            f"`{function}` needs at least {needed} row{purpose}, got {int(message[1])} over all processes"
+            f" ({rows} here). Use larger batches, or `scope='global'`."
+        )
+    mean: Tensor = message[2] / message[0].detach()
+    return mean
 
 
 def require_scope(scope: str) -> None:

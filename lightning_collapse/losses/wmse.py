@@ -3,14 +3,20 @@
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import TooFewRowsError, require_positive
+from lightning_collapse.losses.base import require_positive
 from lightning_collapse.losses.products import product
-from lightning_collapse.losses.rows import require_rows
 from lightning_collapse.losses.shuffle import ShufflingLoss, permutation
 from lightning_collapse.losses.statistics import CenteredBatch, center, covariances, stack_views
-from lightning_collapse.losses.whitening import Scope, cosine_distances, inverse_cholesky, require_scope
+from lightning_collapse.losses.whitening import (
+    Scope,
+    cosine_distances,
+    inverse_cholesky,
+    mean_over_processes,
+    require_scope,
+    shrunk,
+)
 from lightning_collapse.spectral.precision import full_precision
-from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
+from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
 
@@ -60,7 +66,7 @@ def wmse_loss(
     total = views.new_zeros(())
     if rows > dim:
         total = torch.stack(list(_over_sub_batches(views, sub_batch, iterations, eps, normalize, step))).sum()
-    return _mean_over_processes(views, total / iterations)
+    return mean_over_processes("wmse_loss", views, total / iterations, dim + 1)
 
 
 def _over_sub_batches(
@@ -87,32 +93,9 @@ def _covariance(batch: CenteredBatch) -> Tensor:
 def _distance(batch: CenteredBatch, eps: float, normalize: bool) -> Tensor:
     """Sum over rows of the distances between both whitened views."""
     covariance = covariances(batch) if isinstance(batch.samples, Tensor) else _covariance(batch)
-    if eps:
-        eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-        covariance = (1 - eps) * covariance + eps * eye
-    white = product(batch.rows, inverse_cholesky(covariance).mT)
+    white = product(batch.rows, inverse_cholesky(shrunk(covariance, eps)).mT)
     distances = cosine_distances(white[0], white[1]) if normalize else (white[0] - white[1]).square().mean(dim=-1)
     return distances.sum()
-
-
-def _mean_over_processes(views: Tensor, total: Tensor) -> Tensor:
-    """Mean over the rows of those processes that have enough of them to whiten."""
-    rows, dim = views.shape[1:]
-    if world_size() == 1:
-        require_rows("wmse_loss", dim + 1, rows, rows)
-        return total / rows
-    # depends on the views even if it is zero, so that this process takes part in the backward pass
-    total = total + 0 * views[:, :0].sum()
-    message = all_reduce_sum_with_grad(
-        torch.stack([total.new_tensor(rows if rows > dim else 0), total.new_tensor(rows), total])
-    )
-    if rows <= dim and not int(message[0]):
-        raise TooFewRowsError(
-            f"`wmse_loss` needs at least {dim + 1} rows on one process to whiten {dim} features, got"
-            f" {int(message[1])} over all processes ({rows} here). Use larger batches, or `scope='global'`."
-        )
-    mean: Tensor = message[2] / message[0].detach()
-    return mean
 
 
 @register_loss

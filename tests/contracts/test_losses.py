@@ -23,6 +23,11 @@ every_shape = pytest.mark.parametrize(
 )
 
 
+def build(name: str) -> AntiCollapseLoss:
+    """The loss, with its published defaults wherever they suit small shapes."""
+    return LOSSES[name](**CASES[name].arguments)
+
+
 def views(name: str, shape: Shape, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> list[Tensor]:
     """An input at which every row has a gradient."""
     return [(scale * view).to(dtype) for view in CASES[name].active(shape, LOSSES[name].views)]
@@ -36,7 +41,7 @@ def some(name: str) -> Shape:
 def evaluate(name: str, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Loss and its gradients."""
     leaves = [z.detach().clone().requires_grad_() for z in inputs]
-    loss = LOSSES[name]()(*leaves)
+    loss = build(name)(*leaves)
     loss.backward()
     return loss.detach(), [leaf.grad for leaf in leaves]
 
@@ -46,13 +51,13 @@ def test_value_is_the_reference(name: str, shape: Shape) -> None:
     inputs = views(name, shape)
     case = CASES[name]
     expected = case.reference(*(z.numpy() for z in inputs))
-    assert LOSSES[name]()(*inputs).item() == pytest.approx(expected, rel=case.rtol)
-    assert LOSSES[name]()(*(z.float() for z in inputs)).item() == pytest.approx(expected, rel=case.rtol_single)
+    assert build(name)(*inputs).item() == pytest.approx(expected, rel=case.rtol)
+    assert build(name)(*(z.float() for z in inputs)).item() == pytest.approx(expected, rel=case.rtol_single)
 
 
 @every_loss
 def test_loss_is_the_weighted_sum_of_its_terms(name: str) -> None:
-    loss = LOSSES[name]().eval()  # some draw anew in each training step, or remember
+    loss = build(name).eval()  # some draw anew in each training step, or remember
     assert isinstance(loss, AntiCollapseLoss)
     inputs = views(name, some(name))
     terms = loss.terms(*inputs)
@@ -69,7 +74,7 @@ def test_gradcheck(name: str, shape: Shape) -> None:
     if not CASES[name].differentiable:
         pytest.skip("stops a gradient, as published: checked in its own file")
     inputs = [z.requires_grad_() for z in views(name, shape)]
-    assert torch.autograd.gradcheck(LOSSES[name]().eval(), inputs)
+    assert torch.autograd.gradcheck(build(name).eval(), inputs)
 
 
 @every_shape
@@ -81,7 +86,7 @@ def test_gradient_reaches_every_row(name: str, shape: Shape) -> None:
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_constant_batch(name: str, dtype: torch.dtype) -> None:
-    case, module = CASES[name], LOSSES[name]()
+    case, module = CASES[name], build(name)
     for row in (case.row, torch.full((4,), 3.0)):
         loss, grads = evaluate(name, [row.to(dtype).expand(8, 4)] * module.views)
         assert loss.isfinite()
@@ -94,7 +99,7 @@ def test_constant_batch(name: str, dtype: torch.dtype) -> None:
 
 @every_loss
 def test_perfect_batch(name: str) -> None:
-    loss = LOSSES[name]()
+    loss = build(name)
     case = CASES[name]
     inputs = case.perfect(loss.views)
     for _ in range(case.settle):
@@ -168,7 +173,7 @@ def test_the_toy_does_not_collapse_with_it(name: str) -> None:
 def test_compiles_without_a_graph_break(name: str) -> None:
     inputs = [z.requires_grad_() for z in views(name, some(name))]
     expected, grads = evaluate(name, inputs)
-    loss = LOSSES[name]()
+    loss = build(name)
     torch.compiler.reset()  # Dynamo counts how often it compiled this line
     value = torch.compile(lambda *z: loss(*z), backend="aot_eager", fullgraph=True)(*inputs)
     value.backward()
@@ -179,7 +184,7 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 @every_loss
 def test_bad_arguments(name: str) -> None:
-    loss = LOSSES[name]()
+    loss = build(name)
     good, n_views = torch.randn(8, 4), LOSSES[name].views
     with pytest.raises(ValueError, match=r"must be floating point of shape \(N, D\), got .* \(2, 3, 4\). Flatten"):
         loss(*[torch.randn(2, 3, 4)] * n_views)
@@ -194,7 +199,7 @@ def test_bad_arguments(name: str) -> None:
 
 @every_loss
 def test_it_prints_its_arguments(name: str) -> None:
-    loss = LOSSES[name]()
+    loss = build(name)
     assert isinstance(loss, nn.Module)
     assert all(f"{key}=" in repr(loss) for key in vars(loss) if key in ("target_std", "eps", "convention"))
 

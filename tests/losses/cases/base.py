@@ -27,10 +27,11 @@ def whitened(views: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """A loss in the batteries, with its published defaults.
+    """A loss in the batteries, with its published defaults unless ``arguments`` says otherwise.
 
     Attributes:
         reference: The value of ``float64`` arrays, written from the paper and not from our code.
+        arguments: Instead of defaults that ask for more features or rows than the small shapes of the battery have.
         active: From a shape and a number of views to views at which every row has a gradient.
         perfect: From a number of views to views at which the loss reads ``value_at_perfection``.
         row: The row of four features of which a constant batch is made.
@@ -53,6 +54,7 @@ class Case:
     """
 
     reference: Callable[..., float]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     active: Callable[[Shape, int], list[Tensor]] = correlated
     perfect: Callable[[int], list[Tensor]] = whitened
     row: Tensor = field(default_factory=lambda: torch.full((4,), 3.0))
