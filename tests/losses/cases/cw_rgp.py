@@ -40,5 +40,6 @@ CASES = {
         split=((9, 12), (12, 24)),
         exact={"sub_batch": 5, "groups": 2, "iterations": 2, "scope": "global"},
         toy={"sub_batch": 4, "groups": 1},
+        doors={"sub_batch": 3, "groups": 1},
     ),
 }
