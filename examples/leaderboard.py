@@ -158,7 +158,7 @@ def step_times(rounds: int) -> dict[str, float]:
     for _ in range(rounds + 1):  # the first warms up
         for name, model in models.items():
             start = time.process_time()
-            model.training_step(batch, 0).backward()
+            torch.autograd.backward(model.training_step(batch, 0))
             seconds[name].append(time.process_time() - start)
     pairs = {name: zip(times[1:], seconds["VICReg"][1:], strict=True) for name, times in seconds.items()}
     return {name: statistics.median(own / vicreg for own, vicreg in both) for name, both in pairs.items()}
