@@ -23,6 +23,7 @@ from lightning_collapse.utilities.modules import Tap
 from lightning_collapse.utilities.taps import Heard, RowTaps
 from lightning_collapse.utilities.targets import TARGET_KEYS
 from lightning_collapse.utilities.trainer import to_device
+from lightning_collapse.utilities.weight_matrices import whole
 
 PER_DECADE = 8
 """Epochs with a pass in every factor of ten; the notebook of Papyan et al. has about 27, ours are cheaper."""
@@ -87,9 +88,9 @@ class CleanPass:
             if not self._each(trainer, pl_module, moments.update):
                 return None
             moments = moments.reduce()
-            weight, bias = (whole(getattr(self.tap.module, name, None)) for name in ("weight", "bias"))
-            assert weight is not None
-            weight, bias = weight.to(moments.shift), None if bias is None else bias.to(moments.shift)
+            classifier: Any = self.tap.module
+            weight, bias = whole(classifier.weight).to(moments.shift), getattr(classifier, "bias", None)
+            bias = None if bias is None else whole(bias).to(moments.shift)
             agreement = moments.shift.new_zeros(2)
 
             def compare(rows: Tensor, labels: Tensor) -> None:
@@ -169,14 +170,6 @@ def is_log_spaced(epoch: int) -> bool:
     while found < epoch:
         found, power = round(10 ** (power / PER_DECADE)), power + 1
     return found == epoch
-
-
-def whole(weight: Any) -> Tensor | None:
-    """Of a sharded tensor all of it, collective then; ``None`` where there is no tensor."""
-    if not isinstance(weight, Tensor):
-        return None
-    full: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    return full.detach()
 
 
 def check_forward(pl_module: LightningModule, inputs: Inputs | None) -> None:

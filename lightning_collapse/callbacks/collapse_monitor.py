@@ -272,11 +272,8 @@ class CollapseMonitor(Monitor):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._points:
             self._draw(trainer, logging_step(trainer))
-        elif self.cadence(trainer) and not trainer.fast_dev_run:
-            self.warn_once(
-                f"the fit ended before the first point, due after {self.cadence(trainer)} steps."
-                " Set `every_n_steps` to less."
-            )
+        else:
+            self.warn_of_no_point(trainer)
 
     def _choose(self, pl_module: LightningModule) -> list[Tap]:
         if self.layers is None:

@@ -202,11 +202,8 @@ class IntrinsicDimensionMonitor(Monitor):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._taps and not self._points and self.cadence(trainer) and not trainer.fast_dev_run:
-            self.warn_once(
-                f"the fit ended before the first point, due after {self.cadence(trainer)} steps."
-                " Set `every_n_steps` to less."
-            )
+        if self._taps and not self._points:
+            self.warn_of_no_point(trainer)
 
     def _choose(self, pl_module: LightningModule) -> list[Tap]:
         if self.layers is None:

@@ -122,6 +122,14 @@ class Monitor(Callback, ABC):
         """Hand points on; see :func:`~lightning_collapse.reporting.publish`."""
         publish(trainer, pl_module, points)
 
+    def warn_of_no_point(self, trainer: Trainer) -> None:
+        """Say that the fit was too short for a point, unless none was wanted."""
+        if self.cadence(trainer) and not trainer.fast_dev_run:
+            self.warn_once(
+                f"the fit ended before the first point, due after {self.cadence(trainer)} steps."
+                " Set `every_n_steps` to less."
+            )
+
     def warn_once(self, message: str) -> None:
         """Say something once per callback, on the first process."""
         if message not in self._warned:

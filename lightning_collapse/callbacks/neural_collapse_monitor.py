@@ -19,7 +19,6 @@ from lightning_collapse.callbacks.clean_pass import (
     check_forward,
     check_pass,
     is_pass_due,
-    whole,
 )
 from lightning_collapse.callbacks.monitor import Monitor
 from lightning_collapse.functional.neural_collapse import nc1_null
@@ -33,6 +32,7 @@ from lightning_collapse.utilities.registry import register_curve
 from lightning_collapse.utilities.taps import Heard, RowTaps
 from lightning_collapse.utilities.targets import targets_of
 from lightning_collapse.utilities.trainer import logging_step
+from lightning_collapse.utilities.weight_matrices import whole
 
 FAMILY = "neural_collapse"
 MAX_DIM = 4096
@@ -251,8 +251,8 @@ class NeuralCollapseMonitor(Monitor):
         agreement: Tensor | None = None,
     ) -> list[Point]:
         """Points of statistics that all processes share."""
-        weight = whole(tap.module.weight)
-        assert weight is not None
+        classifier: Any = tap.module
+        weight = whole(classifier.weight)
         found = measures(moments, weight.to(moments.shift), seen=seen)
         names = [*_VALUES, "classes", "n"]
         numbers = [*(found[name] for name in names), moments.nonfinite]
@@ -311,7 +311,8 @@ class NeuralCollapseMonitor(Monitor):
     def _shape(self) -> tuple[int, int]:
         """Classes and features of the classifier."""
         assert self._tap is not None
-        classes, dim = self._tap.module.get_parameter("weight").shape
+        classifier: Any = self._tap.module
+        classes, dim = classifier.weight.shape
         return classes, dim
 
     @property

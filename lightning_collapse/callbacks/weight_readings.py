@@ -151,7 +151,7 @@ def _null(curve: str, shape: Shape) -> float:
         return nan
     values = torch.from_numpy(marchenko_pastur_quantiles(max(shape), min(shape))).sqrt()
     try:
-        return measure.fn(values).item()
+        return measure.fn(values).item()  # of numbers on the host
     except Exception:  # a measure of the user's own, which says so when it reads a matrix
         return nan
 

@@ -25,7 +25,7 @@ from lightning_collapse.callbacks.weight_readings import (
 )
 from lightning_collapse.spectral.cost import spectrum_flops
 from lightning_collapse.utilities.batch import batch_positions
-from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum, world_size
+from lightning_collapse.utilities.distributed import agree, all_reduce_sum, world_size
 from lightning_collapse.utilities.flops import TrainingFlops
 from lightning_collapse.utilities.modules import find_modules, weighted_layers
 from lightning_collapse.utilities.points import Point
@@ -218,11 +218,8 @@ class WeightSpectrumMonitor(Monitor):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._matrices and not self._points and self.cadence(trainer) and not trainer.fast_dev_run:
-            self.warn_once(
-                f"the fit ended before the first point, due after {self.cadence(trainer)} steps."
-                " Set `every_n_steps` to less."
-            )
+        if self._matrices and not self._points:
+            self.warn_of_no_point(trainer)
 
     def _choose(self, pl_module: LightningModule) -> list[WeightMatrix]:
         found = weight_matrices(pl_module, self.embeddings)
@@ -248,13 +245,12 @@ class WeightSpectrumMonitor(Monitor):
         if self._flops is None:
             return
         weights = sum(p.numel() for _, layer in weighted_layers(pl_module) for p in layer.parameters())
-        training = torch.tensor(self._flops.total or 6 * weights * self._positions, dtype=torch.float64)
+        # waits for the device, once
+        [training] = agree([self._flops.total or 6 * weights * self._positions], pl_module.device)
         self._flops.remove()
         self._flops = None
-        if world_size() > 1:
-            training = all_reduce_max(training.to(pl_module.device)).cpu()
         every = super().cadence(trainer)
-        budget = self.max_overhead * training.item() * every * trainer.accumulate_grad_batches
+        budget = self.max_overhead * training * every * trainer.accumulate_grad_batches
         cost = sum(spectrum_flops(max(shape), min(shape)) for shape in self._shapes.values()) * (1 + self.updates)
         self._multiple = max(ceil(cost / budget), 1) if budget else 1
         rank_zero_info(
@@ -267,7 +263,7 @@ def _fetch(families: list[list[dict[str, Tensor]]], device: torch.device) -> lis
     """The same readings as numbers, by the one transfer of a point. Collective."""
     vector = torch.stack([value.to(device) for family in families for reading in family for value in reading.values()])
     # every process has read the same weights; on unlike devices they need not agree to the last bit
-    numbers = iter((all_reduce_sum(vector) / world_size()).tolist())
+    numbers = iter((all_reduce_sum(vector) / world_size()).tolist())  # the one transfer of a point
     return [[{curve: next(numbers) for curve in reading} for reading in family] for family in families]
 
 

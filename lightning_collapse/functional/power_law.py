@@ -119,7 +119,7 @@ def power_law_null(rows: int, columns: int, min_tail: int = 10) -> float:
         The exponent; NaN if the smaller side is less than ``min_tail``.
     """
     quantiles = torch.from_numpy(marchenko_pastur_quantiles(max(rows, columns), min(rows, columns)))
-    return power_law_alpha(quantiles, min_tail).alpha.item()
+    return power_law_alpha(quantiles, min_tail).alpha.item()  # of numbers on the host
 
 
 def _distances(log: Tensor, rate: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def all_gather_rows_with_grad(rows: Tensor, group: "ProcessGroup | None" = None)
     rank = dist.get_rank(group)
     counts = torch.zeros(ranks, dtype=torch.long, device=rows.device)
     counts[rank] = rows.shape[-2]
-    numbers: list[int] = all_reduce_sum(counts, group).tolist()
+    numbers: list[int] = all_reduce_sum(counts, group).tolist()  # waits for the device
     first = sum(numbers[:rank])
     # a sum in which every row has one term
     return all_reduce_sum_with_grad(pad(rows, (0, 0, first, sum(numbers[rank + 1 :]))), group), first

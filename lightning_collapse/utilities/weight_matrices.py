@@ -188,10 +188,10 @@ def _quiet(parametrizations: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """Of a sharded tensor all of it; collective then."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.detach()
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach()
 
 
 def _reader(module: nn.Module, attribute: str) -> Callable[[], Tensor]:
@@ -202,7 +202,7 @@ def _reader(module: nn.Module, attribute: str) -> Callable[[], Tensor]:
 
     @torch.no_grad()
     def read() -> Tensor:
-        weight = _whole(_raw(core, attribute))
+        weight = whole(_raw(core, attribute))
         weight = _adapted(module, weight) if adapted else weight
         weight = weight.transpose(0, 1) if transposed else weight
         return weight if matrix else weight.flatten(1)
@@ -223,6 +223,6 @@ def _adapted(module: Any, weight: Tensor) -> Tensor:
         active = [name for name in getattr(module, "active_adapters", scaling) if name in downs]
         pairs = [(downs[name].weight, ups[name].weight, scaling[name]) for name in active]
     for down, up, scale in pairs:
-        delta = _whole(up) @ _whole(down) * scale
+        delta = whole(up) @ whole(down) * scale
         weight = weight + (delta.T if _is_transposed(_core(module)) else delta)
     return weight

@@ -143,6 +143,15 @@ def test_validation_curves_on_request():
     assert "val/collapse/encoder/n" in trainer.callback_metrics
 
 
+def test_validation_may_keep_more_rows_of_a_batch_than_training():
+    # training spreads its rows over two batches; validation has one, which holds them all
+    logger, callback = MemoryLogger(), monitor(validation=True, rows=24)
+    trainer = Trainer(**{**QUIET, "limit_val_batches": None, "logger": logger, "callbacks": [callback]})
+    trainer.fit(Toy(), batches(8, size=16), batches(1, size=64, seed=2))
+    assert logger.curve("collapse/encoder/n")[-1][1] == 24
+    assert logger.curve("val/collapse/encoder/n")[-1][1] == 24
+
+
 def test_stand_alone_validation_test_and_predict_draw_nothing():
     callback = monitor(validation=True)
     trainer = fit(Toy(), [callback])

@@ -166,6 +166,9 @@ def test_a_resumed_fit_goes_on_with_its_curves(tmp_path) -> None:
     assert {point.step for point in again} == {5, 8}
     # the loader starts anew in the middle of an epoch, so the rows are others
     assert [(p.key, p.step, p.n) for p in whole if p.step > 3] == [(p.key, p.step, p.n) for p in again]
+    # two steps later there is no new point, and no warning that there was none
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    assert not run(save, path=str(path), enable_checkpointing=True, max_steps=5)[0]
 
 
 def test_two_instances_have_states_of_their_own() -> None:

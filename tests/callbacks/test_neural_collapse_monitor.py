@@ -247,3 +247,15 @@ def test_bad_arguments(arguments: dict[str, Any], match: str) -> None:
 def test_what_is_no_classifier_is_refused_at_the_start(layer: str, match: str) -> None:
     with pytest.raises(MisconfigurationException, match=match):
         run(Classifier(), data(1), NeuralCollapseMonitor(layer))
+
+
+def test_a_classifier_whose_weight_is_computed() -> None:
+    def call(module: Any, batch: Any) -> Any:
+        return module.head(module.body(batch[0]))
+
+    model, batches = Classifier(), data()
+    nn.utils.parametrizations.weight_norm(model.head)
+    found = last(run(model, batches, NeuralCollapseMonitor(every_n_steps=5, loader=batches, inputs=call)))
+    window, clean = expected(model, batches[-4:]), expected(model, batches)
+    assert found["nc3"] == pytest.approx(clean["nc3"], rel=1e-4)  # of the pass over the loader, which comes last
+    assert window["nc3"] != pytest.approx(clean["nc3"], rel=1e-4)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.callbacks.readings import LayerRows, flag_of, read
+from lightning_collapse.functional import participation_ratio
+from lightning_collapse.spectral.spectrum import spectrum_of
 from lightning_collapse.utilities.registry import MEASURES, Measure
 
 
@@ -37,6 +39,15 @@ def test_what_needs_no_decomposition_reads_the_same_as_with_one(name: str, sketc
     expected, _ = read(layers, [replace(MEASURES[name], of_gram=None)])
     torch.testing.assert_close([v[3] for v in found], [v[3] for v in expected], rtol=1e-9, atol=0, equal_nan=True)
     assert [flag_of(*map(float, v[:3]), False) for v in found] == [flag_of(*map(float, v[:3]), False) for v in expected]
+
+
+def test_the_widening_of_a_projection_is_removed() -> None:
+    layers = [replace(of_layer, sketched=True) for of_layer in LAYERS]
+    found, _ = read(layers, [MEASURES["participation_ratio"]])
+    for of_layer, values, plain in zip(layers, found, read(LAYERS, [MEASURES["participation_ratio"]])[0], strict=True):
+        record = replace(spectrum_of(of_layer.rows, mask=of_layer.mask), sketched=True)
+        assert values[3].item() == pytest.approx(participation_ratio(record).item(), rel=1e-9)
+        assert values[3] > 1.01 * plain[3]
 
 
 def of_one_spectrum(singular_values: Tensor) -> Tensor:

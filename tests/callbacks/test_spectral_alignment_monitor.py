@@ -168,8 +168,9 @@ def test_half_precision_reads_what_double_precision_of_the_same_numbers_reads(pr
     half = torch.float16 if precision == "16-true" else torch.bfloat16
     weight = trainer.model.layer.weight.detach().double()
     inputs = inputs.double() if precision == "bf16-mixed" else inputs.to(half).double()
-    expected = sign_diversity(spectral_alignment(inputs, weight)).item()
-    assert points["layer/sign_diversity"].value == pytest.approx(expected, rel=1e-6)
+    alignment = spectral_alignment(inputs, weight)
+    assert points["layer/sign_diversity"].value == pytest.approx(sign_diversity(alignment).item(), rel=1e-6)
+    assert abs(points["layer/alignment_mean"].value) == pytest.approx(abs(alignment.mean().item()), rel=1e-4)
     assert points["layer/spectral_norm"].value == pytest.approx(torch.linalg.matrix_norm(weight, 2).item(), rel=1e-5)
 
 
@@ -226,13 +227,33 @@ def test_query_key_and_value_of_cross_attention_are_apart():
             q, k, v = self.inputs
             return self.layer(q, key=k, value=v)[0].pow(2).mean()
 
+    layer, inputs = attention()
+    points, _ = read(Cross(None, inputs, layer))
+    check_query_key_and_value(points, layer, inputs)
+
+
+def test_query_key_and_value_of_self_attention_are_apart():
+    class Own(Given):
+        def training_step(self, batch, batch_idx):
+            return self.layer(self.inputs, self.inputs, self.inputs)[0].pow(2).mean()
+
+    layer, inputs = attention()
+    points, _ = read(Own(None, inputs[0], layer))
+    check_query_key_and_value(points, layer, [inputs[0]] * 3)
+
+
+def attention():
     torch.manual_seed(0)
     layer = nn.MultiheadAttention(8, 2, batch_first=True)
-    inputs = torch.randn(3, 5, 7, 8) + torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
-    points, _ = read(Cross(None, inputs, layer))
+    return layer, torch.randn(3, 5, 7, 8) + torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
+
+
+def check_query_key_and_value(points, layer, inputs):
     for part, x, weight in zip("qkv", inputs, layer.in_proj_weight.detach().chunk(3), strict=True):
         alignment = spectral_alignment(x.flatten(0, 1), weight)
         assert points[f"layer.{part}/sign_diversity"].value == pytest.approx(sign_diversity(alignment).item())
+        mean = points[f"layer.{part}/alignment_mean"].value
+        assert abs(mean) == pytest.approx(abs(alignment.mean().item()), rel=1e-3)
 
 
 @pytest.mark.parametrize(("sequences", "length", "rows"), [(64, 16, 64), (64, 16, 200), (100, 15, 100), (8, 64, 32)])

@@ -150,6 +150,16 @@ def test_classes_of_few_rows_are_left_out_and_counted() -> None:
     strict.merge_state(metric)
     found = read(strict)
     assert found["nc1"] == pytest.approx(expected["nc1"], rel=0.02)
+    moments = metric.moments()
+    moments.update(features[few] + 40 * torch.eye(1, D), labels[few])  # now a fourth of all scatter, and of three rows
+    four = NeuralCollapse(C, D, min_count=4)
+    four.merge_state(moments.states())
+    kept, traces = moments.count >= 4, moments.within_traces
+    share = traces[kept].sum() / traces.sum()
+    assert share < 0.8
+    within = share * moments.within_scatter / moments.count[kept].sum()
+    pooled = nc1(moments.means[kept], within, moments.count[kept]).item()
+    assert four.compute()["nc1"].item() == pytest.approx(pooled, rel=1e-9)
     exact = ("nc2_equinorm", "nc2_equiangular", "nc2_etf", "nc3", "cdnv", "cdnv_median", "n", "classes", "rare", "rank")
     assert {name: found[name] for name in exact} == near({name: expected[name] for name in exact})
     all_rare = NeuralCollapse(C, D, min_count=N)
