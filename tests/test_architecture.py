@@ -18,11 +18,12 @@ LEVEL = {
     "functional": 2,
     "metrics": 3,
     "losses": 3,
+    "penalties": 3,
     "layers": 3,
     "reporting": 4,
     "rules": 4,
-    "mixins": 5,
     "callbacks": 5,
+    "mixins": 6,
 }
 MAY_IMPORT_LIGHTNING = {"reporting", "mixins", "callbacks", "utilities/trainer.py", "utilities/training_step.py"}
 FILES = sorted(ROOT.glob("*/*.py"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from lightning_collapse.utilities.distributed import agree, all_reduce_sum, worl
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import Tap
 from lightning_collapse.utilities.taps import Heard, RowTaps
-from lightning_collapse.utilities.targets import TARGET_KEYS
+from lightning_collapse.utilities.targets import call_on
 from lightning_collapse.utilities.trainer import to_device
 from lightning_collapse.utilities.weight_matrices import whole
 
@@ -57,7 +57,8 @@ class CleanPass:
     Args:
         tap: The classifier's input.
         loader: Batches, or a function that returns them.
-        inputs: How the model is called on a batch; see :func:`call`.
+        inputs: How the model is called on a batch; see
+            :func:`~lightning_collapse.utilities.targets.call_on`.
         labels_of: Labels of a batch, or ``None``.
         match: Labels of the rows that were heard, or ``None``.
         warn: What to do with a warning.
@@ -74,7 +75,7 @@ class CleanPass:
     ) -> None:
         self.tap = tap
         self.loader = loader
-        self.inputs = inputs or call
+        self.inputs = inputs or call_on
         self.labels_of, self.match, self.warn = labels_of, match, warn
         self._taps = RowTaps([tap], limit=sys.maxsize)
 
@@ -142,14 +143,6 @@ class CleanPass:
             batches = (to_device(trainer, batch) for batch in islice(loader, int(trainer.fast_dev_run) or None))
             sharded = world_size() > 1 and any(hasattr(weight, "full_tensor") for weight in pl_module.parameters())
             yield from _together(batches, pl_module.device) if sharded else ((batch, True) for batch in batches)
-
-
-def call(pl_module: LightningModule, batch: Any) -> Any:
-    """Call a model on a batch: on the first of a pair, or on what a mapping holds beside the labels."""
-    if isinstance(batch, Mapping):
-        label = next((key for key in TARGET_KEYS if key in batch), None)
-        return pl_module(**{key: value for key, value in batch.items() if key != label})
-    return pl_module(batch[0] if isinstance(batch, Sequence) else batch)
 
 
 def is_pass_due(trainer: Trainer, epochs: Collection[int] | None) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 MeasureFn = TypeVar("MeasureFn", bound=Callable[..., Tensor])
 LossClass = TypeVar("LossClass", bound=type[nn.Module])
+PenaltyClass = TypeVar("PenaltyClass", bound=type)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Curve:
 MEASURES: dict[str, Measure] = {}
 CURVES: dict[str, Curve] = {}
 LOSSES: dict[str, type[nn.Module]] = {}
+PENALTIES: dict[str, type] = {}
 
 
 @overload
@@ -137,6 +139,12 @@ def register_curve(family: str, name: str, **facts: str) -> None:
 def register_loss(cls: LossClass) -> LossClass:
     """Make a loss known to the contract tests and the tables, under its class name."""
     _add(LOSSES, cls.__name__, cls)
+    return cls
+
+
+def register_penalty(cls: PenaltyClass) -> PenaltyClass:
+    """Make a penalty on weights known to the contract tests and the tables, under its class name."""
+    _add(PENALTIES, cls.__name__, cls)
     return cls
 
 

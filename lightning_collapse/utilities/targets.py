@@ -1,9 +1,9 @@
-"""The targets of a batch."""
+"""The inputs and the targets of a batch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 TARGET_KEYS = ("targets", "target", "labels", "label", "y")
 """Keys of a mapping that are looked up, in this order."""
@@ -27,6 +27,20 @@ def targets_of(batch: Any) -> Tensor | None:
     else:
         found = None
     return found if isinstance(found, Tensor) else None
+
+
+def call_on(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a batch: on the first of a pair, or on what a mapping holds beside the targets.
+
+    Example:
+        >>> import torch
+        >>> call_on(nn.Identity(), (torch.ones(2), torch.zeros(2)))
+        tensor([1., 1.])
+    """
+    if isinstance(batch, Mapping):
+        target = next((key for key in TARGET_KEYS if key in batch), None)
+        return model(**{key: value for key, value in batch.items() if key != target})
+    return model(batch[0] if isinstance(batch, Sequence) else batch)
 
 
 def target_rows(targets: Tensor) -> Tensor:
