@@ -26,6 +26,7 @@ bench: $(READY)
 
 peers: $(PEERS_READY)
 	OMP_NUM_THREADS=1 $(PEERS)/python -m tests.benchmarks.peers
+	OMP_NUM_THREADS=1 $(PEERS)/python -m tests.benchmarks.losses lightly
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

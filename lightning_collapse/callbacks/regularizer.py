@@ -93,6 +93,11 @@ class Regularizer(Callback):
         self._warned: set[str] = set()
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._no_rows = None  # of another fit; a checkpoint is loaded after this
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not in `setup`: `configure_model`, compilation and sharding come later
         self._detach()
@@ -125,11 +130,13 @@ class Regularizer(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         memory = remembered(self.loss)
-        return {"loss": memory} if memory else {}
+        state: dict[str, Any] = {"loss": memory} if memory else {}
+        return state if self._no_rows is None else {**state, "no_rows": self._no_rows}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         recall(self.loss, state_dict.get("loss", {}))
+        self._no_rows = state_dict.get("no_rows", self._no_rows)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -175,7 +182,6 @@ class Regularizer(Callback):
         self._detachers = []
         self._rows.clear()
         self._curves = {}
-        self._no_rows = None
         self._open = False
 
     def _collect(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -210,11 +216,12 @@ class Regularizer(Callback):
         if self._no_rows is None:
             raise MisconfigurationException(problem)
         self._warn_once("skipped", f"{problem} Steps like this one go without the term.")
-        zero = nothing(*present, self._no_rows)
+        no_rows = self._no_rows.to(trainer.strategy.root_device)  # a checkpoint may have brought it
+        zero = nothing(*present, no_rows)
         if not isinstance(self.loss, AntiCollapseLoss):
             return zero
         # this process has no rows, but the others may have, and wait for it in their sums
-        return zero + self._evaluate(trainer, (self._no_rows,) * self._views)
+        return zero + self._evaluate(trainer, (no_rows,) * self._views)
 
     def _evaluate(self, trainer: Trainer, views: tuple[Tensor, ...]) -> Tensor:
         try:

@@ -33,7 +33,7 @@ def barlow_twins_terms(first: Tensor, second: Tensor, eps: float = 1e-5) -> dict
         ValueError: If the views are not matrices of one shape, or have fewer than two rows over all processes.
     """
     views = stack_views("barlow_twins_terms", first=first, second=second)
-    batch = center("barlow_twins_terms", views, extra=views.new_zeros(()))
+    batch = center("barlow_twins_terms", views, extra=views.new_zeros(()), exact=True)
     few = world_size() == 1 and views.shape[1] < views.shape[2]
     diagonal, total = (_from_rows if few else _from_features)(batch, eps)
     return {"invariance": (1 - diagonal).square().sum(), "redundancy": total}

@@ -1,10 +1,12 @@
 """CorInfoMax: views agree, and the running covariance of their features has a large determinant."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
 from lightning_collapse.losses.products import logdet, product
@@ -96,8 +98,9 @@ class CorInfoMax(AntiCollapseLoss):
     of the features without bound: invariance has to balance it, or the features to be normalized.
 
     It remembers: the running moments are the buffers ``means`` and ``covariances``, 0 and the identity until the first
-    call, updated by every call in training mode and by none in evaluation mode. They move with the module; no
-    ``state_dict`` holds them. At the default forgetting factor a hundredth of the step before is all they carry.
+    call, updated by every call in training mode and by none in evaluation mode. They move with the module, in
+    ``float32`` to a device without ``float64``; no ``state_dict`` holds them. At the default forgetting factor a
+    hundredth of the step before is all they carry.
 
     Args:
         invariance: Coefficient :math:`\alpha`; the authors' value for CIFAR, with the mean over samples and features.
@@ -137,6 +140,15 @@ class CorInfoMax(AntiCollapseLoss):
     def reset(self) -> None:
         """Forget all batches: means 0, covariances the identity, of any number of features."""
         self.means = self.covariances = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # a device without `float64` refuses what was summed in it elsewhere
+        dtype = accumulation_dtype(fn(torch.empty(0)).device)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype.itemsize > dtype.itemsize:
+                setattr(self, name, buffer.to(dtype))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:
         """See :func:`corinfomax_terms`; two views of shape ``(N, D)``."""

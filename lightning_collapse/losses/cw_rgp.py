@@ -9,7 +9,7 @@ from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
 from lightning_collapse.losses.shuffle import ShufflingLoss, permutation
 from lightning_collapse.losses.spectral_transformation import Axis, require_axis
-from lightning_collapse.losses.statistics import stack_views
+from lightning_collapse.losses.statistics import stack_views, without_mean
 from lightning_collapse.losses.symmetric_power import symmetric_power
 from lightning_collapse.losses.whitening import Scope, cosine_distances, mean_over_processes, require_scope, shrunk
 from lightning_collapse.spectral.precision import full_precision
@@ -109,9 +109,7 @@ def _over_divisions(
 def _whitened(views: Tensor, groups: int, eps: float, axis: Axis, orders: list[Tensor]) -> Tensor:
     """Views of shape ``(2, N, D)`` whitened by ZCA in each group; feature ``k`` of a view is in the place it was."""
     observations = 2 if axis == "samples" else 1
-    rows = views - views.mean(dim=observations, keepdim=True)
-    # once more: the rounding of the mean would be amplified where nothing else is left
-    rows = rows - rows.mean(dim=observations, keepdim=True)
+    rows = without_mean(views, observations)
     if groups > 1:
         rows = _reordered(rows, orders)
     rows = rows.reshape(*rows.shape[:2], groups, -1).transpose(1, 2)

@@ -62,7 +62,7 @@ def center_with_jitter(function: str, features: Tensor, jitter: float) -> Center
         # after centering: what is added must not be rounded away beside a large mean
         noise = pattern(_first(features), len(features), features.shape[1], features.device).to(features)
         views = torch.cat([views, noise.unsqueeze(0)])
-    batch = center(function, views, extra=views.new_zeros(()))
+    batch = center(function, views, extra=views.new_zeros(()), exact=True)
     rows = batch.rows[0] + jitter * batch.rows[1] if jitter else batch.rows[0]
     return batch._replace(rows=rows)
 

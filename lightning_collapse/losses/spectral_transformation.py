@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
-from lightning_collapse.losses.statistics import center, covariances, stack_views
+from lightning_collapse.losses.statistics import center, covariances, stack_views, without_mean
 from lightning_collapse.losses.symmetric_power import iter_norm, symmetric_power
 from lightning_collapse.losses.whitening import cosine_distances
 from lightning_collapse.spectral.precision import full_precision
@@ -49,7 +49,7 @@ def transformed(
     """The terms of :func:`spectral_transformation_terms`, called ``function`` in messages, and the number of axes."""
     views = stack_views(function, first=first, second=second)
     if axis == "features":
-        batch = center(function, views, views.new_zeros(()), grad_of_mean=True)
+        batch = center(function, views, views.new_zeros(()), grad_of_mean=True, exact=True)
         covariance = covariances(batch)
         matrix = _transform(covariance, power, iterations)
         views = product(batch.rows, matrix)
@@ -57,7 +57,7 @@ def transformed(
     else:
         rows, _ = all_gather_rows_with_grad(views)
         require_rows(function, 2, rows.shape[1], views.shape[1])
-        rows = rows - rows.mean(dim=2, keepdim=True)
+        rows = without_mean(rows, dim=2)
         covariance = product(rows, rows.mT) / max(rows.shape[2] - 1, 1)
         matrix = _transform(covariance, power, iterations)
         rows = product(matrix, rows)

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
-from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
 
 
@@ -49,7 +49,9 @@ def stack_views(function: str, **views: Tensor) -> Tensor:
     return torch.stack(list(views.values()))
 
 
-def center(function: str, views: Tensor, extra: Tensor, rows: int = 2, grad_of_mean: bool = False) -> CenteredBatch:
+def center(
+    function: str, views: Tensor, extra: Tensor, rows: int = 2, grad_of_mean: bool = False, exact: bool = False
+) -> CenteredBatch:
     """Subtract the mean of the global batch.
 
     Collective: every process must call it; one all-reduce of ``V * D + 2`` numbers. Only a process with fewer than
@@ -62,6 +64,8 @@ def center(function: str, views: Tensor, extra: Tensor, rows: int = 2, grad_of_m
         rows: The fewest rows, over all processes, that will do.
         grad_of_mean: Whether the mean passes a gradient on: not needed where nothing but products of centered rows is
             summed, since what it would pass on is multiplied by their sum, which is zero.
+        exact: Whether nothing may be left of equal rows, as in :func:`without_mean`: for losses that hardly see the
+            scale of the features.
 
     Raises:
         TooFewRowsError: If there are fewer than ``rows`` rows over all processes.
@@ -70,13 +74,41 @@ def center(function: str, views: Tensor, extra: Tensor, rows: int = 2, grad_of_m
     counted = views if grad_of_mean else views.detach()
     if world_size() == 1:
         require_rows(function, rows, n, n)
-        return CenteredBatch(views - counted.mean(dim=1, keepdim=True), n, extra)
-    sums = counted.sum(dim=1)
-    message = all_reduce_sum_with_grad(torch.cat([sums.new_full((1,), n), extra.reshape(1), sums.flatten()]))
-    count = message[0].detach()
+        return CenteredBatch(views - _mean(_sums(counted, 1, exact), n, views), n, extra)
+    sums = _sums(counted, 1, exact)
+    message = all_reduce_sum_with_grad(torch.cat([sums.new_full((1,), n), extra.reshape(1).to(sums), sums.flatten()]))
+    count, extra = message[0].detach().to(views), message[1].to(extra)
     require_rows(function, rows, count, n)
-    mean = message[2:].view_as(sums) / count
-    return CenteredBatch(views - (mean if grad_of_mean else mean.detach()).unsqueeze(1), count, message[1])
+    mean = _mean(message[2:].view_as(sums), count, views)
+    return CenteredBatch(views - (mean if grad_of_mean else mean.detach()), count, extra)
+
+
+def without_mean(rows: Tensor, dim: int) -> Tensor:
+    """Subtract the mean over a dimension; nothing is left of equal numbers, whatever their size.
+
+    A mean in the precision of the rows is rounded, and what is left of equal rows is then equal too, and not zero: a
+    loss that does not see the scale of its input would take it for features.
+
+    Example:
+        >>> without_mean(torch.full((6, 1), 50.1), dim=0).any()
+        tensor(False)
+    """
+    return rows - _mean(_sums(rows, dim, exact=True), rows.shape[dim], rows)
+
+
+def _sums(rows: Tensor, dim: int, exact: bool) -> Tensor:
+    """Sums over a dimension, which stays; of equal numbers exact if asked for, in ``float64`` if the device has it."""
+    if not exact:
+        return rows.sum(dim=dim, keepdim=True)
+    n = rows.shape[dim]
+    first = rows.detach().narrow(dim, 0, min(n, 1)).sum(dim=dim, keepdim=True)
+    wide = accumulation_dtype(rows.device)
+    # about the first row: the sums over many rows themselves need no more than the precision of the rows
+    return (rows - first).sum(dim=dim, keepdim=True).to(wide) + n * first.to(wide)
+
+
+def _mean(sums: Tensor, count: int | Tensor, like: Tensor) -> Tensor:
+    return (sums / count).to(like.dtype)
 
 
 def variances(batch: CenteredBatch) -> Tensor:

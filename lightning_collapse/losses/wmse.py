@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_collapse.losses.base import require_positive
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.shuffle import ShufflingLoss, permutation
-from lightning_collapse.losses.statistics import CenteredBatch, center, covariances, stack_views
+from lightning_collapse.losses.statistics import CenteredBatch, center, covariances, stack_views, without_mean
 from lightning_collapse.losses.whitening import (
     Scope,
     cosine_distances,
@@ -55,7 +55,7 @@ def wmse_loss(
     """
     views = stack_views("wmse_loss", first=first, second=second)
     if scope == "global":
-        batch = center("wmse_loss", views, views.new_zeros(()), rows=views.shape[2] + 1, grad_of_mean=True)
+        batch = center("wmse_loss", views, views.new_zeros(()), views.shape[2] + 1, grad_of_mean=True, exact=True)
         return all_reduce_sum_with_grad(_distance(batch, eps, normalize)) / batch.samples
     rows, dim = views.shape[1:]
     if sub_batch <= dim:
@@ -83,7 +83,7 @@ def _over_sub_batches(
 
 
 def _centered(views: Tensor) -> CenteredBatch:
-    return CenteredBatch(views - views.mean(dim=1, keepdim=True), views.shape[1], views.new_zeros(()))
+    return CenteredBatch(without_mean(views, dim=1), views.shape[1], views.new_zeros(()))
 
 
 def _covariance(batch: CenteredBatch) -> Tensor:

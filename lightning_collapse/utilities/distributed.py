@@ -91,7 +91,8 @@ def all_gather_rows(
     """Rows of every process on every process, without gradient; each may have a different number of them.
 
     Collective: every process must call it, with the same number of columns and the same dtype. Two messages, and one
-    wait for the device to learn the longest length: for bounded reservoirs at a logging point, not for every step.
+    wait for the device to learn the longest length, which the shape of the result is made of: for bounded reservoirs
+    at a logging point, and for losses that no sum over rows can express.
 
     Args:
         rows: Shape ``(n, D)``; ``n`` may differ between processes and may be 0.
@@ -129,7 +130,8 @@ def all_gather_rows_with_grad(rows: Tensor, group: "ProcessGroup | None" = None)
 
     Collective, in the forward and, where a gradient is asked for, in the backward pass: every process must call it,
     with shapes that differ in the number of rows only. Two messages, and one wait for the device to learn the numbers
-    of rows: for losses that no sum over rows can express. Gradients are those of :func:`all_reduce_sum_with_grad`.
+    of rows, which the shape of the result is made of, so that no exact way goes without: for losses that no sum over
+    rows can express. Gradients are those of :func:`all_reduce_sum_with_grad`.
 
     Args:
         rows: Shape ``(..., n, D)``; ``n`` may differ between processes and may be 0.

@@ -97,6 +97,18 @@ def test_constant_batch(name: str, dtype: torch.dtype) -> None:
     assert module(*constant).item() == pytest.approx(module.at_collapse(8, 4), abs=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name in sorted(LOSSES) if CASES[name].shift])
+@pytest.mark.parametrize("offset", [50.1, 1000.7])
+def test_constant_batch_whose_mean_is_rounded(name: str, offset: float) -> None:
+    case, module = CASES[name], build(name)
+    row = (case.row + offset).float()
+    for n in (6, 7, 9, 11):  # in single precision their mean is not one of them, for some
+        constant = [row.expand(n, 4)] * module.views
+        for _ in range(case.settle):
+            module(*constant)
+        assert module(*constant).item() == pytest.approx(module.at_collapse(n, 4), abs=1e-4)
+
+
 @every_loss
 def test_perfect_batch(name: str) -> None:
     loss = build(name)

@@ -1,7 +1,8 @@
-"""Two processes with uneven batches read the value, and average to the gradient, of one process with all rows."""
+"""Processes with uneven batches read the value, and average to the gradient, of one process with all rows."""
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tests.integration.siamese import Siamese, fit, weights
 from tests.losses.cases import CASES as FACTS
 
 RANKS = 2
+MANY = (1, 5, 13, 21)  # rows of each of four processes
 FIT = {"batches": 3, "batch_size": 32}
 FAR = 500.0  # a mean of a thousand times the spread
 CASES = {
@@ -42,6 +44,14 @@ CASES = {
     for dtype, mean in ((torch.float32, 0.0), (torch.float64, 0.0), (torch.float32, FAR))
     if FACTS[name].shift or not mean
 }
+
+# what is summed, gathered, drawn, whitened or told apart
+SAMPLE = (
+    *("VICReg", "BarlowTwins", "SIGReg", "Uniformity", "CodingRate", "KoLeo", "MMCR", "WMSE", "CorInfoMax"),
+    *("EffectiveRankHinge", "SpectralTransformation"),
+)
+SAMPLE_CASES = [case for case, (name, shape, *_) in CASES.items() if name in SAMPLE and shape[0] == sum(MANY)]
+SCALE_FREE = ("BarlowTwins", "EffectiveRankHinge", "SpectralTransformation", "WMSE")
 
 
 class Flipped(Siamese):
@@ -155,17 +165,40 @@ def door(make: Any, *callbacks: Any) -> tuple[Tensor, list[Any]]:
     return weights(model), logger.rows
 
 
-def worker(rank: int, folder: str) -> None:
+def join(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), GROUP_RANK="0")
-    os.environ.update(LOCAL_WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    result: dict[str, Any] = {}
-    for case in CASES:
-        value, grad = value_and_gradient(case, splits(rank, CASES[case][1][0]))
-        dist.all_reduce(grad)
-        result[case] = value, grad / RANKS
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), GROUP_RANK="0")
+    os.environ.update(LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+
+
+def averaged(case: str, split: slice) -> tuple[Tensor, Tensor]:
+    """The value, and the gradient as data-parallel training averages it."""
+    value, grad = value_and_gradient(case, split)
+    dist.all_reduce(grad)
+    return value, grad / world_size()
+
+
+def at_collapse(name: str, rows: int) -> tuple[float, float]:
+    """What a loss reads where some rows of each process are all equal, and what it is to read."""
+    loss = LOSSES[name](**FACTS[name].exact)
+    features = torch.full((rows, 4), 1000.7)
+    return loss(*[features] * loss.views).item(), loss.at_collapse(sum(MANY), 4)
+
+
+def one_of_many(rank: int, folder: str) -> None:
+    join(rank, len(MANY), folder)
+    own = slice(sum(MANY[:rank]), sum(MANY[: rank + 1]))
+    result: dict[str, Any] = {case: averaged(case, own) for case in SAMPLE_CASES}
+    result["collapse"] = {name: at_collapse(name, MANY[rank]) for name in SCALE_FREE}
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def worker(rank: int, folder: str) -> None:
+    join(rank, RANKS, folder)
+    result: dict[str, Any] = {case: averaged(case, splits(rank, CASES[case][1][0])) for case in CASES}
     result["messages"] = {name: messages(name) for name in LOSSES}
     floors = EffectiveRankHinge(), LogDetBarrier()
     result["collapsed"] = [gradient_at_collapse(loss, splits(rank, 12)) for loss in floors]
@@ -183,16 +216,41 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def found_by(work: Callable[..., None], ranks: int, folder: Path) -> list[dict[str, Any]]:
+    multiprocessing.spawn(work, args=(str(folder),), nprocs=ranks)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(worker, args=(str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return found_by(worker, RANKS, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of four processes found, of which one has a single row."""
+    return found_by(one_of_many, len(MANY), tmp_path_factory.mktemp("many"))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_value_and_gradient_are_those_of_one_process(case: str, ranks: list[dict[str, Any]]) -> None:
+    check(case, ranks)
+
+
+@pytest.mark.parametrize("case", SAMPLE_CASES)
+def test_four_processes_and_one_with_a_single_row(case: str, many: list[dict[str, Any]]) -> None:
+    check(case, many)
+
+
+@pytest.mark.parametrize("name", SCALE_FREE)
+def test_collapse_whose_mean_is_rounded(name: str, many: list[dict[str, Any]]) -> None:
+    for result in many:
+        found, expected = result["collapse"][name]
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def check(case: str, ranks: list[dict[str, Any]]) -> None:
     expected, reference = value_and_gradient(case, slice(None))
     tolerance = 1e-3 if CASES[case][-1] == FAR else 1e-5
     for result in ranks:
@@ -200,7 +258,7 @@ def test_value_and_gradient_are_those_of_one_process(case: str, ranks: list[dict
         assert value.item() == pytest.approx(expected.item(), rel=tolerance)
         assert ((grad * reference).sum() / reference.square().sum()).item() == pytest.approx(1, abs=tolerance)
         torch.testing.assert_close(grad, reference, rtol=tolerance, atol=tolerance * reference.abs().max().item())
-    assert torch.equal(ranks[0][case][0], ranks[1][case][0])
+    assert all(torch.equal(result[case][0], ranks[0][case][0]) for result in ranks)
 
 
 def test_messages(ranks: list[dict[str, Any]]) -> None:

@@ -63,6 +63,26 @@ def test_resumed_run_is_the_uninterrupted_one(name: str, door: str, tmp_path: Pa
     assert not torch.equal(weights(forgot), weights(half))
 
 
+def test_resumed_run_may_begin_with_a_step_that_does_not_fit(tmp_path: Path) -> None:
+    class OnceTooOften(Siamese):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            loss = super().training_step(batch)
+            late = self.current_epoch == 1 and batch_idx == 0
+            return loss + self.projector(self.encoder(batch)).mean() if late else loss
+
+    def go(**kwargs: Any) -> tuple[LightningModule, Any]:
+        model, _, trainer = fit(OnceTooOften, Regularizer(VICReg(), on="projector"), batches=2, **kwargs)
+        return model, trainer
+
+    with pytest.warns(UserWarning, match=r"there were 3.*go without the term"):
+        whole, _ = go(max_epochs=2)
+    _, trainer = go(max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    with pytest.warns(UserWarning, match=r"there were 3.*go without the term"):
+        resumed, _ = go(max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    assert torch.equal(weights(resumed), weights(whole))
+
+
 @pytest.mark.parametrize("door", ["callback", "mixin"])
 def test_rollback_brings_the_memory_back(door: str, tmp_path: Path) -> None:
     class Back(Callback):

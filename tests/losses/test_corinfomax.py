@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses import CorInfoMax, corinfomax_terms
+from lightning_collapse.losses import CorInfoMax, corinfomax, corinfomax_terms
 from tests.contracts.test_losses import rank_after_training
 from tests.losses.cases.base import whitened
 from tests.losses.cases.corinfomax import naive_determinant
@@ -94,6 +94,19 @@ def test_finite_in_any_precision_while_it_collapses(dtype: torch.dtype, scale: f
     for _ in range(5):
         (grad,) = torch.autograd.grad(loss(z, z), z)
         assert grad.isfinite().all()
+
+
+def test_moves_to_a_device_without_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = CorInfoMax()
+    loss(batch(0), batch(1))
+    kept = loss.to("cpu").covariances
+    assert kept.dtype == torch.float64
+    single = {"cpu": torch.float64, "meta": torch.float32}
+    monkeypatch.setattr(corinfomax, "accumulation_dtype", lambda device: single[device.type])
+    moved: list[torch.dtype] = []
+    loss._apply(lambda tensor: moved.append(tensor.dtype) or tensor.to("meta"))
+    assert set(moved) == {torch.float32}  # what the device would have refused
+    assert loss.means.dtype == loss.covariances.dtype == torch.float32
 
 
 def test_gradient_runs_through_this_batch_alone() -> None:
