@@ -89,6 +89,8 @@ class AntiCollapseMixin:
         """Weighted sum of the regularizers; add it to the loss.
 
         Collective: every process must call it. Call it once per step and name, the last call is what the curves show.
+        While the module is in evaluation mode, as in ``validation_step``, so are the regularizers: they remember nothing
+        of it.
 
         Args:
             views: Feature matrices of shape ``(N, D)``: one, or the two views of the same samples. An integer tensor
@@ -109,11 +111,15 @@ class AntiCollapseMixin:
         curves: dict[str, Tensor] = {}
         for name, (weight, loss) in self._chosen(names, len(views), bool(labels)).items():
             _follow(loss, views[0])
+            awake = _awake(loss, self)
             try:
                 value, terms = evaluate(loss, (*views, *labels) if _takes_labels(loss) else views)
             except TooFewRowsError as error:
                 _warn_once(self, name, str(error))
                 continue
+            finally:
+                for module in awake:
+                    module.training = True
             added.append(_weighted(self, weight, value) if callable(weight) else weighted(weight, value, step=0))
             curves |= term_curves(name, added[-1], terms)
         _publish(self, curves)
@@ -196,6 +202,17 @@ def _warn_once(pl_module: Any, name: str, message: str) -> None:
     if name not in warned:
         warned.add(name)
         rank_zero_warn(f"The regularizer {name!r} was left out of a step: {message}")
+
+
+def _awake(loss: nn.Module, pl_module: Any) -> list[nn.Module]:
+    """Put a loss that is not in the module tree to rest with the module, and say what to wake afterwards.
+
+    Otherwise what it remembers would be changed by validation.
+    """
+    awake = [] if getattr(pl_module, "training", True) else [module for module in loss.modules() if module.training]
+    for module in awake:
+        module.training = False
+    return awake
 
 
 def _follow(loss: nn.Module, view: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.losses import CovarianceLoss, LinearWarmup, VarianceLoss, VICReg
+from lightning_collapse.losses.memory import remembered
 from lightning_collapse.mixins.anti_collapse import AntiCollapseMixin
 from lightning_collapse.utilities.registry import LOSSES
 from tests.integration.siamese import Memory, MixedSiamese, MixedSingle, Siamese, Single, curve, fit, weights
@@ -273,6 +274,26 @@ def test_compiled_code_is_not_compiled_again_every_step(door: str) -> None:
 
     expected = {"callback": 1, "mixin": 4}[door]
     assert graphs(2) == graphs(6) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("CorInfoMax", "plain"), ("WMSE", "plain"), ("SIGReg", "plain"), ("SIGReg", "compiled")]
+)
+def test_losses_of_the_mixin_remember_nothing_of_validation(name: str, how: str) -> None:
+    loss = LOSSES[name](**CASES[name].doors)
+    model = {1: MixedSingle, 2: MixedSiamese}[loss.views](it=loss)
+    batch = torch.randn(32, 16)
+    model.training_step(batch)
+    before = remembered(loss)
+    model.eval()
+    torch.compiler.reset()
+    step = torch.compile(model.training_step, backend="aot_eager") if how == "compiled" else model.training_step
+    value = step(batch)  # as a shared step of `validation_step`
+    torch.testing.assert_close(remembered(loss), before, rtol=0, atol=0)
+    torch.testing.assert_close(step(batch), value)
+    assert loss.training
+    model.train().training_step(batch)
+    assert any(not torch.equal(kept, before[key]) for key, kept in remembered(loss).items())
 
 
 def test_wrong_base_order_is_refused() -> None:
