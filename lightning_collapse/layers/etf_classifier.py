@@ -104,5 +104,5 @@ class ETFClassifier(nn.Module):
 @full_precision
 def _on_the_sphere(features: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    some = lengths > 0
-    return torch.where(some, features / torch.where(some, lengths, 1.0), 0.0)
+    empty = lengths == 0  # and not what is no number
+    return torch.where(empty, 0.0, features / torch.where(empty, 1.0, lengths))

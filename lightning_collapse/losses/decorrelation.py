@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
 from lightning_collapse.losses.products import product
+from lightning_collapse.losses.rows import unit_rows
 from lightning_collapse.losses.statistics import center, stack_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
@@ -37,9 +38,7 @@ def feature_decorrelation_terms(
         ValueError: If the views are not matrices of one shape, or have fewer than two rows over all processes.
     """
     views = stack_views("feature_decorrelation_terms", first=first, second=second)
-    norms = torch.linalg.vector_norm(views, dim=2, keepdim=True)
-    directions = torch.where(norms > 0, views / torch.where(norms > 0, norms, 1.0), 0.0)
-    batch = center("feature_decorrelation_terms", directions, extra=views.new_zeros(()))
+    batch = center("feature_decorrelation_terms", unit_rows(views), extra=views.new_zeros(()))
     dim = views.shape[2]
     cross = product(batch.rows[0].mT, batch.rows[1]).flatten()
     sums = all_reduce_sum_with_grad(torch.cat([cross, batch.rows.square().sum(dim=1).flatten()])) / (batch.samples - 1)

@@ -45,8 +45,8 @@ def ldreg_loss(features: Tensor, k: int = 64, form: Form = "paper", eps: float =
     everything, first = gather_rows("ldreg_loss", rows.detach(), least=4)
     squares = squared_distances(rows, everything, first)
     near = squares.topk(min(k, len(everything) - 2), dim=1, largest=False).values
-    apart = near > 0
-    distances = torch.where(apart, torch.where(apart, near, 1.0).sqrt(), 0.0)
+    repeated = near == 0
+    distances = torch.where(repeated, 0.0, torch.where(repeated, 1.0, near).sqrt())
     radius = distances[:, -1]
     share = distances[:, :-1].mean(dim=1) / torch.where(radius > 0, radius, 1.0)
     log_dimension = (share + eps).log() - (1 - share + eps).log()

@@ -98,6 +98,14 @@ def test_constant_batch(name: str, dtype: torch.dtype) -> None:
 
 
 @every_loss
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_neither_raises_nor_hides(name: str, bad: float) -> None:
+    inputs = views(name, some(name))
+    inputs[0][1] = bad
+    assert not build(name)(*inputs).isfinite()
+
+
+@every_loss
 def test_perfect_batch(name: str) -> None:
     loss = build(name)
     case = CASES[name]

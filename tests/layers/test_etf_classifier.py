@@ -104,3 +104,11 @@ def test_federated_head() -> None:
     assert FedETFHead(12, 4).projection.out_features == 4
     head(features).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+def test_features_that_are_no_numbers_do_not_look_like_zeros() -> None:
+    features = torch.ones(2, 8)
+    features[1, 0] = torch.nan
+    logits = ETFClassifier(8, 3)(features)
+    assert logits[0].isfinite().all()
+    assert logits[1].isnan().all()
