@@ -57,15 +57,20 @@ def sigreg_loss(features: Tensor, directions: Tensor, quadrature: Quadrature = "
     if directions.ndim != 2 or len(directions) != dim:
         raise ValueError(f"`directions` must have shape ({dim}, M), got {tuple(directions.shape)}: one per column.")
     knots, weights = half_rule(quadrature)
+    normal = [math.exp(-t * t / 2) for t in knots]
     sums: Tensor = _CharacteristicSums.apply(product(rows, directions.to(rows)), knots)  # type: ignore[no-untyped-call]
     message = all_reduce_sum_with_grad(torch.cat([sums.flatten(), sums.new_full((1,), n)]))
     count = message[-1].detach()
     require_rows("sigreg_loss", 1, count, n)
     cosines, sines = message[:-1].view_as(sums) / count
-    normal = sums.new_tensor([math.exp(-t * t / 2) for t in knots]).unsqueeze(1)
-    gap = ((cosines - normal).square() + sines.square()).mean(dim=1)
-    statistic: Tensor = count * (gap * sums.new_tensor(weights)).sum()
+    gaps = ((cosines - _filled(sums, normal)).square() + sines.square()).mean(dim=1, keepdim=True)
+    statistic: Tensor = count * (gaps * _filled(sums, weights)).sum()
     return statistic
+
+
+def _filled(like: Tensor, numbers: list[float]) -> Tensor:
+    """A column of numbers, filled in on the device: a copy from the host would wait for it."""
+    return torch.stack([like.new_full((1,), number) for number in numbers])
 
 
 def half_rule(quadrature: Quadrature) -> tuple[list[float], list[float]]:

@@ -89,8 +89,7 @@ class AntiCollapseMixin:
         """Weighted sum of the regularizers; add it to the loss.
 
         Collective: every process must call it. Call it once per step and name, the last call is what the curves show.
-        While the module is in evaluation mode, as in ``validation_step``, so are the regularizers: they remember nothing
-        of it.
+        While the module is in evaluation mode, as in ``validation_step``, so are they, and remember nothing.
 
         Args:
             views: Feature matrices of shape ``(N, D)``: one, or the two views of the same samples. An integer tensor
