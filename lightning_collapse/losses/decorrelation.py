@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of, require_positive
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import unit_rows
 from lightning_collapse.losses.statistics import center, stack_views
@@ -15,6 +15,7 @@ from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
 Convention = Literal["paper", "code"]
+CONVENTIONS = get_args(Convention)
 
 
 @full_precision
@@ -37,6 +38,7 @@ def feature_decorrelation_terms(
     Raises:
         ValueError: If the views are not matrices of one shape, or have fewer than two rows over all processes.
     """
+    require_one_of(CONVENTIONS, convention=convention)
     views = stack_views("feature_decorrelation_terms", first=first, second=second)
     batch = center("feature_decorrelation_terms", unit_rows(views), extra=views.new_zeros(()))
     dim = views.shape[2]
@@ -95,8 +97,7 @@ class FeatureDecorrelation(AntiCollapseLoss):
         self, invariance: float = 1.0, redundancy: float = 0.005, convention: Convention = "paper", eps: float = 1e-12
     ) -> None:
         super().__init__()
-        if convention not in get_args(Convention):
-            raise ValueError(f"`convention` must be one of {get_args(Convention)}, got {convention!r}.")
+        require_one_of(CONVENTIONS, convention=convention)
         require_positive(eps=eps)
         self.convention: Convention = convention
         self.eps = eps

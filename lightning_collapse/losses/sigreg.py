@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_collapse.losses.base import AntiCollapseLoss
+from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of
 from lightning_collapse.losses.directions import random_directions
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
@@ -17,6 +17,7 @@ from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
 Quadrature = Literal["paper", "package"]
+QUADRATURES = get_args(Quadrature)
 
 
 @full_precision
@@ -52,6 +53,7 @@ def sigreg_loss(features: Tensor, directions: Tensor, quadrature: Quadrature = "
         >>> sigreg_loss(torch.zeros(100, 2), torch.eye(2))
         tensor(40.8921)
     """
+    require_one_of(QUADRATURES, quadrature=quadrature)
     (rows,) = stack_views("sigreg_loss", features=features)
     n, dim = rows.shape
     if directions.ndim != 2 or len(directions) != dim:
@@ -143,8 +145,7 @@ class SIGReg(AntiCollapseLoss):
         super().__init__()
         if slices < 1:
             raise ValueError(f"`slices` must be at least 1, got {slices}.")
-        if quadrature not in get_args(Quadrature):
-            raise ValueError(f"`quadrature` must be one of {get_args(Quadrature)}, got {quadrature!r}.")
+        require_one_of(QUADRATURES, quadrature=quadrature)
         self.slices = slices
         self.quadrature: Quadrature = quadrature
         self.seed = seed

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_collapse.losses.base import TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.memory import recall, remembered
-from lightning_collapse.losses.schedule import Weight, weighted
+from lightning_collapse.losses.schedule import Weight, require_weight, weighted
 from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.trainer import logging_step
 
@@ -70,18 +70,26 @@ class AntiCollapseMixin:
                 if its attribute ``takes_labels`` is true.
 
         Raises:
-            ValueError: If an entry is neither.
+            ValueError: If it is no mapping, or an entry is neither.
         """
+        if not isinstance(regularizers, Mapping):
+            raise ValueError(
+                f"`regularizers` must be losses by name, got {type(regularizers).__name__}. Write"
+                " `set_regularizers({'vicreg': VICReg()})`."
+            )
         chosen: dict[str, tuple[Weight, nn.Module]] = {}
         for name, entry in regularizers.items():
-            weight, loss = entry if isinstance(entry, tuple) else (1.0, entry)
+            weight, loss = entry if isinstance(entry, tuple) and len(entry) == 2 else (1.0, entry)
             if not isinstance(loss, nn.Module):
                 raise ValueError(
-                    f"`regularizers[{name!r}]` must be a module or (weight, module), got {type(loss).__name__}."
+                    f"`regularizers[{name!r}]` must be a module or (weight, module), got {entry!r}. Pass an instance:"
+                    f" `{{{name!r}: (0.1, VICReg())}}`."
                 )
+            require_weight(weight)
             chosen[name] = (weight, loss)
         self.regularizers = chosen
         trained = {name: loss for name, (_, loss) in chosen.items() if any(p.requires_grad for p in loss.parameters())}
+        vars(self).get("_modules", {}).pop("trained_regularizers", None)  # of an earlier choice, by a base class
         if trained:
             self.trained_regularizers = nn.ModuleDict(trained)
 
@@ -148,9 +156,8 @@ class AntiCollapseMixin:
                 f"`{type(self).__name__}` has no regularizers. Call `self.set_regularizers({{'vicreg': VICReg()}})` in"
                 " its `__init__`."
             )
-        for name in names or ():
-            if name not in regularizers:
-                raise MisconfigurationException(f"Unknown regularizer {name!r}. Choose from: {sorted(regularizers)}.")
+        if isinstance(names, str) or not set(names or ()) <= set(regularizers):
+            raise MisconfigurationException(f"`names` must be a list out of {sorted(regularizers)}, got {names!r}.")
         chosen = regularizers if names is None else {name: regularizers[name] for name in names}
         for name, (_, loss) in chosen.items():
             wanted = getattr(loss, "views", 1)
