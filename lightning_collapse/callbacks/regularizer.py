@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.memory import recall, remembered
-from lightning_collapse.losses.schedule import Weight, weighted
+from lightning_collapse.losses.schedule import Weight, require_weight, weighted
 from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.features import as_rows
 from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first, let_hooks_be_seen
@@ -50,7 +50,7 @@ class Regularizer(Callback):
         name: Name of the curves; by default that of the loss class without ``Loss``, in lower case.
 
     Raises:
-        ValueError: If ``chunk`` does not fit the loss, or the loss takes labels.
+        ValueError: If an argument is of another type, ``chunk`` does not fit the loss, or the loss takes labels.
         MisconfigurationException: At the start of the fit, if the module optimizes by hand, the loss has trainable
             parameters, the layer is not found or the name is taken; at the first training step, if the layer did not
             run as often as the loss has views.
@@ -68,6 +68,11 @@ class Regularizer(Callback):
         chunk: Literal[1, 2] = 1,
         name: str | None = None,
     ) -> None:
+        if not isinstance(loss, nn.Module):
+            raise ValueError(f"`loss` must be a module, got {loss!r}. Pass an instance, such as `VICReg()`.")
+        if not isinstance(on, str):
+            raise ValueError(f"`on` must be the name of a layer, got {on!r}. Pass what `named_modules()` calls it.")
+        require_weight(weight)
         self._views: int = getattr(loss, "views", 1)
         if chunk not in (1, self._views):
             raise ValueError(

@@ -160,7 +160,8 @@ def _weight_of(correlation: Tensor, method: Method, convention: Convention, eps:
     if method == "direct_copy":
         tiny = torch.finfo(correlation.dtype).tiny
         norm = eigenvalues(correlation)[0].clamp_min(tiny) if convention == "paper" else 1.0
-        return correlation / norm + eps * torch.eye(len(correlation)).to(correlation)
+        identity = torch.eye(len(correlation), dtype=correlation.dtype, device=correlation.device)
+        return correlation / norm + eps * identity
     values, vectors = eigenvectors(correlation)
     if convention == "code":
         relative = values / values[0].clamp_min(torch.finfo(values.dtype).tiny)

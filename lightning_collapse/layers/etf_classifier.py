@@ -23,7 +23,7 @@ def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> Tensor:
         seed: Of the rotation; equal seeds give equal rows on every process. No other random state is touched.
 
     Returns:
-        Shape ``(C, D)``, ``float64``: rows of length 1 whose cosines are all ``-1 / (C - 1)``.
+        Shape ``(C, D)``, ``float64``, on the CPU: rows of length 1 whose cosines are all ``-1 / (C - 1)``.
 
     Raises:
         ValueError: If there are fewer than two classes, or more than ``D + 1``.
@@ -39,10 +39,11 @@ def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> Tensor:
             " linear layer before the classifier."
         )
     classes = num_classes - 1
-    first = torch.cat([torch.ones(num_classes, 1), torch.eye(num_classes, classes)], dim=1).double()
-    centered = torch.linalg.qr(first).Q[:, 1:]  # orthogonal to the column of ones
-    generator = torch.Generator().manual_seed(seed)
-    rotation = torch.linalg.qr(torch.randn(dim, classes, generator=generator, dtype=torch.float64)).Q
+    with torch.device("cpu"):  # the generator's, whatever the default
+        first = torch.cat([torch.ones(num_classes, 1), torch.eye(num_classes, classes)], dim=1).double()
+        centered = torch.linalg.qr(first).Q[:, 1:]  # orthogonal to the column of ones
+        generator = torch.Generator().manual_seed(seed)
+        rotation = torch.linalg.qr(torch.randn(dim, classes, generator=generator, dtype=torch.float64)).Q
     rows: Tensor = (num_classes / classes) ** 0.5 * centered @ rotation.T
     return rows
 
@@ -81,11 +82,13 @@ class ETFClassifier(nn.Module):
         True
     """
 
+    constants = ("weight",)  # of a loss that holds the classifier
     weight: Tensor
 
     def __init__(self, dim: int, num_classes: int, seed: int = 0) -> None:
         super().__init__()
-        self.register_buffer("weight", simplex_etf(num_classes, dim, seed).to(torch.get_default_dtype()))
+        weight = simplex_etf(num_classes, dim, seed)
+        self.register_buffer("weight", weight.to(torch.get_default_device(), torch.get_default_dtype()))
 
     def embed(self, features: Tensor) -> Tensor:
         """Features ``(..., D)`` on the unit sphere, at least ``float32``; zero stays zero, and has no gradient."""
@@ -104,5 +107,5 @@ class ETFClassifier(nn.Module):
 @full_precision
 def _on_the_sphere(features: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    some = lengths > 0
-    return torch.where(some, features / torch.where(some, lengths, 1.0), 0.0)
+    empty = lengths == 0  # and not what is no number
+    return torch.where(empty, 0.0, features / torch.where(empty, 1.0, lengths))

@@ -42,7 +42,7 @@ class FedETFHead(nn.Module):
         width = num_classes if projection is None else projection
         self.classifier = ETFClassifier(width, num_classes, seed)
         self.projection = nn.Linear(dim, width)
-        self.scale = nn.Parameter(torch.tensor(scale))
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits ``(..., C)`` of features ``(..., dim)``."""

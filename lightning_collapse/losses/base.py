@@ -1,5 +1,6 @@
 """What every anti-collapse loss is: named terms, their coefficients, and the values they take at both ends."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -79,6 +80,13 @@ def require_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"`{name}` must be positive, got {value}.")
+
+
+def require_one_of(options: Sequence[str], **values: str) -> None:
+    """Raise a ``ValueError`` that names the first argument that is no option."""
+    for name, value in values.items():
+        if value not in options:
+            raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
 
 
 def evaluate(loss: nn.Module, views: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,14 +6,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of, require_positive
 from lightning_collapse.losses.products import product
+from lightning_collapse.losses.rows import unit_rows
 from lightning_collapse.losses.statistics import center, stack_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
 Convention = Literal["paper", "code"]
+CONVENTIONS = get_args(Convention)
 
 
 @full_precision
@@ -36,10 +38,9 @@ def feature_decorrelation_terms(
     Raises:
         ValueError: If the views are not matrices of one shape, or have fewer than two rows over all processes.
     """
+    require_one_of(CONVENTIONS, convention=convention)
     views = stack_views("feature_decorrelation_terms", first=first, second=second)
-    norms = torch.linalg.vector_norm(views, dim=2, keepdim=True)
-    directions = torch.where(norms > 0, views / torch.where(norms > 0, norms, 1.0), 0.0)
-    batch = center("feature_decorrelation_terms", directions, extra=views.new_zeros(()))
+    batch = center("feature_decorrelation_terms", unit_rows(views), extra=views.new_zeros(()))
     dim = views.shape[2]
     cross = product(batch.rows[0].mT, batch.rows[1]).flatten()
     sums = all_reduce_sum_with_grad(torch.cat([cross, batch.rows.square().sum(dim=1).flatten()])) / (batch.samples - 1)
@@ -96,8 +97,7 @@ class FeatureDecorrelation(AntiCollapseLoss):
         self, invariance: float = 1.0, redundancy: float = 0.005, convention: Convention = "paper", eps: float = 1e-12
     ) -> None:
         super().__init__()
-        if convention not in get_args(Convention):
-            raise ValueError(f"`convention` must be one of {get_args(Convention)}, got {convention!r}.")
+        require_one_of(CONVENTIONS, convention=convention)
         require_positive(eps=eps)
         self.convention: Convention = convention
         self.eps = eps

@@ -5,13 +5,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_collapse.losses.base import AntiCollapseLoss
+from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of
 from lightning_collapse.losses.labels import count_classes, named_rows
 from lightning_collapse.losses.rows import mean_of_rows
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
 
 Lengths = Literal["equal", "batch"]
+LENGTHS = get_args(Lengths)
 
 
 @full_precision
@@ -50,6 +51,7 @@ def dot_regression(features: Tensor, labels: Tensor, prototypes: Tensor, lengths
         >>> dot_regression(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), prototypes)
         tensor(0.2500)
     """
+    require_one_of(LENGTHS, lengths=lengths)
     (features,) = stack_views("dot_regression", features=features)
     classes, dim = prototypes.shape
     if features.shape[1] != dim:
@@ -98,8 +100,7 @@ class DotRegression(AntiCollapseLoss):
                 f"`classifier` must have a fixed `weight` of shape (C, D), got {type(classifier).__name__}. Use"
                 " `ETFClassifier`."
             )
-        if lengths not in get_args(Lengths):
-            raise ValueError(f"`lengths` must be one of {get_args(Lengths)}, got {lengths!r}.")
+        require_one_of(LENGTHS, lengths=lengths)
         self.classifier = classifier
         self.lengths: Lengths = lengths
         self.coefficients = {"dot_regression": 1.0}

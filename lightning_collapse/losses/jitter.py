@@ -100,7 +100,7 @@ class JitteredCovarianceLoss(AntiCollapseLoss):
     def blend(self, batch: CenteredBatch) -> Tensor:
         """The matrix of :func:`smaller_side`, or, with ``momentum``, the covariance ``(D, D)`` of the stream.
 
-        Evaluated in training mode with gradient, it moves the stream on.
+        Evaluated in training mode with gradient, it moves the stream on, unless the batch is not finite.
 
         Raises:
             ValueError: If the stream has another width: one loss belongs to one layer.
@@ -115,9 +115,12 @@ class JitteredCovarianceLoss(AntiCollapseLoss):
                 " Use a loss of its own for every layer."
             )
         if earlier is not None:
-            matrix = self.momentum * earlier.to(matrix) + (1 - self.momentum) * matrix
+            # a first batch with what is not finite is forgotten
+            earlier = torch.where(earlier.isfinite().all(), earlier.to(matrix), matrix.detach())
+            matrix = self.momentum * earlier + (1 - self.momentum) * matrix
         if self.training and torch.is_grad_enabled():
-            self.covariance = matrix.detach()
+            moved = matrix.detach()
+            self.covariance = moved if earlier is None else torch.where(moved.isfinite().all(), moved, earlier)
         return matrix
 
     def extra_repr(self) -> str:

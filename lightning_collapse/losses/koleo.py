@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
 from lightning_collapse.losses.pairs import gather_rows, squared_distances
+from lightning_collapse.losses.rows import unit_rows
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
@@ -52,13 +53,11 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
         >>> koleo_loss(torch.eye(3)), koleo_loss(torch.ones(4, 3))
         (tensor(-0.3466), tensor(18.4207))
     """
-    rows = stack_views("koleo_loss", features=features)[0]
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    rows = torch.where(norms > 0, rows / torch.where(norms > 0, norms, 1.0), 0.0)
+    rows = unit_rows(stack_views("koleo_loss", features=features)[0])
     everything, first = gather_rows("koleo_loss", rows)
     nearest = squared_distances(rows.detach(), everything.detach(), first).argmin(dim=1)
     distances = torch.linalg.vector_norm(rows - everything[nearest], dim=1)
-    distances = torch.where(distances > 4 * torch.finfo(rows.dtype).eps, distances, 0.0)
+    distances = torch.where(distances <= 4 * torch.finfo(rows.dtype).eps, 0.0, distances)
     return all_reduce_sum_with_grad(-(distances + eps).log().sum()) / len(everything)
 
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of, require_positive
 from lightning_collapse.losses.pairs import gather_rows, squared_distances
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
@@ -14,6 +14,7 @@ from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
 Form = Literal["paper", "released"]
+FORMS = get_args(Form)
 
 
 @full_precision
@@ -41,12 +42,13 @@ def ldreg_loss(features: Tensor, k: int = 64, form: Form = "paper", eps: float =
         >>> (-ldreg_loss(plane)).exp().round()
         tensor(2.)
     """
+    require_one_of(FORMS, form=form)
     rows = stack_views("ldreg_loss", features=features)[0]
     everything, first = gather_rows("ldreg_loss", rows.detach(), least=4)
     squares = squared_distances(rows, everything, first)
     near = squares.topk(min(k, len(everything) - 2), dim=1, largest=False).values
-    apart = near > 0
-    distances = torch.where(apart, torch.where(apart, near, 1.0).sqrt(), 0.0)
+    repeated = near == 0
+    distances = torch.where(repeated, 0.0, torch.where(repeated, 1.0, near).sqrt())
     radius = distances[:, -1]
     share = distances[:, :-1].mean(dim=1) / torch.where(radius > 0, radius, 1.0)
     log_dimension = (share + eps).log() - (1 - share + eps).log()
@@ -96,8 +98,7 @@ class LDReg(AntiCollapseLoss):
         super().__init__()
         if k < 2:
             raise ValueError(f"`k` must be at least 2, got {k}: one distance is the unit, another one is measured.")
-        if form not in get_args(Form):
-            raise ValueError(f"`form` must be one of {get_args(Form)}, got {form!r}.")
+        require_one_of(FORMS, form=form)
         require_positive(eps=eps)
         self.k = k
         self.form: Form = form

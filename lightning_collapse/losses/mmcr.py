@@ -20,8 +20,8 @@ def mmcr_terms(first: Tensor, second: Tensor) -> dict[str, Tensor]:
     r"""The two terms of :class:`MMCR`, unweighted.
 
     Collective: every process must call it. Centroids of all processes travel, and every process takes the singular
-    values of all of them. One all-reduce of two numbers besides, and several processes wait once for the device, to
-    learn how many rows there are. Can be differentiated once.
+    values of all of them, which waits for the device. One all-reduce of two numbers besides, and several processes wait
+    once more, to learn how many rows there are. Can be differentiated once.
 
     Args:
         first: Representations of one view, shape ``(N, D)``; a row of zeros stays one.
@@ -55,10 +55,11 @@ class _NuclearNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
-        u, singular_values, vh = torch.linalg.svd(matrix, full_matrices=False)
-        ctx.save_for_backward(u @ vh)
-        nuclear: Tensor = singular_values.sum()
-        return nuclear
+        finite = matrix.isfinite().all()
+        # the solver raises on what is not finite; the loss and its gradient still tell of it
+        u, singular_values, vh = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)
+        ctx.save_for_backward(torch.where(finite, u @ vh, torch.nan))
+        return torch.where(finite, singular_values.sum(), torch.nan)
 
     @staticmethod
     @once_differentiable

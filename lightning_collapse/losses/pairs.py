@@ -49,6 +49,6 @@ def squared_distances(rows: Tensor, everything: Tensor, first: int) -> Tensor:
     rows, everything = rows.to(dtype) - center, everything.to(dtype) - center
     energy = rows.square().sum(dim=1, keepdim=True) + everything.square().sum(dim=1)
     squares = energy - 2 * rows @ everything.T
-    squares = torch.where(squares > 32 * torch.finfo(dtype).eps * energy, squares, 0.0)
+    squares = torch.where(squares <= 32 * torch.finfo(dtype).eps * energy, 0.0, squares)
     own = torch.arange(first, first + len(rows), device=rows.device).unsqueeze(1)
     return squares.masked_fill(own == torch.arange(len(everything), device=rows.device), torch.inf)

@@ -30,10 +30,10 @@ def unit_rows(features: Tensor) -> Tensor:
     """
     # the largest entry first: squares of small numbers would underflow
     largest = features.detach().abs().amax(dim=-1, keepdim=True)
-    there = largest > 0
-    scaled = features / torch.where(there, largest, torch.ones_like(largest))
-    length = torch.where(there, scaled, torch.ones_like(scaled)).norm(dim=-1, keepdim=True)
-    return torch.where(there, scaled / length, torch.zeros_like(scaled))
+    empty = largest == 0  # and not what is no number, which must not look like a row of zeros
+    scaled = features / torch.where(empty, torch.ones_like(largest), largest)
+    length = torch.where(empty, torch.ones_like(scaled), scaled).norm(dim=-1, keepdim=True)
+    return torch.where(empty, torch.zeros_like(scaled), scaled / length)
 
 
 def mean_of_rows(function: str, values: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -2,11 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor
 
 Weight = float | Callable[[int], float]
 """A constant, or a function of the step on the loggers' x-axis (optimizer steps, whatever the accumulation)."""
+
+
+def require_weight(weight: object) -> None:
+    """Raise a ``ValueError`` unless it is a :data:`Weight`."""
+    if not isinstance(weight, Real | Tensor) and not callable(weight):
+        raise ValueError(
+            f"`weight` must be a number or a function of the step, got {weight!r}. For one that changes there are"
+            " `LinearWarmup` and `LinearRamp`."
+        )
 
 
 def weighted(weight: Weight, value: Tensor, step: int) -> Tensor:

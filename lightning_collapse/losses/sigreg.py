@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_collapse.losses.base import AntiCollapseLoss
+from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of
 from lightning_collapse.losses.directions import random_directions
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
@@ -17,6 +17,7 @@ from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
 Quadrature = Literal["paper", "package"]
+QUADRATURES = get_args(Quadrature)
 
 
 @full_precision
@@ -52,20 +53,26 @@ def sigreg_loss(features: Tensor, directions: Tensor, quadrature: Quadrature = "
         >>> sigreg_loss(torch.zeros(100, 2), torch.eye(2))
         tensor(40.8921)
     """
+    require_one_of(QUADRATURES, quadrature=quadrature)
     (rows,) = stack_views("sigreg_loss", features=features)
     n, dim = rows.shape
     if directions.ndim != 2 or len(directions) != dim:
         raise ValueError(f"`directions` must have shape ({dim}, M), got {tuple(directions.shape)}: one per column.")
     knots, weights = half_rule(quadrature)
+    normal = [math.exp(-t * t / 2) for t in knots]
     sums: Tensor = _CharacteristicSums.apply(product(rows, directions.to(rows)), knots)  # type: ignore[no-untyped-call]
     message = all_reduce_sum_with_grad(torch.cat([sums.flatten(), sums.new_full((1,), n)]))
     count = message[-1].detach()
     require_rows("sigreg_loss", 1, count, n)
     cosines, sines = message[:-1].view_as(sums) / count
-    normal = sums.new_tensor([math.exp(-t * t / 2) for t in knots]).unsqueeze(1)
-    gap = ((cosines - normal).square() + sines.square()).mean(dim=1)
-    statistic: Tensor = count * (gap * sums.new_tensor(weights)).sum()
+    gaps = ((cosines - _filled(sums, normal)).square() + sines.square()).mean(dim=1, keepdim=True)
+    statistic: Tensor = count * (gaps * _filled(sums, weights)).sum()
     return statistic
+
+
+def _filled(like: Tensor, numbers: list[float]) -> Tensor:
+    """A column of numbers, filled in on the device: a copy from the host would wait for it."""
+    return torch.stack([like.new_full((1,), number) for number in numbers])
 
 
 def half_rule(quadrature: Quadrature) -> tuple[list[float], list[float]]:
@@ -138,8 +145,7 @@ class SIGReg(AntiCollapseLoss):
         super().__init__()
         if slices < 1:
             raise ValueError(f"`slices` must be at least 1, got {slices}.")
-        if quadrature not in get_args(Quadrature):
-            raise ValueError(f"`quadrature` must be one of {get_args(Quadrature)}, got {quadrature!r}.")
+        require_one_of(QUADRATURES, quadrature=quadrature)
         self.slices = slices
         self.quadrature: Quadrature = quadrature
         self.seed = seed

@@ -5,13 +5,14 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of, require_positive
 from lightning_collapse.losses.statistics import center, stack_views, variances_and_covariance
 from lightning_collapse.losses.variance import variance_hinge
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.registry import register_loss
 
 Convention = Literal["code", "paper"]
+CONVENTIONS = get_args(Convention)
 
 
 @full_precision
@@ -39,6 +40,7 @@ def vicreg_terms(
     Raises:
         ValueError: If the views are not matrices of one shape, or have fewer than two rows over all processes.
     """
+    require_one_of(CONVENTIONS, convention=convention)
     views = stack_views("vicreg_terms", first=first, second=second)
     batch = center("vicreg_terms", views, extra=(views[0] - views[1]).square().sum())
     variance, energy = variances_and_covariance(batch)
@@ -103,8 +105,7 @@ class VICReg(AntiCollapseLoss):
         eps: float = 1e-4,
     ) -> None:
         super().__init__()
-        if convention not in get_args(Convention):
-            raise ValueError(f"`convention` must be one of {get_args(Convention)}, got {convention!r}.")
+        require_one_of(CONVENTIONS, convention=convention)
         require_positive(target_std=target_std, eps=eps)
         self.convention: Convention = convention
         self.target_std = target_std

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of, require_positive
 from lightning_collapse.losses.directions import random_directions
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
@@ -17,6 +17,7 @@ from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, 
 from lightning_collapse.utilities.registry import register_loss
 
 Scope = Literal["rank", "global"]
+SCOPES = get_args(Scope)
 
 
 @full_precision
@@ -39,6 +40,7 @@ def visreg_terms(features: Tensor, directions: Tensor, eps: float = 1e-4, scope:
     Raises:
         ValueError: If ``features`` is not a matrix, ``directions`` do not fit, or if there are fewer than two rows.
     """
+    require_one_of(SCOPES, scope=scope)
     (rows,) = stack_views("visreg_terms", features=features)
     n, dim = rows.shape
     if directions.ndim != 2 or len(directions) != dim:
@@ -119,8 +121,7 @@ class VISReg(AntiCollapseLoss):
         require_positive(eps=eps)
         if slices < 1:
             raise ValueError(f"`slices` must be at least 1, got {slices}.")
-        if scope not in get_args(Scope):
-            raise ValueError(f"`scope` must be one of {get_args(Scope)}, got {scope!r}.")
+        require_one_of(SCOPES, scope=scope)
         self.slices = slices
         self.eps = eps
         self.scope: Scope = scope

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_collapse.losses.base import TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.memory import recall, remembered
-from lightning_collapse.losses.schedule import Weight, weighted
+from lightning_collapse.losses.schedule import Weight, require_weight, weighted
 from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.trainer import logging_step
 
@@ -70,18 +70,26 @@ class AntiCollapseMixin:
                 if its attribute ``takes_labels`` is true.
 
         Raises:
-            ValueError: If an entry is neither.
+            ValueError: If it is no mapping, or an entry is neither.
         """
+        if not isinstance(regularizers, Mapping):
+            raise ValueError(
+                f"`regularizers` must be losses by name, got {type(regularizers).__name__}. Write"
+                " `set_regularizers({'vicreg': VICReg()})`."
+            )
         chosen: dict[str, tuple[Weight, nn.Module]] = {}
         for name, entry in regularizers.items():
-            weight, loss = entry if isinstance(entry, tuple) else (1.0, entry)
+            weight, loss = entry if isinstance(entry, tuple) and len(entry) == 2 else (1.0, entry)
             if not isinstance(loss, nn.Module):
                 raise ValueError(
-                    f"`regularizers[{name!r}]` must be a module or (weight, module), got {type(loss).__name__}."
+                    f"`regularizers[{name!r}]` must be a module or (weight, module), got {entry!r}. Pass an instance:"
+                    f" `{{{name!r}: (0.1, VICReg())}}`."
                 )
+            require_weight(weight)
             chosen[name] = (weight, loss)
         self.regularizers = chosen
         trained = {name: loss for name, (_, loss) in chosen.items() if any(p.requires_grad for p in loss.parameters())}
+        vars(self).get("_modules", {}).pop("trained_regularizers", None)  # of an earlier choice, by a base class
         if trained:
             self.trained_regularizers = nn.ModuleDict(trained)
 
@@ -89,6 +97,7 @@ class AntiCollapseMixin:
         """Weighted sum of the regularizers; add it to the loss.
 
         Collective: every process must call it. Call it once per step and name, the last call is what the curves show.
+        While the module is in evaluation mode, as in ``validation_step``, so are they, and remember nothing.
 
         Args:
             views: Feature matrices of shape ``(N, D)``: one, or the two views of the same samples. An integer tensor
@@ -109,11 +118,15 @@ class AntiCollapseMixin:
         curves: dict[str, Tensor] = {}
         for name, (weight, loss) in self._chosen(names, len(views), bool(labels)).items():
             _follow(loss, views[0])
+            awake = _awake(loss, self)
             try:
                 value, terms = evaluate(loss, (*views, *labels) if _takes_labels(loss) else views)
             except TooFewRowsError as error:
                 _warn_once(self, name, str(error))
                 continue
+            finally:
+                for module in awake:
+                    module.training = True
             added.append(_weighted(self, weight, value) if callable(weight) else weighted(weight, value, step=0))
             curves |= term_curves(name, added[-1], terms)
         _publish(self, curves)
@@ -143,9 +156,8 @@ class AntiCollapseMixin:
                 f"`{type(self).__name__}` has no regularizers. Call `self.set_regularizers({{'vicreg': VICReg()}})` in"
                 " its `__init__`."
             )
-        for name in names or ():
-            if name not in regularizers:
-                raise MisconfigurationException(f"Unknown regularizer {name!r}. Choose from: {sorted(regularizers)}.")
+        if isinstance(names, str) or not set(names or ()) <= set(regularizers):
+            raise MisconfigurationException(f"`names` must be a list out of {sorted(regularizers)}, got {names!r}.")
         chosen = regularizers if names is None else {name: regularizers[name] for name in names}
         for name, (_, loss) in chosen.items():
             wanted = getattr(loss, "views", 1)
@@ -196,6 +208,17 @@ def _warn_once(pl_module: Any, name: str, message: str) -> None:
     if name not in warned:
         warned.add(name)
         rank_zero_warn(f"The regularizer {name!r} was left out of a step: {message}")
+
+
+def _awake(loss: nn.Module, pl_module: Any) -> list[nn.Module]:
+    """Put a loss that is not in the module tree to rest with the module, and say what to wake afterwards.
+
+    Otherwise what it remembers would be changed by validation.
+    """
+    awake = [] if getattr(pl_module, "training", True) else [module for module in loss.modules() if module.training]
+    for module in awake:
+        module.training = False
+    return awake
 
 
 def _follow(loss: nn.Module, view: Tensor) -> None:

@@ -1,9 +1,13 @@
 """One battery over every registered loss, against an independent reference in ``float64``."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_collapse import losses
 from lightning_collapse.functional import effective_rank
 from lightning_collapse.losses import AntiCollapseLoss, CovarianceLoss, VarianceLoss, VICReg, covariance_loss
 from lightning_collapse.spectral import singular_values
@@ -107,6 +111,14 @@ def test_constant_batch_whose_mean_is_rounded(name: str, offset: float) -> None:
         for _ in range(case.settle):
             module(*constant)
         assert module(*constant).item() == pytest.approx(module.at_collapse(n, 4), abs=1e-4)
+
+
+@every_loss
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_neither_raises_nor_hides(name: str, bad: float) -> None:
+    inputs = views(name, some(name))
+    inputs[0][1] = bad
+    assert not build(name)(*inputs).isfinite()
 
 
 @every_loss
@@ -262,6 +274,21 @@ def test_positive_arguments(loss: type[nn.Module], argument: str) -> None:
 def test_unknown_convention() -> None:
     with pytest.raises(ValueError, match=r"`convention` must be one of \('code', 'paper'\), got 'tutorial'"):
         VICReg("tutorial")
+
+
+def test_functions_know_their_options() -> None:
+    x, labels = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    calls: dict[str, Callable[[], Any]] = {
+        "convention": lambda: losses.vicreg_terms(x, x, convention="papr"),
+        " convention": lambda: losses.feature_decorrelation_terms(x, x, convention="papr"),
+        "form": lambda: losses.ldreg_loss(x, form="papr"),
+        "quadrature": lambda: losses.sigreg_loss(x, x.T, quadrature="papr"),
+        "scope": lambda: losses.visreg_terms(x, x.T, scope="papr"),
+        "lengths": lambda: losses.dot_regression(x, labels, x, lengths="papr"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"`{name.strip()}` must be one of \(.*\), got 'papr'"):
+            call()
 
 
 def test_views_must_have_one_shape() -> None:

@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_collapse.callbacks.regularizer import Regularizer
-from lightning_collapse.losses import CovarianceLoss, LinearWarmup, VarianceLoss, VICReg
+from lightning_collapse.losses import (
+    CovarianceLoss,
+    LinearWarmup,
+    LongTailCollapse,
+    VarianceLoss,
+    VICReg,
+    variance_loss,
+)
+from lightning_collapse.losses.memory import remembered
 from lightning_collapse.mixins.anti_collapse import AntiCollapseMixin
 from lightning_collapse.utilities.registry import LOSSES
 from tests.integration.siamese import Memory, MixedSiamese, MixedSingle, Siamese, Single, curve, fit, weights
@@ -275,6 +283,26 @@ def test_compiled_code_is_not_compiled_again_every_step(door: str) -> None:
     assert graphs(2) == graphs(6) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "how"), [("CorInfoMax", "plain"), ("WMSE", "plain"), ("SIGReg", "plain"), ("SIGReg", "compiled")]
+)
+def test_losses_of_the_mixin_remember_nothing_of_validation(name: str, how: str) -> None:
+    loss = LOSSES[name](**CASES[name].doors)
+    model = {1: MixedSingle, 2: MixedSiamese}[loss.views](it=loss)
+    batch = torch.randn(32, 16)
+    model.training_step(batch)
+    before = remembered(loss)
+    model.eval()
+    torch.compiler.reset()
+    step = torch.compile(model.training_step, backend="aot_eager") if how == "compiled" else model.training_step
+    value = step(batch)  # as a shared step of `validation_step`
+    torch.testing.assert_close(remembered(loss), before, rtol=0, atol=0)
+    torch.testing.assert_close(step(batch), value)
+    assert loss.training
+    model.train().training_step(batch)
+    assert any(not torch.equal(kept, before[key]) for key, kept in remembered(loss).items())
+
+
 def test_wrong_base_order_is_refused() -> None:
     for base in (LightningModule, pytorch_lightning.LightningModule, Siamese):
         with pytest.raises(TypeError, match="mixin goes first"):
@@ -305,12 +333,33 @@ def test_mixin_misuse_is_refused() -> None:
         Forgot().anti_collapse_loss(z)
     with pytest.raises(MisconfigurationException, match=r"'vicreg' \(VICReg\) takes 2 view\(s\), got 1"):
         MixedSiamese().anti_collapse_loss(z)
-    with pytest.raises(MisconfigurationException, match=r"Unknown regularizer 'x'. Choose from: \['vicreg'\]"):
-        MixedSiamese().anti_collapse_loss(z, z, names=["x"])
-    with pytest.raises(ValueError, match=r"`regularizers\['a'\]` must be a module or \(weight, module\), got float"):
-        MixedSiamese(a=1.0)
+    for names in (["x"], "vicreg"):
+        with pytest.raises(MisconfigurationException, match=r"`names` must be a list out of \['vicreg'\], got"):
+            MixedSiamese().anti_collapse_loss(z, z, names=names)
+    for entry in (1.0, VICReg, (VICReg(), 1.0), (1.0, VICReg(), 2)):
+        with pytest.raises(ValueError, match=r"`regularizers\['a'\]` must be a module or .*, got .*Pass"):
+            MixedSiamese(a=entry)
+    for weight in ("0.1", None):
+        with pytest.raises(ValueError, match=r"`weight` must be a number or a function .*, got .* `LinearWarmup`"):
+            MixedSiamese(a=(weight, VICReg()))
+        with pytest.raises(ValueError, match=r"`weight` must be a number or a function"):
+            Regularizer(VICReg(), on="projector", weight=weight)
+    with pytest.raises(ValueError, match=r"`regularizers` must be losses by name, got VICReg. Write"):
+        MixedSiamese().set_regularizers(VICReg())
+    for loss in (VICReg, "vicreg", variance_loss):
+        with pytest.raises(ValueError, match=r"`loss` must be a module, got .*. Pass an instance"):
+            Regularizer(loss, on="projector")
+    with pytest.raises(ValueError, match=r"`on` must be the name of a layer, got \['projector'\]. Pass"):
+        Regularizer(VICReg(), on=["projector"])
     with pytest.raises(ValueError, match="VarianceLoss takes 1, got chunk=2"):
         Regularizer(VarianceLoss(), on="projector", chunk=2)
+
+
+def test_a_second_choice_takes_the_place_of_the_first() -> None:
+    model = MixedSiamese(means=LongTailCollapse(3, 8))
+    assert "trained_regularizers.means.means" in model.state_dict()
+    model.set_regularizers({"vicreg": VICReg()})
+    assert list(model.state_dict()) == list(Siamese().state_dict())
 
 
 def test_in_the_other_lightning_package() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_collapse import AntiCollapseMixin, Regularizer
 from lightning_collapse.callbacks.rollback import Rollback
-from lightning_collapse.losses import BalancedSoftmax, CorInfoMax, SIGReg, VICReg
+from lightning_collapse.layers import ETFClassifier
+from lightning_collapse.losses import BalancedSoftmax, CorInfoMax, DotRegression, SIGReg, VICReg
 from lightning_collapse.losses.memory import recall, remembered
 from lightning_collapse.utilities.registry import LOSSES
 from tests.integration.siamese import MixedSiamese, MixedSingle, Siamese, Single, fit, weights
@@ -172,6 +173,10 @@ def test_memory_is_a_copy_both_ways_and_goes_back_to_empty() -> None:
     recall(sketch, memory)
     sketch.step += 1
     assert memory == {"step": torch.zeros((), dtype=torch.int64)}
+
+
+def test_a_fixed_classifier_is_saved_with_the_model_alone() -> None:
+    assert remembered(DotRegression(ETFClassifier(4, 3))) == {}
 
 
 def test_nested_and_persistent_buffers_are_remembered_and_constants_are_not() -> None:

@@ -104,3 +104,23 @@ def test_federated_head() -> None:
     assert FedETFHead(12, 4).projection.out_features == 4
     head(features).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+def test_features_that_are_no_numbers_do_not_look_like_zeros() -> None:
+    features = torch.ones(2, 8)
+    features[1, 0] = torch.nan
+    logits = ETFClassifier(8, 3)(features)
+    assert logits[0].isfinite().all()
+    assert logits[1].isnan().all()
+
+
+def test_the_default_device_draws_no_rotation() -> None:
+    # the generator is the CPU's: under `torch.device("cuda")`, as in `configure_model`, drawing elsewhere raises
+    with torch.device("meta"):
+        rows, classifier = simplex_etf(3, 4), ETFClassifier(4, 3)
+    assert torch.equal(rows, simplex_etf(3, 4))
+    assert classifier.weight.is_meta
+
+
+def test_a_whole_number_is_a_scale() -> None:
+    assert FedETFHead(8, 3, scale=10).scale == 10.0

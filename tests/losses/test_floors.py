@@ -193,3 +193,13 @@ def test_functions_are_the_modules() -> None:
     terms = effective_rank_terms(features)
     for name, value in EffectiveRankHinge().terms(features).items():
         assert torch.equal(value, terms[name])
+
+
+@pytest.mark.parametrize("loss", [EffectiveRankHinge, LogDetBarrier])
+def test_the_stream_outlives_a_batch_that_is_not_finite(loss: type[nn.Module]) -> None:
+    good, bad = torch.randn(2, 16, 4), torch.full((16, 4), torch.nan)
+    whole, hit = loss(momentum=0.9), loss(momentum=0.9)
+    for batch in (bad, good[0], bad):
+        hit(batch)
+    whole(good[0])
+    assert hit(good[1]) == whole(good[1])

@@ -1,0 +1,65 @@
+"""No loss waits for the device, but those whose decompositions do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_collapse.layers import DirectPredictor, ETFClassifier, FedETFHead
+from lightning_collapse.losses import BalancedSoftmax, DotRegression, LongTailCollapse
+from lightning_collapse.utilities.registry import LOSSES
+from tests.losses.cases import CASES
+
+
+class NoWait(TorchDispatchMode):
+    """Refuses what reads a tensor on the host, and constants that travel from there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.name() not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh"), func
+        if func.name() == "aten::index.Tensor":
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_it_would_be_seen() -> None:
+    rows = torch.randn(4, 2)
+    offences: list[Callable[[], Any]] = [
+        lambda: rows[rows[:, 0] > 0],
+        lambda: rows.sum().item(),
+        lambda: rows.new_tensor([1.0]),
+        lambda: bool(rows.sum() > 0),
+    ]
+    for offence in offences:
+        with pytest.raises(AssertionError), NoWait():
+            offence()
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_losses(name: str) -> None:
+    case, loss = CASES[name], LOSSES[name](**CASES[name].arguments)
+    shape = next(iter(case.shapes.values()))
+    inputs = [view.float().requires_grad_() for view in case.active(shape, loss.views)]
+    with NoWait():
+        loss(*inputs).backward()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [BalancedSoftmax([3, 2, 1]), LongTailCollapse(3, 3), DotRegression(ETFClassifier(3, 3), lengths="batch")],
+)
+def test_losses_with_labels(loss: nn.Module) -> None:
+    features, labels = torch.randn(6, 3, requires_grad=True), torch.tensor([0, 1, 2, -100, 1, 1])
+    with NoWait():
+        loss(features, labels).backward()
+
+
+@pytest.mark.parametrize("layer", [ETFClassifier(4, 3), FedETFHead(4, 3), DirectPredictor(4, "direct_copy")])
+def test_layers(layer: nn.Module) -> None:
+    features = torch.randn(6, 4, requires_grad=True)
+    with NoWait():
+        layer(features).sum().backward()
+        if isinstance(layer, DirectPredictor):
+            layer.update(features)
