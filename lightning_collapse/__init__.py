@@ -13,6 +13,7 @@ from lightning_collapse.callbacks import (
     RegressionCollapseMonitor,
     Regularizer,
     Rollback,
+    ShrinkAndPerturb,
     SpectralAlignmentMonitor,
     WeightSpectrumMonitor,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "RegressionCollapseMonitor",
     "Regularizer",
     "Rollback",
+    "ShrinkAndPerturb",
     "SpectralAlignmentMonitor",
     "WeightSpectrumMonitor",
     "register_measure",

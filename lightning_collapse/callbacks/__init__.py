@@ -12,6 +12,7 @@ from lightning_collapse.callbacks.neural_collapse_monitor import NeuralCollapseM
 from lightning_collapse.callbacks.regression_collapse_monitor import RegressionCollapseMonitor
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.callbacks.rollback import Rollback
+from lightning_collapse.callbacks.shrink_and_perturb import ShrinkAndPerturb
 from lightning_collapse.callbacks.spectral_alignment_monitor import SpectralAlignmentMonitor
 from lightning_collapse.callbacks.weight_spectrum_monitor import WeightSpectrumMonitor
 
@@ -28,6 +29,7 @@ __all__ = [
     "RegressionCollapseMonitor",
     "Regularizer",
     "Rollback",
+    "ShrinkAndPerturb",
     "SpectralAlignmentMonitor",
     "Verdict",
     "WeightSpectrumMonitor",

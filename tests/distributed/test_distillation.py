@@ -33,27 +33,29 @@ class Lit(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-def _fit(callback, model, **kwargs):
+def _fit(callback, model, devices=1):
     logger = MemoryLogger()
-    settings = {**QUIET, "logger": logger, "callbacks": [callback], "log_every_n_steps": 1, **kwargs}
+    settings = {**QUIET, "logger": logger, "callbacks": [callback], "log_every_n_steps": 1, "devices": devices}
+    if devices > 1:
+        settings["strategy"] = DDPStrategy(process_group_backend="gloo")
     trainer = Trainer(**settings, use_distributed_sampler=False)
     trainer.fit(model, batches(n=4, size=16))
     return [value for _, value in logger.curve("regularizer/distillation")]
 
 
-def _two_tasks(kind, **kwargs):
+def _two_tasks(kind, devices=1):
     torch.manual_seed(0)
     callback, model = Distillation(kind=kind), Lit()
-    _fit(callback, model, **kwargs)
+    _fit(callback, model, devices)
     torch.manual_seed(1)
     nn.init.normal_(model.net[2].weight)
-    curve = _fit(callback, model, **kwargs)
+    curve = _fit(callback, model, devices)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), curve
 
 
 def _check(rank, alone, functions):
     for kind, (weights, curve) in alone.items():
-        found, values = _two_tasks(kind, strategy=DDPStrategy(process_group_backend="gloo"), devices=2)
+        found, values = _two_tasks(kind, devices=2)
         torch.testing.assert_close(found, weights, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.tensor(values), torch.tensor(curve), rtol=1e-4, atol=1e-6)
     student, teacher = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(2))
@@ -65,7 +67,7 @@ def _check(rank, alone, functions):
         torch.testing.assert_close(part.grad / 2, gradient[PARTS[rank]])  # data-parallel training takes the mean
     # BatchNorm has seen other rows on each process: the teacher's statistics are those of the first
     callback = Distillation()
-    _fit(callback, Lit(norm=True), strategy=DDPStrategy(process_group_backend="gloo"), devices=2)
+    _fit(callback, Lit(norm=True), devices=2)
     states = [None, None]
     dist.all_gather_object(states, callback.state_dict()["teacher"])
     assert "net.1.running_mean" in states[0]
