@@ -129,7 +129,7 @@ class CLASSP(Optimizer):
         grads = [_local(p.grad).to(total.dtype) for p, total in zip(params, sums, strict=True)]
         least, power = sqrt(group["threshold"]), group["power"]
         # |g| and not its square, which would underflow
-        grads = [torch.where(g.abs() > least, g, torch.zeros_like(g)) for g in grads]
+        grads = [torch.where(g.abs() > least, g, 0.0) for g in grads]
         wide = [w if w.dtype == total.dtype else w.to(total.dtype) for w, total in zip(weights, sums, strict=True)]
         if power == 2:
             torch._foreach_addcmul_(sums, grads, grads)

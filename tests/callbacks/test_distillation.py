@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_collapse import Distillation, Regularizer
@@ -155,9 +156,17 @@ def test_two_calls_and_keyword_arguments():
     assert same(ours, theirs)
 
 
-def test_without_weight_nothing_changes():
+class Noisy(Net):
+    """Draws in eval mode too."""
+
+    def forward(self, x):
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("make", [Net, Noisy])
+def test_without_weight_nothing_changes(make):
     """Random numbers, BatchNorm statistics, ``state_dict`` and ``training_step`` are those of a plain run."""
-    watched, plain = pair(second=Net)
+    watched, plain = pair(make, make)
     callback = Distillation(weight=0.0)
     tasks(watched, callback)
     after = torch.rand(1)
@@ -290,8 +299,9 @@ def test_a_task_may_end_within_a_fit():
     assert callback.task == 2
 
 
+@pytest.mark.parametrize("on", [None, "encoder.0"])
 @pytest.mark.parametrize("what", ["module", "part"])
-def test_compiled(what):
+def test_compiled(what, on):
     """Behind `torch.compile` the teacher is the frozen copy too, and not the code of the student."""
 
     class NoDropout(Net):
@@ -305,11 +315,31 @@ def test_compiled(what):
     else:
         ours.encoder = torch.compile(ours.encoder, backend="eager")
         compiled = ours
-    tasks(compiled, Distillation(weight=2.0), count=2)
-    tasks(plain, Distillation(weight=2.0), count=2)
+    tasks(compiled, Distillation(on=on, weight=2.0), count=2)
+    tasks(plain, Distillation(on=on, weight=2.0), count=2)
     for first, second in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(first, second)
     torch.compiler.reset()
+
+
+def test_nothing_waits_for_the_device():
+    class NoWait(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    callback, model = Distillation(), Net()
+    run(model, callback)
+    step, seen = callback._run, []
+
+    def watched(*args, **kwargs):
+        with NoWait():
+            seen.append(step(*args, **kwargs))
+        return seen[-1]
+
+    callback._run = watched
+    run(model, callback, index=1)  # also at logging steps: the callback publishes after the batch
+    assert len(seen) == 4
 
 
 def test_a_real_gradient_scaler():

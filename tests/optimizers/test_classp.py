@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_collapse.optimizers import CLASSP
 from tests.toys import QUIET, Toy, batches, fit, weights
@@ -92,6 +93,25 @@ def test_a_parameter_without_gradient_stays_and_nan_does_not_pass():
     assert b.data[0] == 1
     assert b.data[1] < 1
     assert optimizer.state[a] == {}
+
+
+@pytest.mark.parametrize("apply_decay", [True, False])
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+def test_nothing_waits_for_the_device(power, apply_decay):
+    class NoWait(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    weights = [nn.Parameter(torch.randn(4).to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer = CLASSP(weights, threshold=0.1, power=power, apply_decay=apply_decay)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    with NoWait():
+        optimizer.step()
+        optimizer.step()
+    assert not any(map(torch.equal, weights, before))
 
 
 def test_closure():
