@@ -126,6 +126,25 @@ def test_features_of_a_layer():
     assert same(ours, theirs)
 
 
+def test_an_operation_in_place_behind_the_layer_does_not_matter():
+    class Before(ByHand):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            features = self.encoder[:2](x)
+            loss = cross_entropy(self.head(self.encoder[2:](features.clone())), y)
+            for teacher in self.teacher:
+                with torch.no_grad():
+                    theirs = teacher.encoder[:2](x)
+                loss = loss + feature_distillation_loss(features, theirs)
+            return loss
+
+    ours, theirs = pair(second=Before)
+    tasks(ours, Distillation(on="encoder.1", kind="features"))
+    tasks(theirs)
+    for first, second in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(first, second)
+
+
 def test_a_path_in_pieces_is_told_by_outputs():
     ours, theirs = pair(WithoutForward)
     tasks(ours, Distillation(on="head", outputs=lambda module, batch: module.head(module.encoder(batch[0]))))
