@@ -20,6 +20,7 @@ LEVEL = {
     "losses": 3,
     "penalties": 3,
     "layers": 3,
+    "optimizers": 3,
     "reporting": 4,
     "rules": 4,
     "callbacks": 5,

@@ -3,6 +3,7 @@
 from lightning_collapse.callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lightning_collapse.callbacks.collapse_guard import CollapseGuard, Verdict
 from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
+from lightning_collapse.callbacks.distillation import Distillation
 from lightning_collapse.callbacks.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.intrinsic_dimension_monitor import IntrinsicDimensionMonitor
@@ -11,6 +12,7 @@ from lightning_collapse.callbacks.neural_collapse_monitor import NeuralCollapseM
 from lightning_collapse.callbacks.regression_collapse_monitor import RegressionCollapseMonitor
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.callbacks.rollback import Rollback
+from lightning_collapse.callbacks.shrink_and_perturb import ShrinkAndPerturb
 from lightning_collapse.callbacks.spectral_alignment_monitor import SpectralAlignmentMonitor
 from lightning_collapse.callbacks.weight_spectrum_monitor import WeightSpectrumMonitor
 
@@ -18,6 +20,7 @@ __all__ = [
     "AttentionEntropyMonitor",
     "CollapseGuard",
     "CollapseMonitor",
+    "Distillation",
     "GeometryPhaseMonitor",
     "GradientMonitor",
     "IntrinsicDimensionMonitor",
@@ -26,6 +29,7 @@ __all__ = [
     "RegressionCollapseMonitor",
     "Regularizer",
     "Rollback",
+    "ShrinkAndPerturb",
     "SpectralAlignmentMonitor",
     "Verdict",
     "WeightSpectrumMonitor",

@@ -1,26 +1,22 @@
 """An anti-collapse loss on a layer of any module, without a change to its code."""
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_collapse.callbacks.added_term import AddedTerm
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.memory import recall, remembered
-from lightning_collapse.losses.schedule import Weight, require_weight, weighted
-from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.features import as_rows
-from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first, let_hooks_be_seen
-from lightning_collapse.utilities.trainer import logging_step
-from lightning_collapse.utilities.training_step import wrap_training_step
+from lightning_collapse.utilities.modules import in_backward, is_channels_first
 
 
-class Regularizer(Callback):
+class Regularizer(AddedTerm):
     """Adds a loss on the output of a layer to what ``training_step`` returns.
 
     Collects what the layer returns within one ``training_step``, graph included, and adds ``weight * loss`` to the
@@ -60,6 +56,9 @@ class Regularizer(Callback):
         trainer = Trainer(callbacks=[Regularizer(VICReg(), on="projector")])
     """
 
+    remedy = "Add `self.anti_collapse_loss(...)` of `AntiCollapseMixin` to your loss instead."
+    on: str
+
     def __init__(
         self,
         loss: nn.Module,
@@ -72,7 +71,6 @@ class Regularizer(Callback):
             raise ValueError(f"`loss` must be a module, got {loss!r}. Pass an instance, such as `VICReg()`.")
         if not isinstance(on, str):
             raise ValueError(f"`on` must be the name of a layer, got {on!r}. Pass what `named_modules()` calls it.")
-        require_weight(weight)
         self._views: int = getattr(loss, "views", 1)
         if chunk not in (1, self._views):
             raise ValueError(
@@ -84,18 +82,12 @@ class Regularizer(Callback):
                 f"{type(loss).__name__} takes labels, and a layer returns none. Call `self.anti_collapse_loss(features,"
                 " labels)` of `AntiCollapseMixin` in `training_step`."
             )
+        super().__init__(on, weight, name or type(loss).__name__.removesuffix("Loss").lower())
         self.loss = loss
-        self.on = on
-        self.weight: Weight = weight
         self.chunk = chunk
-        self.name = name or type(loss).__name__.removesuffix("Loss").lower()
-        self._detachers: list[Callable[[], None]] = []
         self._rows: list[Tensor | None] = []
-        self._open = False
         self._channels_first = False
         self._no_rows: Tensor | None = None  # set by the first step that went well
-        self._curves: dict[str, Tensor] = {}
-        self._warned: set[str] = set()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -103,34 +95,39 @@ class Regularizer(Callback):
             self._no_rows = None  # of another fit; a checkpoint is loaded after this
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # not in `setup`: `configure_model`, compilation and sharding come later
-        self._detach()
-        self._check(trainer, pl_module)
-        layer = self._find(pl_module)
-        let_hooks_be_seen(pl_module)
+    def listen(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
+        _, layer = self.find(pl_module, self.on)
+        if any(p.requires_grad for p in self.loss.parameters()):
+            raise MisconfigurationException(
+                f"The optimizer does not know the trainable parameters of {type(self.loss).__name__}. Make it part of"
+                " the model with `self.set_regularizers(...)` of `AntiCollapseMixin`."
+            )
         self.loss.to(pl_module.device)
         self._channels_first = is_channels_first(layer)
-
-        def around(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            # validation and testing may call `training_step` too
-            training = trainer.training and torch.is_grad_enabled()
-            return self._run(trainer, step, *args, **kwargs) if training else step(*args, **kwargs)
-
-        self._detachers = [wrap_training_step(pl_module, around), layer.register_forward_hook(self._collect).remove]
+        return [layer.register_forward_hook(self._collect).remove]
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._curves:
-            publish_terms(trainer, pl_module, self._curves)
-            self._curves = {}
+    def forget(self) -> None:
+        self._rows.clear()
 
-    @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(name=self.name, on=self.on)
+    def term(self, trainer: Trainer, batch: Any) -> Tensor:
+        rows = self._rows
+        problem = self._problem(rows)
+        present = [row for row in rows if row is not None]
+        if problem is None:
+            views = present[0].chunk(self.chunk) if self.chunk > 1 else tuple(present)
+            self._remember(views[0])
+            return self._evaluate(trainer, views)
+        if self._no_rows is None:
+            raise MisconfigurationException(problem)
+        self.warn_once("skipped", f"{problem} Steps like this one go without the term.")
+        no_rows = self._no_rows.to(trainer.strategy.root_device)  # a checkpoint may have brought it
+        zero = nothing(*present, no_rows)
+        if not isinstance(self.loss, AntiCollapseLoss):
+            return zero
+        # this process has no rows, but the others may have, and wait for it in their sums
+        return zero + self._evaluate(trainer, (no_rows,) * self._views)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -143,107 +140,25 @@ class Regularizer(Callback):
         recall(self.loss, state_dict.get("loss", {}))
         self._no_rows = state_dict.get("no_rows", self._no_rows)
 
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach()  # `teardown` is not called when the trainer fails
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach()
-
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"`Regularizer` adds to the loss that `training_step` returns, but {type(pl_module).__name__} optimizes"
-                " by hand. Add `self.anti_collapse_loss(...)` of `AntiCollapseMixin` to your loss instead."
-            )
-        if any(p.requires_grad for p in self.loss.parameters()):
-            raise MisconfigurationException(
-                f"The optimizer does not know the trainable parameters of {type(self.loss).__name__}. Make it part of"
-                " the model with `self.set_regularizers(...)` of `AntiCollapseMixin`."
-            )
-        twins = [c for c in trainer.callbacks if isinstance(c, Regularizer) and c.name == self.name and c is not self]
-        if twins:
-            raise MisconfigurationException(
-                f"Two `Regularizer`s are called {self.name!r}, on {self.on!r} and {twins[0].on!r}. Tell their curves"
-                " apart with `Regularizer(..., name=...)`."
-            )
-
-    def _find(self, pl_module: LightningModule) -> nn.Module:
-        try:
-            found = find_modules(pl_module, [self.on])
-        except ValueError as error:
-            raise MisconfigurationException(f"`Regularizer(on={self.on!r})`: {error}") from None
-        if len(found) != 1:
-            raise MisconfigurationException(
-                f"`Regularizer(on={self.on!r})` must name one layer, but matches {len(found)}: {', '.join(found)}."
-            )
-        [layer] = found.values()
-        return layer
-
-    def _detach(self) -> None:
-        for detach in self._detachers:
-            detach()
-        self._detachers = []
-        self._rows.clear()
-        self._curves = {}
-        self._open = False
-
     def _collect(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._open and torch.is_grad_enabled() and not in_backward():
             rows = as_rows(output, self._channels_first)
             # a copy: an operation in place further on, such as `ReLU(inplace=True)`, must not change it
             self._rows.append(None if rows is None else rows.clone())
 
-    def _run(self, trainer: Trainer, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._rows.clear()
-        self._open = True
-        try:
-            output = step(*args, **kwargs)
-            rows = list(self._rows)
-        finally:
-            self._open = False
-            self._rows.clear()  # keeps no graph alive
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            return output
-        loss = loss + self._term(trainer, rows)
-        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
-
-    def _term(self, trainer: Trainer, rows: list[Tensor | None]) -> Tensor:
-        """What to add to the loss of this step."""
-        problem = self._problem(rows)
-        present = [row for row in rows if row is not None]
-        if problem is None:
-            views = present[0].chunk(self.chunk) if self.chunk > 1 else tuple(present)
-            self._remember(views[0])
-            return self._evaluate(trainer, views)
-        if self._no_rows is None:
-            raise MisconfigurationException(problem)
-        self._warn_once("skipped", f"{problem} Steps like this one go without the term.")
-        no_rows = self._no_rows.to(trainer.strategy.root_device)  # a checkpoint may have brought it
-        zero = nothing(*present, no_rows)
-        if not isinstance(self.loss, AntiCollapseLoss):
-            return zero
-        # this process has no rows, but the others may have, and wait for it in their sums
-        return zero + self._evaluate(trainer, (no_rows,) * self._views)
-
     def _evaluate(self, trainer: Trainer, views: tuple[Tensor, ...]) -> Tensor:
         try:
             value, terms = evaluate(self.loss, views)
         except TooFewRowsError as error:
-            self._warn_once("skipped", f"{error} Steps like this one go without the term.")
+            self.warn_once("skipped", f"{error} Steps like this one go without the term.")
             return nothing(*views)
-        total = weighted(self.weight, value, logging_step(trainer))
-        if terms_are_due(trainer):
-            self._curves = term_curves(self.name, total, terms)
-        return total
+        return self.add(trainer, value, terms)
 
     def _remember(self, view: Tensor) -> None:
         """Keep an empty matrix like this one, for steps in which this process has no rows."""
         self._no_rows = view.detach().new_empty(0, view.shape[1]).requires_grad_(view.requires_grad)
         if not view.requires_grad:
-            self._warn_once("frozen", f"The output of {self.on!r} has no gradient: its regularizer trains nothing.")
+            self.warn_once("frozen", f"The output of {self.on!r} has no gradient: its regularizer trains nothing.")
 
     def _problem(self, rows: list[Tensor | None]) -> str | None:
         """Why the loss cannot be evaluated on these outputs, and what to do."""
@@ -269,8 +184,3 @@ class Regularizer(Callback):
         if len(set(shapes)) > 1:
             return f"{needs} views of one shape, got {' and '.join(map(str, shapes))}."
         return None
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, stacklevel=2)  # on whichever process it happens

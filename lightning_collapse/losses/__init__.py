@@ -9,6 +9,7 @@ from lightning_collapse.losses.corinfomax import CorInfoMax, corinfomax_terms
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
 from lightning_collapse.losses.cw_rgp import CWRGP, cw_rgp_loss
 from lightning_collapse.losses.decorrelation import FeatureDecorrelation, feature_decorrelation_terms
+from lightning_collapse.losses.distillation import distillation_loss, feature_distillation_loss
 from lightning_collapse.losses.dot_regression import DotRegression, dot_regression
 from lightning_collapse.losses.effective_rank import EffectiveRankHinge, effective_rank_terms
 from lightning_collapse.losses.intl import INTL, intl_terms
@@ -69,9 +70,11 @@ __all__ = [
     "corinfomax_terms",
     "covariance_loss",
     "cw_rgp_loss",
+    "distillation_loss",
     "dot_regression",
     "effective_rank_terms",
     "feature_decorrelation_terms",
+    "feature_distillation_loss",
     "intl_terms",
     "koleo_loss",
     "label_smoothing_terms",

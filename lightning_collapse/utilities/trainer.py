@@ -6,9 +6,10 @@ from inspect import signature
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -73,6 +74,13 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
 def synchronizes_last(trainer: Trainer) -> bool:
     """Whether processes accumulate gradients each on its own until the last micro-batch of a step."""
     return isinstance(trainer.model, DistributedDataParallel)
+
+
+def is_sharded(trainer: Trainer, module: nn.Module) -> bool:
+    """Whether no process holds the whole of every parameter."""
+    marks = ("full_tensor", "ds_id")  # of DTensor (FSDP2, tensor parallel) and of DeepSpeed's third stage
+    cut = any(hasattr(parameter, mark) for parameter in module.parameters() for mark in marks)
+    return cut or isinstance(trainer.strategy, FSDPStrategy)
 
 
 def save_checkpoint(trainer: Trainer, path: str, who: str) -> bool:

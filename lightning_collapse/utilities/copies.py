@@ -1,0 +1,77 @@
+"""Copies of a module that stand alone: without hooks, trainer or compiled steps."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from copy import deepcopy
+from itertools import chain
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+def bare_copy(module: Module) -> Module:
+    """A deep copy without hooks and, of a ``LightningModule``, without trainer, wrapped steps and compiled code.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> handle = layer.register_forward_hook(lambda *_: 1 / 0)
+        >>> layer.extra_repr() == bare_copy(layer).extra_repr(), len(bare_copy(layer)._forward_hooks)
+        (True, 0)
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name in _HOOKS or name.removesuffix("_with_kwargs") in _HOOKS:
+                memo[id(value)] = OrderedDict()  # what a hook belongs to would be copied too
+            elif isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach()  # kept from the last step; it cannot be copied
+    if compiled := getattr(module, "_compiler_ctx", None):
+        memo[id(compiled)] = {}
+    copy = deepcopy(module, memo)
+    # functions are not copied: these would still run the original
+    for name in (*_STEPS, *(("forward",) if compiled else ())):
+        vars(copy).pop(name, None)
+    if compiled:
+        copy._compiler_ctx = None  # type: ignore[assignment]
+    return copy
+
+
+def frozen_copy(module: Module) -> Module:
+    """A :func:`bare_copy` in eval mode whose parameters take no gradient."""
+    copy = bare_copy(module).requires_grad_(False)
+    for part in copy.modules():
+        part.training = False  # not by `eval()`: a `train` that changes weights must not
+    return copy
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, persistent or not, tied ones under each of their names."""
+    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`tensors_of` returned, whatever shape it has there; parameters are frozen then.
+
+    Args:
+        module: Changed in place; what ``tensors`` does not name stays. Devices and types stay too.
+        tensors: By name.
+
+    Raises:
+        ValueError: If the module has no tensor of a name.
+    """
+    if missing := tensors.keys() - tensors_of(module).keys():
+        raise ValueError(f"{type(module).__name__} has no {', '.join(sorted(missing))}.")
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        part = module.get_submodule(owner)
+        old = getattr(part, leaf)
+        new = tensor.to(device=old.device, dtype=old.dtype, copy=True)
+        if leaf in part._parameters:
+            part._parameters[leaf] = nn.Parameter(new, requires_grad=False)
+        else:
+            part._buffers[leaf] = new
