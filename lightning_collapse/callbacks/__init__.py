@@ -3,6 +3,7 @@
 from lightning_collapse.callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from lightning_collapse.callbacks.collapse_guard import CollapseGuard, Verdict
 from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
+from lightning_collapse.callbacks.continual_metrics import ContinualMetrics
 from lightning_collapse.callbacks.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.intrinsic_dimension_monitor import IntrinsicDimensionMonitor
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionEntropyMonitor",
     "CollapseGuard",
     "CollapseMonitor",
+    "ContinualMetrics",
     "GeometryPhaseMonitor",
     "GradientMonitor",
     "IntrinsicDimensionMonitor",
