@@ -14,7 +14,10 @@ from lightning_collapse.callbacks import (
     Regularizer,
     Rollback,
     SpectralAlignmentMonitor,
+    TaskAware,
+    TaskBoundary,
     WeightSpectrumMonitor,
+    fit_tasks,
 )
 from lightning_collapse.mixins import AntiCollapseMixin
 from lightning_collapse.utilities.registry import register_measure
@@ -36,6 +39,9 @@ __all__ = [
     "Regularizer",
     "Rollback",
     "SpectralAlignmentMonitor",
+    "TaskAware",
+    "TaskBoundary",
     "WeightSpectrumMonitor",
+    "fit_tasks",
     "register_measure",
 ]

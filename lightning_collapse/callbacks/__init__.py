@@ -4,6 +4,7 @@ from lightning_collapse.callbacks.attention_entropy_monitor import AttentionEntr
 from lightning_collapse.callbacks.collapse_guard import CollapseGuard, Verdict
 from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.continual_metrics import ContinualMetrics
+from lightning_collapse.callbacks.fit_tasks import fit_tasks
 from lightning_collapse.callbacks.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.intrinsic_dimension_monitor import IntrinsicDimensionMonitor
@@ -13,6 +14,8 @@ from lightning_collapse.callbacks.regression_collapse_monitor import RegressionC
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.callbacks.rollback import Rollback
 from lightning_collapse.callbacks.spectral_alignment_monitor import SpectralAlignmentMonitor
+from lightning_collapse.callbacks.task_aware import TaskAware
+from lightning_collapse.callbacks.task_boundary import TaskBoundary
 from lightning_collapse.callbacks.weight_spectrum_monitor import WeightSpectrumMonitor
 
 __all__ = [
@@ -29,6 +32,9 @@ __all__ = [
     "Regularizer",
     "Rollback",
     "SpectralAlignmentMonitor",
+    "TaskAware",
+    "TaskBoundary",
     "Verdict",
     "WeightSpectrumMonitor",
+    "fit_tasks",
 ]
