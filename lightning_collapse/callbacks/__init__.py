@@ -5,6 +5,7 @@ from lightning_collapse.callbacks.collapse_guard import CollapseGuard, Verdict
 from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.continual_metrics import ContinualMetrics
 from lightning_collapse.callbacks.fit_tasks import fit_tasks
+from lightning_collapse.callbacks.forgetting_monitor import ForgettingMonitor
 from lightning_collapse.callbacks.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.intrinsic_dimension_monitor import IntrinsicDimensionMonitor
@@ -23,6 +24,7 @@ __all__ = [
     "CollapseGuard",
     "CollapseMonitor",
     "ContinualMetrics",
+    "ForgettingMonitor",
     "GeometryPhaseMonitor",
     "GradientMonitor",
     "IntrinsicDimensionMonitor",
