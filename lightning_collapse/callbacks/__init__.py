@@ -11,6 +11,7 @@ from lightning_collapse.callbacks.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.intrinsic_dimension_monitor import IntrinsicDimensionMonitor
 from lightning_collapse.callbacks.monitor import Monitor
 from lightning_collapse.callbacks.neural_collapse_monitor import NeuralCollapseMonitor
+from lightning_collapse.callbacks.plasticity_monitor import PlasticityMonitor
 from lightning_collapse.callbacks.regression_collapse_monitor import RegressionCollapseMonitor
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.callbacks.rollback import Rollback
@@ -30,6 +31,7 @@ __all__ = [
     "IntrinsicDimensionMonitor",
     "Monitor",
     "NeuralCollapseMonitor",
+    "PlasticityMonitor",
     "RegressionCollapseMonitor",
     "Regularizer",
     "Rollback",

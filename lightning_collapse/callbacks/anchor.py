@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,14 +48,9 @@ class Anchor:
         if move:
             torch._foreach_sub_(copies, now)
         steps = copies if move else torch._foreach_sub(now, copies)
-        wide = torch.float64 if any(step.dtype == torch.float64 for step in steps) else torch.float32
-        norms = torch._foreach_norm(steps, order, dtype=wide)
+        sums = _powers(list(known.values()), steps, order)
         if move:
             torch._foreach_copy_(copies, now)
-        total = torch.float32 if now[0].device.type == "mps" else torch.float64
-        sums = torch.stack([norm.to(now[0].device) for norm in norms]).to(total) ** order
-        shares = [shards_of(tensor) / world_size() for tensor in known.values()]
-        sums = sums * torch.tensor(shares, dtype=total, device=sums.device)
         places = {name: i for i, name in enumerate(tensors)}
         found = sums.new_zeros(len(tensors))
         found[torch.tensor([places[name] for name in known], device=sums.device)] = sums
@@ -67,6 +62,23 @@ class Anchor:
 
     def _knows(self, name: str, tensor: Tensor) -> bool:
         return name in self._copies and self._copies[name].shape == tensor.shape
+
+
+@torch.no_grad()
+def absolute_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """This process's part of the sums of absolute values, shape ``(len(tensors),)``; for no tensor a single 0."""
+    return _powers(tensors, [local_part(tensor.detach()) for tensor in tensors], 1) if tensors else torch.zeros(1)
+
+
+def _powers(tensors: Sequence[Tensor], parts: Sequence[Tensor], order: int) -> Tensor:
+    """Sums of ``|part| ** order``, weighed so that the sum over processes is that of the whole tensors."""
+    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    norms = torch._foreach_norm(list(parts), order, dtype=wide)
+    device = parts[0].device
+    total = torch.float32 if device.type == "mps" else torch.float64
+    shares = [shards_of(tensor) / world_size() for tensor in tensors]
+    sums = torch.stack([norm.to(device) for norm in norms]).to(total) ** order
+    return sums * torch.tensor(shares, dtype=total, device=device)
 
 
 def _like(value: Tensor, copy: Any) -> Tensor:

@@ -31,6 +31,7 @@ from lightning_collapse.functional.orthogonal_frame import (
     norm_count_slope,
     orthogonal_frame,
 )
+from lightning_collapse.functional.plasticity import dead_fraction, dormant_fraction
 from lightning_collapse.functional.power_law import PowerLaw, power_law_alpha, power_law_null
 from lightning_collapse.functional.pq_index import pq_index
 from lightning_collapse.functional.rank import (
@@ -109,6 +110,8 @@ __all__ = [
     "cdnv",
     "condition_number",
     "dead_dimensions",
+    "dead_fraction",
+    "dormant_fraction",
     "effective_rank",
     "eigenvalue_effective_rank",
     "eigenvalue_quartile_ratio",
