@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_collapse.callbacks.undisturbed import Loader, batches_of, undisturbed
 from lightning_collapse.functional.nearest_center import agreement_counts
 from lightning_collapse.spectral.class_moments import ClassMoments
-from lightning_collapse.utilities.distributed import agree, all_reduce_sum, world_size
+from lightning_collapse.utilities.distributed import agree, all_reduce_sum
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import Tap
 from lightning_collapse.utilities.taps import Heard, RowTaps
 from lightning_collapse.utilities.targets import call_on
-from lightning_collapse.utilities.trainer import to_device
 from lightning_collapse.utilities.weight_matrices import whole
 
 PER_DECADE = 8
 """Epochs with a pass in every factor of ten; the notebook of Papyan et al. has about 27, ours are cheaper."""
 
-Loader = Iterable[Any] | Callable[[], Iterable[Any]]
 Inputs = Callable[[LightningModule, Any], Any]
-_END = object()
 
 
 class CleanReading(NamedTuple):
@@ -50,9 +44,8 @@ class CleanPass:
 
     Every submodule is in eval mode meanwhile, whatever its own ``train`` method would do, the trainer says that it
     validates, and no gradient is kept; flags, stage, random states and the generators of a ``DataLoader`` are put back.
-    What the loader or the model raises is a warning. Where parameters are sharded a forward is collective: processes
-    with fewer batches repeat their last one without counting it; a forward that raises on some processes only cannot
-    be mended there.
+    What the loader or the model raises is a warning. Where parameters are sharded see
+    :func:`~lightning_collapse.callbacks.undisturbed.batches_of`.
 
     Args:
         tap: The classifier's input.
@@ -108,7 +101,7 @@ class CleanPass:
         """Give ``take`` the rows and labels of every batch, and say whether all processes could."""
         problem = ""
         try:
-            for batch, counts in self._batches(trainer, pl_module):
+            for batch, counts in batches_of(self.loader, trainer, pl_module):
                 rows, labels = self._hear(trainer, pl_module, batch)
                 if counts and rows is not None and labels is not None:
                     take(rows, labels)
@@ -135,14 +128,6 @@ class CleanPass:
         if labels is None or heard is None:
             return None, None
         return heard.rows, self.match(heard, labels)
-
-    def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Any, bool]]:
-        """Batches on the device, and whether each counts."""
-        loader = self.loader if isinstance(self.loader, Iterable) else self.loader()
-        with _rewound(loader):
-            batches = (to_device(trainer, batch) for batch in islice(loader, int(trainer.fast_dev_run) or None))
-            sharded = world_size() > 1 and any(hasattr(weight, "full_tensor") for weight in pl_module.parameters())
-            yield from _together(batches, pl_module.device) if sharded else ((batch, True) for batch in batches)
 
 
 def is_pass_due(trainer: Trainer, epochs: Collection[int] | None) -> bool:
@@ -204,54 +189,3 @@ def check_pass(loader: Any, epochs: Any, inputs: Any) -> None:
     for name, value in (("epochs", epochs), ("inputs", inputs)):
         if value is not None and loader is None:
             raise ValueError(f"`{name}` is about the pass over `loader`, and there is none, got {value!r}. Pass both.")
-
-
-@contextmanager
-def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Eval mode without gradients, and all as it was afterwards."""
-    flags = [(module, module.training) for module in pl_module.modules()]
-    stage = trainer.state.stage
-    try:
-        with isolate_rng(), torch.no_grad():
-            trainer.state.stage = RunningStage.VALIDATING  # hooks that augment a batch ask `trainer.training`
-            for module, _ in flags:
-                module.training = False  # not by `eval()`: a `train` that changes weights could not be taken back
-            yield
-    finally:
-        trainer.state.stage = stage
-        for module, flag in flags:
-            module.training = flag
-
-
-@contextmanager
-def _rewound(loader: Any) -> Iterator[None]:
-    """Put the generators of a ``DataLoader`` back: the training loader may draw from the same."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    drawn = [getattr(owner, "generator", None) for owner in owners]
-    states = [(generator, generator.get_state()) for generator in drawn if isinstance(generator, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-
-
-def _together(batches: Iterator[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
-    """As many batches on every process; the last one again, and not to be counted, where there are fewer."""
-    batch, problem = _END, None
-    while True:
-        try:
-            fresh = next(batches, _END)
-        except Exception as error:
-            fresh, problem = _END, error
-        counts = fresh is not _END
-        batch = fresh if counts else batch
-        more, failed = agree([counts, problem is not None or batch is _END], device)
-        if problem is not None:
-            raise problem
-        if not more:
-            return
-        if failed:
-            raise RuntimeError("a process has no batches")
-        yield batch, counts

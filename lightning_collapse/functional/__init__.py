@@ -2,6 +2,14 @@
 
 from lightning_collapse.functional.attention_entropy import HeadEntropy, attention_entropy, entropy_bound
 from lightning_collapse.functional.cdnv import Cdnv, cdnv
+from lightning_collapse.functional.continual import (
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    intransigence,
+    learning_accuracy,
+)
 from lightning_collapse.functional.evenness import eigenvalue_quartile_ratio, quartile_ratio, svd_entropy
 from lightning_collapse.functional.geometry_phase import Phase, PhaseTracker
 from lightning_collapse.functional.gradient_noise import GradientNoise, gradient_coherence, gradient_noise_scale
@@ -23,6 +31,7 @@ from lightning_collapse.functional.orthogonal_frame import (
     norm_count_slope,
     orthogonal_frame,
 )
+from lightning_collapse.functional.plasticity import dead_fraction, dormant_fraction
 from lightning_collapse.functional.power_law import PowerLaw, power_law_alpha, power_law_null
 from lightning_collapse.functional.pq_index import pq_index
 from lightning_collapse.functional.rank import (
@@ -69,6 +78,12 @@ from lightning_collapse.functional.spectrum_shape import (
     isotropy,
     top_k_share,
 )
+from lightning_collapse.functional.stability_gap import (
+    min_accuracy,
+    windowed_forgetting,
+    windowed_plasticity,
+    worst_case_accuracy,
+)
 from lightning_collapse.functional.vci import vci
 
 __all__ = [
@@ -88,11 +103,15 @@ __all__ = [
     "alpha_req",
     "alpha_req_fit",
     "attention_entropy",
+    "average_accuracy",
+    "backward_transfer",
     "between_rank",
     "bias_collapse",
     "cdnv",
     "condition_number",
     "dead_dimensions",
+    "dead_fraction",
+    "dormant_fraction",
     "effective_rank",
     "eigenvalue_effective_rank",
     "eigenvalue_quartile_ratio",
@@ -103,16 +122,21 @@ __all__ = [
     "expected_under_isotropy",
     "feature_std",
     "feature_std_floor",
+    "forgetting",
+    "forward_transfer",
     "gnc2",
     "gof_error",
     "gradient_coherence",
     "gradient_noise_scale",
+    "intransigence",
     "isotropy",
+    "learning_accuracy",
     "local_intrinsic_dimension",
     "majority_fraction",
     "marchenko_pastur_fit",
     "mean_cosine",
     "mean_energy_share",
+    "min_accuracy",
     "minority_cosine",
     "minority_norm",
     "nc1",
@@ -151,4 +175,7 @@ __all__ = [
     "unc3",
     "uniformity",
     "vci",
+    "windowed_forgetting",
+    "windowed_plasticity",
+    "worst_case_accuracy",
 ]

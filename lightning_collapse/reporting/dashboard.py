@@ -29,7 +29,7 @@ def dashboard_layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
     families: dict[str, dict[str, tuple[str, list[str]]]] = {}
     for curve in CURVES.values():
         charts = families.setdefault(curve.family.replace("_", " ").capitalize(), {})
-        charts[curve.name] = _chart(f"{curve.family}/.+/{curve.name}")
+        charts[curve.name] = _chart(f"{curve.family}/(.+/)?{curve.name}")  # of every layer, or of the whole
     return {
         "Collapse": {name: _chart(f"collapse/.+/{name}") for name in (*measures, *_HEALTH)},
         **families,

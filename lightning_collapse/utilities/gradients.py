@@ -31,8 +31,8 @@ def gradients_of(parameters: Sequence[nn.Parameter], sparse: bool = True) -> Gra
     for i, parameter in enumerate(parameters):
         if parameter.grad is not None and (sparse or not parameter.grad.is_sparse):
             found.indices.append(i)
-            found.shares.append(_shards(parameter.grad) / world_size())
-            found.tensors.append(_local(parameter.grad.detach()))
+            found.shares.append(shards_of(parameter.grad) / world_size())
+            found.tensors.append(local_part(parameter.grad.detach()))
     return found
 
 
@@ -47,12 +47,13 @@ def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack([norm.to(device) for norm in norms]).to(wide).square()
 
 
-def _local(gradient: Any) -> Tensor:
+def local_part(gradient: Any) -> Tensor:
+    """This process's part of a tensor, of a sparse one its values."""
     local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
     return local.coalesce().values() if local.is_sparse else local
 
 
-def _shards(gradient: Any) -> int:
+def shards_of(gradient: Any) -> int:
     """Into how many parts a tensor is cut."""
     if not hasattr(gradient, "to_local"):
         return 1

@@ -109,13 +109,18 @@ def load_own_checkpoint(trainer: Trainer, path: str) -> dict[str, Any]:
     return load(path)  # Lightning before 2.6, which asks torch to
 
 
+def hands_back_weights_only(trainer: Trainer) -> bool:
+    """Whether training runs in spawned processes, whose callbacks are lost when they end."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
 def lighten_results(trainer: Trainer, is_detail: Callable[[str], bool]) -> bool:
     """Drop details from ``callback_metrics`` if a spawned process could not hand them back, and say whether it did so.
 
     ``ddp_spawn`` and ``ddp_notebook`` send them through a pipe that nobody reads before the process has ended: what the
     pipe does not hold, 64 KiB, makes it wait forever, see ``_MultiProcessingLauncher``.
     """
-    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if not hands_back_weights_only(trainer):
         return False
     metrics = trainer.callback_metrics
     details = [name for name in metrics if is_detail(name)]

@@ -1,0 +1,83 @@
+"""The model on data of its own, in the middle of a fit that must not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_collapse.utilities.distributed import agree, world_size
+from lightning_collapse.utilities.trainer import to_device
+
+Loader = Iterable[Any] | Callable[[], Iterable[Any]]
+_END = object()
+
+
+@contextmanager
+def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Eval mode without gradients, and all as it was afterwards."""
+    flags = [(module, module.training) for module in pl_module.modules()]
+    stage = trainer.state.stage
+    try:
+        with isolate_rng(), torch.no_grad():
+            trainer.state.stage = RunningStage.VALIDATING  # hooks that augment a batch ask `trainer.training`
+            for module, _ in flags:
+                module.training = False  # not by `eval()`: a `train` that changes weights could not be taken back
+            yield
+    finally:
+        trainer.state.stage = stage
+        for module, flag in flags:
+            module.training = flag
+
+
+def batches_of(loader: Loader, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Any, bool]]:
+    """Batches on the device, and whether each counts; generators of a ``DataLoader`` are put back afterwards.
+
+    Where parameters are sharded a forward is collective: processes with fewer batches get their last one again, which
+    does not count then. A forward that raises on some processes only cannot be mended there.
+    """
+    loader = loader if isinstance(loader, Iterable) else loader()
+    with _rewound(loader):
+        batches = (to_device(trainer, batch) for batch in islice(loader, int(trainer.fast_dev_run) or None))
+        sharded = world_size() > 1 and any(hasattr(weight, "full_tensor") for weight in pl_module.parameters())
+        yield from _together(batches, pl_module.device) if sharded else ((batch, True) for batch in batches)
+
+
+@contextmanager
+def _rewound(loader: Any) -> Iterator[None]:
+    """Put the generators of a ``DataLoader`` back: the training loader may draw from the same."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    drawn = [getattr(owner, "generator", None) for owner in owners]
+    states = [(generator, generator.get_state()) for generator in drawn if isinstance(generator, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _together(batches: Iterator[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
+    """As many batches on every process; the last one again, and not to be counted, where there are fewer."""
+    batch, problem = _END, None
+    while True:
+        try:
+            fresh = next(batches, _END)
+        except Exception as error:
+            fresh, problem = _END, error
+        counts = fresh is not _END
+        batch = fresh if counts else batch
+        more, failed = agree([counts, problem is not None or batch is _END], device)
+        if problem is not None:
+            raise problem
+        if not more:
+            return
+        if failed:
+            raise RuntimeError("a process has no batches")
+        yield batch, counts

@@ -1,0 +1,82 @@
+"""Two processes with uneven shares of the test data read the accuracy on all of it."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_collapse import ContinualMetrics
+from tests.continual import Learner, task
+from tests.distributed.launch import on_two_processes
+from tests.toys import QUIET, PointKeeper
+
+
+class Sharded(Learner):
+    def configure_model(self):
+        for part in (self.body[0], self.head):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def _share(seed, rank):
+    """Three batches of 10 on the first process, one of 18 on the second."""
+    x, y = task(seed).tensors
+    part = slice(30, 48) if rank else slice(0, 30)
+    return DataLoader(TensorDataset(x[part], y[part]), batch_size=18 if rank else 10)
+
+
+def _whole(model, seed):
+    x, y = task(seed).tensors
+    with torch.no_grad():
+        return (model.eval()(x).argmax(dim=1) == y).float().mean().item()
+
+
+class _Broken:
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        yield from _share(1, self.rank)
+        if self.rank:
+            raise OSError("no disk")
+
+
+def _check(rank):
+    for model in (Learner, Sharded):
+        if model is Learner:
+            strategy = DDPStrategy(process_group_backend="gloo")
+        else:
+            strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        keeper = PointKeeper()
+        metrics = ContinualMetrics([_share(1, rank), _share(2, rank), _Broken(rank)], every_n_steps=1)
+        metrics.task = 1  # as if one had been learned: the cadence is at work
+        options = {**QUIET, "devices": 2, "strategy": strategy, "logger": False, "use_distributed_sampler": False}
+        torch.manual_seed(0)
+        lit = model()
+        start = {name: value.clone() for name, value in lit.state_dict().items()}
+        Trainer(**options, callbacks=[metrics, keeper]).fit(lit, _share(2, 1))
+        everyone = [None, None]
+        torch.distributed.all_gather_object(everyone, repr(keeper.points))
+        assert everyone[0] == everyone[1]
+        values = {point.key: point for point in keeper.points}
+        assert values["continual/task0/accuracy"].n == 48
+        assert metrics.values[1, 2].isnan()
+        twin = Learner()
+        if model is Sharded:
+            state = {name: _full(value) for name, value in lit.state_dict().items()}
+        else:
+            state = lit.state_dict()
+        assert any(not torch.equal(state[name], start[name]) for name in state)
+        twin.load_state_dict(state)
+        for number in (0, 1):
+            assert metrics.values[1, number].item() == pytest.approx(_whole(twin, number + 1))
+        torch.distributed.barrier()
+
+
+def _full(value):
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def test_two_processes():
+    on_two_processes(_check)
