@@ -19,6 +19,7 @@ from lightning_collapse.functional.nearest_center import agreement_counts
 from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.utilities.distributed import agree, all_reduce_sum, world_size
 from lightning_collapse.utilities.features import padding_mask
+from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
 from lightning_collapse.utilities.modules import Tap
 from lightning_collapse.utilities.taps import Heard, RowTaps
 from lightning_collapse.utilities.targets import call_on
@@ -28,7 +29,6 @@ from lightning_collapse.utilities.weight_matrices import whole
 PER_DECADE = 8
 """Epochs with a pass in every factor of ten; the notebook of Papyan et al. has about 27, ours are cheaper."""
 
-Loader = Iterable[Any] | Callable[[], Iterable[Any]]
 Inputs = Callable[[LightningModule, Any], Any]
 _END = object()
 
@@ -138,8 +138,8 @@ class CleanPass:
 
     def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Any, bool]]:
         """Batches on the device, and whether each counts."""
-        loader = self.loader if isinstance(self.loader, Iterable) else self.loader()
-        with _rewound(loader):
+        loader = batches_of(self.loader)
+        with rewound(loader):
             batches = (to_device(trainer, batch) for batch in islice(loader, int(trainer.fast_dev_run) or None))
             sharded = world_size() > 1 and any(hasattr(weight, "full_tensor") for weight in pl_module.parameters())
             yield from _together(batches, pl_module.device) if sharded else ((batch, True) for batch in batches)
@@ -221,20 +221,6 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         trainer.state.stage = stage
         for module, flag in flags:
             module.training = flag
-
-
-@contextmanager
-def _rewound(loader: Any) -> Iterator[None]:
-    """Put the generators of a ``DataLoader`` back: the training loader may draw from the same."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    drawn = [getattr(owner, "generator", None) for owner in owners]
-    states = [(generator, generator.get_state()) for generator in drawn if isinstance(generator, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
 
 
 def _together(batches: Iterator[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:

@@ -1,0 +1,59 @@
+"""Two processes with uneven data find the importances of one with all of it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_collapse.penalties import diagonal_fisher, mas_importance
+from tests.distributed.launch import on_two_processes
+from tests.penalties.models import batched, case
+
+
+def _shards(data):
+    """Seven samples in batches of three and two in one."""
+    return batched(tuple(part[:7] for part in data), 3), batched(tuple(part[7:] for part in data), 2)
+
+
+def _check(rank):
+    cases = {name: case(name) for name in ("convolutions", "shared")}
+    alone = {name: _expected(*given) for name, given in cases.items()}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for name, (model, data) in cases.items():
+        shards = _shards(data)
+        for estimator in ("exact", "empirical", "batched"):
+            shared = diagonal_fisher(model, shards[rank], estimator)
+            everyone = [None, None]
+            dist.all_gather_object(everyone, repr(shared))
+            assert everyone[0] == everyone[1]
+            _same(shared, alone[name][estimator])
+        _same(mas_importance(model, shards[rank]), alone[name]["mas"])
+        _same(diagonal_fisher(model, shards[rank], n_samples=7), alone[name]["few"])
+        _same(diagonal_fisher(model, shards[0] if rank == 0 else []), alone[name]["first"])
+        with pytest.raises(ValueError, match="`loader` brought no samples"):
+            diagonal_fisher(model, [])
+    drawn = [diagonal_fisher(model, [data] if rank == r else [], "sample").values for r in (0, 1)]
+    assert any(not torch.equal(value, drawn[1][name]) for name, value in drawn[0].items())
+    dist.destroy_process_group()
+
+
+def _expected(model, data):
+    """What one process finds."""
+    first, second = _shards(data)
+    found = {name: diagonal_fisher(model, first + second, name) for name in ("exact", "empirical", "batched")}
+    # each takes its share of seven, four and three, of which the second has two
+    few = tuple(torch.cat([part[:4], part[7:]]) for part in data)
+    return found | {
+        "mas": mas_importance(model, [data]),
+        "few": diagonal_fisher(model, [few]),
+        "first": diagonal_fisher(model, first),
+    }
+
+
+def _same(found, expected):
+    assert (found.count, found.methods) == (expected.count, expected.methods)
+    for name, value in found.values.items():
+        torch.testing.assert_close(value, expected.values[name])
+
+
+def test_two_processes():
+    on_two_processes(_check)
