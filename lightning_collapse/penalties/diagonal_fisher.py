@@ -124,7 +124,7 @@ def _of_batches(over: Pass, columns_of: Callable[[Any, Tensor], Columns]) -> Sum
     count, batches = 0, 0
     with over.engine() as engine:
         totals = over.zeros()
-        for batch, outputs, rows in over.each(engine):
+        for batch, outputs, rows in over.each(engine.forward):
             column = columns_of(batch, outputs).make(0) / rows
             column[rows:] = 0
             leaves = list(over.parameters.values())

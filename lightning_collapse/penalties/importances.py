@@ -105,7 +105,7 @@ class Pass:
             for name, parameter in self.parameters.items()
         }
 
-    def each(self, engine: PerSampleGradients) -> Iterator[tuple[Any, Tensor, int]]:
+    def each(self, forward: Callable[[Any], Tensor]) -> Iterator[tuple[Any, Tensor, int]]:
         """Every batch, what the model returns on it, and how many of its rows count."""
         left = _share(self.n_samples)
         loader = batches_of(self.loader)
@@ -113,7 +113,7 @@ class Pass:
         with rewound(loader):
             for batch in () if left == 0 else loader:
                 batch = apply_to_collection(batch, Tensor, lambda tensor: tensor.to(self.device, non_blocking=True))
-                outputs = engine.forward(batch)
+                outputs = forward(batch)
                 rows = len(outputs) if left is None else min(len(outputs), left)
                 yield batch, outputs, rows
                 done += rows
@@ -128,29 +128,34 @@ class Pass:
             rank_zero_info(f"Importances of weights: {done} samples after {now - self._started:.0f} s.")
 
     def summed(self, values: Mapping[str, Tensor], count: int, batches: int, methods: Mapping[str, str]) -> Sums:
-        """Sums of all processes. Collective.
+        """Sums of all processes. Collective."""
+        names = list(values)
+        totals, (samples, total_batches) = self.reduced([values[name] for name in names], count, batches)
+        return Sums(dict(zip(names, totals, strict=True)), samples, total_batches, self.agreed(methods))
+
+    def agreed(self, methods: Mapping[str, str]) -> dict[str, str]:
+        """Of each parameter the slowest method of any process: one without a sample knows of none. Collective."""
+        found = agree([METHODS.index(method) for method in methods.values()], self.device)
+        return {name: METHODS[int(i)] for name, i in zip(methods, found, strict=True)}
+
+    def reduced(self, values: Sequence[Tensor], *counts: int) -> tuple[list[Tensor], list[int]]:
+        """Tensors and whole numbers summed over processes. Collective.
 
         Raises:
-            ValueError: If no process had a sample.
+            ValueError: If the first number, of samples, is 0.
         """
-        totals = {name: all_reduce_sum(value) for name, value in values.items()}
-        # as floating-point numbers they would not be exact beyond 2 ** 24
-        counts = all_reduce_sum(torch.tensor([count, batches], device=self.device)).tolist()
-        # a process without a sample knows nothing of methods
-        found = agree([METHODS.index(methods[name]) for name in values], self.device)
-        samples, total_batches = counts
-        if not samples:
+        totals = [all_reduce_sum(value) for value in values]
+        numbers: list[int] = all_reduce_sum(torch.tensor(counts, device=self.device)).tolist()
+        if not numbers[0]:
             raise ValueError("`loader` brought no samples. Is it a generator that was used up before?")
-        return Sums(
-            totals, samples, total_batches, {name: METHODS[int(i)] for name, i in zip(values, found, strict=True)}
-        )
+        return totals, numbers
 
     def sums(self, columns_of: Callable[[Any, Tensor], Columns], power: Power) -> Sums:
         """Sums over samples and columns. Collective."""
         count, batches = 0, 0
         with self.engine() as engine:
             totals = self.zeros()
-            for batch, outputs, rows in self.each(engine):
+            for batch, outputs, rows in self.each(engine.forward):
                 engine.add_to(totals, outputs, columns_of(batch, outputs), rows, power)
                 count, batches = count + rows, batches + 1
         return self.summed(totals, count, batches, engine.methods)

@@ -11,6 +11,7 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
 
 from lightning_collapse.penalties.columns import Columns
 from lightning_collapse.penalties.sample_gradients import Power, apply_power, wide
@@ -31,7 +32,7 @@ class OneByOne:
     def __init__(self, model: nn.Module, outputs: Callable[[Any, Any], Tensor], chunk_size: int) -> None:
         self.model, self.outputs, self.chunk_size = model, outputs, chunk_size
         self.method = "vmap"
-        self._called = _Called(model, outputs)
+        self._called = Called(model, outputs)
 
     def __call__(
         self, parameters: Mapping[str, Tensor], batch: Any, columns: Columns, samples: int, rows: int, power: Power
@@ -86,13 +87,14 @@ class OneByOne:
         return _reduced(found, power)
 
 
-class _Called(nn.Module):
+class Called(nn.Module):
     """A model that is called as ``outputs`` says."""
 
     def __init__(self, model: nn.Module, outputs: Callable[[Any, Any], Tensor]) -> None:
         super().__init__()
         self.model, self.outputs = model, outputs
 
+    @override
     def forward(self, batch: Any) -> Tensor:
         return self.outputs(self.model, batch)
 

@@ -104,23 +104,14 @@ class PerSampleGradients:
         self._calls.clear()
         self._batch = batch
         outputs = self.outputs(self.model, batch)
-        if not isinstance(outputs, Tensor) or outputs.ndim == 0:
-            raise ValueError(
-                f"The model must return a tensor of shape (B, ...), it returned {type(outputs).__name__}. Choose what"
-                " counts with `outputs=lambda module, batch: module(batch[0]).logits`."
-            )
-        if not outputs.requires_grad:
-            raise ValueError(
-                "The outputs of the model do not depend on any parameter that requires a gradient. Were they detached,"
-                " or is all that `parameters` names frozen?"
-            )
+        check_outputs(outputs)
         self._samples = len(outputs)
         self._learn(outputs)
         return outputs
 
     def add_to(self, totals: Mapping[str, Tensor], outputs: Tensor, columns: Columns, rows: int, power: Power) -> None:
         """Add sums over the first ``rows`` samples and all columns to ``totals``; the graph is gone then."""
-        for sent in self._sent(outputs, columns, rows):
+        for sent in self.backward(outputs, columns, rows):
             for name, gradients in self.gradients(sent):
                 gradients.add_to(totals[name], power)
         if self._slow and rows:
@@ -130,14 +121,8 @@ class PerSampleGradients:
                     totals[name] += value
         self._calls.clear()
 
-    def gradients(self, sent: Mapping[nn.Module, list[Tensor | None]]) -> Iterator[tuple[str, SampleGradients]]:
-        """Gradients of samples of the parameters that a rule holds for, from what arrived at each call."""
-        for layer in self.layers:
-            if layer.module in sent:
-                found = self._apply(layer, sent[layer.module], self._axes[layer.module])
-                yield from ((name, gradients) for name, gradients in found.items() if name in self._ruled)
-
-    def _sent(self, outputs: Tensor, columns: Columns, rows: int) -> Iterator[dict[nn.Module, list[Tensor | None]]]:
+    def backward(self, outputs: Tensor, columns: Columns, rows: int) -> Iterator[dict[nn.Module, list[Tensor | None]]]:
+        """What arrives at each call of each layer, column by column; the graph is gone then."""
         heard = {module: calls for module, calls in self._calls.items() if module in self._axes}
         if not heard:
             return
@@ -145,6 +130,13 @@ class PerSampleGradients:
             column = columns.make(k)
             column[rows:] = 0
             yield _backward(outputs, heard, column, retain_graph=k + 1 < columns.number)
+
+    def gradients(self, sent: Mapping[nn.Module, list[Tensor | None]]) -> Iterator[tuple[str, SampleGradients]]:
+        """Gradients of samples of the parameters that a rule holds for, from what arrived at each call."""
+        for layer in self.layers:
+            if layer.module in sent:
+                found = self._apply(layer, sent[layer.module], self._axes[layer.module])
+                yield from ((name, gradients) for name, gradients in found.items() if name in self._ruled)
 
     def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         received = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -215,6 +207,24 @@ class PerSampleGradients:
     def _stays(self, sent: list[Tensor | None], mask: Tensor, axis: int) -> bool:
         """Whether what was sent to some samples has arrived at their rows only."""
         return not any(_arranged(g, self._samples, axis)[~mask].any() for g in sent if g is not None)
+
+
+def check_outputs(outputs: Any) -> None:
+    """Refuse what no gradient of samples can come from.
+
+    Raises:
+        ValueError: If it is no tensor ``(B, ...)`` with a graph.
+    """
+    if not isinstance(outputs, Tensor) or outputs.ndim == 0:
+        raise ValueError(
+            f"The model must return a tensor of shape (B, ...), it returned {type(outputs).__name__}. Choose what"
+            " counts with `outputs=lambda module, batch: module(batch[0]).logits`."
+        )
+    if not outputs.requires_grad:
+        raise ValueError(
+            "The outputs of the model do not depend on any parameter that requires a gradient. Were they detached,"
+            " or is all that `parameters` names frozen?"
+        )
 
 
 def _layers(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Layer]:

@@ -101,6 +101,10 @@ class Outer(SampleGradients):
     def rows(self, start: int, stop: int) -> Tensor:
         return self.gradients[start:stop].transpose(1, 2) @ self.inputs[start:stop]
 
+    def factors(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs ``(n, P, I)`` and gradients ``(n, P, O)`` of the first samples, a few at a time."""
+        yield self.inputs[:stop], self.gradients[:stop]
+
     @override
     def add_to(self, total: Tensor, power: Power) -> None:
         if self.inputs.shape[1] != 1 and power != "signed":
@@ -159,6 +163,14 @@ class Patches(SampleGradients):
         else:
             patches, gradients = patches[:, 0], gradients[:, 0]
         return (gradients @ patches.transpose(-1, -2)).reshape(n, *self.shape)
+
+    def factors(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs ``(n, P, I)`` and gradients ``(n, P, O)`` of the first samples, a few at a time, of one group."""
+        step = max(1, CHUNK // self.work)
+        for start in range(0, stop, step):
+            end = min(start + step, stop)
+            inputs = self.unfolded(start, end)[:, :, 0].transpose(2, 3)
+            yield inputs.flatten(1, 2), self.gradients[start:end].flatten(3).transpose(2, 3).flatten(1, 2)
 
     def unfolded(self, start: int, stop: int) -> Tensor:
         """What each output position saw, ``(n, K, groups, C / groups * kernel, P)``."""

@@ -1,10 +1,10 @@
-"""Two processes with uneven data find the importances of one with all of it."""
+"""Two processes with uneven data find what one with all of it finds."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_collapse.penalties import diagonal_fisher, mas_importance
+from lightning_collapse.penalties import diagonal_fisher, kronecker_factors, mas_importance, rank_one_fisher
 from tests.distributed.launch import on_two_processes
 from tests.penalties.models import batched, case
 
@@ -29,6 +29,14 @@ def _check(rank):
         _same(mas_importance(model, shards[rank]), alone[name]["mas"])
         _same(diagonal_fisher(model, shards[rank], n_samples=7), alone[name]["few"])
         _same(diagonal_fisher(model, shards[0] if rank == 0 else []), alone[name]["first"])
+        rank_one = rank_one_fisher(model, shards[rank])
+        torch.testing.assert_close(rank_one.mean, alone[name]["rank one"].mean)
+        torch.testing.assert_close(rank_one.coefficient, alone[name]["rank one"].coefficient)
+        factors, expected = kronecker_factors(model, shards[rank]), alone[name]["factors"]
+        assert factors.left_out == expected.left_out
+        for layer, factor in factors.factors.items():
+            torch.testing.assert_close(factor.inputs, expected.factors[layer].inputs)
+            torch.testing.assert_close(factor.gradients, expected.factors[layer].gradients)
         with pytest.raises(ValueError, match="`loader` brought no samples"):
             diagonal_fisher(model, [])
     drawn = [diagonal_fisher(model, [data] if rank == r else [], "sample").values for r in (0, 1)]
@@ -43,6 +51,8 @@ def _expected(model, data):
     # each takes its share of seven, four and three, of which the second has two
     few = tuple(torch.cat([part[:4], part[7:]]) for part in data)
     return found | {
+        "rank one": rank_one_fisher(model, [data]),
+        "factors": kronecker_factors(model, [data]),
         "mas": mas_importance(model, [data]),
         "few": diagonal_fisher(model, [few]),
         "first": diagonal_fisher(model, first),
