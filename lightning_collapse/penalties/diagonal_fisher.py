@@ -13,6 +13,7 @@ from lightning_collapse.penalties.columns import Columns, Estimator, Likelihood,
 from lightning_collapse.penalties.importances import Outputs, Pass, Sums
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.sharding import on_whole_weights
 from lightning_collapse.utilities.targets import targets_of
 
 Labels = Callable[[Any], Tensor]
@@ -33,6 +34,7 @@ class DiagonalFisher(NamedTuple):
     methods: dict[str, str]
 
 
+@on_whole_weights
 def diagonal_fisher(
     model: nn.Module,
     loader: Loader,
@@ -85,7 +87,7 @@ def diagonal_fisher(
 
     Raises:
         ValueError: If an argument is none of the above, the outputs or labels have another shape, no sample was
-            there, or parameters are sharded.
+            there, or parameters are sharded otherwise than by ``fully_shard``.
 
     References:
         [1] van de Ven, *On the Computation of the Fisher Information in Continual Learning*, ICLR blog post 2025.

@@ -57,7 +57,7 @@ class Pass:
 
     Raises:
         ValueError: If a number is not positive, a pattern matches nothing, nothing requires a gradient, or parameters
-            are sharded.
+            are sharded otherwise than by ``fully_shard``.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class Pass:
         sharded = [name for name, parameter in self.parameters.items() if hasattr(parameter, "full_tensor")]
         if sharded:
             raise ValueError(
-                f"`model` is sharded ({sharded[0]!r} is a DTensor), and a sample's gradient needs whole weights. Load"
-                " them into a model that is not sharded and pass that one."
+                f"`model`: {sharded[0]!r} is a DTensor that `fully_shard` has not made, and a sample's gradient needs"
+                " whole weights. Load them into a model that is not sharded and pass that one."
             )
         self.n_samples, self.chunk_size = n_samples, chunk_size
         self.device = next(iter(self.parameters.values())).device

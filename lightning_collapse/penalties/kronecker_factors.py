@@ -16,6 +16,7 @@ from lightning_collapse.penalties.per_sample import Layer, PerSampleGradients
 from lightning_collapse.penalties.sample_gradients import Outer, Patches, SampleGradients
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.sharding import on_whole_weights
 from lightning_collapse.utilities.targets import targets_of
 
 
@@ -49,6 +50,7 @@ class KroneckerFactors(NamedTuple):
     left_out: list[str]
 
 
+@on_whole_weights
 def kronecker_factors(
     model: nn.Module,
     loader: Loader,
@@ -90,7 +92,7 @@ def kronecker_factors(
 
     Raises:
         ValueError: If an argument is none of the above, the outputs or labels have another shape, no sample was
-            there, no layer has factors, or parameters are sharded.
+            there, no layer has factors, or parameters are sharded otherwise than by ``fully_shard``.
 
     References:
         [1] Martens & Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*, ICML 2015.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_collapse.penalties.columns import norm_columns
 from lightning_collapse.penalties.importances import Outputs, Pass
 from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.sharding import on_whole_weights
 
 
 class MASImportance(NamedTuple):
@@ -26,6 +27,7 @@ class MASImportance(NamedTuple):
     methods: dict[str, str]
 
 
+@on_whole_weights
 def mas_importance(
     model: nn.Module,
     loader: Loader,
@@ -56,7 +58,7 @@ def mas_importance(
 
     Raises:
         ValueError: If a number is not positive, a pattern matches nothing, no sample was there, or parameters are
-            sharded.
+            sharded otherwise than by ``fully_shard``.
 
     References:
         Aljundi et al., *Memory Aware Synapses*, ECCV 2018, eq. 3. https://arxiv.org/abs/1711.09601

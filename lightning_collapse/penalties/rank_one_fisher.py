@@ -18,6 +18,7 @@ from lightning_collapse.penalties.one_by_one import Called
 from lightning_collapse.penalties.per_sample import check_outputs
 from lightning_collapse.penalties.sample_gradients import wide
 from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.sharding import on_whole_weights
 from lightning_collapse.utilities.targets import targets_of
 
 
@@ -35,6 +36,7 @@ class RankOneFisher(NamedTuple):
     count: int  # type: ignore[assignment]  # hides `tuple.count`, as intended
 
 
+@on_whole_weights
 def rank_one_fisher(
     model: nn.Module,
     loader: Loader,
@@ -74,7 +76,7 @@ def rank_one_fisher(
 
     Raises:
         ValueError: If an argument is none of the above, the loader can be read only once or has no samples, outputs
-            or labels have another shape, or parameters are sharded.
+            or labels have another shape, or parameters are sharded otherwise than by ``fully_shard``.
 
     References:
         Wang et al., ICLR 2026. https://arxiv.org/abs/2509.23593
