@@ -11,11 +11,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_collapse.callbacks.undisturbed import Loader, batches_of, undisturbed
+from lightning_collapse.callbacks.undisturbed import batches_on_device, undisturbed
 from lightning_collapse.functional.nearest_center import agreement_counts
 from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.utilities.distributed import agree, all_reduce_sum
 from lightning_collapse.utilities.features import padding_mask
+from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import Tap
 from lightning_collapse.utilities.taps import Heard, RowTaps
 from lightning_collapse.utilities.targets import call_on
@@ -45,7 +46,7 @@ class CleanPass:
     Every submodule is in eval mode meanwhile, whatever its own ``train`` method would do, the trainer says that it
     validates, and no gradient is kept; flags, stage, random states and the generators of a ``DataLoader`` are put back.
     What the loader or the model raises is a warning. Where parameters are sharded see
-    :func:`~lightning_collapse.callbacks.undisturbed.batches_of`.
+    :func:`~lightning_collapse.callbacks.undisturbed.batches_on_device`.
 
     Args:
         tap: The classifier's input.
@@ -101,7 +102,7 @@ class CleanPass:
         """Give ``take`` the rows and labels of every batch, and say whether all processes could."""
         problem = ""
         try:
-            for batch, counts in batches_of(self.loader, trainer, pl_module):
+            for batch, counts in batches_on_device(self.loader, trainer, pl_module):
                 rows, labels = self._hear(trainer, pl_module, batch)
                 if counts and rows is not None and labels is not None:
                     take(rows, labels)

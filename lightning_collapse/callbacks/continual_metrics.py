@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.continued_steps import ContinuedSteps
 from lightning_collapse.callbacks.task_aware import TaskAware
-from lightning_collapse.callbacks.undisturbed import Loader, batches_of, undisturbed
+from lightning_collapse.callbacks.undisturbed import batches_on_device, undisturbed
 from lightning_collapse.functional.continual import (
     average_accuracy,
     backward_transfer,
@@ -26,6 +26,7 @@ from lightning_collapse.functional.continual import (
 from lightning_collapse.functional.stability_gap import min_accuracy, worst_case_accuracy
 from lightning_collapse.reporting import heat_map, log_image, log_text, publish
 from lightning_collapse.utilities.distributed import agree, all_reduce_sum
+from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import curve_name
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import register_curve
@@ -240,7 +241,7 @@ class ContinualMetrics(TaskAware):
     def _add_up(self, trainer: Trainer, pl_module: LightningModule, task: int, sums: Tensor) -> bool:
         problem = ""
         try:
-            for batch, counts in batches_of(self.loaders[task], trainer, pl_module):
+            for batch, counts in batches_on_device(self.loaders[task], trainer, pl_module):
                 labels = (self.labels or targets_of)(batch)
                 with trainer.precision_plugin.forward_context():
                     outputs = (self.outputs or call_on)(pl_module, batch)

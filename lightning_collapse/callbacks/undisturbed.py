@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -13,9 +13,9 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_collapse.utilities.distributed import agree, world_size
+from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
 from lightning_collapse.utilities.trainer import to_device
 
-Loader = Iterable[Any] | Callable[[], Iterable[Any]]
 _END = object()
 
 
@@ -36,31 +36,17 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
             module.training = flag
 
 
-def batches_of(loader: Loader, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Any, bool]]:
+def batches_on_device(loader: Loader, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Any, bool]]:
     """Batches on the device, and whether each counts; generators of a ``DataLoader`` are put back afterwards.
 
     Where parameters are sharded a forward is collective: processes with fewer batches get their last one again, which
     does not count then. A forward that raises on some processes only cannot be mended there.
     """
-    loader = loader if isinstance(loader, Iterable) else loader()
-    with _rewound(loader):
+    loader = batches_of(loader)
+    with rewound(loader):
         batches = (to_device(trainer, batch) for batch in islice(loader, int(trainer.fast_dev_run) or None))
         sharded = world_size() > 1 and any(hasattr(weight, "full_tensor") for weight in pl_module.parameters())
         yield from _together(batches, pl_module.device) if sharded else ((batch, True) for batch in batches)
-
-
-@contextmanager
-def _rewound(loader: Any) -> Iterator[None]:
-    """Put the generators of a ``DataLoader`` back: the training loader may draw from the same."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    drawn = [getattr(owner, "generator", None) for owner in owners]
-    states = [(generator, generator.get_state()) for generator in drawn if isinstance(generator, torch.Generator)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
 
 
 def _together(batches: Iterator[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:

@@ -1,0 +1,56 @@
+"""Whole weights of a model that FSDP2 has sharded, for a while."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from torch import nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_whole_weights(fn: Callable[P, T]) -> Callable[P, T]:
+    """Run a function of a model, its first argument, while its weights are whole on every process.
+
+    See :func:`unsharded`.
+    """
+
+    @wraps(fn)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        model: Any = args[0] if args else kwargs.get("model")
+        with unsharded(model) if isinstance(model, nn.Module) else nullcontext():
+            return fn(*args, **kwargs)
+
+    return wrapper
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Gather the weights that ``fully_shard`` has distributed, and shard them again in the end.
+
+    Meanwhile parameters are plain tensors, a forward or backward pass needs no other process, and as many of them may
+    run as each likes. Where nothing is sharded nothing happens. Collective: every process must enter it.
+    """
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "_get_fsdp_state") and hasattr(m, "unshard")]
+    groups = [group for module in modules for group in _groups(module)]
+    kept = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
+    try:
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
+            module.unshard()
+        yield
+    finally:
+        for group, mesh, backward in kept:
+            group.post_forward_mesh_info, group.reshard_after_backward = mesh, backward
+        for module in modules:
+            module.reshard()
+
+
+def _groups(module: Any) -> list[Any]:
+    """There is no public way to ask what `set_reshard_after_forward` has set."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)])
+    return [group for group in groups if group is not None]
