@@ -79,7 +79,8 @@ def rank_one_fisher(
             or labels have another shape, or parameters are sharded otherwise than by ``fully_shard``.
 
     References:
-        Wang et al., ICLR 2026. https://arxiv.org/abs/2509.23593
+        Wang et al., *Avoid Catastrophic Forgetting with Rank-1 Fisher from Diffusion Models*, ICLR 2026.
+        https://arxiv.org/abs/2509.23593
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)

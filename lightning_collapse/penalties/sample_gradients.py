@@ -47,11 +47,6 @@ class SampleGradients(ABC):
         for rows in self.chunks():
             total += apply_power(rows, power).sum(dim=0)
 
-    def dot(self, direction: Tensor) -> Tensor:
-        r"""Inner products :math:`\langle G_n, d \rangle` with a tensor of the parameter's shape, ``(B,)``."""
-        flat = direction.flatten()
-        return torch.cat([rows.flatten(1) @ flat.to(rows) for rows in self.chunks()])
-
     def chunks(self) -> Iterator[Tensor]:
         """All of them, a few at a time."""
         step = max(1, CHUNK // max(1, self.work))
@@ -220,10 +215,6 @@ class Lookups(SampleGradients):
         pairs, where = (sample * vocabulary + self.indices).flatten().unique(return_inverse=True)  # type: ignore[no-untyped-call]
         sums = self.gradients.new_zeros(len(pairs), self.shape[1]).index_add_(0, where, self.gradients.flatten(0, 1))
         total.index_add_(0, pairs % vocabulary, apply_power(sums, power))
-
-    @override
-    def dot(self, direction: Tensor) -> Tensor:
-        return (self.gradients * direction.to(self.gradients)[self.indices]).sum(dim=(1, 2))
 
 
 def apply_power(gradients: Tensor, power: Power) -> Tensor:

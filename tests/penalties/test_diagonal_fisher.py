@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_collapse.penalties import diagonal_fisher, mas_importance
+from lightning_collapse.penalties import diagonal_fisher, importances, mas_importance
 from tests.penalties.models import CASES, Tokens, batched, by_loop, case, exact_losses, perceptron, tokens
 
 LOSSES = {
@@ -279,3 +280,69 @@ def test_mas_in_closed_form():
     expected = (2 * model(x).unsqueeze(2) * x.unsqueeze(1)).abs().mean(dim=0).detach()
     torch.testing.assert_close(mas_importance(model, lambda: [x]).values["weight"], expected)
     assert mas_importance(model, [x], n_samples=4).count == 4
+
+
+class Transposed(nn.Module):
+    """As Hugging Face's ``Conv1D``."""
+
+    def __init__(self):
+        super().__init__()
+        self.nf = 4
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return self.weight * (x * x.pow(2).mean(dim=-1, keepdim=True).add(1e-6).rsqrt())
+
+
+class Recomputed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Transposed,
+        Scaled,
+        Recomputed,
+        lambda: nn.RMSNorm(4),
+        lambda: nn.LayerNorm(4, bias=False),
+        lambda: torch.compile(nn.Linear(4, 4), backend="eager"),
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3, padding=1, padding_mode="circular"), nn.Flatten()
+        ),
+    ],
+    ids=["Conv1D", "scaled", "checkpoint", "RMSNorm", "no bias", "compiled", "circular"],
+)
+def test_rules_of_further_layers(layer):
+    model = nn.Sequential(nn.Linear(5, 4), layer(), nn.LazyLinear(3)).double()
+    data = torch.randn(6, 5).double(), torch.randint(3, (6,))
+    model(data[0])
+    found = diagonal_fisher(model, batched(data, 4))
+    close(found.values, by_loop(model, data, exact_losses))
+    assert set(found.methods.values()) == {"rule"}
+
+
+def test_a_long_pass_says_how_far_it_is(monkeypatch, caplog):
+    model, data = case("perceptron")
+    with caplog.at_level("INFO"):
+        diagonal_fisher(model, batched(data, 4))
+        assert not caplog.messages
+        monkeypatch.setattr(importances, "PATIENCE", -1.0)
+        diagonal_fisher(model, batched(data, 4))
+    assert [message.partition(" after")[0] for message in caplog.messages] == [
+        f"Importances of weights: {n} samples" for n in (4, 8, 9)
+    ]
