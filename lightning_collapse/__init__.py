@@ -20,10 +20,11 @@ from lightning_collapse.callbacks import (
     SpectralAlignmentMonitor,
     TaskAware,
     TaskBoundary,
+    WeightPenalty,
     WeightSpectrumMonitor,
     fit_tasks,
 )
-from lightning_collapse.mixins import AntiCollapseMixin
+from lightning_collapse.mixins import AntiCollapseMixin, ContinualMixin, EWCMixin
 from lightning_collapse.utilities.registry import register_measure
 
 __version__ = "0.1.0.dev0"
@@ -34,7 +35,9 @@ __all__ = [
     "CollapseGuard",
     "CollapseMonitor",
     "ContinualMetrics",
+    "ContinualMixin",
     "Distillation",
+    "EWCMixin",
     "ForgettingMonitor",
     "GeometryPhaseMonitor",
     "GradientMonitor",
@@ -49,6 +52,7 @@ __all__ = [
     "SpectralAlignmentMonitor",
     "TaskAware",
     "TaskBoundary",
+    "WeightPenalty",
     "WeightSpectrumMonitor",
     "fit_tasks",
     "register_measure",

@@ -20,6 +20,7 @@ from lightning_collapse.callbacks.shrink_and_perturb import ShrinkAndPerturb
 from lightning_collapse.callbacks.spectral_alignment_monitor import SpectralAlignmentMonitor
 from lightning_collapse.callbacks.task_aware import TaskAware
 from lightning_collapse.callbacks.task_boundary import TaskBoundary
+from lightning_collapse.callbacks.weight_penalty import WeightPenalty
 from lightning_collapse.callbacks.weight_spectrum_monitor import WeightSpectrumMonitor
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "TaskAware",
     "TaskBoundary",
     "Verdict",
+    "WeightPenalty",
     "WeightSpectrumMonitor",
     "fit_tasks",
 ]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lightning_collapse.losses.base import TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.memory import recall, remembered
 from lightning_collapse.losses.schedule import Weight, require_weight, weighted
+from lightning_collapse.mixins.bases import check_order
 from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.trainer import logging_step
 
-LIGHTNING = ("lightning", "pytorch_lightning")
 MEMORY = "anti_collapse_memory"
 
 
@@ -52,10 +52,7 @@ class AntiCollapseMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # by name: `lightning.pytorch` and `pytorch_lightning` each have their own class
-        before = cls.__mro__[: cls.__mro__.index(AntiCollapseMixin)]
-        if any(b.__name__ == "LightningModule" and b.__module__.split(".")[0] in LIGHTNING for b in before):
-            raise TypeError(f"Write `class {cls.__name__}(AntiCollapseMixin, LightningModule)`: the mixin goes first.")
+        check_order(cls, AntiCollapseMixin)
 
     def set_regularizers(self, regularizers: Mapping[str, nn.Module | tuple[Weight, nn.Module]]) -> None:
         """Choose the terms; call it in ``__init__``, after ``super().__init__()``.

@@ -3,17 +3,31 @@
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.diagonal_fisher import DiagonalFisher, diagonal_fisher
 from lightning_collapse.penalties.evaluating import evaluating
+from lightning_collapse.penalties.ewc import EWC
 from lightning_collapse.penalties.kronecker_factors import KroneckerFactor, KroneckerFactors, kronecker_factors
+from lightning_collapse.penalties.l2_init import L2Init
+from lightning_collapse.penalties.l2_sp import L2SP
+from lightning_collapse.penalties.mas import MAS
 from lightning_collapse.penalties.mas_importance import MASImportance, mas_importance
+from lightning_collapse.penalties.rank_one_ewc import RankOneEWC
 from lightning_collapse.penalties.rank_one_fisher import RankOneFisher, rank_one_fisher
+from lightning_collapse.penalties.rwalk import RWalk
+from lightning_collapse.penalties.synaptic_intelligence import SynapticIntelligence
 
 __all__ = [
+    "EWC",
+    "L2SP",
+    "MAS",
     "DiagonalFisher",
     "KroneckerFactor",
     "KroneckerFactors",
+    "L2Init",
     "MASImportance",
     "Penalty",
+    "RWalk",
+    "RankOneEWC",
     "RankOneFisher",
+    "SynapticIntelligence",
     "diagonal_fisher",
     "evaluating",
     "kronecker_factors",

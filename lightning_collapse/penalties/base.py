@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import inf
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from lightning_collapse.utilities.loaders import Loader
 
 Parameters = Mapping[str, Tensor]
 """Parameters by name; of a sharded one (``DTensor``) every process works on its own shard."""
@@ -76,12 +78,15 @@ class Penalty(ABC):
         """See where an optimizer step has led."""
 
     @abstractmethod
-    def consolidate(self, model: nn.Module, loader: Iterable[Any] | None = None) -> None:
+    def consolidate(self, model: nn.Module, loader: Loader | None = None) -> None:
         """Learn from the task that ends now; from the next step on its weights are remembered. Collective."""
 
     @abstractmethod
     def value(self, parameters: Parameters) -> Tensor:
-        """The penalty, ``weight`` included: a scalar, at least ``float32``; of shards this process's part."""
+        """The penalty, ``weight`` included: a scalar, at least ``float32``, the same on every process.
+
+        Differentiable where nothing is sharded; collective where anything is.
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

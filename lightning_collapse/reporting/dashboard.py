@@ -30,10 +30,12 @@ def dashboard_layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
     for curve in CURVES.values():
         charts = families.setdefault(curve.family.replace("_", " ").capitalize(), {})
         charts[curve.name] = _chart(f"{curve.family}/(.+/)?{curve.name}")  # of every layer, or of the whole
+    penalties = families.pop("Penalty", {})
     return {
         "Collapse": {name: _chart(f"collapse/.+/{name}") for name in (*measures, *_HEALTH)},
         **families,
         "Regularizer": {"regularizer": _chart("regularizer/.+")},
+        "Penalty": {"penalty": _chart("penalty/[^/]+"), **penalties},
         "Guard": {"guard": _chart("guard/.+")},
     }
 

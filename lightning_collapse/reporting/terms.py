@@ -1,4 +1,4 @@
-"""Curves of what a regularizer adds to the loss."""
+"""Curves of what a regularizer or a penalty adds to the loss."""
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -9,18 +9,19 @@ from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.trainer import is_due, logging_step
 
 
-def term_curves(name: str, total: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Curves of one regularizer, without graph.
+def term_curves(name: str, total: Tensor, terms: dict[str, Tensor], family: str = "regularizer") -> dict[str, Tensor]:
+    """Curves of one regularizer or penalty, without graph.
 
     Args:
-        name: Name of the regularizer.
+        name: Its name.
         total: What it adds to the loss, weight included; a scalar.
-        terms: Its unweighted terms by name; scalars.
+        terms: What else there is to draw, by name, such as its unweighted terms; scalars.
+        family: First part of the names.
 
     Returns:
-        ``regularizer/{name}`` and ``regularizer/{name}/{term}``.
+        ``{family}/{name}`` and ``{family}/{name}/{term}``.
     """
-    curves = {f"regularizer/{name}": total} | {f"regularizer/{name}/{term}": value for term, value in terms.items()}
+    curves = {f"{family}/{name}": total} | {f"{family}/{name}/{term}": value for term, value in terms.items()}
     return {key: value.detach() for key, value in curves.items()}
 
 

@@ -5,7 +5,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_collapse.utilities.distributed import world_size
 
@@ -25,7 +25,7 @@ class Gradients(NamedTuple):
     shares: list[float]
 
 
-def gradients_of(parameters: Sequence[nn.Parameter], sparse: bool = True) -> Gradients:
+def gradients_of(parameters: Sequence[Tensor], sparse: bool = True) -> Gradients:
     """Gradients of parameters, as they are now, without graph; sparse ones by their values, or not at all."""
     found = Gradients([], [], [])
     for i, parameter in enumerate(parameters):
@@ -53,9 +53,9 @@ def local_part(gradient: Any) -> Tensor:
     return local.coalesce().values() if local.is_sparse else local
 
 
-def shards_of(gradient: Any) -> int:
+def shards_of(tensor: Any) -> int:
     """Into how many parts a tensor is cut."""
-    if not hasattr(gradient, "to_local"):
+    if not hasattr(tensor, "to_local"):
         return 1
-    mesh = gradient.device_mesh
-    return prod(mesh.size(i) for i, placement in enumerate(gradient.placements) if placement.is_shard())
+    mesh = tensor.device_mesh
+    return prod(mesh.size(i) for i, placement in enumerate(tensor.placements) if placement.is_shard())

@@ -41,7 +41,7 @@ def lines_of(category, chart, tags):
 
 def test_one_chart_per_measure_of_features_and_three_for_their_health():
     layout = dashboard_layout()
-    assert list(layout) == ["Collapse", "Tube", "Regularizer", "Guard"]
+    assert list(layout) == ["Collapse", "Tube", "Regularizer", "Penalty", "Guard"]
     assert list(layout["Collapse"]) == [
         *("effective_rank", "eigenvalue_effective_rank", "uniformity"),
         *("n", "nonfinite_fraction", "flag"),
@@ -72,7 +72,7 @@ def test_a_curve_of_another_family_has_a_chart_in_its_own_category():
     assert lines_of("Tube", "glow", own | {"collapse/a/glow", "tube/afterglow", "tube/glow/a"}) == own
 
 
-@pytest.mark.parametrize("family", ["regularizer", "guard"])
+@pytest.mark.parametrize("family", ["regularizer", "penalty", "guard"])
 def test_a_family_is_one_chart(family):
     tags = {f"{family}/a", f"val/{family}/b"}
     assert lines_of(family.capitalize(), family, tags | {"collapse/a/n", f"collapse/{family}/n"}) == tags
@@ -91,10 +91,17 @@ def test_tensorboard_serves_every_chart_over_http(tmp_path):
             layout, served = ask(f"{url}data/plugin/custom_scalars")
         finally:
             server.terminate()
-    assert [category["title"] for category in layout["category"]] == ["Collapse", "Tube", "Regularizer", "Guard"]
+    titles = [category["title"] for category in layout["category"]]
+    assert titles == [
+        "Collapse",
+        "Tube",
+        "Regularizer",
+        "Penalty",
+        "Guard",
+    ]
     assert served.pop("effective_rank") == ["collapse/a/effective_rank"]
     assert served.pop("eigenvalue_effective_rank") == ["collapse/a/eigenvalue_effective_rank"]
-    rest = ("uniformity", "n", "nonfinite_fraction", "flag", "glow", "regularizer", "guard")
+    rest = ("uniformity", "n", "nonfinite_fraction", "flag", "glow", "regularizer", "penalty", "guard")
     assert served == {name: [] for name in rest}
 
 

@@ -1,0 +1,104 @@
+"""The data of the task that ends, once more, in the middle of a fit that must not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from math import isinf
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+
+from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
+from lightning_collapse.utilities.trainer import to_device
+
+
+class TaskBatches:
+    """Batches as a training step would get them, as often as they are iterated over.
+
+    Without a loader those of the training, as many as an epoch has. What a ``DistributedSampler`` repeats, so that all
+    processes get equally many samples, is left out, unless parameters are sharded, where processes must call the model
+    equally often; samplers of other kinds are taken as they are.
+
+    Args:
+        trainer: Whose data.
+        loader: Batches, or a function that returns them; ``None`` for the training data.
+    """
+
+    def __init__(self, trainer: Trainer, loader: Loader | None = None) -> None:
+        self.trainer = trainer
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        limit = int(self.trainer.fast_dev_run) or None
+        if self.loader is None:
+            loader: Iterable[Any] = self._training_data()
+            number = self.trainer.num_training_batches
+            limit = None if isinf(number) else int(number)
+        else:
+            loader = batches_of(self.loader)
+        with rewound(loader):
+            for batch in islice(loader, limit):
+                yield to_device(self.trainer, batch)
+
+    def _training_data(self) -> Any:
+        loader = self.trainer.train_dataloader
+        sharded = any(hasattr(weight, "full_tensor") for weight in self.trainer.lightning_module.parameters())
+        return loader if sharded else _unrepeated(loader)
+
+
+def check_training_data(trainer: Trainer, who: str) -> None:
+    """Refuse training data that no one can pass over alone.
+
+    Raises:
+        MisconfigurationException: If there are several loaders.
+    """
+    if isinstance(trainer.train_dataloader, Mapping | Sequence):
+        raise MisconfigurationException(
+            f"{who} reads the data of a task when it ends, and the training has several loaders. Say which:"
+            " `loader=...`, an iterable of batches or a function that returns one."
+        )
+
+
+@contextmanager
+def unnoticed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Put random states, the trainer's stage, training flags and gradients back as they were."""
+    flags = [(module, module.training) for module in pl_module.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in pl_module.parameters()]
+    stage = trainer.state.stage
+    try:
+        with isolate_rng():
+            trainer.state.stage = RunningStage.VALIDATING  # hooks that augment a batch ask `trainer.training`
+            yield
+    finally:
+        trainer.state.stage = stage
+        for module, flag in flags:
+            module.training = flag
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def _unrepeated(loader: Any) -> Any:
+    sampler = getattr(loader, "sampler", None)
+    plain = type(loader) is DataLoader and type(loader.batch_sampler) is BatchSampler
+    if not plain or type(sampler) is not DistributedSampler or len(sampler.dataset) < sampler.num_replicas:  # type: ignore[arg-type]
+        return loader
+    once = UnrepeatedDistributedSampler(
+        sampler.dataset, sampler.num_replicas, sampler.rank, sampler.shuffle, sampler.seed, sampler.drop_last
+    )
+    once.set_epoch(sampler.epoch)
+    return DataLoader(
+        loader.dataset,
+        loader.batch_size,
+        sampler=once,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+    )

@@ -1,0 +1,158 @@
+"""A penalty on weights that the outputs on old tasks depend on, by the Fisher information."""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+from typing import Literal
+
+import torch
+from lightning_utilities import apply_to_collection
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_collapse.penalties.base import Parameters
+from lightning_collapse.penalties.columns import Estimator, Likelihood, check_estimator
+from lightning_collapse.penalties.data import check_loader, check_whole, names_of
+from lightning_collapse.penalties.diagonal_fisher import Labels, diagonal_fisher
+from lightning_collapse.penalties.evaluating import evaluating
+from lightning_collapse.penalties.importances import Outputs
+from lightning_collapse.penalties.quadratic import QuadraticPenalty
+from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
+from lightning_collapse.utilities.registry import register_penalty
+from lightning_collapse.utilities.targets import call_on
+
+FEW_CLASSES = 20
+"""Up to so many classes the exact Fisher information, which takes one backward pass for each, is the default."""
+
+
+@register_penalty
+class EWC(QuadraticPenalty):
+    r"""Elastic weight consolidation [1], one anchor per task, or online [2, 3].
+
+    .. math:: \frac{w}{2} \sum_k \sum_i F_{k,i} (\theta_i - \theta^*_{k,i})^2
+
+    with :math:`F_k` the diagonal of the Fisher information of task :math:`k` at its end :math:`\theta^*_k`: exact, at
+    constant memory, however many tasks there are. Online there is one anchor, the latest, and
+
+    .. math:: \frac{w}{2} \sum_i \gamma \tilde F_{k,i} (\theta_i - \theta^*_{k,i})^2, \quad
+        \tilde F_k = \gamma \tilde F_{k-1} + F_k
+
+    Huszár [2] is :math:`\gamma = 1`; Schwarz et al. [3] have :math:`\gamma < 1` and make every :math:`F_k` comparable,
+    which ``normalize`` does.
+
+    Args:
+        weight: :math:`w`. The default is ours, and a start: it depends on estimator and data by orders of magnitude.
+        estimator: How the Fisher information is estimated, see :func:`~lightning_collapse.penalties.diagonal_fisher`;
+            ``None`` is ``"exact"`` for at most 20 outputs and ``"sample"`` for more, or for sequences.
+        n_samples: How many samples of a task it reads; ``None`` for all.
+        online: One anchor instead of one per task.
+        gamma: :math:`\gamma`, for ``online``.
+        normalize: ``"max"`` divides :math:`F_k` by its largest entry, ``"trace"`` by the mean of its entries.
+        likelihood: Of the outputs, see :func:`~lightning_collapse.penalties.diagonal_fisher`.
+        outputs: The model's outputs on a batch, ``outputs(model, batch)``; by default the model is called on the
+            inputs.
+        labels: Labels of a batch, for estimators that read them.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        [1] Kirkpatrick et al., *Overcoming catastrophic forgetting in neural networks*, PNAS 2017.
+        https://arxiv.org/abs/1612.00796
+
+        [2] Huszár, *On quadratic penalties in elastic weight consolidation*, 2017. https://arxiv.org/abs/1712.03847
+
+        [3] Schwarz et al., *Progress & compress*, ICML 2018. https://arxiv.org/abs/1805.06370
+
+    Example::
+
+        trainer = Trainer(callbacks=[WeightPenalty(EWC(weight=1000.0))])
+    """
+
+    factor = 0.5
+    needs_data = True
+
+    def __init__(
+        self,
+        weight: float = 1000.0,
+        estimator: Estimator | None = None,
+        n_samples: int | None = 500,
+        online: bool = False,
+        gamma: float = 1.0,
+        normalize: Literal["max", "trace"] | None = None,
+        likelihood: Likelihood = "categorical",
+        outputs: Outputs | None = None,
+        labels: Labels | None = None,
+    ) -> None:
+        super().__init__(weight)
+        check_estimator(estimator or "exact", likelihood)
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"`gamma` must be from 0 to 1, got {gamma}.")
+        if gamma != 1 and not online:
+            raise ValueError(f"`gamma` is for `online=True`, got gamma={gamma} without it.")
+        if normalize not in (None, "max", "trace"):
+            raise ValueError(f"`normalize` must be 'max', 'trace' or None, got {normalize!r}.")
+        if n_samples is not None and n_samples < 1:
+            raise ValueError(f"`n_samples` must be at least 1, or None for all, got {n_samples}.")
+        self.estimator = estimator
+        self.n_samples = n_samples
+        self.online = online
+        self.gamma = gamma
+        self.normalize = normalize
+        self.likelihood = likelihood
+        self.outputs = outputs
+        self.labels = labels
+
+    @property
+    @override
+    def strength(self) -> float:
+        return super().strength * self.gamma
+
+    @override
+    def start(self, parameters: Parameters) -> None:
+        check_whole(self, parameters)
+        super().start(parameters)
+
+    @override
+    def consolidate(self, model: nn.Module, loader: Loader | None = None) -> None:
+        """Estimate the Fisher information where the model stands, and anchor it there. Collective.
+
+        Raises:
+            ValueError: If there are no data.
+        """
+        loader = check_loader(self, loader)
+        parameters = self._parameters_of(model)
+        names = names_of(model, parameters)
+        estimator, loader = (self.estimator, loader) if self.estimator else self._choose(model, loader)
+        fisher = diagonal_fisher(
+            model,
+            loader,
+            estimator,
+            likelihood=self.likelihood,
+            n_samples=self.n_samples,
+            outputs=self.outputs,
+            labels=self.labels,
+            parameters=list(names),
+        )
+        importance = {names[name]: value for name, value in fisher.values.items()}
+        if self.normalize is not None:
+            everything = torch.cat([value.flatten() for value in importance.values()])
+            scale = everything.max() if self.normalize == "max" else everything.mean()
+            importance = {name: value / torch.where(scale > 0, scale, 1.0) for name, value in importance.items()}
+        self._remember(parameters, importance, kept=self.gamma, every_anchor=not self.online)
+
+    def _choose(self, model: nn.Module, loader: Loader) -> tuple[Estimator, Loader]:
+        """The estimator for the number of outputs, and the batches, of which one was looked at."""
+        batches = batches_of(loader)
+        device = next(model.parameters()).device
+        with evaluating(model), torch.no_grad(), rewound(batches):
+            iterator = iter(batches)
+            first = list(islice(iterator, 1))
+            if not first:
+                return "exact", batches  # the estimator will say so
+            batch = apply_to_collection(first[0], Tensor, lambda tensor: tensor.to(device))
+            outputs = (self.outputs or call_on)(model, batch)
+        if iterator is batches:  # a generator gives each batch once
+            batches = chain(first, iterator)
+        few = outputs.ndim <= 2 and outputs.shape[-1] <= FEW_CLASSES
+        return "exact" if few else "sample", batches

@@ -1,0 +1,75 @@
+"""A penalty on weights that the outputs on old tasks depend on, without labels."""
+
+from __future__ import annotations
+
+from torch import nn
+from typing_extensions import override
+
+from lightning_collapse.penalties.base import Parameters
+from lightning_collapse.penalties.data import check_loader, check_whole, names_of
+from lightning_collapse.penalties.importances import Outputs
+from lightning_collapse.penalties.mas_importance import mas_importance
+from lightning_collapse.penalties.quadratic import QuadraticPenalty
+from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.registry import register_penalty
+
+
+@register_penalty
+class MAS(QuadraticPenalty):
+    r"""Memory aware synapses: importance by the sensitivity of the output [1].
+
+    .. math:: w \sum_i \Omega_i (\theta_i - \theta^*_i)^2, \quad
+        \Omega_i = \sum_k \frac{1}{N_k} \sum_n \Big| \frac{\partial \|f(x_n)\|_2^2}{\partial \theta_i} \Big|
+
+    with :math:`\theta^*` the weights at the end of the last task. No factor 1/2, and importances of tasks are summed,
+    as in the paper; FACIL and avalanche average them. It reads no labels: any output will do, such as an embedding.
+
+    Args:
+        weight: :math:`w`, 1 in the paper.
+        n_samples: How many samples of a task it reads; ``None`` for all.
+        outputs: The model's outputs on a batch, ``outputs(model, batch)``; by default the model is called on the
+            inputs.
+
+    Raises:
+        ValueError: If an argument is out of range; at the start if parameters are sharded.
+
+    References:
+        [1] Aljundi et al., *Memory aware synapses: learning what (not) to forget*, ECCV 2018.
+        https://arxiv.org/abs/1711.09601
+
+    Example::
+
+        trainer = Trainer(callbacks=[WeightPenalty(MAS(weight=1.0))])
+    """
+
+    needs_data = True
+
+    def __init__(self, weight: float = 1.0, n_samples: int | None = None, outputs: Outputs | None = None) -> None:
+        super().__init__(weight)
+        if n_samples is not None and n_samples < 1:
+            raise ValueError(f"`n_samples` must be at least 1, or None for all, got {n_samples}.")
+        self.n_samples = n_samples
+        self.outputs = outputs
+
+    @override
+    def start(self, parameters: Parameters) -> None:
+        check_whole(self, parameters)
+        super().start(parameters)
+
+    @override
+    def consolidate(self, model: nn.Module, loader: Loader | None = None) -> None:
+        """Estimate the sensitivity where the model stands, and anchor it there. Collective.
+
+        Raises:
+            ValueError: If there are no data.
+        """
+        parameters = self._parameters_of(model)
+        names = names_of(model, parameters)
+        found = mas_importance(
+            model,
+            check_loader(self, loader),
+            n_samples=self.n_samples,
+            outputs=self.outputs,
+            parameters=list(names),
+        )
+        self._remember(parameters, {names[name]: value for name, value in found.values.items()})

@@ -1,0 +1,94 @@
+"""Tensors that lie beside parameters: on their devices, cut as they are cut, at least in single precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum, world_size
+from lightning_collapse.utilities.gradients import shards_of
+
+
+class Layout(NamedTuple):
+    """How a parameter lies over processes.
+
+    Attributes:
+        shape: Of the whole.
+        mesh: The processes, or ``None`` where each has the whole.
+        placements: How it is cut over each dimension of ``mesh``.
+    """
+
+    shape: tuple[int, ...]
+    mesh: Any = None
+    placements: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """That of a parameter."""
+        if isinstance(tensor, DTensor):
+            return cls(tuple(tensor.shape), tensor.device_mesh, tuple(tensor.placements))
+        return cls(tuple(tensor.shape))
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The whole of what this process has a part of. Collective if it is cut."""
+        if self.mesh is None:
+            return part
+        whole = torch.empty(self.shape, device="meta")
+        shape, stride = whole.shape, whole.stride()
+        gathered = DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+        return gathered.full_tensor()
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This process's part of a whole. Collective if it is to be cut."""
+        return whole if self.mesh is None else distribute_tensor(whole, self.mesh, self.placements).to_local()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """What is remembered beside a parameter is kept in its precision, and at least in ``float32``."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def copy_of(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter as it is now."""
+    part = local(parameter.detach())
+    return part.to(wide(part), copy=True)
+
+
+def add_to_gradients(parameters: Sequence[Tensor], pulls: list[Tensor], strength: float, scale: Tensor | None) -> None:
+    """Add ``strength * scale * pulls`` to gradients, which are made where there are none; changes ``pulls``."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        elif parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
+    if scale is not None:
+        torch._foreach_mul_(pulls, scale.to(pulls[0]))
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    torch._foreach_add_(gradients, pulls, alpha=strength)
+
+
+def total(numbers: Sequence[Tensor], parameters: Iterable[Tensor]) -> Tensor:
+    """Sum over parameters of scalars that processes have of their parts, the same on every process.
+
+    Collective if any parameter is cut; without gradient then.
+    """
+    shares = [shards_of(parameter) for parameter in parameters]
+    if world_size() == 1 or max(shares, default=1) == 1:
+        return torch.stack(list(numbers)).sum()
+    weights = torch.tensor(shares, dtype=numbers[0].dtype, device=numbers[0].device) / world_size()
+    return all_reduce_sum((torch.stack(list(numbers)) * weights).sum())
+
+
+def largest(numbers: Sequence[Tensor], parameters: Iterable[Tensor]) -> Tensor:
+    """The largest of scalars that processes have of their parts. Collective if any parameter is cut."""
+    highest = torch.stack(list(numbers)).max()
+    return all_reduce_max(highest) if any(shards_of(parameter) > 1 for parameter in parameters) else highest

@@ -1,0 +1,194 @@
+"""The door without a change to the code, what it refuses, and the door inside the module."""
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+
+from lightning_collapse import ContinualMixin, EWCMixin, WeightPenalty
+from lightning_collapse.penalties import EWC, MAS, L2Init, SynapticIntelligence
+from tests.penalties.toys import Classifier, fit_tasks, flat, loader
+from tests.toys import fit
+
+
+class Frozen(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.encoder.requires_grad_(False)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+
+def test_all_penalties_observe_the_gradient_of_the_task_alone():
+    class Sees(SynapticIntelligence):
+        def observe(self, parameters, scale=None):
+            seen.append(parameters["head.weight"].grad.clone())
+            super().observe(parameters, scale)
+
+    class Shifted(L2Init):
+        def start(self, parameters):
+            super().start({name: parameter.detach() + 1 for name, parameter in parameters.items()})
+            self.memory.place(parameters)
+
+    class Mixed(ContinualMixin, Classifier):
+        def __init__(self):
+            super().__init__()
+            self.set_penalties({"shifted": Shifted(1.0), "sees": Sees(0.0)})
+
+    seen = []
+    for callbacks in ([], [WeightPenalty(Shifted(1.0), name="first")]):
+        for base in (Classifier, Mixed):
+            torch.manual_seed(0)
+            fit(base(), [*callbacks, WeightPenalty(Sees(0.0), name="outside")], loader(0), max_steps=1)
+    assert len(seen) == 6
+    assert all(torch.equal(gradient, seen[0]) for gradient in seen)
+
+
+def test_only_chosen_parameters():
+    moved = {}
+    for pattern in ("encoder.*", "head.*"):
+        torch.manual_seed(0)
+        model = Classifier()
+        start = model.encoder[0].weight.detach().clone()
+        fit(model, [WeightPenalty(L2Init(weight=1.0), parameters=[pattern])], loader(0), max_epochs=10)
+        moved[pattern] = (model.encoder[0].weight - start).norm().item()
+    assert moved["encoder.*"] < 0.3 * moved["head.*"]
+
+
+def test_two_penalties_of_one_name_are_refused():
+    class Lit(ContinualMixin, Classifier):
+        def __init__(self):
+            super().__init__()
+            self.set_penalties({"l2init": L2Init()})
+
+    with pytest.raises(MisconfigurationException, match="Two penalties are called 'l2init'"):
+        fit(Lit(), [WeightPenalty(L2Init())], loader(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: [WeightPenalty(L2Init(), parameters=["encoder.*", "nose"])], "'nose'.*It has: encoder.0.weight"),
+        (lambda: [WeightPenalty(L2Init(), parameters=["encoder.*"])], "none of its 2 parameters is trainable"),
+    ],
+)
+def test_refused_when_the_fit_starts(make, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Frozen(), make(), loader(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WeightPenalty(nn.Linear(1, 1)), "`penalty` takes"),
+        (lambda: WeightPenalty(L2Init(), parameters="encoder.*"), "`parameters` takes a list"),
+        (lambda: WeightPenalty(L2Init(), parameters=[]), "`parameters` takes a list"),
+        (lambda: WeightPenalty(EWC(), loader="train"), "`loader` takes"),
+        (lambda: EWC(gamma=1.5, online=True), "`gamma` must be"),
+        (lambda: EWC(gamma=0.5), "online=True"),
+        (lambda: EWC(normalize="sum"), "`normalize`"),
+        (lambda: EWC(n_samples=0), "`n_samples`"),
+        (lambda: EWC(estimator="true"), "`estimator`"),
+        (lambda: MAS(n_samples=0), "`n_samples`"),
+        (lambda: SynapticIntelligence(damping=0.0), "`damping`"),
+    ],
+)
+def test_arguments_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_flattened_parameters_are_refused():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.__class__ = type("Flat", (FSDPStrategy,), {})
+    with pytest.raises(MisconfigurationException, match="fully_shard"):
+        WeightPenalty(L2Init()).on_fit_start(trainer, Classifier())
+
+
+def test_several_loaders_are_refused():
+    class Two(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["a"], batch_idx)
+
+    loaders = {"a": loader(0), "b": loader(1)}
+    with pytest.raises(MisconfigurationException, match="several loaders"):
+        fit(Two(), [WeightPenalty(EWC())], loaders)
+    ewc = EWC()
+    fit(Two(), [WeightPenalty(ewc, loader=lambda: loader(0))], loaders)
+    assert ewc.memory["importance"]
+
+
+@pytest.mark.parametrize("data", [[], lambda: [(torch.zeros(4, 5), torch.zeros(4, dtype=torch.long))]])
+def test_a_task_without_usable_data_is_not_remembered_and_nothing_is_lost(data):
+    torch.manual_seed(0)
+    penalty, model = WeightPenalty(EWC()), Classifier()
+    fit(model, [penalty], loader(0))
+    before = penalty.penalty.state_dict()["memory"]
+    penalty.loader = data
+    with pytest.warns(UserWarning, match="task 1 could not be remembered, those before it are"):
+        fit(model, [penalty], loader(1))
+    torch.testing.assert_close(penalty.penalty.state_dict()["memory"], before, rtol=0, atol=0)
+    assert all(module.training for module in model.modules())
+    assert penalty.task == 2
+
+
+def test_a_shrunken_head_is_refused_and_a_grown_one_trains():
+    penalty = WeightPenalty(EWC())
+    fit(Classifier(), [penalty], loader(0))
+    fit(Classifier(classes=5), [penalty], loader(1))
+    assert penalty.penalty.memory["importance"]["head.weight"].shape == (5, 8)
+    with pytest.raises(
+        MisconfigurationException, match=r"`head.weight` has shape \(3, 8\), and what is remembered of it \(5, 8\)"
+    ):
+        fit(Classifier(), [penalty], loader(2))
+
+
+def test_a_frozen_part_is_remembered_until_it_is_trained_again():
+    penalty = WeightPenalty(EWC())
+    torch.manual_seed(0)
+    fit(Classifier(), [penalty], loader(0))
+    fit(Frozen(), [penalty], loader(1))
+    assert penalty.penalty.memory["importance"]["encoder.0.weight"].abs().max() > 0
+
+
+def test_unfinished_tasks_and_fast_dev_run():
+    penalty = WeightPenalty(EWC())
+    fit(Classifier(), [penalty], loader(0), fast_dev_run=True)
+    assert penalty.task == 0
+    assert not penalty.penalty.memory["importance"]
+
+
+def test_module_brings_its_penalties_back_from_a_checkpoint(tmp_path):
+    class Lit(EWCMixin, Classifier):
+        pass
+
+    model = Lit()
+    trainer = fit_tasks(model)
+    trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=False)
+    loaded = Lit.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    for lit in (model, loaded):
+        fit(lit, (), loader(2))
+    assert torch.equal(flat(model), flat(loaded))
+    plain = Classifier()
+    plain.load_state_dict(model.state_dict())
+    assert loaded.weight_penalties["ewc"].task == 3
+
+
+def test_mixin_goes_first_and_hooks_call_super():
+    with pytest.raises(TypeError, match=r"class Lit\(ContinualMixin, LightningModule\)"):
+
+        class Lit(LightningModule, ContinualMixin):
+            pass
+
+    with pytest.warns(UserWarning, match="`Silent` overrides `on_train_start` without a call of `super"):
+
+        class Silent(ContinualMixin, Classifier):
+            def on_train_start(self):
+                pass
+
+    class Loud(ContinualMixin, Classifier):
+        def on_train_start(self):
+            super().on_train_start()

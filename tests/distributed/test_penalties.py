@@ -1,0 +1,161 @@
+"""Penalties on two processes: replicated they are those of one, sharded they remember the same."""
+
+import io
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_collapse import ContinualMixin, WeightPenalty
+from lightning_collapse.penalties import EWC, L2SP, MAS, L2Init, RankOneEWC, RWalk, SynapticIntelligence
+from lightning_collapse.utilities.registry import PENALTIES
+from tests.distributed.launch import on_two_processes
+from tests.penalties.references import task
+from tests.penalties.toys import Classifier
+from tests.toys import QUIET, MemoryLogger
+
+N = 47
+MAKE = {
+    "EWC": lambda: EWC(5.0, n_samples=None),
+    "L2Init": lambda: L2Init(0.05),
+    "L2SP": lambda: L2SP(0.1, new=["head.*"]),
+    "MAS": lambda: MAS(0.02),
+    "RankOneEWC": lambda: RankOneEWC(0.5),
+    "RWalk": lambda: RWalk(0.1, every_n_steps=2),
+    "SynapticIntelligence": lambda: SynapticIntelligence(1.0),
+}
+SHARDED = ["L2Init", "L2SP", "RWalk", "SynapticIntelligence"]
+
+
+class Sharded(Classifier):
+    def configure_model(self):
+        for part in (self.encoder, self.head):
+            if not isinstance(part, FSDPModule):  # it stays so from one trainer to the next
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+class NoMomentum(Sharded):
+    """A trainer that fits again begins with new optimizers."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.2)
+
+
+class Mixed(ContinualMixin, NoMomentum):
+    def __init__(self):
+        super().__init__()
+        self.set_penalties({"it": MAKE["SynapticIntelligence"]()})
+
+
+def data(index, batch_size):
+    """One sample more than two processes can share."""
+    x, y = task(index, N, torch.float32)
+    return DataLoader(TensorDataset(x, y), batch_size)
+
+
+def fit_two(model, callbacks, strategy, devices, batch_size, tasks=(0, 1), **kwargs):
+    for index in tasks:
+        options = {
+            **QUIET,
+            "devices": devices,
+            "strategy": strategy(),
+            "logger": MemoryLogger(),
+            "log_every_n_steps": 1,
+        }
+        trainer = Trainer(**{**options, **kwargs}, callbacks=callbacks)
+        trainer.fit(model, data(index, batch_size))
+    return trainer
+
+
+def whole(parameter):
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
+
+
+def flat(model):
+    return torch.cat([whole(parameter).flatten() for parameter in model.parameters()])
+
+
+def ddp():
+    return DDPStrategy(process_group_backend="gloo")
+
+
+def shards():
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+def _check_ddp(rank, folder):
+    for name, make in MAKE.items():
+        torch.manual_seed(0)
+        model, penalty = Classifier(), make()
+        trainer = fit_two(model, [WeightPenalty(penalty, name="it")], ddp, 2, 4)
+        torch.save((flat(model), penalty.state_dict(), trainer.logger.rows), f"{folder}/{name}.{rank}")
+
+
+def _one(name):
+    """On one process, with batches that are those of two together: theirs take turns over the samples."""
+    torch.manual_seed(0)
+    model, penalty = Classifier(), MAKE[name]()
+    for index in (0, 1):
+        x, y = task(index, N, torch.float32)
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(0))  # as a `DistributedSampler` draws it
+        padded = torch.cat([order, order[:1]])
+        loader = DataLoader(TensorDataset(x[padded], y[padded]), 8)
+        callback = WeightPenalty(penalty, name="it", loader=data(index, 16))
+        trainer = Trainer(**{**QUIET, "logger": MemoryLogger(), "log_every_n_steps": 1}, callbacks=[callback])
+        trainer.fit(model, loader)
+    return flat(model), penalty.state_dict(), trainer.logger.rows
+
+
+def test_replicated_they_are_those_of_one_process(tmp_path):
+    on_two_processes(_check_ddp, str(tmp_path))
+    assert set(MAKE) == set(PENALTIES)
+    for name in MAKE:
+        weights, state, rows = torch.load(tmp_path / f"{name}.0", weights_only=True)
+        others = torch.load(tmp_path / f"{name}.1", weights_only=True)
+        torch.testing.assert_close(others[:2], (weights, state), rtol=0, atol=0)
+        expected_weights, expected_state, expected_rows = _one(name)
+        torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
+        assert rows[-1][1] == pytest.approx(expected_rows[-1][1], rel=1e-4)
+
+
+def _check_sharded(rank, folder):
+    for name in SHARDED:
+        found = []
+        for model_class, strategy in ((Sharded, shards), (Classifier, ddp)):
+            torch.manual_seed(0)
+            model, penalty = model_class(), MAKE[name]()
+            trainer = fit_two(model, [WeightPenalty(penalty, name="it")], strategy, 2, 4)
+            found.append((flat(model), penalty.state_dict(), trainer.logger.rows[-1][1]))
+        (weights, state, row), (expected, expected_state, expected_row) = found
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(state, expected_state, rtol=1e-3, atol=1e-5)  # whole, whatever the shards
+        assert row == pytest.approx(expected_row, rel=1e-3)
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    for make in (lambda: (NoMomentum(), [WeightPenalty(MAKE["SynapticIntelligence"]())]), lambda: (Mixed(), [])):
+        torch.manual_seed(0)
+        model, callbacks = make()
+        trainer = fit_two(model, callbacks, shards, 2, 4)
+        path = f"{folder}/{len(callbacks)}"
+        trainer.save_checkpoint(path)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(model, data(1, 4))  # goes on where it was
+        resumed, more = make()
+        options = {**QUIET, "devices": 2, "logger": False, "max_epochs": 2}
+        Trainer(**options, strategy=shards(), callbacks=more).fit(resumed, data(1, 4), ckpt_path=path)
+        assert torch.equal(flat(resumed), flat(model))
+        states = [
+            (c or list(m.weight_penalties.values()))[0].state_dict() for m, c in ((resumed, more), (model, callbacks))
+        ]
+        assert states[0]["task"] == 3
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_sharded_they_are_those_of_replicas(tmp_path):
+    on_two_processes(_check_sharded, str(tmp_path))
