@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.memory import finite_or
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.statistics import CenteredBatch, center, stack_views
 from lightning_collapse.spectral.precision import accumulation_dtype
@@ -116,11 +117,11 @@ class JitteredCovarianceLoss(AntiCollapseLoss):
             )
         if earlier is not None:
             # a first batch with what is not finite is forgotten
-            earlier = torch.where(earlier.isfinite().all(), earlier.to(matrix), matrix.detach())
+            earlier = finite_or(earlier.to(matrix), matrix.detach())
             matrix = self.momentum * earlier + (1 - self.momentum) * matrix
         if self.training and torch.is_grad_enabled():
             moved = matrix.detach()
-            self.covariance = moved if earlier is None else torch.where(moved.isfinite().all(), moved, earlier)
+            self.covariance = moved if earlier is None else finite_or(moved, earlier)
         return matrix
 
     def extra_repr(self) -> str:
