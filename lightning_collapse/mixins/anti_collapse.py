@@ -32,6 +32,10 @@ class AntiCollapseMixin:
     and ``regularizer/{name}/{term}``, its terms without any weight. Of the micro-batches of an accumulated step the
     last one is shown. To reach a module without changing its code use :class:`~lightning_collapse.Regularizer`.
 
+    Without a trainer, as with Fabric, nobody tells the step: weights that change go by how often their regularizer was
+    evaluated in training mode. So every micro-batch counts, and a resumed loop starts at 0 again, unless the weight
+    looks at a counter of the loop: ``lambda _: warmup(self.steps_done)``.
+
     Attributes:
         regularizers: ``{name: (weight, module)}``, set by :meth:`set_regularizers`.
 
@@ -127,7 +131,7 @@ class AntiCollapseMixin:
             finally:
                 for module in awake:
                     module.training = True
-            added.append(_weighted(self, weight, value) if callable(weight) else weighted(weight, value, step=0))
+            added.append(_weighted(self, name, weight, value) if callable(weight) else weighted(weight, value, step=0))
             curves |= term_curves(name, added[-1], terms)
         _publish(self, curves)
         if not added:
@@ -190,9 +194,9 @@ def _takes_labels(loss: nn.Module) -> bool:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _weighted(pl_module: Any, weight: Weight, value: Tensor) -> Tensor:
+def _weighted(pl_module: Any, name: str, weight: Weight, value: Tensor) -> Tensor:
     trainer = _trainer_of(pl_module)
-    return weighted(weight, value, logging_step(trainer) if trainer else 0)
+    return weighted(weight, value, logging_step(trainer) if trainer else _own_step(pl_module, name))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -230,6 +234,15 @@ def _follow(loss: nn.Module, view: Tensor) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _move(loss: nn.Module, device: torch.device) -> None:
     loss.to(device)
+
+
+def _own_step(pl_module: Any, name: str) -> int:
+    """How often a regularizer was evaluated before in training mode: the step where there is no trainer."""
+    steps: dict[str, int] = vars(pl_module).setdefault("_regularizer_steps", {})
+    step = steps.get(name, 0)
+    if getattr(pl_module, "training", True):
+        steps[name] = step + 1
+    return step
 
 
 def _trainer_of(pl_module: Any) -> Trainer | None:
