@@ -14,7 +14,7 @@ from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, ev
 from lightning_collapse.losses.memory import recall, remembered
 from lightning_collapse.losses.schedule import Weight, require_weight, weighted
 from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
-from lightning_collapse.utilities.features import as_rows
+from lightning_collapse.utilities.features import as_rows, sample_count
 from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first, let_hooks_be_seen
 from lightning_collapse.utilities.trainer import logging_step
 from lightning_collapse.utilities.training_step import wrap_training_step
@@ -91,6 +91,7 @@ class Regularizer(Callback):
         self.name = name or type(loss).__name__.removesuffix("Loss").lower()
         self._detachers: list[Callable[[], None]] = []
         self._rows: list[Tensor | None] = []
+        self._samples = 0  # of the latest call
         self._open = False
         self._channels_first = False
         self._no_rows: Tensor | None = None  # set by the first step that went well
@@ -191,6 +192,7 @@ class Regularizer(Callback):
 
     def _collect(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._open and torch.is_grad_enabled() and not in_backward():
+            self._samples = sample_count(output)
             rows = as_rows(output, self._channels_first)
             # a copy: an operation in place further on, such as `ReLU(inplace=True)`, must not change it
             self._rows.append(None if rows is None else rows.clone())
@@ -264,8 +266,8 @@ class Regularizer(Callback):
                 f" another layer, or a loss of {len(rows) * self.chunk} view(s)."
             )
         shapes = [tuple(row.shape) for row in rows if row is not None]
-        if shapes[0][0] % self.chunk:
-            return f"{needs} an even number of rows with `chunk={self.chunk}`, got {shapes[0][0]}."
+        if self._samples % self.chunk:  # tokens of an odd number of samples may be even, and a view end inside one
+            return f"{needs} an even number of samples with `chunk={self.chunk}`, got {self._samples}."
         if len(set(shapes)) > 1:
             return f"{needs} views of one shape, got {' and '.join(map(str, shapes))}."
         return None
