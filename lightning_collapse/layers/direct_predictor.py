@@ -88,9 +88,17 @@ class DirectPredictor(nn.Module):
         self.convention: Convention = convention
         self.decay = decay
         self.eps = eps
-        self.register_buffer("weight", torch.eye(dim))
-        self.register_buffer("correlation", torch.zeros(dim, dim))
+        self.register_buffer("weight", torch.empty(dim, dim))
+        self.register_buffer("correlation", torch.empty(dim, dim))
         self.register_buffer("updates", torch.tensor(0))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget all updates; also what fills a layer that was built on the ``meta`` device."""
+        self.weight.copy_(torch.eye(len(self.weight)))
+        self.correlation.zero_()
+        self.updates.zero_()
 
     def forward(self, features: Tensor) -> Tensor:
         """Predictions ``(..., D)`` for features ``(..., D)``; does not change the statistics."""
