@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses import whitening
-from lightning_collapse.losses.base import require_positive
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
 from lightning_collapse.losses.shuffle import ShufflingLoss, permutation
-from lightning_collapse.losses.spectral_transformation import Axis, require_axis
+from lightning_collapse.losses.spectral_transformation import AXES, Axis
 from lightning_collapse.losses.statistics import stack_views, without_mean
 from lightning_collapse.losses.symmetric_power import symmetric_power
-from lightning_collapse.losses.whitening import Scope, cosine_distances, mean_over_processes, require_scope, shrunk
+from lightning_collapse.losses.whitening import SCOPES, Scope, cosine_distances, mean_over_processes, shrunk
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_one_of, require_whole
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
@@ -55,6 +55,8 @@ def cw_rgp_loss(
         ValueError: If the views are not matrices of one shape, if ``groups`` does not divide ``D``, if ``sub_batch``
             is not below ``D / groups``, or not above it with ``axis="features"``, or if there are too few rows.
     """
+    require_one_of(AXES, axis=axis)
+    require_one_of(SCOPES, scope=scope)
     views = stack_views("cw_rgp_loss", first=first, second=second)
     needed = _fewest_rows(views.shape[2], sub_batch, groups, axis)
     here = views.shape[1]
@@ -187,9 +189,9 @@ class CWRGP(ShufflingLoss):
         scope: Scope = "rank",
     ) -> None:
         super().__init__()
-        require_positive(sub_batch=sub_batch, groups=groups, iterations=iterations)
-        require_axis(axis)
-        require_scope(scope)
+        require_whole(1, sub_batch=sub_batch, groups=groups, iterations=iterations)
+        require_one_of(AXES, axis=axis)
+        require_one_of(SCOPES, scope=scope)
         if not 0 <= eps < 1:
             raise ValueError(f"`eps` must be at least 0 and below 1, got {eps}.")
         self.sub_batch = sub_batch

@@ -6,11 +6,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import unit_rows
 from lightning_collapse.losses.statistics import center, stack_views
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_one_of, require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 

@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.memory import finite_or
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.statistics import CenteredBatch, center, stack_views
 from lightning_collapse.spectral.precision import accumulation_dtype
+from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum, all_reduce_sum_with_grad, world_size
 
 GOLDEN = (math.sqrt(5) - 1) / 2

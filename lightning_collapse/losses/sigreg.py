@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of
+from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.directions import random_directions
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_one_of, require_whole
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
@@ -143,8 +144,7 @@ class SIGReg(AntiCollapseLoss):
 
     def __init__(self, slices: int = 1024, quadrature: Quadrature = "paper", seed: int = 0) -> None:
         super().__init__()
-        if slices < 1:
-            raise ValueError(f"`slices` must be at least 1, got {slices}.")
+        require_whole(1, slices=slices)
         require_one_of(QUADRATURES, quadrature=quadrature)
         self.slices = slices
         self.quadrature: Quadrature = quadrature

@@ -1,23 +1,21 @@
 """VISReg: features are centered, of unit scale, and along random directions sorted like a normal sample."""
 
 import math
-from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.directions import random_directions
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
 from lightning_collapse.losses.statistics import stack_views
+from lightning_collapse.losses.whitening import SCOPES, Scope
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, world_size
 from lightning_collapse.utilities.registry import register_loss
-
-Scope = Literal["rank", "global"]
-SCOPES = get_args(Scope)
 
 
 @full_precision
@@ -119,8 +117,7 @@ class VISReg(AntiCollapseLoss):
     ) -> None:
         super().__init__()
         require_positive(eps=eps)
-        if slices < 1:
-            raise ValueError(f"`slices` must be at least 1, got {slices}.")
+        require_whole(1, slices=slices)
         require_one_of(SCOPES, scope=scope)
         self.slices = slices
         self.eps = eps

@@ -74,7 +74,8 @@ class AntiCollapseMixin:
                 if its attribute ``takes_labels`` is true.
 
         Raises:
-            ValueError: If it is no mapping, or an entry is neither.
+            ValueError: If it is no mapping, an entry is neither, a weight is not finite, or the name of a loss that has
+                parameters cannot be that of a module.
         """
         if not isinstance(regularizers, Mapping):
             raise ValueError(
@@ -91,11 +92,20 @@ class AntiCollapseMixin:
                 )
             require_weight(weight)
             chosen[name] = (weight, loss)
+        trained = nn.ModuleDict()
+        for name, (_, loss) in chosen.items():
+            if any(p.requires_grad for p in loss.parameters()):
+                try:
+                    trained[name] = loss
+                except KeyError as error:
+                    raise ValueError(
+                        f"`regularizers[{name!r}]` has parameters, and a part of the model cannot be called {name!r}:"
+                        f" {error.args[0]}. Choose another name."
+                    ) from None
         self.regularizers = chosen
-        trained = {name: loss for name, (_, loss) in chosen.items() if any(p.requires_grad for p in loss.parameters())}
         vars(self).get("_modules", {}).pop("trained_regularizers", None)  # of an earlier choice, by a base class
-        if trained:
-            self.trained_regularizers = nn.ModuleDict(trained)
+        if len(trained):
+            self.trained_regularizers = trained
 
     def anti_collapse_loss(self, *views: Tensor, names: Sequence[str] | None = None) -> Tensor:
         """Weighted sum of the regularizers; add it to the loss.

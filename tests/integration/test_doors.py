@@ -365,6 +365,15 @@ def test_mixin_misuse_is_refused() -> None:
             MixedSiamese(a=(weight, VICReg()))
         with pytest.raises(ValueError, match=r"`weight` must be a number or a function"):
             Regularizer(VICReg(), on="projector", weight=weight)
+    for weight in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"`weight` must be finite, got {weight}"):
+            MixedSiamese(a=(weight, VICReg()))
+        with pytest.raises(ValueError, match=f"`weight` must be finite, got {weight}"):
+            Regularizer(VICReg(), on="projector", weight=weight)
+    for name in ("a.b", "keys", ""):
+        MixedSiamese().set_regularizers({name: VICReg()})  # stays out of the module tree
+        with pytest.raises(ValueError, match=rf"`regularizers\['{name}'\]` has parameters, .* Choose another name"):
+            MixedSiamese().set_regularizers({name: LongTailCollapse(3, 8)})
     with pytest.raises(ValueError, match=r"`regularizers` must be losses by name, got VICReg. Write"):
         MixedSiamese().set_regularizers(VICReg())
     for loss in (VICReg, "vicreg", variance_loss):

@@ -166,6 +166,10 @@ def test_bad_arguments() -> None:
         DirectPredictor(4, "rot")
     with pytest.raises(ValueError, match=r"`convention` must be one of \('code', 'paper'\), got 'x'"):
         DirectPredictor(4, convention="x")
+    with pytest.raises(ValueError, match="`dim` must be an integer of at least 1, got -1"):
+        DirectPredictor(-1)
+    with pytest.raises(ValueError, match=r"`eps` must not be negative, got -0\.1"):
+        DirectPredictor(4, eps=-0.1)
     with pytest.raises(ValueError, match="`decay` must be from 0 to below 1, got 1"):
         DirectPredictor(4, decay=1)
     with pytest.raises(ValueError, match="needs at least one view, got none"):
