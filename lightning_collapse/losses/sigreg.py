@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.directions import random_directions
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
+from lightning_collapse.losses.shuffle import ShufflingLoss
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_whole
@@ -108,7 +108,7 @@ class _CharacteristicSums(torch.autograd.Function):
 
 
 @register_loss
-class SIGReg(AntiCollapseLoss):
+class SIGReg(ShufflingLoss):
     r"""Sketched isotropic Gaussian regularization, the anti-collapse term of LeJEPA; one term, ``sigreg``.
 
     LeJEPA adds :math:`\lambda` times it to :math:`(1 - \lambda)` times the mean squared distance of views to their
@@ -140,8 +140,6 @@ class SIGReg(AntiCollapseLoss):
         tensor(40.8921)
     """
 
-    step: Tensor
-
     def __init__(self, slices: int = 1024, quadrature: Quadrature = "paper", seed: int = 0) -> None:
         super().__init__()
         require_whole(1, slices=slices)
@@ -150,14 +148,12 @@ class SIGReg(AntiCollapseLoss):
         self.quadrature: Quadrature = quadrature
         self.seed = seed
         self.coefficients = {"sigreg": 1.0}
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:
         """See :func:`sigreg_loss`, along new directions; features of shape ``(N, D)``."""
         (features,) = views
-        directions = random_directions(features.shape[-1], self.slices, self.step.to(features.device), self.seed)
-        if self.training:
-            self.step += 1
+        step = self.next_step().to(features.device)
+        directions = random_directions(features.shape[-1], self.slices, step, self.seed)
         return {"sigreg": sigreg_loss(features, directions, self.quadrature)}
 
     @property

@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.directions import random_directions
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
+from lightning_collapse.losses.shuffle import ShufflingLoss
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.losses.whitening import SCOPES, Scope
 from lightning_collapse.spectral.precision import full_precision
@@ -63,7 +63,7 @@ def visreg_terms(features: Tensor, directions: Tensor, eps: float = 1e-4, scope:
 
 
 @register_loss
-class VISReg(AntiCollapseLoss):
+class VISReg(ShufflingLoss):
     r"""Variance-invariance-sketching regularization, without its invariance: terms ``scale``, ``shape``, ``center``.
 
     .. math:: \tfrac{1}{D} \sum_j (1 - \sigma_j)^2
@@ -103,8 +103,6 @@ class VISReg(AntiCollapseLoss):
         {'scale': 1.0, 'shape': 0.988, 'center': 4.0}
     """
 
-    step: Tensor
-
     def __init__(
         self,
         slices: int = 4096,
@@ -124,16 +122,13 @@ class VISReg(AntiCollapseLoss):
         self.scope: Scope = scope
         self.seed = seed
         self.coefficients = {"scale": scale, "shape": shape, "center": center}
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:
         """See :func:`visreg_terms`, along new directions; features of shape ``(N, D)``."""
         (features,) = views
         own = dist.get_rank() << 32 if self.scope == "rank" and world_size() > 1 else 0
-        step = self.step.to(features.device)
+        step = self.next_step().to(features.device)
         directions = random_directions(features.shape[-1], self.slices, step, self.seed + own)
-        if self.training:
-            self.step += 1
         return visreg_terms(features, directions, self.eps, self.scope)
 
     @property
