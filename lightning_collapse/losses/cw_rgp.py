@@ -35,7 +35,8 @@ def cw_rgp_loss(
     """The loss of :class:`CWRGP`.
 
     Collective: every process must call it; one all-reduce of 3 numbers, or with ``scope="global"`` two, of ``2 N * D``
-    numbers for all ``N`` rows, and a wait for their number.
+    numbers for all ``N`` rows, and a wait for their number. On CUDA the decomposition of each covariance waits for the
+    device besides, see :class:`CWRGP`.
 
     Args:
         first: Representations of one view, shape ``(N, D)``.
@@ -148,6 +149,9 @@ class CWRGP(ShufflingLoss):
     As published, each process divides its own rows (``scope="rank"``), and the loss is the mean over all rows; a
     process with too few of them counts none. With ``scope="global"`` the rows of all processes are divided together,
     and then value and gradient are those of a single process.
+
+    On CUDA every step waits for the device, once for each sub-batch of a division: eigenvectors are computed.
+    :class:`~lightning_collapse.losses.WMSE`, which whitens by Cholesky factors, does not wait.
 
     Two departures from the released code, where it fails: rows need not fill the sub-batches, which are made as equal
     as can be, and eigenvalues are raised to what the precision can tell from zero. Its covariance penalty, off by

@@ -84,9 +84,10 @@ class SpectralTransformation(AntiCollapseLoss):
     The transformation keeps the eigenvectors of the covariance :math:`C` and maps its eigenvalues:
 
     - ``power=p``: :math:`\Phi = C^{-p}`. One half is whitening (ZCA); the paper finds that from 0.45 to 0.55 nothing
-      collapses. Far below, dimensions do.
+      collapses. Far below, dimensions do. On CUDA every step waits for the device: eigenvectors are computed.
     - ``power=None``: IterNorm, ``iterations`` of Newton's iteration towards :math:`C^{-1/2}`. It evens the spectrum
-      only partly, and is published together with the trace loss, see :class:`~lightning_collapse.losses.INTL`.
+      only partly, and is published together with the trace loss, see :class:`~lightning_collapse.losses.INTL`. It
+      does not wait.
 
     With ``axis="features"`` the features are made white, which asks for more rows than features; with
     ``axis="samples"``, "channel whitening", the samples are, each centered over its own features, which asks for more
