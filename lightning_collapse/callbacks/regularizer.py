@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_collapse.callbacks.added_term import AddedTerm
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.memory import recall, remembered
-from lightning_collapse.utilities.features import as_rows
+from lightning_collapse.utilities.features import as_rows, sample_count
 from lightning_collapse.utilities.modules import in_backward, is_channels_first
 
 
@@ -86,6 +86,7 @@ class Regularizer(AddedTerm):
         self.loss = loss
         self.chunk = chunk
         self._rows: list[Tensor | None] = []
+        self._samples = 0  # of the latest call
         self._channels_first = False
         self._no_rows: Tensor | None = None  # set by the first step that went well
 
@@ -142,6 +143,7 @@ class Regularizer(AddedTerm):
 
     def _collect(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._open and torch.is_grad_enabled() and not in_backward():
+            self._samples = sample_count(output)
             rows = as_rows(output, self._channels_first)
             # a copy: an operation in place further on, such as `ReLU(inplace=True)`, must not change it
             self._rows.append(None if rows is None else rows.clone())
@@ -179,8 +181,8 @@ class Regularizer(AddedTerm):
                 f" another layer, or a loss of {len(rows) * self.chunk} view(s)."
             )
         shapes = [tuple(row.shape) for row in rows if row is not None]
-        if shapes[0][0] % self.chunk:
-            return f"{needs} an even number of rows with `chunk={self.chunk}`, got {shapes[0][0]}."
+        if self._samples % self.chunk:  # tokens of an odd number of samples may be even, and a view end inside one
+            return f"{needs} an even number of samples with `chunk={self.chunk}`, got {self._samples}."
         if len(set(shapes)) > 1:
             return f"{needs} views of one shape, got {' and '.join(map(str, shapes))}."
         return None

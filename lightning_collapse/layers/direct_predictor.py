@@ -11,6 +11,7 @@ from typing_extensions import Self
 from lightning_collapse.spectral.eigenvalues import eigenvalues, eigenvectors
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.spectral.rows import finite_rows
+from lightning_collapse.utilities.arguments import require_not_negative, require_one_of, require_whole
 from lightning_collapse.utilities.distributed import all_reduce_sum
 
 Method = Literal["direct_pred", "direct_copy"]
@@ -78,19 +79,27 @@ class DirectPredictor(nn.Module):
         eps: float = 0.01,
     ) -> None:
         super().__init__()
-        if method not in get_args(Method):
-            raise ValueError(f"`method` must be one of {get_args(Method)}, got {method!r}.")
-        if convention not in get_args(Convention):
-            raise ValueError(f"`convention` must be one of {get_args(Convention)}, got {convention!r}.")
+        require_whole(1, dim=dim)
+        require_one_of(get_args(Method), method=method)
+        require_one_of(get_args(Convention), convention=convention)
+        require_not_negative(eps=eps)
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be from 0 to below 1, got {decay}.")
         self.method: Method = method
         self.convention: Convention = convention
         self.decay = decay
         self.eps = eps
-        self.register_buffer("weight", torch.eye(dim))
-        self.register_buffer("correlation", torch.zeros(dim, dim))
+        self.register_buffer("weight", torch.empty(dim, dim))
+        self.register_buffer("correlation", torch.empty(dim, dim))
         self.register_buffer("updates", torch.tensor(0))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget all updates; also what fills a layer that was built on the ``meta`` device."""
+        self.weight.copy_(torch.eye(len(self.weight)))
+        self.correlation.zero_()
+        self.updates.zero_()
 
     def forward(self, features: Tensor) -> Tensor:
         """Predictions ``(..., D)`` for features ``(..., D)``; does not change the statistics."""

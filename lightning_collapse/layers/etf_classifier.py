@@ -87,8 +87,15 @@ class ETFClassifier(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, seed: int = 0) -> None:
         super().__init__()
+        self.seed = seed
         weight = simplex_etf(num_classes, dim, seed)
         self.register_buffer("weight", weight.to(torch.get_default_device(), torch.get_default_dtype()))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill in the prototypes, where the layer was built on the ``meta`` device."""
+        num_classes, dim = self.weight.shape
+        self.weight.copy_(simplex_etf(num_classes, dim, self.seed))
 
     def embed(self, features: Tensor) -> Tensor:
         """Features ``(..., D)`` on the unit sphere, at least ``float32``; zero stays zero, and has no gradient."""

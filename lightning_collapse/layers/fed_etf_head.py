@@ -42,7 +42,13 @@ class FedETFHead(nn.Module):
         width = num_classes if projection is None else projection
         self.classifier = ETFClassifier(width, num_classes, seed)
         self.projection = nn.Linear(dim, width)
-        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.initial_scale = float(scale)
+        self.scale = nn.Parameter(torch.tensor(self.initial_scale))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the scale to what it starts from; the layers inside have a method of their own."""
+        self.scale.fill_(self.initial_scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits ``(..., C)`` of features ``(..., dim)``."""

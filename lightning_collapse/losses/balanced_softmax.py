@@ -1,5 +1,6 @@
 """Balanced softmax: cross-entropy that does not learn how frequent the classes are."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,11 +58,11 @@ class BalancedSoftmax(AntiCollapseLoss):
     """Module form of :func:`balanced_cross_entropy`, in place of the cross-entropy, with one term, ``cross_entropy``.
 
     Args:
-        class_counts: Rows of each class in the training set (in federated learning, that of the client), or their
-            share.
+        class_counts: Rows of each class in the training set (in federated learning, that of the client), such as
+            ``torch.bincount(labels)``, or their share.
 
     Raises:
-        ValueError: If there are fewer than two, one is negative, or all are 0.
+        ValueError: If there are fewer than two, one is negative or not finite, or all are 0.
 
     References:
         Ren et al., *Balanced Meta-Softmax for Long-Tailed Visual Recognition*, NeurIPS 2020.
@@ -73,11 +74,12 @@ class BalancedSoftmax(AntiCollapseLoss):
     constants = ("class_counts",)
     class_counts: Tensor
 
-    def __init__(self, class_counts: Sequence[float]) -> None:
+    def __init__(self, class_counts: Sequence[float] | Tensor) -> None:
         super().__init__()
-        if len(class_counts) < 2 or min(class_counts) < 0 or max(class_counts) <= 0:
-            raise ValueError(f"`class_counts` must hold the sizes of two classes or more, got {list(class_counts)}.")
-        self.register_buffer("class_counts", torch.tensor(class_counts, dtype=torch.float32), persistent=False)
+        counts = [float(count) for count in class_counts]
+        if len(counts) < 2 or not all(0 <= count < math.inf for count in counts) or not any(counts):
+            raise ValueError(f"`class_counts` must hold the sizes of two classes or more, got {counts}.")
+        self.register_buffer("class_counts", torch.tensor(counts, dtype=torch.float32), persistent=False)
         self.coefficients = {"cross_entropy": 1.0}
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.statistics import CenteredBatch, center, stack_views
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
 from lightning_collapse.utilities.registry import register_loss
 
@@ -39,15 +40,32 @@ def barlow_twins_terms(first: Tensor, second: Tensor, eps: float = 1e-5) -> dict
     return {"invariance": (1 - diagonal).square().sum(), "redundancy": total}
 
 
-def _from_features(batch: CenteredBatch, eps: float) -> tuple[Tensor, Tensor]:
-    """Diagonal ``(D,)`` of the cross-correlation, and the energy off it."""
+def cross_correlation(batch: CenteredBatch, dof: int | Tensor, eps: float) -> Tensor:
+    """Correlation ``(D, D)`` of the features of one view with those of the other.
+
+    Collective: every process must call it; one all-reduce of ``D * D + 2 D`` numbers.
+
+    Args:
+        batch: Two views.
+        dof: What sums of squares are divided by before ``eps`` is added: the number of samples, or one less.
+        eps: Added to variances.
+    """
     dim = batch.rows.shape[-1]
     products = product(batch.rows[0].mT, batch.rows[1]).flatten()
-    message = all_reduce_sum_with_grad(torch.cat([products, batch.rows.square().sum(dim=1).flatten()])) / batch.samples
+    message = all_reduce_sum_with_grad(torch.cat([products, batch.rows.square().sum(dim=1).flatten()])) / dof
     scale = (message[dim * dim :].view(2, dim) + eps).rsqrt()
-    correlation = scale[0].unsqueeze(1) * message[: dim * dim].view(dim, dim) * scale[1]
+    return scale[0].unsqueeze(1) * message[: dim * dim].view(dim, dim) * scale[1]
+
+
+def diagonal_and_rest(correlation: Tensor) -> tuple[Tensor, Tensor]:
+    """Diagonal ``(D,)`` of a matrix, and the sum of squares off it."""
     diagonal = correlation.diagonal()
     return diagonal, (correlation - torch.diag(diagonal)).square().sum()
+
+
+def _from_features(batch: CenteredBatch, eps: float) -> tuple[Tensor, Tensor]:
+    """Diagonal ``(D,)`` of the cross-correlation, and the energy off it."""
+    return diagonal_and_rest(cross_correlation(batch, batch.samples, eps))
 
 
 def _from_rows(batch: CenteredBatch, eps: float) -> tuple[Tensor, Tensor]:

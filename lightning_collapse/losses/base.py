@@ -1,9 +1,10 @@
 """What every anti-collapse loss is: named terms, their coefficients, and the values they take at both ends."""
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
+
+from lightning_collapse.utilities.arguments import require_finite
 
 
 class TooFewRowsError(ValueError):
@@ -24,13 +25,24 @@ class AntiCollapseLoss(nn.Module):
         constants: Names of buffers that the arguments decide. All others are what the loss remembers: the state of
             :class:`~lightning_collapse.Regularizer` and the checkpoints of
             :class:`~lightning_collapse.AntiCollapseMixin` hold them.
-        coefficients: Factor of each term in the sum.
+        coefficients: Factor of each term in the sum; a ``ValueError`` if one is not finite.
     """
 
     views: ClassVar[Literal[1, 2]] = 1
     takes_labels: ClassVar[bool] = False
     constants: ClassVar[tuple[str, ...]] = ()
-    coefficients: dict[str, float]
+
+    _coefficients: dict[str, float]
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Factor of each term in the sum."""
+        return self._coefficients
+
+    @coefficients.setter
+    def coefficients(self, coefficients: dict[str, float]) -> None:
+        require_finite(**coefficients)
+        self._coefficients = coefficients
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:
         """The unweighted terms by name, each a scalar of at least ``float32``.
@@ -73,20 +85,6 @@ class AntiCollapseLoss(nn.Module):
     def at_collapse(self, rows: int, dim: int) -> float:
         """:attr:`value_at_collapse`, which for some losses depends on the shape of the global batch."""
         return self.value_at_collapse
-
-
-def require_positive(**values: float) -> None:
-    """Raise a ``ValueError`` that names the first argument that is not positive."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"`{name}` must be positive, got {value}.")
-
-
-def require_one_of(options: Sequence[str], **values: str) -> None:
-    """Raise a ``ValueError`` that names the first argument that is no option."""
-    for name, value in values.items():
-        if value not in options:
-            raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
 
 
 def evaluate(loss: nn.Module, views: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:

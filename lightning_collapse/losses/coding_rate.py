@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.products import logdet, product
 from lightning_collapse.losses.rows import require_rows, unit_rows
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
 from lightning_collapse.utilities.registry import register_loss
 
@@ -35,7 +36,7 @@ def coding_rate_loss(features: Tensor, eps: float = 0.2) -> Tensor:
         way, ``-D log(1 + 1 / eps) / 2`` if they point everywhere alike, which is the least.
 
     Raises:
-        ValueError: If ``features`` is not a matrix, or if there is no row over all processes.
+        ValueError: If ``features`` is not a matrix, ``eps`` is not positive, or if there is no row over all processes.
 
     References:
         Yu et al., *MCR2*, NeurIPS 2020. https://arxiv.org/abs/2006.08558. Tong et al., *EMP-SSL*, 2023.
@@ -45,6 +46,7 @@ def coding_rate_loss(features: Tensor, eps: float = 0.2) -> Tensor:
         >>> coding_rate_loss(torch.eye(4)), coding_rate_loss(torch.ones(4, 4))
         (tensor(-3.5835), tensor(-1.5223))
     """
+    require_positive(eps=eps)
     rows = unit_rows(stack_views("coding_rate_loss", features=features)[0])
     n, dim = rows.shape
     count: Tensor

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss
+from lightning_collapse.losses.memory import finite_or
 from lightning_collapse.losses.products import logdet, product
 from lightning_collapse.losses.rows import require_rows
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
+from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
@@ -98,9 +100,9 @@ class CorInfoMax(AntiCollapseLoss):
     of the features without bound: invariance has to balance it, or the features to be normalized.
 
     It remembers: the running moments are the buffers ``means`` and ``covariances``, 0 and the identity until the first
-    call, updated by every call in training mode and by none in evaluation mode. They move with the module, in
-    ``float32`` to a device without ``float64``; no ``state_dict`` holds them. At the default forgetting factor a
-    hundredth of the step before is all they carry.
+    call, updated by every call in training mode, unless its batch is not finite, and by none in evaluation mode. They
+    move with the module, in ``float32`` to a device without ``float64``; no ``state_dict`` holds them. At the default
+    forgetting factor a hundredth of the step before is all they carry.
 
     Args:
         invariance: Coefficient :math:`\alpha`; the authors' value for CIFAR, with the mean over samples and features.
@@ -153,10 +155,10 @@ class CorInfoMax(AntiCollapseLoss):
     def terms(self, *views: Tensor) -> dict[str, Tensor]:
         """See :func:`corinfomax_terms`; two views of shape ``(N, D)``."""
         first, second = views
-        means, covariances = self._moments(first)
-        terms, moments = corinfomax_terms(first, second, means, covariances, self.forgetting, self.eps)
+        earlier = self._moments(first)
+        terms, moved = corinfomax_terms(first, second, *earlier, self.forgetting, self.eps)
         if self.training:
-            self.means, self.covariances = moments
+            self.means, self.covariances = map(finite_or, moved, earlier)
         return terms
 
     def _moments(self, features: Tensor) -> RunningMoments:

@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses import whitening
-from lightning_collapse.losses.base import require_positive
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
 from lightning_collapse.losses.shuffle import ShufflingLoss, permutation
-from lightning_collapse.losses.spectral_transformation import Axis, require_axis
+from lightning_collapse.losses.spectral_transformation import AXES, Axis
 from lightning_collapse.losses.statistics import stack_views, without_mean
 from lightning_collapse.losses.symmetric_power import symmetric_power
-from lightning_collapse.losses.whitening import Scope, cosine_distances, mean_over_processes, require_scope, shrunk
+from lightning_collapse.losses.whitening import SCOPES, Scope, cosine_distances, mean_over_processes, shrunk
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_one_of, require_whole
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
@@ -35,7 +35,8 @@ def cw_rgp_loss(
     """The loss of :class:`CWRGP`.
 
     Collective: every process must call it; one all-reduce of 3 numbers, or with ``scope="global"`` two, of ``2 N * D``
-    numbers for all ``N`` rows, and a wait for their number.
+    numbers for all ``N`` rows, and a wait for their number. On CUDA the decomposition of each covariance waits for the
+    device besides, see :class:`CWRGP`.
 
     Args:
         first: Representations of one view, shape ``(N, D)``.
@@ -55,6 +56,8 @@ def cw_rgp_loss(
         ValueError: If the views are not matrices of one shape, if ``groups`` does not divide ``D``, if ``sub_batch``
             is not below ``D / groups``, or not above it with ``axis="features"``, or if there are too few rows.
     """
+    require_one_of(AXES, axis=axis)
+    require_one_of(SCOPES, scope=scope)
     views = stack_views("cw_rgp_loss", first=first, second=second)
     needed = _fewest_rows(views.shape[2], sub_batch, groups, axis)
     here = views.shape[1]
@@ -147,6 +150,9 @@ class CWRGP(ShufflingLoss):
     process with too few of them counts none. With ``scope="global"`` the rows of all processes are divided together,
     and then value and gradient are those of a single process.
 
+    On CUDA every step waits for the device, once for each sub-batch of a division: eigenvectors are computed.
+    :class:`~lightning_collapse.losses.WMSE`, which whitens by Cholesky factors, does not wait.
+
     Two departures from the released code, where it fails: rows need not fill the sub-batches, which are made as equal
     as can be, and eigenvalues are raised to what the precision can tell from zero. Its covariance penalty, off by
     default there, is ``covariance_loss(features.mT)`` of each view, in one process.
@@ -187,9 +193,9 @@ class CWRGP(ShufflingLoss):
         scope: Scope = "rank",
     ) -> None:
         super().__init__()
-        require_positive(sub_batch=sub_batch, groups=groups, iterations=iterations)
-        require_axis(axis)
-        require_scope(scope)
+        require_whole(1, sub_batch=sub_batch, groups=groups, iterations=iterations)
+        require_one_of(AXES, axis=axis)
+        require_one_of(SCOPES, scope=scope)
         if not 0 <= eps < 1:
             raise ValueError(f"`eps` must be at least 0 and below 1, got {eps}.")
         self.sub_batch = sub_batch

@@ -3,15 +3,14 @@
 import math
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of, require_positive
-from lightning_collapse.losses.products import product
+from lightning_collapse.losses.barlow_twins import cross_correlation, diagonal_and_rest
+from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.rows import unit_rows
 from lightning_collapse.losses.statistics import center, stack_views
 from lightning_collapse.spectral.precision import full_precision
-from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
+from lightning_collapse.utilities.arguments import require_one_of, require_positive
 from lightning_collapse.utilities.registry import register_loss
 
 Convention = Literal["paper", "code"]
@@ -41,18 +40,11 @@ def feature_decorrelation_terms(
     require_one_of(CONVENTIONS, convention=convention)
     views = stack_views("feature_decorrelation_terms", first=first, second=second)
     batch = center("feature_decorrelation_terms", unit_rows(views), extra=views.new_zeros(()))
-    dim = views.shape[2]
-    cross = product(batch.rows[0].mT, batch.rows[1]).flatten()
-    sums = all_reduce_sum_with_grad(torch.cat([cross, batch.rows.square().sum(dim=1).flatten()])) / (batch.samples - 1)
-    scale = (sums[dim * dim :].view(2, dim) + eps).rsqrt()
-    correlation = scale[0].unsqueeze(1) * sums[: dim * dim].view(dim, dim) * scale[1]
+    correlation = cross_correlation(batch, batch.samples - 1, eps)
     if convention == "code":
         correlation = correlation * ((batch.samples - 1) / batch.samples)
-    diagonal = correlation.diagonal()
-    return {
-        "invariance": (1 - diagonal).square().sum(),
-        "redundancy": (correlation - torch.diag(diagonal)).square().sum(),
-    }
+    diagonal, redundancy = diagonal_and_rest(correlation)
+    return {"invariance": (1 - diagonal).square().sum(), "redundancy": redundancy}
 
 
 @register_loss
@@ -86,6 +78,7 @@ class FeatureDecorrelation(AntiCollapseLoss):
         https://github.com/dojeon-ai/SimTPR.
 
     Example:
+        >>> import torch
         >>> constant = torch.ones(8, 4)
         >>> FeatureDecorrelation()(constant, constant)
         tensor(4.)

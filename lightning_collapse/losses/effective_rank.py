@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import require_positive
 from lightning_collapse.losses.jitter import JitteredCovarianceLoss, center_with_jitter, smaller_side
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.registry import register_loss
 
 FLOOR = 1e-3

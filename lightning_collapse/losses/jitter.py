@@ -5,11 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss
+from lightning_collapse.losses.memory import finite_or
 from lightning_collapse.losses.products import product
-from lightning_collapse.losses.statistics import CenteredBatch, center, stack_views
+from lightning_collapse.losses.statistics import CenteredBatch, center, covariances, stack_views
 from lightning_collapse.spectral.precision import accumulation_dtype
-from lightning_collapse.utilities.distributed import all_reduce_sum, all_reduce_sum_with_grad, world_size
+from lightning_collapse.utilities.arguments import require_positive
+from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -107,7 +109,7 @@ class JitteredCovarianceLoss(AntiCollapseLoss):
         """
         if not self.momentum:
             return smaller_side(batch)
-        matrix = covariance(batch)
+        matrix = covariances(batch)
         earlier = self.covariance
         if earlier is not None and earlier.shape != matrix.shape:
             raise ValueError(
@@ -116,25 +118,17 @@ class JitteredCovarianceLoss(AntiCollapseLoss):
             )
         if earlier is not None:
             # a first batch with what is not finite is forgotten
-            earlier = torch.where(earlier.isfinite().all(), earlier.to(matrix), matrix.detach())
+            earlier = finite_or(earlier.to(matrix), matrix.detach())
             matrix = self.momentum * earlier + (1 - self.momentum) * matrix
         if self.training and torch.is_grad_enabled():
             moved = matrix.detach()
-            self.covariance = moved if earlier is None else torch.where(moved.isfinite().all(), moved, earlier)
+            self.covariance = moved if earlier is None else finite_or(moved, earlier)
         return matrix
 
     def extra_repr(self) -> str:
         """Show the hyperparameters in ``print(model)``."""
         coefficients = ", ".join(f"{name}={value}" for name, value in self.coefficients.items())
         return f"{coefficients}, target_std={self.target_std}, jitter={self.jitter}, momentum={self.momentum}"
-
-
-def covariance(batch: CenteredBatch) -> Tensor:
-    """Unbiased covariance ``(D, D)`` of rows ``(N, D)``.
-
-    Collective: every process must call it; one all-reduce of ``D * D`` numbers.
-    """
-    return all_reduce_sum_with_grad(product(batch.rows.mT, batch.rows)) / (batch.samples - 1)
 
 
 def smaller_side(batch: CenteredBatch) -> Tensor:
@@ -145,7 +139,7 @@ def smaller_side(batch: CenteredBatch) -> Tensor:
     rows = batch.rows
     if world_size() == 1 and rows.shape[0] < rows.shape[1]:
         return product(rows, rows.mT) / (batch.samples - 1)
-    return covariance(batch)
+    return covariances(batch)
 
 
 def _first(features: Tensor) -> int | Tensor:

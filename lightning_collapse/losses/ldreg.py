@@ -6,10 +6,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.pairs import gather_rows, squared_distances
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
@@ -35,13 +36,15 @@ def ldreg_loss(features: Tensor, k: int = 64, form: Form = "paper", eps: float =
         mean of the local intrinsic dimensions.
 
     Raises:
-        ValueError: If ``features`` is not a matrix, or if there are fewer than four rows over all processes.
+        ValueError: If ``features`` is not a matrix, an argument is out of range, or if there are fewer than four rows
+            over all processes.
 
     Example:
         >>> plane = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0)) @ torch.eye(2, 50)
         >>> (-ldreg_loss(plane)).exp().round()
         tensor(2.)
     """
+    require_whole(2, k=k)
     require_one_of(FORMS, form=form)
     rows = stack_views("ldreg_loss", features=features)[0]
     everything, first = gather_rows("ldreg_loss", rows.detach(), least=4)
@@ -81,7 +84,8 @@ class LDReg(AntiCollapseLoss):
     (:class:`~lightning_collapse.losses.LinearWarmup`), with weights 0.01 (SimCLR), 0.005 (BYOL, MoCo) and 5e-6 (MAE).
 
     Args:
-        k: How many neighbours, at least 2, and ``N - 2`` at most; the authors' main setting by default.
+        k: How many neighbours, at least 2 (one distance is the unit, another one is measured), and ``N - 2`` at most;
+            the authors' main setting by default.
         form: Which published form.
         eps: Share of the distance to the last neighbour below which differences do not count; the published forms have
             0.
@@ -96,8 +100,7 @@ class LDReg(AntiCollapseLoss):
 
     def __init__(self, k: int = 64, form: Form = "paper", eps: float = 1e-4) -> None:
         super().__init__()
-        if k < 2:
-            raise ValueError(f"`k` must be at least 2, got {k}: one distance is the unit, another one is measured.")
+        require_whole(2, k=k)
         require_one_of(FORMS, form=form)
         require_positive(eps=eps)
         self.k = k

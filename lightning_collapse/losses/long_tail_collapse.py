@@ -10,6 +10,7 @@ from lightning_collapse.losses.labels import count_classes, named_rows
 from lightning_collapse.losses.rows import sum_of_rows
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_whole
 
 
 @full_precision
@@ -87,8 +88,7 @@ class LongTailCollapse(AntiCollapseLoss):
 
     def __init__(self, num_classes: int, dim: int, within: float = 0.01, between: float = 0.1) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"`num_classes` must be at least 2, got {num_classes}.")
+        require_whole(2, num_classes=num_classes)
         self.means = nn.Parameter(torch.randn(num_classes, dim))
         self.coefficients = {"within": within, "between": between}
 

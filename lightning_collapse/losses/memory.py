@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 
@@ -40,6 +41,18 @@ def recall(loss: nn.Module, memory: Mapping[str, Tensor | None]) -> None:
             if value is not None:
                 value = value.clone() if buffer is None else value.to(buffer, copy=True)
             setattr(module, name, value)
+
+
+def finite_or(moved: Tensor, earlier: Tensor) -> Tensor:
+    """What a step has made of a memory, or ``earlier`` if there is a NaN or infinity in it; the device decides.
+
+    One bad batch would stay in a running mean forever.
+
+    Example:
+        >>> finite_or(torch.tensor([1.0, torch.nan]), torch.zeros(2))
+        tensor([0., 0.])
+    """
+    return torch.where(moved.isfinite().all(), moved, earlier.to(moved))
 
 
 def _places(loss: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:

@@ -6,17 +6,21 @@ from numbers import Real
 
 from torch import Tensor
 
+from lightning_collapse.utilities.arguments import require_finite, require_not_negative, require_positive
+
 Weight = float | Callable[[int], float]
 """A constant, or a function of the step on the loggers' x-axis (optimizer steps, whatever the accumulation)."""
 
 
 def require_weight(weight: object) -> None:
-    """Raise a ``ValueError`` unless it is a :data:`Weight`."""
+    """Raise a ``ValueError`` unless it is a :data:`Weight`, and finite if it is a number."""
     if not isinstance(weight, Real | Tensor) and not callable(weight):
         raise ValueError(
             f"`weight` must be a number or a function of the step, got {weight!r}. For one that changes there are"
             " `LinearWarmup` and `LinearRamp`."
         )
+    if not callable(weight):
+        require_finite(weight=float(weight))
 
 
 def weighted(weight: Weight, value: Tensor, step: int) -> Tensor:
@@ -34,7 +38,7 @@ class LinearWarmup:
         start: Last step at which the weight is 0.
 
     Raises:
-        ValueError: If ``steps`` or ``start`` is negative.
+        ValueError: If ``steps`` or ``start`` is negative, or ``weight`` is not finite.
 
     Example:
         >>> warmup = LinearWarmup(weight=2.0, steps=4, start=10)
@@ -47,9 +51,8 @@ class LinearWarmup:
     start: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "start"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        require_finite(weight=self.weight)
+        require_not_negative(steps=self.steps, start=self.start)
 
     def __call__(self, step: int) -> float:
         """Weight at a step."""
@@ -68,7 +71,7 @@ class LinearRamp:
         steps: How many steps it takes, usually all that there are.
 
     Raises:
-        ValueError: If ``steps`` is not positive.
+        ValueError: If ``steps`` is not positive, or a value is not finite.
 
     Example:
         >>> ramp = LinearRamp(first=1.0, last=2.0, steps=4)
@@ -81,8 +84,8 @@ class LinearRamp:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"`steps` must be positive, got {self.steps}.")
+        require_finite(first=self.first, last=self.last)
+        require_positive(steps=self.steps)
 
     def __call__(self, step: int) -> float:
         """Weight at a step."""

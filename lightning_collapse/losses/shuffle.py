@@ -1,4 +1,4 @@
-"""Permutations that draw from no random number generator, and losses that use them."""
+"""Permutations that draw from no random number generator, and losses that draw such or directions."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ _BITS = 0xFFFFFFFF
 
 
 class ShufflingLoss(AntiCollapseLoss):
-    """A loss that shuffles anew each time it is evaluated in training mode, and as the last time in evaluation mode.
+    """A loss that draws anew, a permutation or directions, each time it is evaluated in training mode.
 
-    It counts its evaluations, and the count decides the permutation: the same on all processes, without a draw from
+    It counts these evaluations, and the count decides what is drawn: the same on all processes, without a draw from
     the random numbers of the training. The count is no part of the ``state_dict``; callback and mixin
     bring it back on a resume.
 

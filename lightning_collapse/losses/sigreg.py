@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of
 from lightning_collapse.losses.directions import random_directions
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
+from lightning_collapse.losses.shuffle import ShufflingLoss
 from lightning_collapse.losses.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_one_of, require_whole
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
@@ -107,7 +108,7 @@ class _CharacteristicSums(torch.autograd.Function):
 
 
 @register_loss
-class SIGReg(AntiCollapseLoss):
+class SIGReg(ShufflingLoss):
     r"""Sketched isotropic Gaussian regularization, the anti-collapse term of LeJEPA; one term, ``sigreg``.
 
     LeJEPA adds :math:`\lambda` times it to :math:`(1 - \lambda)` times the mean squared distance of views to their
@@ -139,25 +140,20 @@ class SIGReg(AntiCollapseLoss):
         tensor(40.8921)
     """
 
-    step: Tensor
-
     def __init__(self, slices: int = 1024, quadrature: Quadrature = "paper", seed: int = 0) -> None:
         super().__init__()
-        if slices < 1:
-            raise ValueError(f"`slices` must be at least 1, got {slices}.")
+        require_whole(1, slices=slices)
         require_one_of(QUADRATURES, quadrature=quadrature)
         self.slices = slices
         self.quadrature: Quadrature = quadrature
         self.seed = seed
         self.coefficients = {"sigreg": 1.0}
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:
         """See :func:`sigreg_loss`, along new directions; features of shape ``(N, D)``."""
         (features,) = views
-        directions = random_directions(features.shape[-1], self.slices, self.step.to(features.device), self.seed)
-        if self.training:
-            self.step += 1
+        step = self.next_step().to(features.device)
+        directions = random_directions(features.shape[-1], self.slices, step, self.seed)
         return {"sigreg": sigreg_loss(features, directions, self.quadrature)}
 
     @property

@@ -5,17 +5,19 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_positive
+from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
 from lightning_collapse.losses.statistics import center, covariances, stack_views, without_mean
 from lightning_collapse.losses.symmetric_power import iter_norm, symmetric_power
 from lightning_collapse.losses.whitening import cosine_distances
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
 Axis = Literal["features", "samples"]
+AXES = get_args(Axis)
 
 
 @full_precision
@@ -47,6 +49,7 @@ def transformed(
     function: str, first: Tensor, second: Tensor, power: float | None, iterations: int, axis: Axis
 ) -> tuple[dict[str, Tensor], int]:
     """The terms of :func:`spectral_transformation_terms`, called ``function`` in messages, and the number of axes."""
+    require_one_of(AXES, axis=axis)
     views = stack_views(function, first=first, second=second)
     if axis == "features":
         batch = center(function, views, views.new_zeros(()), grad_of_mean=True, exact=True)
@@ -81,9 +84,10 @@ class SpectralTransformation(AntiCollapseLoss):
     The transformation keeps the eigenvectors of the covariance :math:`C` and maps its eigenvalues:
 
     - ``power=p``: :math:`\Phi = C^{-p}`. One half is whitening (ZCA); the paper finds that from 0.45 to 0.55 nothing
-      collapses. Far below, dimensions do.
+      collapses. Far below, dimensions do. On CUDA every step waits for the device: eigenvectors are computed.
     - ``power=None``: IterNorm, ``iterations`` of Newton's iteration towards :math:`C^{-1/2}`. It evens the spectrum
-      only partly, and is published together with the trace loss, see :class:`~lightning_collapse.losses.INTL`.
+      only partly, and is published together with the trace loss, see :class:`~lightning_collapse.losses.INTL`. It
+      does not wait.
 
     With ``axis="features"`` the features are made white, which asks for more rows than features; with
     ``axis="samples"``, "channel whitening", the samples are, each centered over its own features, which asks for more
@@ -124,8 +128,9 @@ class SpectralTransformation(AntiCollapseLoss):
         axis: Axis = "features",
     ) -> None:
         super().__init__()
-        require_positive(power=1.0 if power is None else power, iterations=iterations)
-        require_axis(axis)
+        require_positive(power=1.0 if power is None else power)
+        require_whole(1, iterations=iterations)
+        require_one_of(AXES, axis=axis)
         self.power = power
         self.iterations = iterations
         self.axis: Axis = axis
@@ -173,12 +178,6 @@ class SpectralTransformation(AntiCollapseLoss):
         """Show the hyperparameters in ``print(model)``."""
         trace = self.coefficients["trace"]
         return f"power={self.power}, iterations={self.iterations}, trace={trace}, axis={self.axis!r}"
-
-
-def require_axis(axis: str) -> None:
-    """Raise a ``ValueError`` unless ``axis`` is a known one."""
-    if axis not in get_args(Axis):
-        raise ValueError(f"`axis` must be one of {get_args(Axis)}, got {axis!r}.")
 
 
 def iter_norm_eigenvalue(share: float, iterations: int) -> float:

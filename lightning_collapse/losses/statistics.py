@@ -120,7 +120,7 @@ def variances(batch: CenteredBatch) -> Tensor:
 
 
 def covariances(batch: CenteredBatch) -> Tensor:
-    """Unbiased covariance of the features of the global batch, ``(V, D, D)``.
+    """Unbiased covariance of the features of the global batch, ``(V, D, D)``; of rows ``(N, D)`` it is ``(D, D)``.
 
     Collective: every process must call it; one all-reduce of ``V * D * D`` numbers.
     """

@@ -16,7 +16,7 @@ def symmetric_power(covariance: Tensor, power: float) -> Tensor:
     r"""The matrix :math:`C^{-p}`, with eigenvalues raised to what the precision can tell from zero.
 
     Its gradient is made of divided differences of :math:`\lambda^{-p}`, which stay finite where eigenvalues are equal;
-    no gradient passes through eigenvectors.
+    no gradient passes through eigenvectors. On CUDA the decomposition waits for the device.
 
     Args:
         covariance: Symmetric and positive semi-definite, shape ``(..., M, M)``.

@@ -1,23 +1,21 @@
 """VISReg: features are centered, of unit scale, and along random directions sorted like a normal sample."""
 
 import math
-from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_collapse.losses.base import AntiCollapseLoss, require_one_of, require_positive
 from lightning_collapse.losses.directions import random_directions
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.rows import require_rows
+from lightning_collapse.losses.shuffle import ShufflingLoss
 from lightning_collapse.losses.statistics import stack_views
+from lightning_collapse.losses.whitening import SCOPES, Scope
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, world_size
 from lightning_collapse.utilities.registry import register_loss
-
-Scope = Literal["rank", "global"]
-SCOPES = get_args(Scope)
 
 
 @full_precision
@@ -65,7 +63,7 @@ def visreg_terms(features: Tensor, directions: Tensor, eps: float = 1e-4, scope:
 
 
 @register_loss
-class VISReg(AntiCollapseLoss):
+class VISReg(ShufflingLoss):
     r"""Variance-invariance-sketching regularization, without its invariance: terms ``scale``, ``shape``, ``center``.
 
     .. math:: \tfrac{1}{D} \sum_j (1 - \sigma_j)^2
@@ -105,8 +103,6 @@ class VISReg(AntiCollapseLoss):
         {'scale': 1.0, 'shape': 0.988, 'center': 4.0}
     """
 
-    step: Tensor
-
     def __init__(
         self,
         slices: int = 4096,
@@ -119,24 +115,20 @@ class VISReg(AntiCollapseLoss):
     ) -> None:
         super().__init__()
         require_positive(eps=eps)
-        if slices < 1:
-            raise ValueError(f"`slices` must be at least 1, got {slices}.")
+        require_whole(1, slices=slices)
         require_one_of(SCOPES, scope=scope)
         self.slices = slices
         self.eps = eps
         self.scope: Scope = scope
         self.seed = seed
         self.coefficients = {"scale": scale, "shape": shape, "center": center}
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:
         """See :func:`visreg_terms`, along new directions; features of shape ``(N, D)``."""
         (features,) = views
         own = dist.get_rank() << 32 if self.scope == "rank" and world_size() > 1 else 0
-        step = self.step.to(features.device)
+        step = self.next_step().to(features.device)
         directions = random_directions(features.shape[-1], self.slices, step, self.seed + own)
-        if self.training:
-            self.step += 1
         return visreg_terms(features, directions, self.eps, self.scope)
 
     @property

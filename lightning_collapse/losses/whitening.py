@@ -13,6 +13,7 @@ from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
 
 Scope = Literal["rank", "global"]
+SCOPES = get_args(Scope)
 SHORTEST = 1e-4  # rows below this length, of about sqrt(D), are not normalized
 
 
@@ -81,12 +82,6 @@ def mean_over_processes(function: str, views: Tensor, total: Tensor, needed: int
         )
     mean: Tensor = message[2] / message[0].detach()
     return mean
-
-
-def require_scope(scope: str) -> None:
-    """Raise a ``ValueError`` unless ``scope`` is a known one."""
-    if scope not in get_args(Scope):
-        raise ValueError(f"`scope` must be one of {get_args(Scope)}, got {scope!r}.")
 
 
 class _InverseCholesky(torch.autograd.Function):

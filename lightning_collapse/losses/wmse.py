@@ -3,19 +3,19 @@
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.base import require_positive
 from lightning_collapse.losses.products import product
 from lightning_collapse.losses.shuffle import ShufflingLoss, permutation
 from lightning_collapse.losses.statistics import CenteredBatch, center, covariances, stack_views, without_mean
 from lightning_collapse.losses.whitening import (
+    SCOPES,
     Scope,
     cosine_distances,
     inverse_cholesky,
     mean_over_processes,
-    require_scope,
     shrunk,
 )
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_one_of, require_whole
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
@@ -53,6 +53,7 @@ def wmse_loss(
         ValueError: If the views are not matrices of one shape, if ``sub_batch`` is not above ``D``, or if there are
             too few rows.
     """
+    require_one_of(SCOPES, scope=scope)
     views = stack_views("wmse_loss", first=first, second=second)
     if scope == "global":
         batch = center("wmse_loss", views, views.new_zeros(()), views.shape[2] + 1, grad_of_mean=True, exact=True)
@@ -149,8 +150,8 @@ class WMSE(ShufflingLoss):
         scope: Scope = "rank",
     ) -> None:
         super().__init__()
-        require_positive(sub_batch=sub_batch, iterations=iterations)
-        require_scope(scope)
+        require_whole(1, sub_batch=sub_batch, iterations=iterations)
+        require_one_of(SCOPES, scope=scope)
         if not 0 <= eps < 1:
             raise ValueError(f"`eps` must be at least 0 and below 1, got {eps}.")
         self.sub_batch = sub_batch

@@ -32,6 +32,10 @@ class AntiCollapseMixin:
     and ``regularizer/{name}/{term}``, its terms without any weight. Of the micro-batches of an accumulated step the
     last one is shown. To reach a module without changing its code use :class:`~lightning_collapse.Regularizer`.
 
+    Without a trainer, as with Fabric, nobody tells the step: weights that change go by how often their regularizer was
+    evaluated in training mode. So every micro-batch counts, and a resumed loop starts at 0 again, unless the weight
+    looks at a counter of the loop: ``lambda _: warmup(self.steps_done)``.
+
     Attributes:
         regularizers: ``{name: (weight, module)}``, set by :meth:`set_regularizers`.
 
@@ -67,7 +71,8 @@ class AntiCollapseMixin:
                 if its attribute ``takes_labels`` is true.
 
         Raises:
-            ValueError: If it is no mapping, or an entry is neither.
+            ValueError: If it is no mapping, an entry is neither, a weight is not finite, or the name of a loss that has
+                parameters cannot be that of a module.
         """
         if not isinstance(regularizers, Mapping):
             raise ValueError(
@@ -84,11 +89,20 @@ class AntiCollapseMixin:
                 )
             require_weight(weight)
             chosen[name] = (weight, loss)
+        trained = nn.ModuleDict()
+        for name, (_, loss) in chosen.items():
+            if any(p.requires_grad for p in loss.parameters()):
+                try:
+                    trained[name] = loss
+                except KeyError as error:
+                    raise ValueError(
+                        f"`regularizers[{name!r}]` has parameters, and a part of the model cannot be called {name!r}:"
+                        f" {error.args[0]}. Choose another name."
+                    ) from None
         self.regularizers = chosen
-        trained = {name: loss for name, (_, loss) in chosen.items() if any(p.requires_grad for p in loss.parameters())}
         vars(self).get("_modules", {}).pop("trained_regularizers", None)  # of an earlier choice, by a base class
-        if trained:
-            self.trained_regularizers = nn.ModuleDict(trained)
+        if len(trained):
+            self.trained_regularizers = trained
 
     def anti_collapse_loss(self, *views: Tensor, names: Sequence[str] | None = None) -> Tensor:
         """Weighted sum of the regularizers; add it to the loss.
@@ -124,7 +138,7 @@ class AntiCollapseMixin:
             finally:
                 for module in awake:
                     module.training = True
-            added.append(_weighted(self, weight, value) if callable(weight) else weighted(weight, value, step=0))
+            added.append(_weighted(self, name, weight, value) if callable(weight) else weighted(weight, value, step=0))
             curves |= term_curves(name, added[-1], terms)
         _publish(self, curves)
         if not added:
@@ -187,9 +201,9 @@ def _takes_labels(loss: nn.Module) -> bool:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _weighted(pl_module: Any, weight: Weight, value: Tensor) -> Tensor:
+def _weighted(pl_module: Any, name: str, weight: Weight, value: Tensor) -> Tensor:
     trainer = _trainer_of(pl_module)
-    return weighted(weight, value, logging_step(trainer) if trainer else 0)
+    return weighted(weight, value, logging_step(trainer) if trainer else _own_step(pl_module, name))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -227,6 +241,15 @@ def _follow(loss: nn.Module, view: Tensor) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _move(loss: nn.Module, device: torch.device) -> None:
     loss.to(device)
+
+
+def _own_step(pl_module: Any, name: str) -> int:
+    """How often a regularizer was evaluated before in training mode: the step where there is no trainer."""
+    steps: dict[str, int] = vars(pl_module).setdefault("_regularizer_steps", {})
+    step = steps.get(name, 0)
+    if getattr(pl_module, "training", True):
+        steps[name] = step + 1
+    return step
 
 
 def _trainer_of(pl_module: Any) -> Trainer | None:

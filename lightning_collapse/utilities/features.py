@@ -48,6 +48,18 @@ def as_rows(output: Any, channels_first: bool = False) -> Tensor | None:
     return features.flatten(2).mean(dim=2, dtype=torch.promote_types(features.dtype, torch.float32))
 
 
+def sample_count(output: Any) -> int:
+    """How many samples the rows of :func:`as_rows` are of: its first dimension, whatever is a row.
+
+    Example:
+        >>> import torch
+        >>> sample_count(torch.zeros(4, 5, 8)), sample_count(None)
+        (4, 0)
+    """
+    features = _pick(output)
+    return 0 if features is None else len(features)
+
+
 def as_row_mask(output: Any, mask: Tensor | None, channels_first: bool = False) -> Tensor | None:
     """Flatten a padding mask the way :func:`as_rows` flattens tokens.
 

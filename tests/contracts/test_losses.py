@@ -1,5 +1,6 @@
 """One battery over every registered loss, against an independent reference in ``float64``."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -284,11 +285,42 @@ def test_functions_know_their_options() -> None:
         "form": lambda: losses.ldreg_loss(x, form="papr"),
         "quadrature": lambda: losses.sigreg_loss(x, x.T, quadrature="papr"),
         "scope": lambda: losses.visreg_terms(x, x.T, scope="papr"),
+        " scope": lambda: losses.wmse_loss(x, x, sub_batch=8, scope="papr"),
+        "  scope": lambda: losses.cw_rgp_loss(x, x, sub_batch=2, groups=1, scope="papr"),
+        "axis": lambda: losses.cw_rgp_loss(x, x, sub_batch=2, groups=1, axis="papr"),
+        " axis": lambda: losses.spectral_transformation_terms(x, x, axis="papr"),
         "lengths": lambda: losses.dot_regression(x, labels, x, lengths="papr"),
     }
     for name, call in calls.items():
         with pytest.raises(ValueError, match=rf"`{name.strip()}` must be one of \(.*\), got 'papr'"):
             call()
+
+
+def test_functions_know_their_ranges() -> None:
+    x = torch.randn(8, 4)
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 2, got 1"):
+        losses.ldreg_loss(x, k=1)
+    with pytest.raises(ValueError, match="`eps` must be positive, got 0"):
+        losses.coding_rate_loss(x, eps=0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "argument"),
+    [("SIGReg", "slices"), ("VISReg", "slices"), ("LDReg", "k"), ("WMSE", "sub_batch"), ("INTL", "iterations")],
+)
+def test_whole_arguments(loss: str, argument: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{argument}` must be an integer of at least \d, got 2\.5"):
+        LOSSES[loss](**{argument: 2.5})
+
+
+@every_loss
+def test_coefficients_are_finite(name: str) -> None:
+    loss = build(name)
+    for key in loss.coefficients:
+        with pytest.raises(ValueError, match=f"`{key}` must be finite, got nan"):
+            loss.coefficients = {**loss.coefficients, key: math.nan}
+    with pytest.raises(ValueError, match="`covariance` must be finite, got inf"):
+        VICReg(covariance=math.inf)
 
 
 def test_views_must_have_one_shape() -> None:

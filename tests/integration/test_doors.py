@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -324,6 +325,26 @@ def test_mixin_without_a_trainer() -> None:
         assert model.anti_collapse_loss(z) == 0
 
 
+@pytest.mark.parametrize("how", ["plain", "compiled"])
+def test_schedules_without_a_trainer_count_evaluations_in_training_mode(how: str) -> None:
+    """Each regularizer its own, since not every step evaluates all; without a graph of its own for every weight."""
+    z = torch.randn(8, 4)
+    model = MixedSingle(early=(LinearWarmup(1.0, steps=2), VarianceLoss()), late=(LinearWarmup(1.0, 4), VarianceLoss()))
+    graphs = CompileCounter()
+    torch.compiler.reset()
+    loss = torch.compile(model.anti_collapse_loss, backend=graphs) if how == "compiled" else model.anti_collapse_loss
+    full = VarianceLoss()(z)
+    for step, factor in enumerate([0.0, 0.5, 1.0, 1.0]):
+        torch.testing.assert_close(loss(z, names=["early"]), factor * full)
+        if step == 1:
+            count = graphs.frame_count
+    assert graphs.frame_count == count
+    torch.testing.assert_close(loss(z, names=["late"]), 0 * full)
+    model.eval()
+    for _ in range(2):
+        torch.testing.assert_close(loss(z, names=["late"]), full / 4)
+
+
 def test_mixin_misuse_is_refused() -> None:
     class Forgot(AntiCollapseMixin, nn.Module):
         pass
@@ -344,6 +365,15 @@ def test_mixin_misuse_is_refused() -> None:
             MixedSiamese(a=(weight, VICReg()))
         with pytest.raises(ValueError, match=r"`weight` must be a number or a function"):
             Regularizer(VICReg(), on="projector", weight=weight)
+    for weight in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"`weight` must be finite, got {weight}"):
+            MixedSiamese(a=(weight, VICReg()))
+        with pytest.raises(ValueError, match=f"`weight` must be finite, got {weight}"):
+            Regularizer(VICReg(), on="projector", weight=weight)
+    for name in ("a.b", "keys", ""):
+        MixedSiamese().set_regularizers({name: VICReg()})  # stays out of the module tree
+        with pytest.raises(ValueError, match=rf"`regularizers\['{name}'\]` has parameters, .* Choose another name"):
+            MixedSiamese().set_regularizers({name: LongTailCollapse(3, 8)})
     with pytest.raises(ValueError, match=r"`regularizers` must be losses by name, got VICReg. Write"):
         MixedSiamese().set_regularizers(VICReg())
     for loss in (VICReg, "vicreg", variance_loss):

@@ -193,10 +193,21 @@ def test_odd_rows_cannot_be_split() -> None:
         def training_step(self, batch: Tensor) -> Any:
             return self.projector(self.encoder(batch)).square().mean()
 
-    with pytest.raises(MisconfigurationException, match=r"even number of rows with `chunk=2`, got 15"):
+    with pytest.raises(MisconfigurationException, match=r"even number of samples with `chunk=2`, got 15"):
         fit(OneCall, Regularizer(VICReg(), on="projector", chunk=2), batch_size=15)
-    with pytest.warns(UserWarning, match=r"even number of rows.*got 5\. Steps like this one go without"):
+    with pytest.warns(UserWarning, match=r"even number of samples.*got 5\. Steps like this one go without"):
         fit(OneCall, Regularizer(VICReg(), on="projector", chunk=2), batches=1, batch_size=16, extra=5)
+
+
+def test_chunk_does_not_split_a_sample() -> None:
+    """Tokens: 15 samples of two have an even number of rows."""
+
+    class Tokens(Siamese):
+        def training_step(self, batch: Tensor) -> Any:
+            return self.projector(self.encoder(torch.stack([batch, -batch], dim=1))).square().mean()
+
+    with pytest.raises(MisconfigurationException, match=r"even number of samples with `chunk=2`, got 15"):
+        fit(Tokens, Regularizer(VICReg(), on="projector", chunk=2), batch_size=15)
 
 
 def test_frozen_layer_warns() -> None:

@@ -147,11 +147,29 @@ def test_state_is_resumed() -> None:
     assert torch.equal(first.weight, resumed.weight)
 
 
+def test_is_filled_after_the_meta_device() -> None:
+    with torch.device("meta"):
+        predictor = DirectPredictor(4)
+    predictor.to_empty(device="cpu")
+    for buffer in predictor.buffers():
+        buffer.fill_(7)  # what was in memory
+    predictor.reset_parameters()
+    expected = DirectPredictor(4).state_dict()
+    torch.testing.assert_close(predictor.state_dict(), expected, rtol=0, atol=0)
+    predictor.update(torch.randn(8, 4))
+    predictor.reset_parameters()
+    torch.testing.assert_close(predictor.state_dict(), expected, rtol=0, atol=0)
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"`method` must be one of \('direct_pred', 'direct_copy'\), got 'rot'"):
         DirectPredictor(4, "rot")
     with pytest.raises(ValueError, match=r"`convention` must be one of \('code', 'paper'\), got 'x'"):
         DirectPredictor(4, convention="x")
+    with pytest.raises(ValueError, match="`dim` must be an integer of at least 1, got -1"):
+        DirectPredictor(-1)
+    with pytest.raises(ValueError, match=r"`eps` must not be negative, got -0\.1"):
+        DirectPredictor(4, eps=-0.1)
     with pytest.raises(ValueError, match="`decay` must be from 0 to below 1, got 1"):
         DirectPredictor(4, decay=1)
     with pytest.raises(ValueError, match="needs at least one view, got none"):

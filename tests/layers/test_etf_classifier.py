@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -37,6 +38,21 @@ def test_too_many_classes(classes: int, dim: int) -> None:
             make()
     with pytest.raises(ValueError, match="got 5 classes in 3 dimensions"):
         FedETFHead(16, 5, projection=3)
+
+
+@pytest.mark.parametrize("make", [lambda: ETFClassifier(6, 4, seed=3), lambda: FedETFHead(6, 4, scale=5.0, seed=3)])
+def test_is_filled_after_the_meta_device(make: Callable[[], nn.Module]) -> None:
+    """As sharded training does: every module fills in what it holds."""
+    with torch.device("meta"):
+        model = make()
+    model.to_empty(device="cpu")
+    for state in model.state_dict().values():
+        state.fill_(7)  # what was in memory
+    torch.manual_seed(0)
+    for module in model.modules():
+        module.reset_parameters()
+    torch.manual_seed(0)
+    torch.testing.assert_close(model.state_dict(), make().state_dict(), rtol=0, atol=0)
 
 
 def test_logits_are_cosines() -> None:

@@ -284,16 +284,24 @@ def test_bad_input(name: str) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="`num_classes` must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="`num_classes` must be an integer of at least 2, got 1"):
         LongTailCollapse(1, 8)
     with pytest.raises(ValueError, match=r"`lengths` must be one of \('equal', 'batch'\), got 'x'"):
         DotRegression(ETFClassifier(8, 3), "x")
     for classifier in (torch.nn.Linear(8, 3), torch.nn.ReLU()):
         with pytest.raises(ValueError, match=r"must have a fixed `weight` of shape .* Use `ETFClassifier`"):
             DotRegression(classifier)
-    for counts in ([3.0], [1.0, -1.0], [0.0, 0.0]):
+    for counts in ([3.0], [1.0, -1.0], [0.0, 0.0], [1.0, math.nan], [1.0, math.inf]):
         with pytest.raises(ValueError, match="`class_counts` must hold the sizes of two classes or more"):
             BalancedSoftmax(counts)
+
+
+def test_class_counts_may_be_a_tensor(recwarn: pytest.WarningsRecorder) -> None:
+    counts = torch.bincount(torch.tensor([0, 0, 2]))
+    loss = BalancedSoftmax(counts)
+    assert not recwarn
+    counts.zero_()  # a copy is kept
+    assert torch.equal(loss.class_counts, BalancedSoftmax([2, 0, 1]).class_counts)
 
 
 @every_loss

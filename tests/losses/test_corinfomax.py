@@ -122,6 +122,18 @@ def test_the_toy_does_not_collapse_with_less_invariance() -> None:
     assert rank_after_training(CorInfoMax(invariance=1.0), 1.0) > 4
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_leaves_the_memory_as_it_was(bad: float) -> None:
+    """Its own value tells of it, the next one is that of a loss that has not seen it; the first batch, or a later."""
+    torch.manual_seed(0)
+    good, poison = torch.randn(3, 2, 16, 4).double(), torch.randn(2, 16, 4).double()
+    poison[0, 3, 1] = bad
+    loss, spared = CorInfoMax(forgetting=0.5), CorInfoMax(forgetting=0.5)
+    for views in good:
+        assert not loss(*poison).isfinite()
+        assert torch.equal(loss(*views), spared(*views))
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="`eps` must be positive, got 0"):
         CorInfoMax(eps=0)

@@ -212,7 +212,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="`eps` must be at least 0 and below 1, got 1"):
         CWRGP(eps=1)
     for argument in ("sub_batch", "groups", "iterations"):
-        with pytest.raises(ValueError, match=f"`{argument}` must be positive, got 0"):
+        with pytest.raises(ValueError, match=f"`{argument}` must be an integer of at least 1, got 0"):
             CWRGP(**{argument: 0})
     assert repr(CWRGP()) == "CWRGP(sub_batch=64, groups=4, iterations=1, eps=0.0, axis='samples', scope='rank')"
 

@@ -88,7 +88,7 @@ def test_scale_does_not_matter() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="`k` must be at least 2, got 1: one distance"):
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 2, got 1"):
         LDReg(k=1)
     with pytest.raises(ValueError, match=r"`form` must be one of \('paper', 'released'\), got 'l2'"):
         LDReg(form="l2")  # type: ignore[arg-type]

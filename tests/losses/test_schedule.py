@@ -1,10 +1,12 @@
 """Weights that change while training runs."""
 
+import math
+
 import pytest
 import torch
 
-from lightning_collapse.losses import LinearWarmup
-from lightning_collapse.losses.schedule import weighted
+from lightning_collapse.losses import LinearRamp, LinearWarmup
+from lightning_collapse.losses.schedule import require_weight, weighted
 
 
 def test_warmup_is_linear_and_bounded() -> None:
@@ -18,6 +20,16 @@ def test_warmup_is_linear_and_bounded() -> None:
 def test_negative_arguments_are_refused(argument: str) -> None:
     with pytest.raises(ValueError, match=f"`{argument}` must not be negative, got -1"):
         LinearWarmup(**({"weight": 1.0, "steps": 1} | {argument: -1}))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=f"`weight` must be finite, got {value}"):
+        LinearWarmup(value, 1)
+    with pytest.raises(ValueError, match=f"`last` must be finite, got {value}"):
+        LinearRamp(1.0, value, 1)
+    with pytest.raises(ValueError, match=f"`weight` must be finite, got {value}"):
+        require_weight(torch.tensor(value))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

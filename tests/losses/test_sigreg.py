@@ -113,7 +113,7 @@ def test_only_one_matrix_of_projections_is_kept() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="`slices` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`slices` must be an integer of at least 1, got 0"):
         SIGReg(slices=0)
     with pytest.raises(ValueError, match=r"`quadrature` must be one of \('paper', 'package'\), got 'simpson'"):
         SIGReg(quadrature="simpson")

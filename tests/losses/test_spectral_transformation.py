@@ -114,8 +114,8 @@ def test_the_published_rule_of_intl() -> None:
 def test_arguments() -> None:
     with pytest.raises(ValueError, match=r"`axis` must be one of \('features', 'samples'\), got 'rows'"):
         SpectralTransformation(axis="rows")
-    for argument in ("power", "iterations"):
-        with pytest.raises(ValueError, match=f"`{argument}` must be positive, got 0"):
+    for argument, rule in (("power", "positive"), ("iterations", "an integer of at least 1")):
+        with pytest.raises(ValueError, match=f"`{argument}` must be {rule}, got 0"):
             SpectralTransformation(**{argument: 0})
     assert repr(SpectralTransformation()).endswith("(power=0.5, iterations=4, trace=0.0, axis='features')")
     assert repr(INTL()) == "INTL(iterations=4, trace=0.01, axis='samples')"

@@ -86,7 +86,7 @@ def test_directions_are_new_at_every_training_step_only() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="`slices` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`slices` must be an integer of at least 1, got 0"):
         VISReg(slices=0)
     with pytest.raises(ValueError, match="`eps` must be positive, got 0"):
         VISReg(eps=0)

@@ -105,7 +105,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="`eps` must be at least 0 and below 1, got 1"):
         WMSE(eps=1)
     for argument in ("sub_batch", "iterations"):
-        with pytest.raises(ValueError, match=f"`{argument}` must be positive, got 0"):
+        with pytest.raises(ValueError, match=f"`{argument}` must be an integer of at least 1, got 0"):
             WMSE(**{argument: 0})
     expected = "WMSE(sub_batch=128, iterations=1, eps=0.0, normalize=True, scope='rank')"
     assert repr(WMSE()) == expected
