@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_collapse.reporting import legend
-from lightning_collapse.utilities.registry import LOSSES
+from lightning_collapse.utilities.registry import LOSSES, PENALTIES
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -43,3 +43,9 @@ def test_table_of_losses_is_what_they_declare():
             said = "7" if cell == "D" else cell.partition(" for 256 rows")[0]
             digits = len(said.partition(".")[2])
             assert float(said) == pytest.approx(of_shape(256, 7) if isnan(value) else value, abs=0.5 * 0.1**digits)
+
+
+def test_every_penalty_has_a_row():
+    assert PENALTIES
+    for name in PENALTIES:
+        assert any(line.startswith(f"| `{name}` |") for line in README.splitlines()), name
