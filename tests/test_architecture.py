@@ -20,8 +20,8 @@ LEVEL = {
     "losses": 3,
     "penalties": 3,
     "layers": 3,
+    "rules": 3,
     "reporting": 4,
-    "rules": 4,
     "callbacks": 5,
     "mixins": 6,
 }
