@@ -24,7 +24,7 @@ from lightning_collapse.reporting.svg import (
     value_range,
 )
 
-_COLUMNS, _ROWS = 160, 64  # of a raster
+_COLUMNS, _ROWS = 96, 32  # of a raster
 _NUMBERS = 12  # rows of a table of numbers
 
 
@@ -67,31 +67,33 @@ def curves_figure(
 
 
 def layers_figure(
-    title: str, subtitle: str, curves: Mapping[str, Curve], nulls: Mapping[str, Curve], marks: Marks = ()
+    title: str,
+    subtitle: str,
+    curves: Mapping[str, Curve],
+    nulls: Mapping[str, Curve],
+    limits: tuple[float, float, bool],
+    marks: Marks = (),
 ) -> str:
-    """Layer by step, as shares of what noise reads where that is known of every layer."""
+    """Layer by step, as shares of what noise reads where that is known of every layer, else between ``limits``."""
     names = evenly(list(curves), _ROWS)
     shares = all(nulls.get(name) for name in names)
     steps = evenly(sorted({step for name in names for step in curves[name]}), _COLUMNS)
+    low, high, logarithmic = (0.0, 1.0, False) if shares else limits
 
     def value(name: str, step: int) -> float:
         reading = curves[name].get(step, nan)
-        return reading / nulls[name].get(step, nan) if shares else reading
+        if shares:
+            return reading / nulls[name].get(step, nan)
+        return (log10(reading) if reading > 0 else nan) if logarithmic else reading
 
-    table = np.array([[value(name, step) for step in steps] for name in names], dtype=float)
-    finite = table[np.isfinite(table)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (nan, nan)
-    unit = ", share of what noise reads" if shares else ""
-    bar = f"{number(low)} {_bar()} {number(high)}"
-    if shares:
-        low, high, bar = 0.0, 1.0, f"0 {_bar()} 1"
-    elif low > 0 and high / low > 100:
-        table, low, high, bar = np.log10(table), log10(low), log10(high), f"{bar}, logarithmic"
-    svg = raster(f"{title} by layer and step, {subtitle}", names, steps, table, (low, high), marks)
+    ends = (log10(low), log10(high)) if logarithmic else (low, high)
+    table = [[value(name, step) for step in steps] for name in names]
+    svg = raster(f"{title} by layer and step, {subtitle}", names, steps, table, ends, marks)
     shown = evenly(steps, 6)
     rows = [[name, *(_cell(curves[name], step) for step in shown)] for name in names]
+    kind = ", share of what noise reads" if shares else ", logarithmic" if logarithmic else ""
     left_out = f" {len(names)} of {len(curves)} layers are drawn." if len(names) < len(curves) else ""
-    note = f"{bar}{unit}; a column per point.{left_out}"
+    note = f"{number(low)} {_bar()} {number(high)}{kind}; a column per point.{left_out}"
     return _figure("", "", svg, "", note, _table(["layer", *map(str, shown)], rows))
 
 
@@ -110,7 +112,7 @@ def spectrum_figure(layer: str, subtitle: str, histograms: Histograms, marks: Ma
     top = float(counts.max())
     svg = raster(
         f"Standard deviations along the principal axes of {layer} over steps, {subtitle}",
-        [f"1e{edges[i]:g}" for i in bins],
+        [f"1e{edges[i]:g}" if edges[i] % 1 == 0 else "" for i in bins],
         steps,
         counts[bins],
         (0.0, top or 1.0),

@@ -250,7 +250,7 @@ def _chart(boards: Sequence[Board], category: str, chart: str, most: int) -> lis
         figures = curves_figure(chart, name, curves, limits, (0, board.run.last_step), marks, most=most)
         if len(curves) > 1 and category not in ("Guard", "Regularizer") and (category, chart) not in board.health:
             nulls = {line: board.null(category, chart, line) for line in curves}
-            figures += layers_figure(chart, name, curves, nulls, marks)
+            figures += layers_figure(chart, name, curves, nulls, limits, marks)
         cells.append(f"<div class=cell>{figures}</div>")
     return cells
 

@@ -20,7 +20,8 @@ a { color: var(--c0) } nav a { display: inline-block; padding: .35rem .9rem .35r
 code, .name { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .9em }
 .grid { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)) }
 .wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); margin-bottom: .9rem }
-.grid > *, figure { min-width: 0; margin: 0 } .cell, .card { background: var(--card); border: 1px solid var(--rule);
+.grid > *, figure { min-width: 0; margin: 0 }
+.cell, .card { background: var(--card); border: 1px solid var(--rule);
   border-radius: 8px; padding: .7rem .8rem } figure > b, h3 { font-size: .95rem }
 .card { margin: 0 0 .9rem } .card > .grid { margin-top: .7rem } .card h3 { margin-top: 0 }
 .cell figure + figure { margin-top: .5rem }

@@ -164,12 +164,12 @@ def raster(
 
     Args:
         title: What it shows, for those who hear the page.
-        rows: Name of every row, from top to bottom.
+        rows: Name of every row, from top to bottom; an empty one is not written.
         steps: Step of every column.
         values: Shape ``(len(rows), len(steps))``.
         limits: Values of the darkest and of the brightest color.
         marks: Steps to mark by a vertical line, each with its word.
-        numeric: Whether the rows are an axis of many values, of which some are labelled.
+        numeric: Whether the rows are an axis, of which a name says where the lower edge of its row is.
 
     Returns:
         An ``<svg>`` element.
@@ -182,11 +182,11 @@ def raster(
         f'<image x="{left}" y="{_TOP}" width="{width}" height="{tall:.0f}" preserveAspectRatio="none"'
         f' href="{_png(heat_map(values, *limits, cell=1))}"/>'
     ]
-    stride = ceil(len(rows) / 7) if numeric else 1
-    for i, name in list(enumerate(rows))[::stride]:
-        below = _TOP + each * (i + 0.5) + 4
-        label = short(name, 18)
-        parts.append(f'<text class="y" x="{left - 5}" y="{below:.1f}">{text(label)}<title>{text(name)}</title></text>')
+    for i, name in enumerate(rows):
+        below = _TOP + each * (i + (1 if numeric else 0.5)) + 4
+        full = f"<title>{text(name)}</title>" if len(name) > 18 else ""
+        if name:
+            parts.append(f'<text class="y" x="{left - 5}" y="{below:.1f}">{text(short(name, 18))}{full}</text>')
     column = width / len(steps)
     for step, word in marks:
         at = left + column * (sum(s < step for s in steps))
@@ -267,7 +267,7 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     if not raw > 0:
         return [low]
     power = 10.0 ** floor(log10(raw))
-    step = next(power * nice for nice in (1, 2, 5, 10) if power * nice >= 0.999 * raw)
+    step = next(power * nice for nice in (1, 2, 5, 10) if power * nice >= 0.7 * raw)
     return [i * step for i in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
 
 

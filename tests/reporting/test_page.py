@@ -14,6 +14,7 @@ from torch.utils.tensorboard.summary import histogram_raw
 
 from lightning_collapse import CollapseGuard, CollapseMonitor
 from lightning_collapse.__main__ import main
+from lightning_collapse.functional import expected_under_isotropy
 from lightning_collapse.reporting import report
 from tests.toys import Toy, batches, fit
 
@@ -79,14 +80,19 @@ def train(folder, version, model, layers=("encoder", "encoder.*"), **kwargs):
 
 
 @pytest.fixture(scope="module")
-def logs(tmp_path_factory):
+def trained(tmp_path_factory):
     """Two runs: one that collapses, with a layer that is called like a script, and one that does not."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("logs")
     guard = train(folder, '<b>dying</b> & "co"', Dying())
     assert any("script" in verdict.layer for verdict in guard.verdicts)
     assert not train(folder, "healthy", Toy()).verdicts
-    return folder
+    return folder, guard.verdicts
+
+
+@pytest.fixture(scope="module")
+def logs(trained):
+    return trained[0]
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +131,15 @@ def page_of(folder, tmp_path):
     return report(folder, tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_it_says_what_the_guard_said(logs, html):
+def test_it_says_what_the_guard_said(trained, html):
     page = Page(html)
-    [line, *_] = re.findall(
-        r"complete collapse in \S+ since step \d+, said at step \d+", page.of("svg")[0]["aria-label"]
-    )
-    assert line in html.replace("&lt;", "<").replace("&gt;", ">")
-    assert "Over 64 rows the feature std is" in page.text or "rows the feature std is" in page.text
-    assert "no verdict" in page.text
+    assert len(trained[1]) > 1
+    for verdict in trained[1]:
+        kind = verdict.kind.replace("_", " ")
+        said = f"{kind} in {verdict.layer} since step {verdict.since}, said at step {verdict.step}"
+        assert said in page.of("svg")[0]["aria-label"]
+        assert f"{verdict.evidence[1:]}." in page.text
+    assert page.text.count("no verdict") == 1
 
 
 def test_numbers_of_the_page_are_those_of_the_events(tmp_path):
@@ -201,6 +208,21 @@ def test_missing_numbers_are_gaps_and_ticks(tmp_path):
     assert path.count("M") == 3
     assert re.findall(r'class="lost c0" d="([^"]+)"', html)[0].count("M") == 3
     assert re.findall(r'class="lost c1" d="([^"]+)"', html)[0].count("M") == 6
+
+
+def test_runs_share_an_axis_and_colors(tmp_path):
+    for run, top in (("a", 2.0), ("b", 40.0)):
+        write(tmp_path / "logs" / run, {f"collapse/{layer}/effective_rank": [1.0, top] for layer in "xy"})
+    html = page_of(tmp_path / "logs", tmp_path)
+    labels = [re.findall(r'class="y"[^>]*>([^<]+)', svg) for svg in re.findall("<svg.*?</svg>", html)]
+    assert [label for label in labels if "x" not in label] == [["0", "10", "20", "30", "40"]] * 2
+    assert len(set(re.findall(r"<figcaption>(0 .*?; a column per point)", html))) == 1
+
+
+def test_what_noise_reads_stands_beside_a_rank(logs, html):
+    n, d = 64, 8
+    null = expected_under_isotropy("effective_rank", n, d)
+    assert f'<span class="soft">of {null:.3g}</span>'.replace('"', "") in html
 
 
 def test_a_long_run_is_thinned_and_keeps_its_spike(tmp_path):
