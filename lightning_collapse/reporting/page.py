@@ -30,7 +30,7 @@ def report(logdir: str | Path, out: str | Path = "collapse.html") -> Path:
     The page needs no network and no script. A curve is drawn with at most 500 points, of which the lowest, the highest
     and any missing number of every stretch stay; with many curves it is fewer, down to 60. Of more than eight runs
     eight are drawn, and of each at most 48 charts, twelve verdicts and twelve spectra; the page says what it leaves
-    out, and stays below some 15 MB however much was logged. Equal events give equal bytes.
+    out, and stays below some 20 MB however much was logged. Equal events give equal bytes.
 
     Args:
         logdir: The folder, as ``tensorboard --logdir`` takes it.
