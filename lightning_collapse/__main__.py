@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for events and picture (%(default)s)")
     demo.add_argument("--steps", type=int, default=200, help="optimizer steps of each training (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of both trainings (%(default)s)")
+    page = commands.add_parser("report", help="make one HTML file that shows the runs in TensorBoard event files")
+    page.add_argument("logdir", type=Path, help="folder with event files, as for tensorboard --logdir")
+    page.add_argument("--out", type=Path, default=Path("collapse.html"), help="the page (%(default)s)")
     chosen = parser.parse_args(arguments)
     if chosen.command == "measures":
         from lightning_collapse.reporting import legend_for_terminal
@@ -37,6 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(legend_for_terminal(chosen.width), flush=True)
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif chosen.command == "report":
+        from lightning_collapse.reporting import report
+
+        try:
+            print(f"Page: {report(chosen.logdir, chosen.out)}")
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
     else:
         _demo(chosen.out, chosen.steps, chosen.seed)
 

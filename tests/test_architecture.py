@@ -21,8 +21,8 @@ LEVEL = {
     "penalties": 3,
     "layers": 3,
     "optimizers": 3,
+    "rules": 3,
     "reporting": 4,
-    "rules": 4,
     "callbacks": 5,
     "mixins": 6,
 }
