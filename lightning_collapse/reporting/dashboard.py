@@ -22,7 +22,7 @@ class Place(NamedTuple):
     Attributes:
         category: Title of the category, such as ``"Neural collapse"``.
         chart: Name of the chart in it: that of the measure.
-        line: Name of the line in the chart: the layer, behind ``val/`` if it is one of validation.
+        line: Name of the line in the chart: the layer, or ``all``, behind ``val/`` if it is one of validation.
         health: Whether the chart says how far to trust the others.
     """
 
@@ -52,7 +52,7 @@ def place(tag: str) -> Place | None:
     if found := re.fullmatch(rf"({_PREFIX})({families})/([^/]+)", tag):
         prefix, _, _, family, name = found.groups(default="")
         if f"{family}/{name}" in CURVES:  # of the whole
-            return Place(category(family), name, prefix, name in _HEALTH)
+            return Place(category(family), name, prefix + "all", name in _HEALTH)
     one = "|".join(f"{family}/{names}" for family, names in _ONE_CHART.items())
     if found := re.fullmatch(rf"({_PREFIX})({one})", tag):
         prefix, _, _, name = found.groups(default="")

@@ -81,6 +81,6 @@ def test_the_page_groups_as_the_dashboard_does():
                 tag = prefix + body.replace(blank, fill)
                 assert re.fullmatch(pattern, tag)
                 at = place(tag)
-                assert (at.category, at.chart, at.line) == (category, chart, prefix + fill.removesuffix("/"))
+                assert (at.category, at.chart, at.line) == (category, chart, prefix + (fill.removesuffix("/") or "all"))
     assert place("collapse/a/of_my_own").chart == "of_my_own"
     assert place("accuracy") is place("collapse") is place("collapse/a") is None
