@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_collapse import ContinualMixin, WeightPenalty
-from lightning_collapse.penalties import EWC, L2SP, MAS, L2Init, RankOneEWC, RWalk, SynapticIntelligence
+from lightning_collapse.penalties import EWC, KFACEWC, L2SP, MAS, L2Init, RankOneEWC, RWalk, SynapticIntelligence
 from lightning_collapse.utilities.registry import PENALTIES
 from tests.distributed.launch import on_two_processes
 from tests.penalties.references import task
@@ -20,6 +20,7 @@ from tests.toys import QUIET, MemoryLogger
 N = 47
 MAKE = {
     "EWC": lambda: EWC(5.0, n_samples=None),
+    "KFACEWC": lambda: KFACEWC(5.0, n_samples=None),
     "L2Init": lambda: L2Init(0.05),
     "L2SP": lambda: L2SP(0.1, new=["head.*"]),
     "MAS": lambda: MAS(0.02),
@@ -27,7 +28,7 @@ MAKE = {
     "RWalk": lambda: RWalk(0.1, every_n_steps=2),
     "SynapticIntelligence": lambda: SynapticIntelligence(1.0),
 }
-SHARDED = ["L2Init", "L2SP", "RWalk", "SynapticIntelligence"]
+SHARDED = [name for name in MAKE if name != "KFACEWC"]
 
 
 class Sharded(Classifier):
