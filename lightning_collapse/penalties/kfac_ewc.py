@@ -148,6 +148,8 @@ class KFACEWC(Penalty):
             ValueError: If there are no data, or no layer has factors.
         """
         loader = check_loader(self, loader)
+        if not is_finite(self, self._everything.values()):
+            return
         names = names_of(model, self._everything)
         estimator: Estimator | None = self.estimator
         if estimator is None:

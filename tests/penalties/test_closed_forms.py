@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_collapse.penalties import EWC, KFACEWC, L2SP, L2Init, SynapticIntelligence, kronecker_factors
+from lightning_collapse.penalties import (
+    EWC,
+    KFACEWC,
+    L2SP,
+    MAS,
+    L2Init,
+    RankOneEWC,
+    SynapticIntelligence,
+    kronecker_factors,
+)
 from lightning_collapse.penalties.kronecker_sum import nearest_kronecker_product
 from tests.penalties.references import OnlineEWCReference, softmax_regression, task
 
@@ -280,15 +289,21 @@ def test_weights_that_have_raised_the_loss_are_not_pushed_away():
     assert penalty.memory["importance"]["theta"].item() == 0.0
 
 
-def test_importance_that_is_not_finite_is_left_out():
-    model, penalty = softmax_regression(), EWC(n_samples=None)
-    penalty.start(dict(model.named_parameters()))
+@pytest.mark.parametrize("make", [EWC, KFACEWC, MAS, RankOneEWC])
+def test_importance_that_is_not_finite_is_left_out(make):
+    model, penalty = softmax_regression(), make(n_samples=None)
+    parameters = dict(model.named_parameters())
+    penalty.start(parameters)
     with torch.no_grad():
         model.weight.fill_(float("nan"))
     with pytest.warns(UserWarning, match="not finite; the task is not remembered"):
         penalty.consolidate(model, [task(0)])
-    assert not penalty.memory["importance"]
+    assert penalty.value(parameters).item() == 0.0
+    assert not penalty.memory["anchor"]
     with pytest.raises(ValueError, match="Pass it a loader"):
         penalty.consolidate(model)
+
+
+def test_penalties_that_were_not_started_know_nothing():
     with pytest.raises(ValueError, match="knows no parameter"):
-        EWC().consolidate(model, [task(0)])
+        EWC().consolidate(softmax_regression(), [task(0)])
