@@ -22,6 +22,7 @@ from lightning_collapse import ContinualMetrics, Distillation, ShrinkAndPerturb,
 from lightning_collapse.optimizers import CLASSP
 from lightning_collapse.penalties import (
     EWC,
+    KFACEWC,
     L2SP,
     MAS,
     L2Init,
@@ -76,12 +77,13 @@ def _penalty(penalty: Any, *weights: float, **arguments: Any) -> Method:
 
 METHODS = {
     "nothing": Method((0.0,), lambda weight: []),
-    "EWC": _penalty(EWC, 100.0, 1000.0, 10000.0, 100000.0),
-    "EWC, online": _penalty(EWC, 100.0, 1000.0, 10000.0, 100000.0, online=True),
-    "rank-1 EWC": _penalty(RankOneEWC, 15.0, 150.0, 1500.0, 15000.0),
+    "EWC": _penalty(EWC, 10.0, 100.0, 1000.0, 10000.0),
+    "EWC, online": _penalty(EWC, 10.0, 100.0, 1000.0, 10000.0, online=True),
+    "rank-1 EWC": _penalty(RankOneEWC, 0.15, 1.5, 15.0, 150.0),
+    "KFAC-EWC": _penalty(KFACEWC, 1.0, 10.0, 100.0, 1000.0),
     "synaptic intelligence": _penalty(SynapticIntelligence, 0.1, 1.0, 10.0, 100.0),
     "RWalk": _penalty(RWalk, 0.1, 1.0, 10.0, 100.0),
-    "MAS": _penalty(MAS, 0.01, 0.1, 1.0, 10.0),
+    "MAS": _penalty(MAS, 0.001, 0.01, 0.1, 1.0),
     "L2-init": _penalty(L2Init, 1e-5, 1e-4, 1e-3, 1e-2),
     "L2-SP": _penalty(L2SP, 1e-4, 1e-3, 1e-2, 1e-1),
     "LwF": Method((0.3, 1.0, 3.0, 10.0), lambda weight: [Distillation(weight=weight)]),
@@ -218,7 +220,7 @@ def compare(problem: str, methods: Sequence[str], epochs: int, seeds: int, tune:
     return rows
 
 
-def main(epochs: int = 4, seeds: int = 3, methods: Sequence[str] = tuple(METHODS), tune: bool = True) -> None:
+def main(epochs: int = EPOCHS, seeds: int = 3, methods: Sequence[str] = tuple(METHODS), tune: bool = True) -> None:
     """Compare on both problems and print the tables."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():

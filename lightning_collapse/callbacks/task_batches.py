@@ -23,8 +23,7 @@ class TaskBatches:
     """Batches as a training step would get them, as often as they are iterated over.
 
     Without a loader those of the training, as many as an epoch has. What a ``DistributedSampler`` repeats, so that all
-    processes get equally many samples, is left out, unless parameters are sharded, where processes must call the model
-    equally often; samplers of other kinds are taken as they are.
+    processes get equally many samples, is left out; samplers of other kinds are taken as they are.
 
     Args:
         trainer: Whose data.
@@ -38,7 +37,7 @@ class TaskBatches:
     def __iter__(self) -> Iterator[Any]:
         limit = int(self.trainer.fast_dev_run) or None
         if self.loader is None:
-            loader: Iterable[Any] = self._training_data()
+            loader: Iterable[Any] = _unrepeated(self.trainer.train_dataloader)
             number = self.trainer.num_training_batches
             limit = None if isinf(number) else int(number)
         else:
@@ -46,11 +45,6 @@ class TaskBatches:
         with rewound(loader):
             for batch in islice(loader, limit):
                 yield to_device(self.trainer, batch)
-
-    def _training_data(self) -> Any:
-        loader = self.trainer.train_dataloader
-        sharded = any(hasattr(weight, "full_tensor") for weight in self.trainer.lightning_module.parameters())
-        return loader if sharded else _unrepeated(loader)
 
 
 def check_training_data(trainer: Trainer, who: str) -> None:

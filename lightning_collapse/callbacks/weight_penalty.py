@@ -20,6 +20,7 @@ from lightning_collapse.callbacks.clean_pass import check_pass
 from lightning_collapse.callbacks.task_aware import TaskAware
 from lightning_collapse.callbacks.task_batches import TaskBatches, check_training_data, unnoticed
 from lightning_collapse.penalties.base import Penalty
+from lightning_collapse.penalties.data import check_gathers
 from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.gradients import gradients_of, squared_norms
@@ -117,6 +118,8 @@ class WeightPenalty(TaskAware):
         if self.penalty.needs_data and self.loader is None:
             check_training_data(trainer, f"`WeightPenalty({type(self.penalty).__name__}(...))`")
         try:
+            if self.penalty.needs_data:
+                check_gathers(pl_module)
             self.penalty.start(self._parameters)
         except ValueError as error:
             raise MisconfigurationException(f"`WeightPenalty`, {self.name!r}: {error}") from error

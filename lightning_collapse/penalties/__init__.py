@@ -4,6 +4,7 @@ from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.diagonal_fisher import DiagonalFisher, diagonal_fisher
 from lightning_collapse.penalties.evaluating import evaluating
 from lightning_collapse.penalties.ewc import EWC
+from lightning_collapse.penalties.kfac_ewc import KFACEWC
 from lightning_collapse.penalties.kronecker_factors import KroneckerFactor, KroneckerFactors, kronecker_factors
 from lightning_collapse.penalties.l2_init import L2Init
 from lightning_collapse.penalties.l2_sp import L2SP
@@ -16,6 +17,7 @@ from lightning_collapse.penalties.synaptic_intelligence import SynapticIntellige
 
 __all__ = [
     "EWC",
+    "KFACEWC",
     "L2SP",
     "MAS",
     "DiagonalFisher",

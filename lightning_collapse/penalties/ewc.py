@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice
 from typing import Literal
 
 import torch
-from lightning_utilities import apply_to_collection
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from lightning_collapse.penalties.base import Parameters
 from lightning_collapse.penalties.columns import Estimator, Likelihood, check_estimator
-from lightning_collapse.penalties.data import check_loader, check_whole, names_of
+from lightning_collapse.penalties.data import check_loader, choose_estimator, names_of, parts_of
 from lightning_collapse.penalties.diagonal_fisher import Labels, diagonal_fisher
-from lightning_collapse.penalties.evaluating import evaluating
 from lightning_collapse.penalties.importances import Outputs
 from lightning_collapse.penalties.quadratic import QuadraticPenalty
-from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
+from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.registry import register_penalty
-from lightning_collapse.utilities.targets import call_on
-
-FEW_CLASSES = 20
-"""Up to so many classes the exact Fisher information, which takes one backward pass for each, is the default."""
 
 
 @register_penalty
@@ -109,11 +101,6 @@ class EWC(QuadraticPenalty):
         return super().strength * self.gamma
 
     @override
-    def start(self, parameters: Parameters) -> None:
-        check_whole(self, parameters)
-        super().start(parameters)
-
-    @override
     def consolidate(self, model: nn.Module, loader: Loader | None = None) -> None:
         """Estimate the Fisher information where the model stands, and anchor it there. Collective.
 
@@ -123,7 +110,9 @@ class EWC(QuadraticPenalty):
         loader = check_loader(self, loader)
         parameters = self._parameters_of(model)
         names = names_of(model, parameters)
-        estimator, loader = (self.estimator, loader) if self.estimator else self._choose(model, loader)
+        estimator = self.estimator
+        if estimator is None:
+            estimator, loader = choose_estimator(model, loader, self.outputs)
         fisher = diagonal_fisher(
             model,
             loader,
@@ -139,20 +128,5 @@ class EWC(QuadraticPenalty):
             everything = torch.cat([value.flatten() for value in importance.values()])
             scale = everything.max() if self.normalize == "max" else everything.mean()
             importance = {name: value / torch.where(scale > 0, scale, 1.0) for name, value in importance.items()}
+        importance = parts_of(importance, parameters)
         self._remember(parameters, importance, kept=self.gamma, every_anchor=not self.online)
-
-    def _choose(self, model: nn.Module, loader: Loader) -> tuple[Estimator, Loader]:
-        """The estimator for the number of outputs, and the batches, of which one was looked at."""
-        batches = batches_of(loader)
-        device = next(model.parameters()).device
-        with evaluating(model), torch.no_grad(), rewound(batches):
-            iterator = iter(batches)
-            first = list(islice(iterator, 1))
-            if not first:
-                return "exact", batches  # the estimator will say so
-            batch = apply_to_collection(first[0], Tensor, lambda tensor: tensor.to(device))
-            outputs = (self.outputs or call_on)(model, batch)
-        if iterator is batches:  # a generator gives each batch once
-            batches = chain(first, iterator)
-        few = outputs.ndim <= 2 and outputs.shape[-1] <= FEW_CLASSES
-        return "exact" if few else "sample", batches

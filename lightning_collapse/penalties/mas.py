@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 from typing_extensions import override
 
-from lightning_collapse.penalties.base import Parameters
-from lightning_collapse.penalties.data import check_loader, check_whole, names_of
+from lightning_collapse.penalties.data import check_loader, names_of, parts_of
 from lightning_collapse.penalties.importances import Outputs
 from lightning_collapse.penalties.mas_importance import mas_importance
 from lightning_collapse.penalties.quadratic import QuadraticPenalty
@@ -31,7 +30,7 @@ class MAS(QuadraticPenalty):
             inputs.
 
     Raises:
-        ValueError: If an argument is out of range; at the start if parameters are sharded.
+        ValueError: If an argument is out of range.
 
     References:
         [1] Aljundi et al., *Memory aware synapses: learning what (not) to forget*, ECCV 2018.
@@ -52,11 +51,6 @@ class MAS(QuadraticPenalty):
         self.outputs = outputs
 
     @override
-    def start(self, parameters: Parameters) -> None:
-        check_whole(self, parameters)
-        super().start(parameters)
-
-    @override
     def consolidate(self, model: nn.Module, loader: Loader | None = None) -> None:
         """Estimate the sensitivity where the model stands, and anchor it there. Collective.
 
@@ -72,4 +66,5 @@ class MAS(QuadraticPenalty):
             outputs=self.outputs,
             parameters=list(names),
         )
-        self._remember(parameters, {names[name]: value for name, value in found.values.items()})
+        importance = {names[name]: value for name, value in found.values.items()}
+        self._remember(parameters, parts_of(importance, parameters))

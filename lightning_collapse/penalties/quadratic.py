@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_collapse.penalties.base import Parameters, Penalty
+from lightning_collapse.penalties.data import is_finite
 from lightning_collapse.penalties.memory import Memory
 from lightning_collapse.penalties.shards import add_to_gradients, copy_of, local, total
 from lightning_collapse.spectral.precision import accumulation_dtype
-from lightning_collapse.utilities.distributed import agree
 from lightning_collapse.utilities.modules import clean_name
 
 
@@ -125,14 +124,7 @@ class QuadraticPenalty(Penalty):
             kept: What is left of the importance that was there.
             every_anchor: Whether earlier tasks keep their own anchors.
         """
-        device = local(next(iter(parameters.values()))).device
-        finite = all(part.isfinite().all() for part in importance.values())
-        if agree([not finite], device) == [True]:
-            warnings.warn(
-                f"`{type(self).__name__}`: the importance of weights for the task that ends is not finite; the task is"
-                " not remembered, those before it are.",
-                stacklevel=3,
-            )
+        if not is_finite(self, importance.values()):
             return
         anchors, importances, moments = (self.memory[kind] for kind in ("anchor", "importance", "moment"))
         for name, parameter in parameters.items():

@@ -11,11 +11,11 @@ from typing_extensions import override
 
 from lightning_collapse.penalties.base import Parameters, Penalty
 from lightning_collapse.penalties.columns import Likelihood
-from lightning_collapse.penalties.data import check_loader, check_whole, names_of
+from lightning_collapse.penalties.data import check_loader, is_finite, names_of, parts_of
 from lightning_collapse.penalties.importances import Outputs
 from lightning_collapse.penalties.memory import Memory
 from lightning_collapse.penalties.rank_one_fisher import rank_one_fisher
-from lightning_collapse.penalties.shards import add_to_gradients, copy_of, wide
+from lightning_collapse.penalties.shards import add_to_gradients, copy_of, local, total, wide
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import clean_name
 from lightning_collapse.utilities.registry import register_penalty
@@ -43,7 +43,7 @@ class RankOneEWC(Penalty):
         labels: Labels of a batch; by default the second of a pair, or what a mapping calls so.
 
     Raises:
-        ValueError: If an argument is out of range; at the start if parameters are sharded.
+        ValueError: If an argument is out of range.
 
     References:
         [1] Wang et al., ICLR 2026. https://arxiv.org/abs/2509.23593
@@ -79,7 +79,6 @@ class RankOneEWC(Penalty):
 
     @override
     def start(self, parameters: Parameters) -> None:
-        check_whole(self, parameters)
         self.memory.place(parameters, follow=("anchor",))
         first = next(iter(parameters.values()))
         self._coefficients, self._offsets = (
@@ -119,8 +118,10 @@ class RankOneEWC(Penalty):
             parameters=list(names),
             **options,
         )
-        directions = {names[name]: value for name, value in found.mean.items()}
+        if not is_finite(self, [*found.mean.values(), found.coefficient]):
+            return
         with torch.no_grad():
+            directions = parts_of({names[name]: value for name, value in found.mean.items()}, self._everything)
             self._offsets = self._along()
             for table in list(self.memory.tables.values()):  # of parameters that were frozen before
                 table.update({name: torch.zeros_like(v) for name, v in directions.items() if name not in table})
@@ -158,9 +159,11 @@ class RankOneEWC(Penalty):
         known = [name for name in everything if name in anchors]
         if not known:
             return []
-        distances = torch._foreach_sub([everything[name] for name in known], [anchors[name] for name in known])
-        flat = torch.cat([distance.flatten() for distance in distances])
-        return [
-            offset + torch.cat([self.memory[f"direction{k}"][name].flatten() for name in known]) @ flat
-            for k, offset in enumerate(self._offsets)
+        here = [local(everything[name]) for name in known]
+        distances = torch._foreach_sub(here, [anchors[name] for name in known])
+        directions = [self.memory[f"direction{k}"] for k in range(len(self._offsets))]
+        products = [  # no matrix product: autocast would run it in half precision
+            torch.stack([(direction[name] * distance).sum() for direction in directions])
+            for name, distance in zip(known, distances, strict=True)
         ]
+        return list(torch.stack(self._offsets) + total(products, [everything[name] for name in known]))

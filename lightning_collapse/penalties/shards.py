@@ -77,15 +77,15 @@ def add_to_gradients(parameters: Sequence[Tensor], pulls: list[Tensor], strength
 
 
 def total(numbers: Sequence[Tensor], parameters: Iterable[Tensor]) -> Tensor:
-    """Sum over parameters of scalars that processes have of their parts, the same on every process.
+    """Sum over parameters of what processes have of their parts, scalars or vectors, the same on every process.
 
     Collective if any parameter is cut; without gradient then.
     """
     shares = [shards_of(parameter) for parameter in parameters]
     if world_size() == 1 or max(shares, default=1) == 1:
-        return torch.stack(list(numbers)).sum()
+        return torch.stack(list(numbers)).sum(dim=0)
     weights = torch.tensor(shares, dtype=numbers[0].dtype, device=numbers[0].device) / world_size()
-    return all_reduce_sum((torch.stack(list(numbers)) * weights).sum())
+    return all_reduce_sum((torch.stack(list(numbers)).movedim(0, -1) * weights).sum(dim=-1))
 
 
 def largest(numbers: Sequence[Tensor], parameters: Iterable[Tensor]) -> Tensor:

@@ -4,13 +4,15 @@ import io
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_collapse import ContinualMixin, WeightPenalty
-from lightning_collapse.penalties import EWC, L2SP, MAS, L2Init, RankOneEWC, RWalk, SynapticIntelligence
+from lightning_collapse.penalties import EWC, KFACEWC, L2SP, MAS, L2Init, RankOneEWC, RWalk, SynapticIntelligence
 from lightning_collapse.utilities.registry import PENALTIES
 from tests.distributed.launch import on_two_processes
 from tests.penalties.references import task
@@ -20,6 +22,7 @@ from tests.toys import QUIET, MemoryLogger
 N = 47
 MAKE = {
     "EWC": lambda: EWC(5.0, n_samples=None),
+    "KFACEWC": lambda: KFACEWC(5.0, n_samples=None),
     "L2Init": lambda: L2Init(0.05),
     "L2SP": lambda: L2SP(0.1, new=["head.*"]),
     "MAS": lambda: MAS(0.02),
@@ -27,7 +30,7 @@ MAKE = {
     "RWalk": lambda: RWalk(0.1, every_n_steps=2),
     "SynapticIntelligence": lambda: SynapticIntelligence(1.0),
 }
-SHARDED = ["L2Init", "L2SP", "RWalk", "SynapticIntelligence"]
+SHARDED = [name for name in MAKE if name != "KFACEWC"]
 
 
 class Sharded(Classifier):
@@ -35,6 +38,13 @@ class Sharded(Classifier):
         for part in (self.encoder, self.head):
             if not isinstance(part, FSDPModule):  # it stays so from one trainer to the next
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+class TensorParallel(Classifier):
+    """Nothing knows how to gather its head for a while."""
+
+    def configure_model(self):
+        parallelize_module(self.head, self.device_mesh["data_parallel"], RowwiseParallel())
 
 
 class NoMomentum(Sharded):
@@ -45,9 +55,9 @@ class NoMomentum(Sharded):
 
 
 class Mixed(ContinualMixin, NoMomentum):
-    def __init__(self):
+    def __init__(self, name):
         super().__init__()
-        self.set_penalties({"it": MAKE["SynapticIntelligence"]()})
+        self.set_penalties({"it": MAKE[name]()})
 
 
 def data(index, batch_size):
@@ -130,6 +140,9 @@ def _check_sharded(rank, folder):
             model, penalty = model_class(), MAKE[name]()
             trainer = fit_two(model, [WeightPenalty(penalty, name="it")], strategy, 2, 4)
             found.append((flat(model), penalty.state_dict(), trainer.logger.rows[-1][1]))
+            parts = {n: parameter.to_local() for n, parameter in model.named_parameters() if model_class is Sharded}
+            for table in penalty.memory.tables.values():  # no process keeps more than its own part
+                assert all(table[n].shape == part.shape for n, part in parts.items() if n in table)
         (weights, state, row), (expected, expected_state, expected_row) = found
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(state, expected_state, rtol=1e-3, atol=1e-5)  # whole, whatever the shards
@@ -138,15 +151,19 @@ def _check_sharded(rank, folder):
         torch.save(state, file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    for make in (lambda: (NoMomentum(), [WeightPenalty(MAKE["SynapticIntelligence"]())]), lambda: (Mixed(), [])):
+    doors = [
+        lambda name: (NoMomentum(), [WeightPenalty(MAKE[name](), name="it")]),
+        lambda name: (Mixed(name), []),
+    ]
+    for name, door in [("SynapticIntelligence", 0), ("SynapticIntelligence", 1), ("EWC", 1), ("RankOneEWC", 0)]:
         torch.manual_seed(0)
-        model, callbacks = make()
+        model, callbacks = doors[door](name)
         trainer = fit_two(model, callbacks, shards, 2, 4)
-        path = f"{folder}/{len(callbacks)}"
+        path = f"{folder}/{name}{door}"
         trainer.save_checkpoint(path)
         trainer.fit_loop.max_epochs = 2
         trainer.fit(model, data(1, 4))  # goes on where it was
-        resumed, more = make()
+        resumed, more = doors[door](name)
         options = {**QUIET, "devices": 2, "logger": False, "max_epochs": 2}
         Trainer(**options, strategy=shards(), callbacks=more).fit(resumed, data(1, 4), ckpt_path=path)
         assert torch.equal(flat(resumed), flat(model))
@@ -155,6 +172,10 @@ def _check_sharded(rank, folder):
         ]
         assert states[0]["task"] == 3
         torch.testing.assert_close(*states, rtol=0, atol=0)
+    with pytest.raises(MisconfigurationException, match=r"`KFACEWC` multiplies whole weights .* is sharded"):
+        fit_two(Sharded(), [WeightPenalty(KFACEWC())], shards, 2, 4)
+    with pytest.raises(MisconfigurationException, match="DTensor that `fully_shard` has not made"):
+        fit_two(TensorParallel(), [WeightPenalty(EWC())], shards, 2, 4)
 
 
 def test_sharded_they_are_those_of_replicas(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.penalties.references import (
     EWCReference,
+    KFACEWCReference,
     L2InitReference,
     L2SPReference,
     MASReference,
@@ -39,6 +40,7 @@ class Case:
 
 CASES = {
     "EWC": Case(EWCReference, 5.0, {"n_samples": None}),
+    "KFACEWC": Case(KFACEWCReference, 5.0, {"n_samples": None}),
     "MAS": Case(MASReference, 0.02),
     "L2Init": Case(L2InitReference, 0.05, consolidates=False),
     "L2SP": Case(

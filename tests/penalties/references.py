@@ -71,6 +71,21 @@ class OnlineEWCReference(EWCReference):
         )
 
 
+class KFACEWCReference(Reference):
+    def end(self, theta, x, y):
+        p, a = probabilities(theta, x), with_bias(x)
+        self.tasks.append((dict(theta), a.T @ a / len(x), (torch.diag(p.sum(dim=0)) - p.T @ p) / len(x)))
+
+    def value(self, theta):
+        forms = []
+        for _, inputs, gradients in self.tasks:
+            latest = self.tasks[-1][0]
+            parts = {n: theta[n] - latest[n] for n in theta}
+            distance = torch.cat([parts["weight"], parts["bias"].unsqueeze(1)], dim=1).flatten()
+            forms.append(distance @ torch.kron(gradients, inputs) @ distance)
+        return self.weight / 2 * sum(forms)
+
+
 class MASReference(Reference):
     def end(self, theta, x, y):
         outputs = x @ theta["weight"].T + theta["bias"]

@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_collapse.penalties import EWC, L2SP, L2Init, SynapticIntelligence
+from lightning_collapse.penalties import (
+    EWC,
+    KFACEWC,
+    L2SP,
+    MAS,
+    L2Init,
+    RankOneEWC,
+    SynapticIntelligence,
+    kronecker_factors,
+)
+from lightning_collapse.penalties.kronecker_sum import nearest_kronecker_product
 from tests.penalties.references import OnlineEWCReference, softmax_regression, task
 
 
@@ -47,14 +57,19 @@ def half_squares(model, x, y):
     return lambda: ((model(x) - y) ** 2).sum() / (2 * len(x))
 
 
-def ewc_after(tasks, **arguments):
-    """Weights after a sequence of regressions; the Gaussian Fisher of each is the mean of x^2."""
-    model, ewc = linear(), EWC(weight=1.0, likelihood="gaussian", n_samples=None, **arguments)
+def weights_after(penalty, tasks, steps=250):
+    """After a sequence of regressions."""
+    model = linear()
     parameters = dict(model.named_parameters())
     for x, y in tasks:
-        minimize(parameters, half_squares(model, x, y), [ewc], steps=800, lr=0.2)
-        ewc.consolidate(model, [(x, y)])
+        minimize(parameters, half_squares(model, x, y), [penalty], steps=steps, lr=0.2)
+        penalty.consolidate(model, [(x, y)])
     return model.weight.detach()
+
+
+def ewc_after(tasks):
+    """The Gaussian Fisher of each is the mean of x^2."""
+    return weights_after(EWC(weight=1.0, likelihood="gaussian", n_samples=None), tasks, steps=800)
 
 
 def test_diagonal_ewc_is_joint_least_squares_where_the_gram_matrix_is_diagonal():
@@ -69,6 +84,124 @@ def test_diagonal_ewc_is_least_squares_with_the_diagonal_of_the_gram_matrix():
     fisher = (x1**2).mean(dim=0).diag()
     expected = torch.linalg.solve(second + fisher, x2.T @ y2 / len(x2) + fisher @ first.T).T
     torch.testing.assert_close(ewc_after([(x1, y1), (x2, y2)]), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_kronecker_factored_ewc_is_joint_least_squares_of_all_tasks():
+    tasks = [regression(index) for index in range(4)]
+    penalty = KFACEWC(weight=1.0, likelihood="gaussian", n_samples=None)
+    torch.testing.assert_close(weights_after(penalty, tasks), solve(*tasks), rtol=1e-6, atol=1e-8)
+    bounded = KFACEWC(weight=1.0, likelihood="gaussian", n_samples=None, max_factors=1)
+    torch.testing.assert_close(
+        weights_after(bounded, tasks), solve(*tasks), rtol=1e-6, atol=1e-8
+    )  # all have the same G
+    [shapes] = [[[tuple(part.shape) for part in pair] for pair in pairs] for pairs in pairs_of(bounded)]
+    assert shapes == [[(5, 5), (2, 2)]]
+    assert [len(pairs) for pairs in pairs_of(penalty)] == [4]
+
+
+def pairs_of(penalty):
+    return [pairs for layer in penalty.state_dict()["layers"].values() for pairs in layer.values()]
+
+
+def test_nearest_kronecker_product():
+    torch.manual_seed(0)
+    roots = [torch.randn(2, size, size, dtype=torch.float64) for size in (3, 4)]
+    inputs, gradients = ([root @ root.T for root in pair] for pair in roots)
+    a, g = nearest_kronecker_product((inputs[0], gradients[0]), (inputs[1], gradients[1]))
+    products = sum(
+        torch.einsum("ij,kl->ijkl", *pair).flatten(2).flatten(0, 1) for pair in zip(inputs, gradients, strict=True)
+    )
+    left, singular, right = torch.linalg.svd(products)
+    expected = singular[0] * torch.outer(left[:, 0], right[0])
+    torch.testing.assert_close(torch.outer(a.flatten(), g.flatten()), expected)
+    assert torch.linalg.eigvalsh(a).min() >= 0
+    assert torch.linalg.eigvalsh(g).min() >= 0
+    nothing = nearest_kronecker_product((inputs[0], 0 * gradients[0]), (inputs[1], 0 * gradients[1]))
+    assert not torch.kron(*nothing).any()
+
+
+class Images(nn.Module):
+    """Normalization has no factors; the convolution no bias."""
+
+    def __init__(self, channels=2, classes=3):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4, 3, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).tanh().flatten(1))
+
+
+def far(model):
+    """The model's parameters, elsewhere."""
+    return {name: (p.detach() + 0.1 * torch.randn_like(p)).requires_grad_() for name, p in model.named_parameters()}
+
+
+def form(penalty, factors, here, there):
+    """The penalty as the factors define it."""
+    conv = (here["conv.weight"] - there["conv.weight"]).flatten(1)
+    head = torch.cat([here["head.weight"] - there["head.weight"], (here["head.bias"] - there["head.bias"])[:, None]], 1)
+    found = factors["conv.weight"], factors["head.weight"]
+    return (
+        penalty.weight
+        / 2
+        * sum(torch.trace(d.T @ f.gradients @ d @ f.inputs) for d, f in zip((conv, head), found, strict=True))
+    )
+
+
+def test_layers_without_factors_are_free_and_said_once(caplog):
+    torch.manual_seed(0)
+    model, batch = Images().double(), (torch.randn(9, 2, 4, 4).double(), torch.randint(3, (9,)))
+    penalty = KFACEWC(2.0)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            penalty.start(dict(model.named_parameters()))
+            penalty.consolidate(model, [batch])
+    said = [record.getMessage() for record in caplog.records if "leaves parameters free" in record.getMessage()]
+    assert [message.count("norm.weight, norm.bias.") for message in said] == [1]
+    factors = kronecker_factors(model, [batch]).factors
+    elsewhere = far(model)
+    expected = 2 * form(penalty, factors, elsewhere, dict(model.named_parameters()))  # the same task twice
+    torch.testing.assert_close(penalty.value(elsewhere), expected)
+    penalty.add_gradients(elsewhere)
+    pulled = [name for name, parameter in elsewhere.items() if parameter.grad is not None]
+    assert pulled == ["conv.weight", "head.weight", "head.bias"]
+    for name, pull in zip(pulled, torch.autograd.grad(expected, [elsewhere[name] for name in pulled]), strict=True):
+        torch.testing.assert_close(elsewhere[name].grad, pull)
+    alone = {"head.bias": far(model)["head.bias"]}  # weight and bias of a layer may have optimizers of their own
+    penalty.add_gradients(alone)
+    there = dict(model.named_parameters())
+    [pull] = torch.autograd.grad(
+        2 * form(penalty, factors, {**there, **alone}, {n: p.detach() for n, p in there.items()}), alone.values()
+    )
+    torch.testing.assert_close(alone["head.bias"].grad, pull)
+
+
+def test_factors_grow_with_channels_and_lose_a_bias():
+    torch.manual_seed(0)
+    model, penalty = Images().double(), KFACEWC(1.0)
+    penalty.start(dict(model.named_parameters()))
+    penalty.consolidate(model, [(torch.randn(9, 2, 4, 4).double(), torch.randint(3, (9,)))])
+    before = penalty.value(old := far(model))
+    grown = Images(channels=3, classes=5).double()
+    with torch.no_grad():
+        for name, parameter in grown.named_parameters():
+            parameter[tuple(slice(size) for size in old[name].shape)] = old[name]
+    penalty.start(dict(grown.named_parameters()))
+    torch.testing.assert_close(penalty.value(dict(grown.named_parameters())), before)
+    penalty.add_gradients(dict(grown.named_parameters()))
+    assert not grown.conv.weight.grad[:, 2:].any()
+    assert not grown.head.bias.grad[3:].any()
+    assert grown.conv.weight.grad[:, :2].abs().min() > 0
+    with pytest.warns(UserWarning, match=r"dropped: head\.bias"):
+        penalty.start({name: p for name, p in grown.named_parameters() if name != "head.bias"})
+    still = far(grown)
+    again = {name: parameter for name, parameter in still.items() if name != "head.bias"}
+    torch.testing.assert_close(penalty.value(still), penalty.value(again))
+    assert penalty.value(again) > 0
+    penalty.add_gradients(still)
+    assert still["head.bias"].grad is None
 
 
 def test_online_ewc_has_one_anchor_and_forgets_by_gamma():
@@ -156,15 +289,21 @@ def test_weights_that_have_raised_the_loss_are_not_pushed_away():
     assert penalty.memory["importance"]["theta"].item() == 0.0
 
 
-def test_importance_that_is_not_finite_is_left_out():
-    model, penalty = softmax_regression(), EWC(n_samples=None)
-    penalty.start(dict(model.named_parameters()))
+@pytest.mark.parametrize("make", [EWC, KFACEWC, MAS, RankOneEWC])
+def test_importance_that_is_not_finite_is_left_out(make):
+    model, penalty = softmax_regression(), make(n_samples=None)
+    parameters = dict(model.named_parameters())
+    penalty.start(parameters)
     with torch.no_grad():
         model.weight.fill_(float("nan"))
     with pytest.warns(UserWarning, match="not finite; the task is not remembered"):
         penalty.consolidate(model, [task(0)])
-    assert not penalty.memory["importance"]
+    assert penalty.value(parameters).item() == 0.0
+    assert not penalty.memory["anchor"]
     with pytest.raises(ValueError, match="Pass it a loader"):
         penalty.consolidate(model)
+
+
+def test_penalties_that_were_not_started_know_nothing():
     with pytest.raises(ValueError, match="knows no parameter"):
-        EWC().consolidate(model, [task(0)])
+        EWC().consolidate(softmax_regression(), [task(0)])
