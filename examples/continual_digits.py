@@ -1,6 +1,6 @@
 """What keeps a small network from forgetting? Permuted and split handwritten digits, every penalty against none.
 
-Run: ``python examples/continual_digits.py`` (twenty minutes on one core; with ``--quick`` one short run each).
+Run: ``python examples/continual_digits.py`` (ten minutes on one core; with ``--quick`` one short run each).
 """
 
 import argparse
