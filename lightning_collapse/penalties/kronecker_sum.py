@@ -29,7 +29,7 @@ def nearest_kronecker_product(first: tuple[Tensor, Tensor], second: tuple[Tensor
 
     Example:
         >>> one = torch.eye(1)
-        >>> torch.kron(*nearest_kronecker_product((one, one), (one, 2 * one)))
+        >>> torch.kron(*nearest_kronecker_product((one, one), (one, 2 * one))).round(decimals=4)
         tensor([[3.]])
     """
     (a1, g1), (a2, g2) = first, second
