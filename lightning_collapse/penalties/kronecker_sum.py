@@ -14,8 +14,8 @@ def nearest_kronecker_product(first: tuple[Tensor, Tensor], second: tuple[Tensor
 
     Its factors are weighted sums, :math:`A = \sum_i x_i A_i` and :math:`G \propto \sum_i y_i G_i`: with the Gram
     matrices :math:`K_A = [\langle A_i, A_j \rangle]` and :math:`K_G`, :math:`x` is the leading eigenvector of
-    :math:`K_G K_A` and :math:`y = K_A x`. Inner products of positive semidefinite matrices are not negative, and so
-    are the weights of such then: the result is positive semidefinite.
+    :math:`K_G K_A` and :math:`y = K_A x`. Inner products of positive semidefinite matrices are not negative, hence
+    neither are :math:`x` and :math:`y`, and the result is positive semidefinite too.
 
     Args:
         first: :math:`A_1`, ``(I, I)``, and :math:`G_1`, ``(O, O)``.
@@ -28,8 +28,9 @@ def nearest_kronecker_product(first: tuple[Tensor, Tensor], second: tuple[Tensor
         Van Loan & Pitsianis, *Approximation with Kronecker products*, 1993.
 
     Example:
-        >>> nearest_kronecker_product((torch.eye(1), torch.eye(1)), (torch.eye(1), 2 * torch.eye(1)))[1]
-        tensor([[2.1213]])
+        >>> one = torch.eye(1)
+        >>> torch.kron(*nearest_kronecker_product((one, one), (one, 2 * one))).round(decimals=4)
+        tensor([[3.]])
     """
     (a1, g1), (a2, g2) = first, second
     inputs, gradients = _gram(a1, a2), _gram(g1, g2)

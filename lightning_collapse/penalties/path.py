@@ -66,8 +66,11 @@ class PathPenalty(QuadraticPenalty):
         super().load_state_dict(state_dict)
 
     @abstractmethod
-    def _advance(self, parameters: Parameters, gradients: list[Tensor], drops: list[Tensor]) -> None:
-        """A step was made: gradients before it, and how much each weight has lowered the loss to first order."""
+    def _advance(self, parameters: Parameters, gradients: list[Tensor], steps: list[Tensor]) -> None:
+        """A step was made: gradients before it, and how far it has taken each weight down.
+
+        The product of both is how much a weight has lowered the loss, to first order.
+        """
 
     @torch.no_grad()
     def _settle(self) -> None:
@@ -75,16 +78,14 @@ class PathPenalty(QuadraticPenalty):
         if step is None:
             return
         torch._foreach_sub_(step.before, [local(parameter) for parameter in step.parameters.values()])
-        step.all_before.mul_(step.all_gradients)
         self._advance(step.parameters, step.gradients, step.before)
 
 
 class _Step(NamedTuple):
-    """Copies of all gradients and weights, each in one vector: what reads them all is one kernel."""
+    """Copies of all gradients and weights, each in one vector, so that what reads all gradients is one kernel."""
 
     parameters: Parameters
     all_gradients: Tensor
-    all_before: Tensor
     gradients: list[Tensor]
     before: list[Tensor]
 
@@ -95,7 +96,7 @@ class _Step(NamedTuple):
         dtype = max((wide(part) for part in parts), key=lambda kind: kind.itemsize)
         gradients, before = (torch.zeros(size, dtype=dtype, device=parts[0].device) for _ in range(2))
         shapes = [part.shape for part in parts]
-        return cls(parameters, gradients, before, _split(gradients, shapes), _split(before, shapes))
+        return cls(parameters, gradients, _split(gradients, shapes), _split(before, shapes))
 
 
 def _dense(gradient: Tensor) -> Tensor:

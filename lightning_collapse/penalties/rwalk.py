@@ -100,9 +100,9 @@ class RWalk(PathPenalty):
         self._steps = dict(state_dict["steps"])
 
     @override
-    def _advance(self, parameters: Parameters, gradients: list[Tensor], drops: list[Tensor]) -> None:
+    def _advance(self, parameters: Parameters, gradients: list[Tensor], steps: list[Tensor]) -> None:
         torch._foreach_addcmul_(self._parts("squares", parameters), gradients, gradients)
-        torch._foreach_add_(self._parts("drop", parameters), drops)
+        torch._foreach_addcmul_(self._parts("drop", parameters), gradients, steps)
         for name in parameters:
             self._steps[name] += 1
         self._close_window({n: p for n, p in parameters.items() if self._steps[n] == self.every_n_steps})

@@ -70,5 +70,5 @@ class SynapticIntelligence(PathPenalty):
         torch._foreach_zero_(list(paths.values()))
 
     @override
-    def _advance(self, parameters: Parameters, gradients: list[Tensor], drops: list[Tensor]) -> None:
-        torch._foreach_add_(self._parts("path", parameters), drops)
+    def _advance(self, parameters: Parameters, gradients: list[Tensor], steps: list[Tensor]) -> None:
+        torch._foreach_addcmul_(self._parts("path", parameters), gradients, steps)

@@ -1,7 +1,7 @@
 """One battery over every registered penalty: against a reference with all anchors, then in real fits by both doors."""
 
 import io
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from tests.penalties.references import softmax_regression, task
 from tests.penalties.toys import Classifier, Manual, fit_tasks, flat, loader
 from tests.toys import QUIET, fit
 
+DOORS = ["callback", "mixin"]
 every_penalty = pytest.mark.parametrize("name", sorted(PENALTIES))
 
 
@@ -46,6 +47,16 @@ def mixed(base, name, **arguments):
 
 def values(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@cache
+def trained(name, door, precision="32-true", accumulate=1):
+    """Weights after two tasks, what the second has logged, and names in the ``state_dict``; one fit for all tests."""
+    torch.manual_seed(0)
+    model = mixed(Classifier, name) if door == "mixin" else Classifier()
+    callbacks = [WeightPenalty(build_toy(name), name="it")] if door == "callback" else []
+    trainer = fit_tasks(model, callbacks, precision=precision, accumulate_grad_batches=accumulate)
+    return flat(model), trainer.logger.rows, list(model.state_dict())
 
 
 def train(name, tasks, check):
@@ -154,6 +165,24 @@ def test_half_precision_weights_are_remembered_in_single(name):
 
 
 @every_penalty
+def test_autocast_changes_nothing(name):
+    """Optimizers that are stepped by hand do so within a training step, where autocast is on."""
+    penalty, _, model = train(name, 1, lambda *_: None)
+    parameters = {n: (p.detach() + 0.1).float().requires_grad_() for n, p in model.named_parameters()}
+    penalty.load_state_dict(penalty.state_dict())
+    penalty.start(parameters)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            penalty.add_gradients(parameters)
+            found.append([penalty.value(parameters).detach(), *(p.grad for p in parameters.values())])
+        for parameter in parameters.values():
+            parameter.grad = None
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert found[0][0] > 0
+
+
+@every_penalty
 @pytest.mark.filterwarnings("ignore:What was remembered of parameters")
 def test_grown_and_removed_parameters(name):
     penalty, _, model = train(name, 1, lambda *_: None)
@@ -188,21 +217,15 @@ def test_weight_is_checked(name, weight):
     ("precision", "accumulate"), [("32-true", 1), ("bf16-mixed", 2), ("bf16-true", 1), ("64-true", 2)]
 )
 def test_doors_are_bit_equal(name, precision, accumulate):
-    models, logs = [], []
-    for door in ("callback", "mixin"):
-        torch.manual_seed(0)
-        models.append(mixed(Classifier, name) if door == "mixin" else Classifier())
-        callbacks = [WeightPenalty(build_toy(name), name="it")] if door == "callback" else []
-        trainer = fit_tasks(models[-1], callbacks, precision=precision, accumulate_grad_batches=accumulate)
-        logs.append(trainer.logger.rows)
-    callback, mixin = models
-    assert torch.equal(flat(callback), flat(mixin))
-    assert flat(callback).isfinite().all()
-    assert logs[0] == logs[1]
-    assert [step for step, _ in logs[0]] == list(range(6 // accumulate))
-    assert logs[0][-1][1]["penalty/it"] > 0
-    assert logs[0][-1][1]["penalty/it/gradient_ratio"] > 0
-    assert callback.state_dict().keys() == mixin.state_dict().keys() == Classifier().state_dict().keys()
+    (callback, *seen), (mixin, *seen_inside) = (trained(name, door, precision, accumulate) for door in DOORS)
+    assert torch.equal(callback, mixin)
+    assert callback.isfinite().all()
+    assert seen == seen_inside
+    rows, keys = seen
+    assert [step for step, _ in rows] == list(range(6 // accumulate))
+    assert rows[-1][1]["penalty/it"] > 0
+    assert rows[-1][1]["penalty/it/gradient_ratio"] > 0
+    assert keys == list(Classifier().state_dict())
 
 
 def by_door(door, name, **arguments):
@@ -215,7 +238,7 @@ def by_door(door, name, **arguments):
 
 @every_penalty
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize("door", ["callback", "mixin"])
+@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_resumed_in_the_middle_of_a_task(name, optimizer, door, tmp_path):
     options = {**QUIET, "max_epochs": 2, "logger": False, "enable_checkpointing": True}
@@ -258,11 +281,8 @@ def test_clipping_sees_the_sum(name):
                 seen.append(torch.stack(norms).norm().item())
 
     seen = []
-    model = Clipped()
-    fit_tasks(model, [WeightPenalty(PENALTIES[name](1e4, **(CASES[name].toy or CASES[name].arguments)))], tasks=1)
-    seen.clear()
     penalty = WeightPenalty(PENALTIES[name](1e4, **(CASES[name].toy or CASES[name].arguments)))
-    fit_tasks(model, [penalty], gradient_clip_val=0.01)
+    fit_tasks(Clipped(), [penalty], gradient_clip_val=0.01)
     assert seen
     assert max(seen) == pytest.approx(0.01, rel=1e-3)
 
@@ -280,8 +300,9 @@ class FusedClassifier(Classifier):
         return torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9, fused=True)
 
 
+@cache
 def fit_scaled(name, base, **options):
-    """Two tasks; the weights."""
+    """Two tasks; the weights, from one fit for all tests."""
     torch.manual_seed(0)
     model, penalty = base(), WeightPenalty(build_toy(name))
     for index in range(2):
@@ -305,16 +326,15 @@ def test_steps_that_the_gradient_scaler_skips(name):
 
 @every_penalty
 def test_two_optimizers_by_hand(name):
-    models = []
-    for base in (Manual, Classifier):
-        torch.manual_seed(0)
-        models.append(base())
-        logger = fit_tasks(models[-1], [WeightPenalty(build_toy(name), name="it")]).logger
-        models[-1].ratio = [value for _, value in logger.curve("penalty/it/gradient_ratio")]
+    torch.manual_seed(0)
+    model = Manual()
+    rows = fit_tasks(model, [WeightPenalty(build_toy(name), name="it")]).logger.rows
+    weights, expected_rows, _ = trained(name, "callback")
     exact = CASES[name].separable  # else the second optimizer sees where the first has led
     tolerances = {"rtol": 1e-6, "atol": 1e-7} if exact else {"rtol": 0.05, "atol": 5e-3}
-    torch.testing.assert_close(flat(models[0]), flat(models[1]), **tolerances)
-    assert models[0].ratio == pytest.approx(models[1].ratio, rel=1e-4 if exact else 0.1, abs=1e-12 if exact else 2e-3)
+    torch.testing.assert_close(flat(model), weights, **tolerances)
+    ratios, expected = ([row["penalty/it/gradient_ratio"] for _, row in found] for found in (rows, expected_rows))
+    assert ratios == pytest.approx(expected, rel=1e-4 if exact else 0.1, abs=1e-12 if exact else 2e-3)
 
 
 @every_penalty
