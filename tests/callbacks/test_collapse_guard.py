@@ -205,7 +205,7 @@ def test_resumed_guard_remembers(tmp_path):
     [
         (
             {"action": "shout"},
-            "`action` must be among warn, log, checkpoint, stop, a `Rollback` or callable, got",
+            "`action` must be among warn, log, checkpoint, stop, a `Rollback`, a `SwitchOn` or callable, got",
         ),
         ({"action": ["warn", 3]}, "got 3"),
         ({"patience": 0}, "`patience` must be at least 1, got 0"),
