@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_collapse.rules import Task
 from lightning_collapse.utilities.modules import clean_name, weighted_layers
-from lightning_collapse.utilities.targets import targets_of
+from lightning_collapse.utilities.targets import TARGET_KEYS, targets_of
 
 OF_FAMILY = {"neural_collapse": "classification", "regression_collapse": "regression"}
 
@@ -57,10 +57,8 @@ def _of_batch(batch: Any) -> tuple[str, str]:
 
 def _inputs_of(batch: Any) -> Tensor | None:
     if isinstance(batch, Mapping):
-        targets = targets_of(batch)
-        found: Any = next(
-            (value for value in batch.values() if isinstance(value, Tensor) and value is not targets), None
-        )
+        inputs = (value for key, value in batch.items() if key not in TARGET_KEYS)
+        found: Any = next((value for value in inputs if isinstance(value, Tensor)), None)
     else:
         found = batch[0] if isinstance(batch, Sequence) and not isinstance(batch, str) and batch else batch
     return found if isinstance(found, Tensor) else None

@@ -32,4 +32,4 @@ class NonFinite(Rule):
     def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
         """The share of such rows."""
         lost = points["nonfinite_fraction"]
-        return f"{100 * lost.value:.2g} % of the rows hold NaN or infinity, and {lost.n} are left to read"
+        return f"{100 * lost.value:.3g} % of the rows hold NaN or infinity, and {lost.n} are left to read"
