@@ -20,7 +20,7 @@ from lightning_collapse.callbacks.task_inference import infer_task
 from lightning_collapse.reporting import log_text, publish
 from lightning_collapse.rules import ALL, RULES, TASKS, Causes, Rule, Task, Verdict
 from lightning_collapse.utilities.points import Flag, Point
-from lightning_collapse.utilities.trainer import save_checkpoint
+from lightning_collapse.utilities.trainer import logging_step, save_checkpoint
 
 EXPECTED = "expected "
 """What the key of a failure that the task leads to begins with."""
@@ -209,7 +209,8 @@ class CollapseGuard(Callback):
         rules = [rule for rule in self._rules.values() if rule.family in families]
         if not rules:
             return
-        step = points[0].step
+        # curves of several tasks have an x-axis of their own
+        step, now = points[0].step, logging_step(trainer)
         fallen = [verdict for rule in rules for verdict in self._judge(rule, families[rule.family], step)]
         standing = [key for key, stands in self._standing.items() if stands]
         new = self._causes.sort(self.verdicts, fallen, list(families), standing)
@@ -219,14 +220,14 @@ class CollapseGuard(Callback):
                 counts[kind] += 1
         curves = [Point(f"guard/{kind}", step, float(count)) for kind, count in counts.items()]
         for switch in self._switches:
-            switch.update(step, any(key.partition("/")[0] in switch.kinds for key in standing))
-            curves.append(Point(f"guard/switch_on/{switch.name}", step, switch.share(step)))
+            switch.update(now, any(key.partition("/")[0] in switch.kinds for key in standing))
+            curves.append(Point(f"guard/switch_on/{switch.name}", step, switch.share(now)))
         publish(trainer, pl_module, curves)
         if new:
             self._act(trainer, pl_module, new)
         elif self._rollbacks and all(self._healthy.values()) and _all_readable(rules, families):
             for action in self._rollbacks:
-                action.remember(trainer, pl_module, step, self._folder(trainer))
+                action.remember(trainer, pl_module, now, self._folder(trainer))
 
     def _judge(self, rule: Rule, layers: Mapping[str, Mapping[str, Point]], step: int) -> list[Verdict]:
         """The failures by a rule that are found now."""

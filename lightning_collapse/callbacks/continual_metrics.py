@@ -67,7 +67,8 @@ class ContinualMetrics(TaskAware):
 
     **Logged metrics**, to every logger and to ``trainer.callback_metrics``, when a task ends:
 
-    - ``continual/{task}/accuracy`` of every task that was evaluated; ``n`` of the point is the number of samples;
+    - ``continual/{task}/accuracy`` of every task that was evaluated; ``n`` of the point is the number of samples, its
+      null the same before the first step, if that is known;
     - ``continual/accuracy``, ``continual/learning_accuracy``, ``continual/backward_transfer`` and
       ``continual/forgetting``, and ``continual/forward_transfer`` if it is asked for; NaN where not defined yet;
     - a picture ``continual/accuracies``, one row per task learned, and a table of the same name as text;
