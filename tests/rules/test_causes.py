@@ -120,3 +120,16 @@ def test_the_state_of_an_older_run_is_still_read():
         ("dimensional_collapse", "a", ())
     ]
     assert judged([(WELL, WELL, WELL)] * 3, again)[0] == [("dimensional_collapse", "a", 4, [])]
+
+
+def test_a_run_that_turns_nan_is_reported_where_it_began():
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 4:
+                pl_module.encoder[2].weight.data[0, 0] = float("nan")
+
+    guard = CollapseGuard(action="log")
+    monitor = CollapseMonitor(["encoder.0", "encoder.2", "head"], every_n_steps=1)
+    fit(Toy(), [Poison(), monitor, guard], batches(6))
+    [verdict] = guard.verdicts
+    assert (verdict.kind, verdict.layer, verdict.since, verdict.also) == ("non_finite", "encoder.2", 4, ("in `head`",))
