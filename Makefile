@@ -19,6 +19,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.vicreg_covariance
 	$(BIN)/python -m tests.benchmarks.losses
 	$(BIN)/python -m tests.benchmarks.monitor_overhead
+	$(BIN)/python -m tests.benchmarks.guard_overhead
 	$(BIN)/python -m tests.benchmarks.every_step
 	$(BIN)/python -m tests.benchmarks.attention_entropy
 	$(BIN)/python -m tests.benchmarks.weight_spectrum

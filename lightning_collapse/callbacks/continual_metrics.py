@@ -67,7 +67,8 @@ class ContinualMetrics(TaskAware):
 
     **Logged metrics**, to every logger and to ``trainer.callback_metrics``, when a task ends:
 
-    - ``continual/{task}/accuracy`` of every task that was evaluated; ``n`` of the point is the number of samples;
+    - ``continual/{task}/accuracy`` of every task that was evaluated; ``n`` of the point is the number of samples, its
+      null the same before the first step, if that is known;
     - ``continual/accuracy``, ``continual/learning_accuracy``, ``continual/backward_transfer`` and
       ``continual/forgetting``, and ``continual/forward_transfer`` if it is asked for; NaN where not defined yet;
     - a picture ``continual/accuracies``, one row per task learned, and a table of the same name as text;
@@ -110,6 +111,8 @@ class ContinualMetrics(TaskAware):
             Trainer(callbacks=[metrics]).fit(model, task)
         print(metrics.table())
     """
+
+    family = "continual"
 
     def __init__(
         self,
@@ -264,13 +267,14 @@ class ContinualMetrics(TaskAware):
     def _points_of_tasks(
         self, trainer: Trainer, tasks: Iterable[int], values: Tensor, counts: Sequence[int]
     ) -> list[Point]:
-        step, numbers = self._steps.step(trainer), values.tolist()
+        step, numbers, untrained = self._steps.step(trainer), values.tolist(), self._baseline.tolist()
         return [
             Point(
                 f"continual/{self.names[task]}/accuracy",
                 step,
                 numbers[task],
                 counts[task],
+                null=untrained[task],
                 flag=Flag.OK if counts[task] else Flag.NOT_CALLED,
             )
             for task in tasks
