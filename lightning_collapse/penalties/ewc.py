@@ -34,6 +34,8 @@ class EWC(QuadraticPenalty):
 
     Args:
         weight: :math:`w`. The default is ours, and a start: it depends on estimator and data by orders of magnitude.
+            Plain gradient descent with momentum :math:`\mu` diverges where :math:`w F` exceeds
+            :math:`2 (1 + \mu)` over the learning rate; then take a smaller one, or ``normalize``.
         estimator: How the Fisher information is estimated, see :func:`~lightning_collapse.penalties.diagonal_fisher`;
             ``None`` is ``"exact"`` for at most 20 outputs and ``"sample"`` for more, or for sequences.
         n_samples: How many samples of a task it reads; ``None`` for all.
