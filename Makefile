@@ -2,9 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv-peers/bin
+DIST := .venv-dist/bin
 PEERS_READY := .venv-peers/.ready
 
-.PHONY: demo test bench peers clean
+.PHONY: demo test bench peers dist clean
 
 demo: $(READY)
 	$(BIN)/python -m lightning_collapse demo
@@ -45,5 +46,17 @@ $(PEERS_READY): Makefile pyproject.toml constraints.txt
 	$(PEERS)/python -m pip install --quiet --no-deps stable-pretraining==0.1.8
 	touch $(PEERS_READY)
 
+# the wheel alone, in an environment of its own, must run the first lines that the README shows
+dist:
+	rm -rf dist .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	$(DIST)/python -m pip install --quiet build==1.3.0
+	$(DIST)/python -m build --outdir dist .
+	$(PYTHON) -m venv --clear .venv-dist
+	$(DIST)/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	awk '/^```python/ {inside = 1; next} /^```/ && inside {exit} inside' README.md > dist/first_lines.py
+	cd dist && ../$(DIST)/python -W ignore first_lines.py
+	rm -rf .venv-dist dist/first_lines.py dist/lightning_logs
+
 clean:
-	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-dist dist .mypy_cache .pytest_cache .ruff_cache
