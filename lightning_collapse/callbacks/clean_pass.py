@@ -151,17 +151,24 @@ def is_log_spaced(epoch: int) -> bool:
     return found == epoch
 
 
-def check_forward(pl_module: LightningModule, inputs: Inputs | None) -> None:
+def has_forward(pl_module: LightningModule) -> bool:
+    """Whether a module can be called: by its class, or by a function it was given."""
+    return type(pl_module).forward is not LightningModule.forward or "forward" in vars(pl_module)
+
+
+def check_forward(
+    pl_module: LightningModule, call: Any, who: str = "The pass over `loader`", argument: str = "inputs"
+) -> None:
     """Refuse a module that cannot be called.
 
     Raises:
-        MisconfigurationException: If it has no ``forward``, and nothing else is to be called.
+        MisconfigurationException: If it has no ``forward``, and ``call``, what the user passed as ``argument``, is
+            ``None``.
     """
-    own = type(pl_module).forward is not LightningModule.forward or "forward" in vars(pl_module)
-    if inputs is None and not own:
+    if call is None and not has_forward(pl_module):
         raise MisconfigurationException(
-            f"The pass over `loader` calls the module, and {type(pl_module).__name__} has no `forward`. Write one, or"
-            " say how it is called on a batch: `inputs=lambda module, batch: module.net(batch[0])`."
+            f"{who} calls the module, and {type(pl_module).__name__} has no `forward`. Write one, or say how it is"
+            f" called on a batch: `{argument}=lambda module, batch: module.net(batch[0])`."
         )
 
 

@@ -7,12 +7,12 @@ from math import nan
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_collapse.callbacks.clean_pass import check_forward
 from lightning_collapse.callbacks.continued_steps import ContinuedSteps
 from lightning_collapse.callbacks.task_aware import TaskAware
 from lightning_collapse.callbacks.undisturbed import batches_on_device, undisturbed
@@ -159,11 +159,7 @@ class ContinualMetrics(TaskAware):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if self.outputs is None and type(pl_module).forward is LightningModule.forward:
-            raise MisconfigurationException(
-                f"`ContinualMetrics` calls the module, and {type(pl_module).__name__} has no `forward`. Write one, or"
-                " say how it is called on a batch: `outputs=lambda module, batch: module.net(batch[0])`."
-            )
+        check_forward(pl_module, self.outputs, "`ContinualMetrics`", "outputs")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_collapse.callbacks.added_term import AddedTerm
+from lightning_collapse.callbacks.clean_pass import has_forward
 from lightning_collapse.callbacks.task_aware import TaskAware
 from lightning_collapse.losses.base import TooFewRowsError, nothing
 from lightning_collapse.losses.distillation import distillation_loss, feature_distillation_loss
@@ -175,7 +176,7 @@ class Distillation(AddedTerm, TaskAware):
     def _layer(self, pl_module: LightningModule) -> tuple[str, nn.Module]:
         if self.on is not None:
             return self.find(pl_module, self.on)
-        if type(pl_module).forward is LightningModule.forward and "forward" not in vars(pl_module):
+        if not has_forward(pl_module):
             raise MisconfigurationException(
                 f"`Distillation` compares what `forward` returns, and {type(pl_module).__name__} has none. Write one"
                 " and call it in `training_step`, or name a layer: `Distillation(on=...)`."

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_collapse.callbacks.plasticity_monitor import PlasticityMonitor
 from lightning_collapse.callbacks.task_aware import TaskAware
 from lightning_collapse.callbacks.task_boundary import finish_task
 from lightning_collapse.utilities.random_states import random_states, restore_random_states
@@ -32,17 +33,18 @@ def fit_tasks(
     """Fit a module to one task after the other, with a fresh ``Trainer`` for each.
 
     A trainer that is used again trains nothing: it has reached its last epoch. The module and the callbacks go on. Of
-    the callbacks those that act when a task ends (:class:`~lightning_collapse.callbacks.task_aware.TaskAware`) carry
-    state from task to task: either ``make_trainer`` puts the same objects into every trainer, or new ones of the same
-    ``state_key`` get the state of the old ones. All others start afresh if they are new, such as an ``EarlyStopping``.
+    the callbacks those that act when a task ends (:class:`~lightning_collapse.callbacks.task_aware.TaskAware`), and
+    :class:`~lightning_collapse.PlasticityMonitor`, which measures from where the first began, carry state from task to
+    task: either ``make_trainer`` puts the same objects into every trainer, or new ones of the same ``state_key`` get
+    the state of the old ones. All others start afresh if they are new, such as an ``EarlyStopping``.
 
     With a ``directory`` the whole state is saved as ``task{t}.ckpt`` after task ``t`` has ended and callbacks have
     learned from it; a ``ModelCheckpoint`` saves before that. Called again with a directory that has such files, tasks
-    that are done are skipped: weights, buffers, :class:`TaskAware` callbacks and random states are those after the last
-    of them. A task that was cut off goes on from its newest ``last*.ckpt`` in the same directory or below, that of a
-    ``ModelCheckpoint(dirpath=directory, save_last=True)`` which ``make_trainer`` puts into the trainer; without one it
-    starts anew. Checkpoints of an end of an epoch give what an uninterrupted sequence gives, bit by bit. All are read
-    with ``weights_only=True``.
+    that are done are skipped: weights, buffers, the callbacks that carry state and random states are those after the
+    last of them. A task that was cut off goes on from its newest ``last*.ckpt`` in the same directory or below, that of
+    a ``ModelCheckpoint(dirpath=directory, save_last=True)`` which ``make_trainer`` puts into the trainer; without one
+    it starts anew. Checkpoints of an end of an epoch give what an uninterrupted sequence gives, bit by bit. All are
+    read with ``weights_only=True``.
 
     Every process must see the directory. A module that is built in ``configure_model`` can be trained here, but not
     taken up again from a finished task.
@@ -58,7 +60,7 @@ def fit_tasks(
         The trainer of the last task.
 
     Raises:
-        ValueError: If there are no tasks.
+        ValueError: If there are no tasks, or ``make_trainer`` is no function.
         MisconfigurationException: If ``make_trainer`` returns a trainer twice, one that is no ``Trainer``, or one that
             spawns processes, whose callbacks are lost when they end.
 
@@ -67,6 +69,8 @@ def fit_tasks(
         metrics = ContinualMetrics(test_loaders)
         fit_tasks(lambda: Trainer(max_epochs=5, callbacks=[metrics]), model, train_loaders, directory="runs/digits")
     """
+    if not callable(make_trainer):
+        raise ValueError(f"`make_trainer` takes a function that returns a `Trainer`, got {make_trainer!r}.")
     tasks = list(tasks)
     if not tasks:
         raise ValueError("`tasks` is empty. Pass a data module or a loader per task.")
@@ -89,7 +93,7 @@ def fit_tasks(
     for index in range(done, len(tasks)):
         trainer = _make(make_trainer, index, trainers)
         begun, random = _begun(folder, index) if index == done else (None, None)
-        old = _aware(trainers[-1]) if trainers else []
+        old = _carrying(trainers[-1]) if trainers else []
         keeper = _Keeper(index, old, states, random, None if folder is None else _path(folder, index))
         trainer.callbacks.insert(0, keeper)  # before all that it gives a state to
         trainer.fit(model, **_data(tasks[index]), ckpt_path=begun)
@@ -105,7 +109,7 @@ class _Keeper(Callback):
     def __init__(
         self,
         task: int,
-        old: Sequence[TaskAware],
+        old: Sequence[Callback],
         states: Mapping[str, Any],
         random: Any,
         path: Path | None,
@@ -136,17 +140,18 @@ class _Keeper(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._trains and self.random is not None:  # cut off between the last epoch and the end of the task
             restore_random_states(self.random)  # a loader has drawn, which nobody reads
-            for callback in _aware(trainer):
-                callback._started = True
+            for callback in trainer.callbacks:
+                if isinstance(callback, TaskAware):
+                    callback._started = True
             finish_task(trainer, pl_module)
         if self.path is not None and not trainer.fast_dev_run:
             # here, where every process still is and shards can be gathered
             trainer.save_checkpoint(self.path, weights_only=False)
 
 
-def _give(trainer: Trainer, old: Sequence[TaskAware], states: Mapping[str, Any]) -> None:
+def _give(trainer: Trainer, old: Sequence[Callback], states: Mapping[str, Any]) -> None:
     """State of old callbacks, or saved state, to the callbacks that are not these."""
-    new = _aware(trainer)
+    new = _carrying(trainer)
     for callback in new:
         if any(callback is other for other in old):
             continue
@@ -163,8 +168,9 @@ def _give(trainer: Trainer, old: Sequence[TaskAware], states: Mapping[str, Any])
         )
 
 
-def _aware(trainer: Trainer) -> list[TaskAware]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, TaskAware)]
+def _carrying(trainer: Trainer) -> list[Callback]:
+    """Callbacks whose state is that of the whole sequence."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, TaskAware | PlasticityMonitor)]
 
 
 def _make(make_trainer: Callable[..., Trainer], index: int, used: Sequence[Trainer]) -> Trainer:

@@ -55,7 +55,14 @@ class TaskAware(Callback, ABC):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._started:
+        if self._started:
+            return
+        if not (trainer.num_training_batches and trainer.limit_train_batches):
+            rank_zero_warn(
+                f"`{type(self).__name__}`: this fit trained nothing, since it had no training batches. Look at the"
+                " loader, and at `limit_train_batches`."
+            )
+        else:
             rank_zero_warn(
                 f"`{type(self).__name__}`: this fit trained nothing, since its `Trainer` or its checkpoint had reached"
                 " the end before. Make a new `Trainer` for every task, as `fit_tasks` does; the callbacks go on."

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from math import isinf
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
-from lightning_collapse.utilities.trainer import to_device
+from lightning_collapse.utilities.trainer import batches_of_epoch, to_device
 
 
 class TaskBatches:
@@ -38,8 +37,7 @@ class TaskBatches:
         limit = int(self.trainer.fast_dev_run) or None
         if self.loader is None:
             loader: Iterable[Any] = _unrepeated(self.trainer.train_dataloader)
-            number = self.trainer.num_training_batches
-            limit = None if isinf(number) else int(number)
+            limit = batches_of_epoch(self.trainer)
         else:
             loader = batches_of(self.loader)
         with rewound(loader):

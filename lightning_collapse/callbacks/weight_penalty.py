@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_collapse.callbacks.clean_pass import check_pass
+from lightning_collapse.callbacks.clean_pass import check_forward, check_pass
 from lightning_collapse.callbacks.task_aware import TaskAware
 from lightning_collapse.callbacks.task_batches import TaskBatches, check_training_data, unnoticed
 from lightning_collapse.penalties.base import Penalty
@@ -58,7 +58,8 @@ class WeightPenalty(TaskAware):
         ValueError: If an argument is of the wrong kind, or ``parameters`` is empty.
         MisconfigurationException: When the fit starts, if the strategy is ``"fsdp"`` or DeepSpeed, another penalty has
             the name, a pattern matches nothing, no parameter is trainable, a parameter has shrunk since it was
-            remembered, or the training has several loaders and ``loader`` does not say which.
+            remembered, a penalty that reads data has no way to call the module, or the training has several loaders
+            and ``loader`` does not say which.
 
     Example::
 
@@ -104,6 +105,9 @@ class WeightPenalty(TaskAware):
                 f"`WeightPenalty` needs parameters with shapes of their own, and {type(trainer.strategy).__name__}"
                 " flattens them. Use `ModelParallelStrategy` with `fully_shard`, or `strategy='ddp'`."
             )
+        if self.penalty.needs_data and hasattr(self.penalty, "outputs"):  # else a whole task is trained before it fails
+            call = self.penalty.outputs or getattr(self.penalty, "losses", None)
+            check_forward(pl_module, call, f"`{type(self.penalty).__name__}`", "outputs")
         twins = [other for other in weight_penalties(trainer) if other.name == self.name and other is not self]
         if twins:
             raise MisconfigurationException(

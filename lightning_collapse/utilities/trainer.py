@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from inspect import signature
+from math import isinf
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -44,6 +45,15 @@ def batches_until(trainer: Trainer, every_n_steps: int) -> int:
 def is_due(trainer: Trainer, every_n_steps: int) -> bool:
     """Whether the running training batch ends in a point of a cadence; at the same steps as Lightning's own curves."""
     return every_n_steps > 0 and (logging_step(trainer) + 1) % every_n_steps == 0 and ends_step(trainer)
+
+
+def batches_of_epoch(trainer: Trainer) -> int | None:
+    """Training batches of an epoch; of a stream, which may never end, as many as the latest epoch read, if any."""
+    number = trainer.num_training_batches
+    if not isinf(number):
+        return int(number)
+    read: int = _epoch_loop(trainer).batch_progress.current.ready
+    return read or None
 
 
 def loss_scale(trainer: Trainer, optimizer: Optimizer | None = None) -> Tensor | None:

@@ -228,6 +228,14 @@ def test_module_without_forward_is_refused():
         Trainer(**QUIET, logger=MemoryLogger(), callbacks=[ContinualMetrics([batches()])]).fit(Toy(), batches())
 
 
+def test_a_forward_of_the_module_itself_will_do():
+    model = Toy()
+    model.forward = lambda x: model.head(model.encoder(x))
+    metrics = ContinualMetrics([[(torch.randn(4, 16), torch.zeros(4, dtype=torch.long))]])
+    Trainer(**QUIET, logger=MemoryLogger(), callbacks=[metrics]).fit(model, batches())
+    assert not metrics.values.isnan().any()
+
+
 @pytest.mark.parametrize(
     ("loaders", "message"),
     [([], "empty"), ("abc", "list of loaders"), ([3], "iterables of batches"), ({"a b": [], "a_b": []}, "two names")],

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_collapse import ContinualMetrics, fit_tasks
+from lightning_collapse import ContinualMetrics, PlasticityMonitor, fit_tasks
 from lightning_collapse.utilities.random_states import random_states, restore_random_states
 from tests.continual import Counting, Learner, held_out, training
 from tests.toys import QUIET, MemoryLogger, PointKeeper, weights
@@ -201,3 +201,28 @@ def test_random_states_go_through_a_file(tmp_path):
     drawn = random.random(), float(np.random.rand()), torch.rand(1).item()
     restore_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
     assert (random.random(), float(np.random.rand()), torch.rand(1).item()) == drawn
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_distances_are_from_the_start_of_the_first_task(tmp_path, shared, cut):
+    def begin(tasks):
+        monitors = [PlasticityMonitor(every_n_steps=3, batches=1) for _ in TASKS]
+        return fit_tasks(
+            lambda index: Trainer(**QUIET, logger=False, callbacks=[monitors[0 if shared else index]]),
+            Learner(),
+            [training(seed) for seed in TASKS[:tasks]],
+            directory=tmp_path,
+        )
+
+    if cut:
+        begin(2)
+    trainer = begin(3)
+    pairs = zip(trainer.lightning_module.parameters(), Learner().parameters(), strict=True)
+    distance = torch.cat([(now - start).flatten() for now, start in pairs]).norm().item()
+    assert trainer.callback_metrics["plasticity/all/init_distance"].item() == pytest.approx(distance, rel=1e-5)
+
+
+def test_a_trainer_is_no_function_that_makes_one():
+    with pytest.raises(ValueError, match="`make_trainer` takes a function"):
+        fit_tasks(Trainer(**QUIET, logger=False), Learner(), [training(1)])

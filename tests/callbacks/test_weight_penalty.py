@@ -6,9 +6,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_collapse import ContinualMixin, EWCMixin, WeightPenalty
-from lightning_collapse.penalties import EWC, MAS, L2Init, SynapticIntelligence
+from lightning_collapse.penalties import EWC, MAS, L2Init, RankOneEWC, SynapticIntelligence
 from tests.penalties.toys import Classifier, fit_tasks, flat, loader
 from tests.toys import fit
 
@@ -106,6 +107,48 @@ def test_flattened_parameters_are_refused():
     trainer.strategy.__class__ = type("Flat", (FSDPStrategy,), {})
     with pytest.raises(MisconfigurationException, match="fully_shard"):
         WeightPenalty(L2Init()).on_fit_start(trainer, Classifier())
+
+
+class Nameless(Classifier):
+    """Calls its layers in the training step."""
+
+    forward = LightningModule.forward
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.head(self.encoder(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize("penalty", [EWC, MAS, RankOneEWC])
+def test_a_module_that_cannot_be_called_is_refused_before_it_is_trained(penalty):
+    model = Nameless()
+    with pytest.raises(MisconfigurationException, match=f"`{penalty.__name__}` calls the module.*`outputs="):
+        fit(model, [WeightPenalty(penalty())], loader(0))
+    told = penalty(outputs=lambda module, batch: module.head(module.encoder(batch[0])))
+    fit(model, [WeightPenalty(told)], loader(0))
+    assert told.memory["anchor"]
+    WeightPenalty(RankOneEWC(losses=lambda module, batch: batch[0][:, 0])).on_fit_start(Trainer(), model)
+
+
+def test_a_stream_without_end_is_read_as_far_as_it_was_trained_on():
+    class Stream(IterableDataset):
+        read = 0
+
+        def __iter__(self):
+            while self.read < 1000:
+                self.read += 1
+                yield torch.randn(6), torch.randint(3, ())
+
+    stream, penalty = Stream(), MAS()
+    fit(Classifier(), [WeightPenalty(penalty)], DataLoader(stream, batch_size=2), max_epochs=-1, max_steps=4)
+    assert penalty.memory["importance"]
+    assert stream.read <= 2 * (4 + 1 + 4 + 1)  # the trainer looks one batch ahead
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+@pytest.mark.parametrize(("data", "options"), [(DataLoader([]), {}), (loader(0), {"limit_train_batches": 0})])
+def test_a_fit_without_batches_says_so(data, options):
+    with pytest.warns(UserWarning, match="it had no training batches"):
+        fit(Classifier(), [WeightPenalty(L2Init())], data, **options)
 
 
 def test_several_loaders_are_refused():
