@@ -4,7 +4,7 @@ READY := .venv/.ready
 PEERS := .venv-peers/bin
 PEERS_READY := .venv-peers/.ready
 
-.PHONY: demo test bench peers clean
+.PHONY: demo test zoo bench peers clean
 
 demo: $(READY)
 	$(BIN)/python -m lightning_collapse demo
@@ -14,6 +14,9 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+zoo: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m examples.zoo
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.vicreg_covariance
