@@ -1,7 +1,7 @@
 """Lightning callbacks: one line in a ``Trainer``."""
 
 from lightning_collapse.callbacks.attention_entropy_monitor import AttentionEntropyMonitor
-from lightning_collapse.callbacks.collapse_guard import CollapseGuard, Verdict
+from lightning_collapse.callbacks.collapse_guard import CollapseGuard
 from lightning_collapse.callbacks.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.continual_metrics import ContinualMetrics
 from lightning_collapse.callbacks.distillation import Distillation
@@ -18,9 +18,11 @@ from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.callbacks.rollback import Rollback
 from lightning_collapse.callbacks.shrink_and_perturb import ShrinkAndPerturb
 from lightning_collapse.callbacks.spectral_alignment_monitor import SpectralAlignmentMonitor
+from lightning_collapse.callbacks.switch_on import SwitchOn
 from lightning_collapse.callbacks.task_aware import TaskAware
 from lightning_collapse.callbacks.task_boundary import TaskBoundary
 from lightning_collapse.callbacks.weight_spectrum_monitor import WeightSpectrumMonitor
+from lightning_collapse.rules import Verdict
 
 __all__ = [
     "AttentionEntropyMonitor",
@@ -40,6 +42,7 @@ __all__ = [
     "Rollback",
     "ShrinkAndPerturb",
     "SpectralAlignmentMonitor",
+    "SwitchOn",
     "TaskAware",
     "TaskBoundary",
     "Verdict",

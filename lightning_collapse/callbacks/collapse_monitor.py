@@ -143,8 +143,8 @@ class CollapseMonitor(Monitor):
     @property
     @override
     def curves(self) -> list[str]:
-        """Names of the measures it draws."""
-        return [measure.curve for measure in self._measures]
+        """Names of the measures it draws, and of what goes with them."""
+        return [*(measure.curve for measure in self._measures), "n", "nonfinite_fraction", "flag"]
 
     @property
     @override

@@ -111,6 +111,8 @@ class ContinualMetrics(TaskAware):
         print(metrics.table())
     """
 
+    family = "continual"
+
     def __init__(
         self,
         loaders: Sequence[Loader] | Mapping[str, Loader],
@@ -264,13 +266,14 @@ class ContinualMetrics(TaskAware):
     def _points_of_tasks(
         self, trainer: Trainer, tasks: Iterable[int], values: Tensor, counts: Sequence[int]
     ) -> list[Point]:
-        step, numbers = self._steps.step(trainer), values.tolist()
+        step, numbers, untrained = self._steps.step(trainer), values.tolist(), self._baseline.tolist()
         return [
             Point(
                 f"continual/{self.names[task]}/accuracy",
                 step,
                 numbers[task],
                 counts[task],
+                null=untrained[task],
                 flag=Flag.OK if counts[task] else Flag.NOT_CALLED,
             )
             for task in tasks

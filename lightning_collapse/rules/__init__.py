@@ -2,23 +2,36 @@
 
 from lightning_collapse.rules.attention import AttentionEntropyCollapse, AttentionOverload
 from lightning_collapse.rules.base import ALL, HEALTHY, RULES, Rule, register_rule
+from lightning_collapse.rules.causes import Causes
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
 from lightning_collapse.rules.explosion import LossExplosion
+from lightning_collapse.rules.forgetting import CatastrophicForgetting
 from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
+from lightning_collapse.rules.non_finite import NonFinite
+from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
+from lightning_collapse.rules.task import TASKS, Task
+from lightning_collapse.rules.verdict import Verdict
 
 __all__ = [
     "ALL",
     "HEALTHY",
     "RULES",
+    "TASKS",
     "AttentionEntropyCollapse",
     "AttentionOverload",
+    "CatastrophicForgetting",
+    "Causes",
     "CompleteCollapse",
     "DimensionalCollapse",
     "LossExplosion",
     "MinorityCollapse",
     "NeuralCollapseReached",
+    "NonFinite",
+    "PlasticityLoss",
     "RegressionOverCompression",
     "Rule",
+    "Task",
+    "Verdict",
     "register_rule",
 ]

@@ -22,6 +22,8 @@ class AttentionEntropyCollapse(Rule):
     measures = ("entropy_mean", "collapsed_share", "max_logit")
     share = 0.1
     heads = 0.5
+    advice = "Return with `Rollback()`, which lowers the learning rate: logits grew too fast."
+    paper = "Zhai et al., 2023, arXiv 2303.06296"
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """A tenth of the beginning over the entropy, or the share of collapsed heads over a half."""
@@ -54,6 +56,8 @@ class AttentionOverload(Rule):
     calibration = inf
     heads = 0.9
     left = 0.25
+    advice = "Keep tokens apart with `Regularizer(KoLeo(), on=...)` on the input of this attention."
+    paper = "Jha & Reagen, 2025, arXiv 2501.03489"
 
     def fold(self, so_far: float, value: float, count: int) -> float:
         """The smallest value of the run so far."""

@@ -2,14 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from math import isfinite
 from typing import ClassVar, TypeVar
 
-from lightning_collapse.utilities.points import Point
+from lightning_collapse.rules.task import Task
+from lightning_collapse.utilities.points import Flag, Point
 
 ALL = "all"
 """What stands for the layer in curves that sum up all layers of a family."""
 HEALTHY = 0.5
 """Below this severity a layer is healthy again; between it and 1 nothing changes."""
+UNREADABLE = (Flag.NOT_CALLED, Flag.FEW_ROWS, Flag.SOLVER)
 
 
 class Rule(ABC):
@@ -20,20 +23,32 @@ class Rule(ABC):
         family: First part of the names of the curves it reads.
         measures: Last parts of the names of the curves it reads.
         calibration: How many first points make the beginning, ``inf`` for all so far; ``None`` leaves it to the guard.
+        healthy: Severity below which a layer is healthy again.
+        patience: Points in a row it takes; ``None`` leaves it to the guard.
         informative: Whether it is no failure: it is said once and drawn, and nothing else follows from it.
         waits: Whether nothing is judged before the beginning is complete.
+        tasks: The tasks it is about, of :data:`~lightning_collapse.rules.TASKS`; empty for all.
+        supersedes: Kinds that say nothing more about a layer of which this one is said.
+        advice: Which loss, layer or callback of this library addresses it, in one sentence.
+        paper: Authors, year, identifier of the finding.
     """
 
     kind: ClassVar[str]
     family: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
     calibration: ClassVar[float | None] = None
+    healthy: ClassVar[float] = HEALTHY
+    patience: ClassVar[int | None] = None
     informative: ClassVar[bool] = False
     waits: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = ()
+    supersedes: ClassVar[tuple[str, ...]] = ()
+    advice: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
 
     @abstractmethod
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
-        """How bad it looks: 1 or more is a failure, below :data:`HEALTHY` is none; between, nothing changes."""
+        """How bad it looks: 1 or more is a failure, below :attr:`healthy` is none; between, nothing changes."""
 
     @abstractmethod
     def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
@@ -42,6 +57,17 @@ class Rule(ABC):
     def fold(self, so_far: float, value: float, count: int) -> float:
         """What ``count`` first values of a curve and the next one come to: the largest of them."""
         return max(so_far, value)
+
+    def readable(self, points: Mapping[str, Point]) -> bool:
+        """Whether these points of a layer can be judged."""
+        own = [points[name] for name in self.measures if name in points]
+        return len(own) == len(self.measures) and all(
+            isfinite(point.value) and point.flag not in UNREADABLE for point in own
+        )
+
+    def expected(self, layer: str, points: Mapping[str, Point], task: Task) -> str:
+        """Why this is where training on ``task`` ends, so that it is news and no failure; empty where it is none."""
+        return ""
 
     def judges(self, layer: str) -> bool:
         """Whether it is about this layer: every one, but not what sums up all of them."""

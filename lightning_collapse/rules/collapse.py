@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
 
@@ -18,6 +19,9 @@ class CompleteCollapse(Rule):
     family = "collapse"
     measures = ("feature_std", "relative_spread")
     share = 0.01
+    supersedes = ("dimensional_collapse",)
+    advice = "Add `Regularizer(VICReg(), on=...)`, or `VCReg()` for one view, or have `SwitchOn` raise its weight."
+    paper = "Bardes, Ponce & LeCun, 2022, arXiv 2105.04906"
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """A hundredth over the smaller of the two shares."""
@@ -52,6 +56,8 @@ class DimensionalCollapse(Rule):
     lines = (1.25, 2.0)
     shares = (0.1, 0.3)
     least_null = 6.0
+    advice = "Add `Regularizer(VICReg(), on=...)`, or `EffectiveRankHinge()` or `VCReg()` for one view."
+    paper = "Jing et al., 2022, arXiv 2110.09348"
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """How far both ranks are below their lines, or below their shares of the beginning."""
@@ -74,3 +80,14 @@ class DimensionalCollapse(Rule):
             f" {wide.value:.1f}, where isotropic noise reads {rank.null:.0f} and {wide.null:.0f} and the run began with"
             f" {beginning[self.measures[0]]:.1f} and {beginning[self.measures[1]]:.1f}"
         )
+
+    def expected(self, layer: str, points: Mapping[str, Point], task: Task) -> str:
+        """News in the last features of a classifier or a regression that are nearer to their end than to a line.
+
+        Neural collapse leaves ``C - 1`` directions of ``C`` classes, regression as many as it has targets, so that a
+        binary classifier rightly ends on a line. The rank of eigenvalues must be above half of the way from one to it.
+        """
+        rank = points[self.measures[0]].value
+        if layer not in task.last or not task.directions or rank < (1 + task.directions) / 2 - 0.01:
+            return ""
+        return f"{task.name} ends in {task.directions} direction(s) there, and this is no failure"

@@ -22,9 +22,11 @@ class LossExplosion(Rule):
     calibration = 20
     waits = True
     share = 0.5
-    settled = 0.75
+    healthy = 2 / 3
     least = 0.1
     least_n = 32
+    advice = "Return with `Rollback()`, which lowers the learning rate."
+    paper = "Qiu et al., 2025, arXiv 2510.04202"
 
     def judges(self, layer: str) -> bool:
         """The mean over all matrices only."""
@@ -38,8 +40,7 @@ class LossExplosion(Rule):
         """
         if beginning["sign_diversity"] < self.least or points["sign_diversity"].n < self.least_n:
             return 0.0
-        kept = points["sign_diversity"].value / max(beginning["sign_diversity"], 1e-300)
-        return self.share / max(kept, 1e-300) if kept < self.settled else 0.0
+        return self.share * beginning["sign_diversity"] / max(points["sign_diversity"].value, 1e-300)
 
     def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
         """The mean, now and at the beginning."""

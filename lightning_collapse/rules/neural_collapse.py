@@ -27,6 +27,8 @@ class NeuralCollapseReached(Rule):
     share_of_beginning = 0.1
     frame = 0.2
     rows_per_class = 10
+    tasks = ("classification", "language model")
+    paper = "Papyan, Han & Donoho, 2020, arXiv 2008.08186"
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """How far the least collapsed of NC1, NC2 and NC3 is below its line."""
@@ -68,6 +70,9 @@ class MinorityCollapse(Rule):
     waits = True
     distance = 0.1
     length = 0.02
+    tasks = ("classification", "language model")
+    advice = "Use an `ETFClassifier` with `DotRegression`, or the losses `BalancedSoftmax` or `LongTailCollapse`."
+    paper = "Fang et al., 2021, arXiv 2101.12699"
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """A tenth over the distance of the cosine from one, or a fiftieth over the relative length."""

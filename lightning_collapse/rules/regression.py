@@ -22,6 +22,9 @@ class RegressionOverCompression(Rule):
     measures = ("intrinsic_dimension", "target_dimension")
     errors = 3.0
     least = 0.1
+    tasks = ("regression",)
+    advice = "Lower the weight decay, or add `Regularizer(EffectiveRankHinge(), on=...)` to the layer."
+    paper = "2025, arXiv 2510.01105"
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """The logarithm of the targets' dimension over the features', in units of what counts as a difference."""

@@ -187,6 +187,21 @@ def test_guarded_run_leaves_the_weights_as_they_are():
     assert all(torch.equal(value, guarded[name]) for name, value in run([]).items())
 
 
+def test_nor_does_a_verdict_that_is_only_said_change_anything():
+    def run(callbacks):
+        torch.manual_seed(0)
+        model = Toy()
+        fit(model, callbacks)  # into a logger that takes no text
+        return weights(model), torch.get_rng_state()
+
+    bare, state = run([])
+    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    with pytest.warns(UserWarning, match=r"dimensional collapse in `z`(.|\n)* Add `Regularizer\(VICReg\(\), on=...\)`"):
+        guarded, after = run([monitor, CollapseGuard(action=["warn", "log"]), Planted([{}] * 3 + [LOW] * 3)])
+    assert all(torch.equal(value, guarded[name]) for name, value in bare.items())
+    assert torch.equal(state, after)
+
+
 def test_resumed_guard_remembers(tmp_path):
     guard, keeper = CollapseGuard(action="log"), PointKeeper()
     save = ModelCheckpoint(tmp_path, filename="last", every_n_epochs=1)
@@ -205,7 +220,7 @@ def test_resumed_guard_remembers(tmp_path):
     [
         (
             {"action": "shout"},
-            "`action` must be among warn, log, checkpoint, stop, a `Rollback` or callable, got",
+            "`action` must be among warn, log, checkpoint, stop, a `Rollback`, a `SwitchOn` or callable, got",
         ),
         ({"action": ["warn", 3]}, "got 3"),
         ({"patience": 0}, "`patience` must be at least 1, got 0"),

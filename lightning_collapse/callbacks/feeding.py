@@ -1,0 +1,65 @@
+"""Which callbacks draw the curves that a rule reads, and the lines that add them to a trainer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import isabstract
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+
+from lightning_collapse.rules import NonFinite, Rule
+from lightning_collapse.utilities.registry import CURVES
+
+
+def require_fed(rules: Mapping[str, Rule], callbacks: Sequence[Callback], asked: bool) -> None:
+    """Refuse to judge what nobody draws.
+
+    Args:
+        rules: The rules to be judged by, by kind.
+        callbacks: All of the trainer.
+        asked: Whether every one of them was asked for; else one is enough.
+
+    Raises:
+        MisconfigurationException: With the line to add.
+    """
+    unfed = [rule for rule in rules.values() if not any(_feeds(callback, rule) for callback in callbacks)]
+    if asked and unfed:
+        raise MisconfigurationException(
+            "; ".join(
+                f"`CollapseGuard(rules=[{rule.kind!r}])` reads the curves {', '.join(rule.measures)} of {rule.family},"
+                f" which no callback of the trainer draws. Add {_lines([rule])} to its `callbacks`"
+                for rule in unfed
+            )
+            + "."
+        )
+    # that a monitor counts NaN does not mean that it draws what shows a collapse
+    if not {rule.kind for rule in rules.values() if rule not in unfed} - {NonFinite.kind}:
+        needed = "; ".join(f"of {rule.family} {', '.join(rule.measures)}" for rule in rules.values())
+        raise MisconfigurationException(
+            "`CollapseGuard` reads the curves of monitors, and no monitor of the trainer draws all that one of its"
+            f" rules needs. Add `CollapseMonitor()`, or for other rules {_lines(list(rules.values()))};"
+            f" with `measures` of your own these must be among them: {needed}."
+        )
+
+
+def _feeds(callback: Callback, rule: Rule) -> bool:
+    family = getattr(callback, "family", "")
+    drawn = getattr(callback, "curves", [curve.name for curve in CURVES.values() if curve.family == family])
+    return bool(family == rule.family and set(rule.measures) <= set(drawn))
+
+
+def _lines(rules: Sequence[Rule]) -> str:
+    families = {rule.family for rule in rules}
+    ours = {cls.__name__ for cls in _subclasses(Callback) if getattr(cls, "family", "") in families and _is_ours(cls)}
+    return " or ".join(f"`{name}()`" for name in sorted(ours)) or f"one that draws {', '.join(sorted(families))}"
+
+
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    subclasses: list[type[Any]] = cls.__subclasses__()
+    for sub in subclasses:
+        yield sub
+        yield from _subclasses(sub)
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("lightning_collapse.") and not isabstract(cls)

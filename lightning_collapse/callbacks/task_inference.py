@@ -1,0 +1,82 @@
+"""What a module is trained for, from the monitors that watch it, the shape of its first batch and its last layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_collapse.rules import Task
+from lightning_collapse.utilities.modules import clean_name, weighted_layers
+from lightning_collapse.utilities.targets import TARGET_KEYS, targets_of
+
+OF_FAMILY = {"neural_collapse": "classification", "regression_collapse": "regression"}
+
+
+def infer_task(trainer: Trainer, pl_module: LightningModule, batch: Any, told: str | None = None) -> Task:
+    """The task of a fit; looks at kinds and shapes of tensors only, so nothing waits for the device.
+
+    In this order: what was told; a monitor of neural collapse (classification) or of regression collapse (regression),
+    if not both; then the batch. Whole numbers as inputs, with none or as many as targets: a language model. Whole
+    numbers as targets: classification. Targets of the shape of the inputs, or none: self-supervised, since two views
+    look like that. Other targets: regression. Where it ends is read from the width of the last layer with a weight, in
+    the order in which the module defines them.
+
+    Returns:
+        Without a name where the batch says nothing.
+    """
+    families = {getattr(callback, "family", "") for callback in trainer.callbacks}
+    by_monitor = {OF_FAMILY[family] for family in families & OF_FAMILY.keys()}
+    if told is not None:
+        name, why = told, ""
+    elif len(by_monitor) == 1:
+        [name], why = by_monitor, "its monitors"
+    else:
+        name, why = _of_batch(batch)
+    layers = [(clean_name(layer), module) for layer, module in weighted_layers(pl_module)]
+    width = _width(layers[-1][1]) if layers else 0
+    ends = {"classification": max(width - 1, 1), "regression": width} if width else {}
+    return Task(name, why, ends.get(name, 0), _last(pl_module, [layer for layer, _ in layers]))
+
+
+def _of_batch(batch: Any) -> tuple[str, str]:
+    inputs, targets = _inputs_of(batch), targets_of(batch)
+    if inputs is None:
+        return "", ""
+    words = not inputs.is_floating_point() and inputs.ndim == 2
+    if words and (targets is None or targets.shape == inputs.shape):
+        return "language model", "whole numbers as inputs, and none or as many as targets"
+    if targets is None:
+        return "self-supervised", "a batch without targets"
+    if not targets.is_floating_point():
+        return "classification", "whole numbers as targets"
+    if targets.shape == inputs.shape:
+        return "self-supervised", "two views of one shape in a batch"
+    return "regression", "real numbers as targets"
+
+
+def _inputs_of(batch: Any) -> Tensor | None:
+    if isinstance(batch, Mapping):
+        inputs = (value for key, value in batch.items() if key not in TARGET_KEYS)
+        found: Any = next((value for value in inputs if isinstance(value, Tensor)), None)
+    else:
+        found = batch[0] if isinstance(batch, Sequence) and not isinstance(batch, str) and batch else batch
+    return found if isinstance(found, Tensor) else None
+
+
+def _width(layer: nn.Module) -> int:
+    """How many numbers a layer returns per row or position, 0 if that is not known."""
+    width = getattr(layer, "out_features", getattr(layer, "out_channels", 0))
+    return width if isinstance(width, int) else 0
+
+
+def _last(root: nn.Module, layers: Sequence[str]) -> frozenset[str]:
+    """Curve names of all modules that end behind the last layer but one, and of the input of the last."""
+    names = [clean_name(name) for name, _ in root.named_modules()]
+    if not layers or not set(layers[-2:]) <= set(names):
+        return frozenset()
+    start = names.index(layers[-2]) if len(layers) > 1 else len(names)
+    after = {
+        ".".join(parts[: i + 1]) for name in names[start:] for parts in [name.split(".")] for i in range(len(parts))
+    }
+    return frozenset({*after, layers[-1], f"{layers[-1]}.input"})

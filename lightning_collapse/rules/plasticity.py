@@ -1,0 +1,36 @@
+"""Units that have fallen silent: a network that can no longer learn."""
+
+from collections.abc import Mapping
+
+from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.utilities.points import Point
+
+
+@register_rule
+class PlasticityLoss(Rule):
+    """Half of the units of a layer that were active at the beginning of the run are dormant.
+
+    That networks which keep learning new targets collect dormant units, and learn the less for it, is the finding of
+    Sokar et al. (2023, arXiv 2302.12902); they state no share at which a layer has failed, the half is ours. A layer
+    with dormant units from the start has the fewer to lose.
+    """
+
+    kind = "plasticity_loss"
+    family = "plasticity"
+    measures = ("dormant_fraction",)
+    share = 0.5
+    advice = "Bring units back with `ShrinkAndPerturb()`, or add `Regularizer(VCReg(), on=...)` to the layer."
+    paper = "Sokar et al., 2023, arXiv 2302.12902"
+
+    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+        """The share of active units that were lost, over a half."""
+        active = max(1 - beginning["dormant_fraction"], 1e-300)
+        return max(points["dormant_fraction"].value - beginning["dormant_fraction"], 0.0) / active / self.share
+
+    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
+        """Dormant units, now and at the beginning."""
+        dormant = points["dormant_fraction"]
+        return (
+            f"over {dormant.n} rows {100 * dormant.value:.0f} % of the units are dormant, where the run began with"
+            f" {100 * beginning['dormant_fraction']:.0f} %"
+        )

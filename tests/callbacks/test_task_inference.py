@@ -1,0 +1,156 @@
+"""What a fit is taken for, what is said about it, and what it changes."""
+
+import logging
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_collapse import CollapseGuard, CollapseMonitor, NeuralCollapseMonitor, RegressionCollapseMonitor
+from lightning_collapse.reporting import publish
+from lightning_collapse.utilities.points import Point
+from tests.toys import fit
+
+pytestmark = pytest.mark.filterwarnings("ignore:`.*Monitor`. the fit ended before")  # planted points instead
+
+REAL = torch.randn(8, 16)
+LABELS, TOKENS = torch.zeros(8, dtype=torch.long), torch.zeros(8, 16, dtype=torch.long)
+BATCHES = {
+    "labels": [REAL, LABELS],
+    "targets": [REAL, torch.randn(8, 3)],
+    "two views": [REAL, REAL],
+    "no targets": REAL,
+    "tokens": TOKENS,
+    "next tokens": [TOKENS, TOKENS],
+    "texts with labels": {"input_ids": TOKENS, "labels": LABELS},
+    "texts and next tokens": {"input_ids": TOKENS, "labels": TOKENS},
+    "texts with scores": {"input_ids": TOKENS, "labels": torch.randn(8)},
+    "no tensors": ["a", "b"],
+}
+
+
+class Net(LightningModule):
+    def __init__(self, outputs=3):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+        self.head = nn.Linear(32, outputs)
+
+    def training_step(self, batch, batch_idx):
+        return self.head(self.body(torch.ones(8, 16))).pow(2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def taken(batch, *monitors, task=None, outputs=3):
+    guard = CollapseGuard(action="log", task=task)
+    loader = DataLoader([batch], batch_size=None)
+    fit(Net(outputs), [*(monitors or [CollapseMonitor(["body"], every_n_steps=10_000)]), guard], loader)
+    return guard.task
+
+
+@pytest.mark.parametrize(
+    ("batch", "name", "directions"),
+    [
+        ("labels", "classification", 2),
+        ("targets", "regression", 3),
+        ("two views", "self-supervised", 0),
+        ("no targets", "self-supervised", 0),
+        ("tokens", "language model", 0),
+        ("next tokens", "language model", 0),
+        ("texts with labels", "classification", 2),
+        ("texts and next tokens", "language model", 0),
+        ("texts with scores", "regression", 3),
+        ("no tensors", "", 0),
+    ],
+)
+def test_from_the_batch(batch, name, directions):
+    task = taken(BATCHES[batch])
+    assert (task.name, task.directions) == (name, directions)
+
+
+def test_a_monitor_knows_better_and_two_that_disagree_do_not():
+    labels = NeuralCollapseMonitor(None, lambda batch: torch.zeros(8, dtype=torch.long), 10_000)
+    real = RegressionCollapseMonitor(every_n_steps=10_000)
+    assert taken(BATCHES["no tensors"], labels).name == "classification"
+    assert taken(BATCHES["labels"], real).name == "regression"
+    assert taken(BATCHES["labels"], labels, real).name == "classification"  # by the batch
+
+
+def test_it_is_said_once_and_not_where_it_was_told(caplog):
+    with caplog.at_level(logging.INFO):
+        taken(BATCHES["labels"])
+    [said] = [record.message for record in caplog.records if "takes this for" in record.message]
+    assert said == (
+        "`CollapseGuard` takes this for classification, which may end in 2 direction(s), from whole numbers as targets."
+        " Say otherwise with `task=`: classification, regression, self-supervised, language model."
+    )
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert taken(BATCHES["labels"], task="self-supervised").directions == 0
+    assert not [record for record in caplog.records if "takes this for" in record.message]
+
+
+def test_the_last_layers():
+    assert taken(BATCHES["labels"]).last == {"body", "body.2", "body.3", "head", "head.input"}
+
+
+class Planted(Callback):
+    """Ranks of a layer, one point per step."""
+
+    def __init__(self, layer, ranks):
+        self.layer, self.ranks = layer, ranks
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        rank = self.ranks[batch_idx]
+        values = {"feature_std": 1.0, "relative_spread": 0.6, "effective_rank": rank, "eigenvalue_effective_rank": rank}
+        points = [Point(f"collapse/{self.layer}/{m}", batch_idx, value, 64, 60.0) for m, value in values.items()]
+        publish(trainer, pl_module, points)
+
+
+def judged(ranks, outputs, layer="head.input", batch="labels", task=None):
+    guard = CollapseGuard(action="log", task=task)
+    monitor = CollapseMonitor(["body"], every_n_steps=10_000)
+    loader = DataLoader([BATCHES[batch]] * len(ranks), batch_size=None)
+    trainer = fit(Net(outputs), [monitor, guard, Planted(layer, ranks)], loader)
+    return guard, trainer
+
+
+def test_a_binary_classifier_that_ends_on_a_line_is_news():
+    guard, trainer = judged([30.0] * 4 + [1.0] * 4, outputs=2)
+    assert guard.verdicts == []
+    [news] = guard.news
+    assert (news.kind, news.layer, news.since, news.step) == ("dimensional_collapse", "head.input", 4, 5)
+    assert news.evidence.endswith("; classification ends in 1 direction(s) there, and this is no failure")
+    assert trainer.callback_metrics["guard/dimensional_collapse"] == 0
+
+
+def test_what_goes_on_falling_is_a_failure_after_all():
+    guard, _ = judged([60.0] * 4 + [5.5] * 4 + [1.0] * 4, outputs=10)
+    assert [news.since for news in guard.news] == [4]
+    assert [verdict.since for verdict in guard.verdicts] == [8]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"outputs": 10},  # nine directions are to be left
+        {"outputs": 3},
+        {"outputs": 2, "layer": "body.0"},  # not among the last
+        {"outputs": 2, "batch": "two views"},
+        {"outputs": 2, "task": "self-supervised"},
+        {"outputs": 2, "batch": "targets"},
+        {"outputs": 1, "task": "language model"},
+    ],
+)
+def test_one_direction_is_a_failure(facts):
+    guard, _ = judged([30.0] * 4 + [1.0] * 4, **facts)
+    assert [verdict.kind for verdict in guard.verdicts] == ["dimensional_collapse"]
+    assert guard.news == []
+
+
+def test_one_direction_is_where_a_regression_of_one_target_ends():
+    guard, _ = judged([30.0] * 4 + [1.0] * 4, outputs=1, batch="targets")
+    assert (len(guard.verdicts), len(guard.news)) == (0, 1)
