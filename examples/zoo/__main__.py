@@ -17,6 +17,8 @@ def runs_of(name: str, seeds: Sequence[int], workers: int) -> list[Run]:
     """All runs of the specimens with ``name`` in their names, seeds in turn."""
     chosen = [specimen for specimen in SPECIMENS if name in specimen.name]
     jobs = [(s, seed, sick) for seed in seeds for s in chosen for sick in ((True, False) if s.setting else (False,))]
+    if workers == 1:
+        return [run(*job) for job in jobs]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(pool.map(run, *zip(*jobs, strict=True)))
 

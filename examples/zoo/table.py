@@ -104,12 +104,15 @@ def by_signal(runs: Sequence[Run], threshold: float) -> str:
 
 
 def by_target(specimens: Sequence[Specimen], runs: Sequence[Run]) -> str:
-    """What was aimed at, what was reached, and whether that is met."""
+    """What was aimed at, what was reached, and whether that is met.
+
+    A verdict of a wrong kind does not count as recall; the right kind must come first.
+    """
     known = {specimen.name: specimen for specimen in specimens}
     sick, well = [run for run in runs if run.sick], [run for run in runs if not run.sick]
     leads = leads_of([run for run in sick if known[run.specimen].develops])
     reached = {
-        "recall": _share([bool(run.verdicts) for run in sick]),
+        "recall": _share([is_there(known[run.specimen], run) for run in sick]),
         "false alarms": _share([bool(run.verdicts) for run in well]),
         "right kind": _share([is_first(known[run.specimen], run) for run in sick]),
         "right layer": _share([is_placed(known[run.specimen], run) for run in sick]),
