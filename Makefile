@@ -5,7 +5,7 @@ PEERS := .venv-peers/bin
 DIST := .venv-dist/bin
 PEERS_READY := .venv-peers/.ready
 
-.PHONY: demo test bench peers dist clean
+.PHONY: demo test bench peers zoo dist clean
 
 demo: $(READY)
 	$(BIN)/python -m lightning_collapse demo
@@ -15,6 +15,9 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+zoo: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m examples.zoo
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.vicreg_covariance

@@ -1,0 +1,71 @@
+"""What a specimen is: a run that fails, and the twin that differs from it in one setting and does not."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Habitat:
+    """All that one run needs.
+
+    Attributes:
+        model: What trains.
+        tasks: A training loader each, one after the other.
+        monitors: The monitors that a user of such a model would add.
+        steps: Optimizer steps of each task.
+        embedding: The layer whose outputs the baseline of the normalized standard deviation reads.
+        held_out: Accuracy on held-out data, or another score of which 1 is best.
+        every: Steps between two points, as ``Trainer(log_every_n_steps)``.
+        trainer: Further arguments of the ``Trainer``.
+    """
+
+    model: LightningModule
+    tasks: Sequence[Any]
+    monitors: Sequence[Callback]
+    steps: int
+    embedding: nn.Module
+    held_out: Callable[[], float]
+    every: int = 5
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A planted failure and its twin, or (``kind=None``) a healthy run that looks dangerous.
+
+    Attributes:
+        name: What it is called.
+        make: Builds a run from a seed, and the one setting by its name.
+        says: What goes wrong, or what looks dangerous.
+        kind: The verdict that is right.
+        setting: The argument of ``make`` in which the twins differ; none for a run without a twin.
+        healthy: Its healthy value.
+        sick: Its value that causes the failure.
+        layers: Glob patterns of the layers that count as right.
+        develops: Whether it begins healthy; else it is sick from the first step, and there is no lead to win.
+    """
+
+    name: str
+    make: Callable[..., Habitat]
+    says: str
+    kind: str | None = None
+    setting: str | None = None
+    healthy: Any = None
+    sick: Any = None
+    layers: tuple[str, ...] = ("*",)
+    develops: bool = True
+
+    def build(self, seed: int, sick: bool) -> Habitat:
+        """The failing run, or its twin."""
+        if self.setting is None:
+            return self.make(seed)
+        return self.make(seed, **{self.setting: self.sick if sick else self.healthy})
+
+    def is_right(self, layer: str) -> bool:
+        """Whether a verdict names a layer in which the failure is."""
+        return any(fnmatchcase(layer, pattern) for pattern in self.layers)
