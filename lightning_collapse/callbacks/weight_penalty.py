@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from math import inf
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lightning_collapse.callbacks.task_aware import TaskAware
 from lightning_collapse.callbacks.task_batches import TaskBatches, check_training_data, unnoticed
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.data import check_gathers
+from lightning_collapse.penalties.quadratic import QuadraticPenalty
 from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.gradients import gradients_of, squared_norms
@@ -87,6 +89,7 @@ class WeightPenalty(TaskAware):
         self.name = name or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(penalty).__name__).lower()
         self.patterns = parameters
         self.loader = loader
+        self._warned = False
         self._forget()
 
     def _forget(self) -> None:
@@ -94,7 +97,6 @@ class WeightPenalty(TaskAware):
         self._owned: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._squares: dict[str, list[Tensor]] = {"task": [], "penalty": []}
         self._value: Tensor | None = None
-        self._curves: dict[str, Tensor] = {}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,6 +129,7 @@ class WeightPenalty(TaskAware):
             self.penalty.start(self._parameters)
         except ValueError as error:
             raise MisconfigurationException(f"`WeightPenalty`, {self.name!r}: {error}") from error
+        self._warn_of_overshoot(trainer)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -175,6 +178,8 @@ class WeightPenalty(TaskAware):
                 f"`WeightPenalty`, {self.name!r}: task {self.task} could not be remembered, those before it are:"
                 f" {problem} Which data to read can be said with `loader=...`."
             )
+        else:
+            self._warn_of_overshoot(trainer)
 
     @property
     @override
@@ -197,6 +202,23 @@ class WeightPenalty(TaskAware):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._forget()
+
+    def _warn_of_overshoot(self, trainer: Trainer) -> None:
+        """Say so where steps along the penalty alone would diverge, which is known of SGD; no clipping, no task."""
+        if not isinstance(self.penalty, QuadraticPenalty) or trainer.gradient_clip_val:
+            return
+        for optimizer in trainer.optimizers:
+            curvature = self.penalty.curvature(self._of(optimizer))
+            if curvature is None or type(optimizer) is not torch.optim.SGD:
+                continue
+            limit = min(_largest_curvature(group) for group in optimizer.param_groups)
+            if curvature > limit and not self._warned:  # waits for the device, which a task's end does anyway
+                self._warned = True
+                rank_zero_warn(
+                    f"`WeightPenalty`, {self.name!r}: at this learning rate steps along the penalty overshoot ever more,"
+                    f" unless its weight is below {self.penalty.weight * limit / curvature.item():.2g}. It is"
+                    f" {self.penalty.weight:.4g}. Lower it or the learning rate, or set `Trainer(gradient_clip_val=...)`."
+                )
 
     def _observe(self, pl_module: LightningModule, optimizer: Optimizer, scale: Tensor | None, due: bool) -> None:
         owned = self._of(optimizer)
@@ -235,6 +257,16 @@ def weight_penalties(trainer: Trainer) -> list[WeightPenalty]:
     """All that act in a trainer: its callbacks, and those of a module with a ``ContinualMixin``."""
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, WeightPenalty)]
     return [*callbacks, *getattr(trainer.lightning_module, "weight_penalties", {}).values()]
+
+
+def _largest_curvature(group: dict[str, Any]) -> float:
+    """Up to which SGD with momentum converges on a parabola."""
+    lr, momentum = float(group["lr"]), group["momentum"]
+    if lr <= 0:
+        return inf
+    if group["nesterov"]:
+        return 2 * (1 + momentum) / (lr * (1 + 2 * momentum))
+    return 2 * (1 + momentum) / (lr * (1 - group["dampening"] if momentum else 1))
 
 
 def _square(parameters: dict[str, Tensor], past: dict[int, Tensor], device: torch.device) -> Tensor:

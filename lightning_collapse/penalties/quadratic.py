@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_collapse.penalties.base import Parameters, Penalty
 from lightning_collapse.penalties.data import is_finite
 from lightning_collapse.penalties.memory import Memory
-from lightning_collapse.penalties.shards import add_to_gradients, copy_of, local, total
+from lightning_collapse.penalties.shards import add_to_gradients, copy_of, largest, local, total
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.modules import clean_name
 
@@ -85,6 +85,20 @@ class QuadraticPenalty(Penalty):
         if offsets:
             value = value + torch.stack(offsets).sum().to(value)
         return self.strength * value
+
+    @torch.no_grad()
+    def curvature(self, parameters: Parameters) -> Tensor | None:
+        """The largest second derivative, 0-dimensional; ``None`` where nothing is pulled. Collective if any is sharded.
+
+        Plain gradient descent at a learning rate above two over it diverges.
+        """
+        table = self.memory[self.known_by]
+        pulled = {name: p for name, p in parameters.items() if name in table and p.requires_grad}
+        if not pulled:
+            return None
+        importances = self._importances(pulled) or [torch.ones_like(part) for part in self._parts("anchor", pulled)]
+        highest = [part.max() if part.numel() else part.new_zeros(()) for part in importances]
+        return 2 * self.strength * largest(highest, pulled.values())
 
     @override
     def state_dict(self) -> dict[str, Any]:
