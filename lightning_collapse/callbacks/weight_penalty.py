@@ -49,7 +49,7 @@ class WeightPenalty(TaskAware):
     after the fit, as ``fit_tasks`` does.
 
     Args:
-        penalty: What to add, such as ``EWC(weight=1000.0)``.
+        penalty: What to add, such as ``EWC(weight=100.0)``.
         name: Of the curves and of its state; by default that of the class of the penalty, in lower case.
         parameters: Names of parameters it is for, or glob patterns such as ``"encoder.*"``; all by default. Frozen
             ones get no pull, but are remembered.
@@ -65,7 +65,7 @@ class WeightPenalty(TaskAware):
 
     Example::
 
-        ewc = WeightPenalty(EWC(weight=1000.0))
+        ewc = WeightPenalty(EWC(weight=100.0))
         for task in tasks:
             Trainer(callbacks=[ewc], max_epochs=4).fit(model, task)
     """
@@ -79,7 +79,7 @@ class WeightPenalty(TaskAware):
     ) -> None:
         super().__init__()
         if not isinstance(penalty, Penalty):
-            raise ValueError(f"`penalty` takes an object such as `EWC(weight=1000.0)`, got {penalty!r}.")
+            raise ValueError(f"`penalty` takes an object such as `EWC(weight=100.0)`, got {penalty!r}.")
         if isinstance(parameters, str) or (parameters is not None and not parameters):
             raise ValueError(
                 f"`parameters` takes a list of names or patterns, or None for all parameters, got {parameters!r}."
@@ -214,10 +214,11 @@ class WeightPenalty(TaskAware):
             limit = min(_largest_curvature(group) for group in optimizer.param_groups)
             if curvature > limit and not self._warned:  # waits for the device, which a task's end does anyway
                 self._warned = True
+                largest = self.penalty.weight * limit / curvature.item()
                 rank_zero_warn(
-                    f"`WeightPenalty`, {self.name!r}: at this learning rate steps along the penalty overshoot ever more,"
-                    f" unless its weight is below {self.penalty.weight * limit / curvature.item():.2g}. It is"
-                    f" {self.penalty.weight:.4g}. Lower it or the learning rate, or set `Trainer(gradient_clip_val=...)`."
+                    f"`WeightPenalty`, {self.name!r}: at this learning rate steps along the penalty overshoot ever"
+                    f" more, unless its weight is below {largest:.2g}. It is {self.penalty.weight:.4g}. Lower it or the"
+                    " learning rate, or set `Trainer(gradient_clip_val=...)`."
                 )
 
     def _observe(self, pl_module: LightningModule, optimizer: Optimizer, scale: Tensor | None, due: bool) -> None:
@@ -261,12 +262,12 @@ def weight_penalties(trainer: Trainer) -> list[WeightPenalty]:
 
 def _largest_curvature(group: dict[str, Any]) -> float:
     """Up to which SGD with momentum converges on a parabola."""
-    lr, momentum = float(group["lr"]), group["momentum"]
+    lr, momentum = float(group["lr"]), float(group["momentum"])
     if lr <= 0:
         return inf
     if group["nesterov"]:
         return 2 * (1 + momentum) / (lr * (1 + 2 * momentum))
-    return 2 * (1 + momentum) / (lr * (1 - group["dampening"] if momentum else 1))
+    return 2 * (1 + momentum) / (lr * (1 - float(group["dampening"]) if momentum else 1))
 
 
 def _square(parameters: dict[str, Tensor], past: dict[int, Tensor], device: torch.device) -> Tensor:

@@ -48,7 +48,7 @@ class ContinualMixin:
             def __init__(self):
                 super().__init__()
                 self.net = ...
-                self.set_penalties({"ewc": EWC(weight=1000.0)})
+                self.set_penalties({"ewc": EWC(weight=100.0)})
     """
 
     weight_penalties: dict[str, WeightPenalty]

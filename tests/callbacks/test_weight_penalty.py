@@ -87,11 +87,11 @@ def test_refused_when_the_fit_starts(make, message):
         (lambda: WeightPenalty(nn.Linear(1, 1)), "`penalty` takes"),
         (lambda: WeightPenalty(L2Init(), parameters="encoder.*"), "`parameters` takes a list"),
         (lambda: WeightPenalty(L2Init(), parameters=[]), "`parameters` takes a list"),
-        (lambda: WeightPenalty(EWC(), loader="train"), "`loader` takes"),
+        (lambda: WeightPenalty(EWC(weight=10.0), loader="train"), "`loader` takes"),
         (lambda: EWC(gamma=1.5, online=True), "`gamma` must be"),
         (lambda: EWC(gamma=0.5), "online=True"),
         (lambda: EWC(normalize="sum"), "`normalize`"),
-        (lambda: EWC(n_samples=0), "`n_samples`"),
+        (lambda: EWC(weight=10.0, n_samples=0), "`n_samples`"),
         (lambda: EWC(estimator="true"), "`estimator`"),
         (lambda: MAS(n_samples=0), "`n_samples`"),
         (lambda: SynapticIntelligence(damping=0.0), "`damping`"),
@@ -123,7 +123,7 @@ def test_a_module_that_cannot_be_called_is_refused_before_it_is_trained(penalty)
     model = Nameless()
     with pytest.raises(MisconfigurationException, match=f"`{penalty.__name__}` calls the module.*`outputs="):
         fit(model, [WeightPenalty(penalty())], loader(0))
-    told = penalty(outputs=lambda module, batch: module.head(module.encoder(batch[0])))
+    told = penalty(weight=0.1, outputs=lambda module, batch: module.head(module.encoder(batch[0])))
     fit(model, [WeightPenalty(told)], loader(0))
     assert told.memory["anchor"]
     WeightPenalty(RankOneEWC(losses=lambda module, batch: batch[0][:, 0])).on_fit_start(Trainer(), model)
@@ -158,8 +158,8 @@ def test_several_loaders_are_refused():
 
     loaders = {"a": loader(0), "b": loader(1)}
     with pytest.raises(MisconfigurationException, match="several loaders"):
-        fit(Two(), [WeightPenalty(EWC())], loaders)
-    ewc = EWC()
+        fit(Two(), [WeightPenalty(EWC(weight=10.0))], loaders)
+    ewc = EWC(weight=10.0)
     fit(Two(), [WeightPenalty(ewc, loader=lambda: loader(0))], loaders)
     assert ewc.memory["importance"]
 
@@ -167,7 +167,7 @@ def test_several_loaders_are_refused():
 @pytest.mark.parametrize("data", [[], lambda: [(torch.zeros(4, 5), torch.zeros(4, dtype=torch.long))]])
 def test_a_task_without_usable_data_is_not_remembered_and_nothing_is_lost(data):
     torch.manual_seed(0)
-    penalty, model = WeightPenalty(EWC()), Classifier()
+    penalty, model = WeightPenalty(EWC(weight=10.0)), Classifier()
     fit(model, [penalty], loader(0))
     before = penalty.penalty.state_dict()["memory"]
     penalty.loader = data
@@ -179,7 +179,7 @@ def test_a_task_without_usable_data_is_not_remembered_and_nothing_is_lost(data):
 
 
 def test_a_shrunken_head_is_refused_and_a_grown_one_trains():
-    penalty = WeightPenalty(EWC())
+    penalty = WeightPenalty(EWC(weight=10.0))
     fit(Classifier(), [penalty], loader(0))
     fit(Classifier(classes=5), [penalty], loader(1))
     assert penalty.penalty.memory["importance"]["head.weight"].shape == (5, 8)
@@ -190,7 +190,7 @@ def test_a_shrunken_head_is_refused_and_a_grown_one_trains():
 
 
 def test_a_frozen_part_is_remembered_until_it_is_trained_again():
-    penalty = WeightPenalty(EWC())
+    penalty = WeightPenalty(EWC(weight=10.0))
     torch.manual_seed(0)
     fit(Classifier(), [penalty], loader(0))
     fit(Frozen(), [penalty], loader(1))
@@ -198,7 +198,7 @@ def test_a_frozen_part_is_remembered_until_it_is_trained_again():
 
 
 def test_unfinished_tasks_and_fast_dev_run():
-    penalty = WeightPenalty(EWC())
+    penalty = WeightPenalty(EWC(weight=10.0))
     fit(Classifier(), [penalty], loader(0), fast_dev_run=True)
     assert penalty.task == 0
     assert not penalty.penalty.memory["importance"]
@@ -206,7 +206,8 @@ def test_unfinished_tasks_and_fast_dev_run():
 
 def test_module_brings_its_penalties_back_from_a_checkpoint(tmp_path):
     class Lit(EWCMixin, Classifier):
-        pass
+        def __init__(self):
+            super().__init__("adam")
 
     model = Lit()
     trainer = fit_tasks(model)
@@ -235,3 +236,20 @@ def test_mixin_goes_first_and_hooks_call_super():
     class Loud(ContinualMixin, Classifier):
         def on_train_start(self):
             super().on_train_start()
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_steps_along_the_penalty_that_would_diverge_are_told_before_they_are_taken(optimizer, clip, recwarn):
+    """Of SGD alone the line is known: with momentum 0.9 and a rate of 0.2 a curvature of 19."""
+    penalty = L2Init(weight=10.0)  # 20
+    fit(Classifier(optimizer), [WeightPenalty(penalty)], loader(0), max_steps=1, gradient_clip_val=clip)
+    told = [str(warning.message) for warning in recwarn if "overshoot" in str(warning.message)]
+    assert len(told) == (optimizer == "sgd" and clip is None)
+    assert all("weight is below 9.5. It is 10." in text for text in told)
+
+
+def test_a_penalty_learned_from_a_task_is_told_of_when_the_task_ends():
+    with pytest.warns(UserWarning, match="'ewc': at this learning rate steps along the penalty overshoot"):
+        fit(Classifier(), [WeightPenalty(EWC(weight=1e6))], loader(0))
+    fit(Classifier(), [WeightPenalty(EWC(weight=1e-2))], loader(0))
