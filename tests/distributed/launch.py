@@ -1,5 +1,6 @@
-"""Two processes that know of each other, for whatever is to be checked on both."""
+"""Processes for whatever is to be checked on several, forked from one that has imported what they need."""
 
+import multiprocessing
 import os
 import socket
 import warnings
@@ -10,12 +11,18 @@ import torch
 import torch.multiprocessing as mp
 
 
+def spawn(check: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
+    """Run ``check(rank, *args)``, a function of a module, in processes of its own; raises what one of them raises."""
+    multiprocessing.set_forkserver_preload(["lightning_collapse", "lightning.pytorch", "torch.distributed"])
+    mp.start_processes(check, args, nprocs, start_method="forkserver")
+
+
 def on_two_processes(check: Callable[..., None], *arguments: Any) -> None:
     """Run ``check(rank, *arguments)``, a function of a module, in two processes that a trainer takes for its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_run, (port, check, arguments), nprocs=2)
+    spawn(_run, (port, check, arguments), nprocs=2)
 
 
 def _run(rank: int, port: int, check: Callable[..., None], arguments: tuple[Any, ...]) -> None:

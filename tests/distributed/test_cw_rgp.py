@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from lightning_collapse.losses import CWRGP, TooFewRowsError
+from tests.distributed.launch import spawn
 
 DIM = 12
 LOSSES = {
@@ -53,7 +54,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("cw_rgp")
-    multiprocessing.spawn(worker, args=(str(folder),), nprocs=2)
+    spawn(worker, args=(str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

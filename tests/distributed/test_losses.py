@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.losses import (
@@ -30,6 +30,7 @@ from lightning_collapse.utilities.distributed import (
     world_size,
 )
 from lightning_collapse.utilities.registry import LOSSES
+from tests.distributed.launch import spawn
 from tests.integration.siamese import Siamese, fit, weights
 from tests.losses.cases import CASES as FACTS
 
@@ -217,7 +218,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def found_by(work: Callable[..., None], ranks: int, folder: Path) -> list[dict[str, Any]]:
-    multiprocessing.spawn(work, args=(str(folder),), nprocs=ranks)
+    spawn(work, args=(str(folder),), nprocs=ranks)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_collapse.callbacks.readings import LayerRows, read
@@ -16,6 +16,7 @@ from lightning_collapse.spectral import GaussianSketch, Moments, reduce_moments
 from lightning_collapse.spectral.moments import STATES
 from lightning_collapse.utilities.registry import MEASURES
 from tests.contracts.test_metrics import METRICS
+from tests.distributed.launch import spawn
 
 RANKS = 2
 DIM = 12
@@ -106,7 +107,7 @@ def worker(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of two processes found."""
     folder: Path = tmp_path_factory.mktemp("metrics")
-    multiprocessing.spawn(worker, args=(str(folder),), nprocs=RANKS)
+    spawn(worker, args=(str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 

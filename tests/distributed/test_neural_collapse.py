@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from lightning_collapse.metrics import NearestClassCenterAgreement, NeuralCollapse
 from lightning_collapse.spectral import ClassMoments
 from lightning_collapse.spectral.class_moments import CLASS_STATES
+from tests.distributed.launch import spawn
 
 RANKS = 2
 C, D = 6, 4
@@ -66,7 +67,7 @@ def worker(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of two processes found."""
     folder: Path = tmp_path_factory.mktemp("neural_collapse")
-    multiprocessing.spawn(worker, args=(str(folder),), nprocs=RANKS)
+    spawn(worker, args=(str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from lightning_collapse.losses import WMSE, TooFewRowsError
+from tests.distributed.launch import spawn
 
 DIM = 4
 SIZES = {"uneven": (10, 30), "one cannot": (3, 20), "neither can": (3, 4)}
@@ -41,7 +42,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("wmse")
-    multiprocessing.spawn(worker, args=(str(folder),), nprocs=2)
+    spawn(worker, args=(str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

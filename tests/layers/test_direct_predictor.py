@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
 from lightning_collapse.layers import DirectPredictor
+from tests.distributed.launch import spawn
 
 DIM = 6
 FORMS = [(method, form) for method in ("direct_pred", "direct_copy") for form in ("code", "paper")]
@@ -237,7 +238,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    spawn(worker, args=(str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for method, convention in FORMS:
         predictor = DirectPredictor(DIM, method, convention)

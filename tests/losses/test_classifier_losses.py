@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch.func import functional_call
 
 from lightning_collapse import losses
@@ -26,6 +26,7 @@ from lightning_collapse.losses import (
     long_tail_collapse_terms,
 )
 from lightning_collapse.utilities.registry import LOSSES
+from tests.distributed.launch import spawn
 
 CLASSES, DIM, ROWS = 4, 6, 17
 SIZES = [40, 10, 5, 1]
@@ -437,7 +438,7 @@ def worker(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(worker, args=(str(folder),), nprocs=2)
+    spawn(worker, args=(str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
