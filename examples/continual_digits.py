@@ -225,15 +225,16 @@ def main(epochs: int = EPOCHS, seeds: int = 3, methods: Sequence[str] = tuple(ME
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders
+        said = []
         for problem in PROBLEMS:
             rows = compare(problem, methods, epochs, seeds, tune)
-            print(table(problem, rows), flush=True)
+            print(f"{table(problem, rows)}\n", flush=True)
             means = {method: statistics.mean(s.accuracy for s in row.scores) for method, row in rows.items()}
             best = max(means, key=lambda method: means[method])
-            print(
-                f"\nOn {problem} digits {best} kept the most: accuracy {means[best]:.2f} over all tasks, where doing"
-                f" nothing kept {means['nothing']:.2f}.\n"
-            )
+            said.append(f"{best} had kept the most of {problem} digits: accuracy {means[best]:.2f} over all tasks,")
+            said.append(f"where doing nothing had kept {means['nothing']:.2f};")
+    steps = [epochs * -(-images // BATCH) for images in (TRAIN, TRAIN // 5 * 2)]
+    print(f"After {steps[0]} steps per task of permuted digits, and {steps[1]} of split ones, {' '.join(said)[:-1]}.")
 
 
 if __name__ == "__main__":

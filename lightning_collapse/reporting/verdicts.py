@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_collapse.reporting.events import Run
+from lightning_collapse.rules import RULES
 
 _WORDS = re.compile(r"- (?P<kind>\w[\w ]*) in `(?P<layer>.*)` since step (?P<since>\d+): (?P<evidence>.*)\.")
 _COUNT = re.compile(r"(?:.*-)?guard/(\w+)")
@@ -49,7 +50,10 @@ def find_verdicts(run: Run) -> list[Finding]:
             if found := _WORDS.fullmatch(line):
                 kind = found["kind"].replace(" ", "_")
                 until = _until(counts.get(kind, {}), step, run.last_step)
-                findings.append(Finding(kind, found["layer"], int(found["since"]), step, until, found["evidence"]))
+                # the guard ends with its advice, which is the rule's and not of this run
+                advice = f" {RULES[kind].advice}" if kind in RULES else ""
+                evidence = f"{found['evidence']}.".removesuffix(advice).removesuffix(".")
+                findings.append(Finding(kind, found["layer"], int(found["since"]), step, until, evidence))
     said = {finding.kind for finding in findings}
     for kind, curve in counts.items():
         until = -1

@@ -85,7 +85,7 @@ def trained(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("logs")
     guard = train(folder, '<b>dying</b> & "co"', Dying())
-    assert any("script" in verdict.layer for verdict in guard.verdicts)
+    assert any("script" in str(verdict) for verdict in guard.verdicts)
     assert not train(folder, "healthy", Toy()).verdicts
     return folder, guard.verdicts
 
@@ -133,12 +133,13 @@ def page_of(folder, tmp_path):
 
 def test_it_says_what_the_guard_said(trained, html):
     page = Page(html)
-    assert len(trained[1]) > 1
+    assert trained[1]
     for verdict in trained[1]:
         kind = verdict.kind.replace("_", " ")
         said = f"{kind} in {verdict.layer} since step {verdict.since}, said at step {verdict.step}"
         assert said in page.of("svg")[0]["aria-label"]
-        assert f"{verdict.evidence[1:]}." in page.text
+        assert f"{verdict.evidence[1:]}; also {', '.join(verdict.also)}." in page.text
+        assert page.text.count(verdict.advice) == 1
     assert page.text.count("no verdict") == 1
 
 
