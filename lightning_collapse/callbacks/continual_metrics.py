@@ -128,6 +128,9 @@ class ContinualMetrics(TaskAware):
         self.names, self.loaders = _named(loaders)
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or None, got {every_n_steps!r}.")
+        for name, function in (("outputs", outputs), ("labels", labels), ("metric", metric)):
+            if function is not None and not callable(function):
+                raise ValueError(f"`{name}` must be a function, got {function!r}.")
         self.every_n_steps = every_n_steps
         self.outputs, self.labels, self.metric = outputs, labels, metric
         self.forward_transfer = forward_transfer

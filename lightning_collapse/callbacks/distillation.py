@@ -18,6 +18,7 @@ from lightning_collapse.callbacks.task_aware import TaskAware
 from lightning_collapse.losses.base import TooFewRowsError, nothing
 from lightning_collapse.losses.distillation import distillation_loss, feature_distillation_loss
 from lightning_collapse.losses.schedule import Weight
+from lightning_collapse.utilities.arguments import require_not_negative, require_one_of, require_positive
 from lightning_collapse.utilities.copies import fill, frozen_copy, tensors_of
 from lightning_collapse.utilities.features import as_rows
 from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first
@@ -79,11 +80,11 @@ class Distillation(AddedTerm, TaskAware):
         outputs: Callable[[Any, Any], Any] | None = None,
         name: str = "distillation",
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be positive, got {temperature}.")
-        if kind not in ("logits", "features"):
-            raise ValueError(f"`kind` must be 'logits' or 'features', got {kind!r}.")
+        require_positive(temperature=temperature)
+        require_one_of(("logits", "features"), kind=kind)
         super().__init__(on, weight, name)
+        if not callable(weight):
+            require_not_negative(weight=weight)
         self.temperature = temperature
         self.kind = kind
         self.outputs = outputs

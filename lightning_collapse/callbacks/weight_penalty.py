@@ -80,7 +80,8 @@ class WeightPenalty(TaskAware):
         super().__init__()
         if not isinstance(penalty, Penalty):
             raise ValueError(f"`penalty` takes an object such as `EWC(weight=100.0)`, got {penalty!r}.")
-        if isinstance(parameters, str) or (parameters is not None and not parameters):
+        listed = not isinstance(parameters, str) and parameters and all(isinstance(name, str) for name in parameters)
+        if parameters is not None and not listed:
             raise ValueError(
                 f"`parameters` takes a list of names or patterns, or None for all parameters, got {parameters!r}."
             )

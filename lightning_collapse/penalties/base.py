@@ -45,8 +45,8 @@ class Penalty(ABC):
     needs_data: ClassVar[bool] = False
 
     def __init__(self, weight: float) -> None:
-        if not 0 <= weight < inf:
-            raise ValueError(f"`weight` must be finite and not negative, got {weight}.")
+        if not isinstance(weight, float | int) or not 0 <= weight < inf:
+            raise ValueError(f"`weight` must be a number, finite and not negative, got {weight!r}.")
         self.weight = weight
 
     @abstractmethod

@@ -13,6 +13,7 @@ from lightning_collapse.penalties.data import check_loader, choose_estimator, na
 from lightning_collapse.penalties.diagonal_fisher import Labels, diagonal_fisher
 from lightning_collapse.penalties.importances import Outputs
 from lightning_collapse.penalties.quadratic import QuadraticPenalty
+from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.registry import register_penalty
 
@@ -87,8 +88,8 @@ class EWC(QuadraticPenalty):
             raise ValueError(f"`gamma` is for `online=True`, got gamma={gamma} without it.")
         if normalize not in (None, "max", "trace"):
             raise ValueError(f"`normalize` must be 'max', 'trace' or None, got {normalize!r}.")
-        if n_samples is not None and n_samples < 1:
-            raise ValueError(f"`n_samples` must be at least 1, or None for all, got {n_samples}.")
+        if n_samples is not None:
+            require_whole(1, n_samples=n_samples)
         self.estimator = estimator
         self.n_samples = n_samples
         self.online = online

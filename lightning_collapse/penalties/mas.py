@@ -9,6 +9,7 @@ from lightning_collapse.penalties.data import check_loader, names_of, parts_of
 from lightning_collapse.penalties.importances import Outputs
 from lightning_collapse.penalties.mas_importance import mas_importance
 from lightning_collapse.penalties.quadratic import QuadraticPenalty
+from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.registry import register_penalty
 
@@ -45,8 +46,8 @@ class MAS(QuadraticPenalty):
 
     def __init__(self, weight: float = 1.0, n_samples: int | None = None, outputs: Outputs | None = None) -> None:
         super().__init__(weight)
-        if n_samples is not None and n_samples < 1:
-            raise ValueError(f"`n_samples` must be at least 1, or None for all, got {n_samples}.")
+        if n_samples is not None:
+            require_whole(1, n_samples=n_samples)
         self.n_samples = n_samples
         self.outputs = outputs
 

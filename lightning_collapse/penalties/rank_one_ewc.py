@@ -16,6 +16,7 @@ from lightning_collapse.penalties.importances import Outputs
 from lightning_collapse.penalties.memory import Memory
 from lightning_collapse.penalties.rank_one_fisher import rank_one_fisher
 from lightning_collapse.penalties.shards import add_to_gradients, copy_of, local, total, wide
+from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import clean_name
 from lightning_collapse.utilities.registry import register_penalty
@@ -65,8 +66,8 @@ class RankOneEWC(Penalty):
         labels: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__(weight)
-        if n_samples is not None and n_samples < 1:
-            raise ValueError(f"`n_samples` must be at least 1, or None for all, got {n_samples}.")
+        if n_samples is not None:
+            require_whole(1, n_samples=n_samples)
         self.likelihood = likelihood
         self.losses = losses
         self.n_samples = n_samples

@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_collapse import ContinualMixin, EWCMixin, WeightPenalty
+from lightning_collapse import ContinualMetrics, ContinualMixin, Distillation, EWCMixin, WeightPenalty
 from lightning_collapse.penalties import EWC, MAS, L2Init, RankOneEWC, SynapticIntelligence
 from tests.penalties.toys import Classifier, fit_tasks, flat, loader
 from tests.toys import fit
@@ -253,3 +253,23 @@ def test_a_penalty_learned_from_a_task_is_told_of_when_the_task_ends():
     with pytest.warns(UserWarning, match="'ewc': at this learning rate steps along the penalty overshoot"):
         fit(Classifier(), [WeightPenalty(EWC(weight=1e6))], loader(0))
     fit(Classifier(), [WeightPenalty(EWC(weight=1e-2))], loader(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EWC(weight="1"), "`weight` must be a number, finite and not negative, got '1'"),
+        (lambda: EWC(weight=-1.0), "`weight` must be a number, finite and not negative, got -1.0"),
+        (lambda: EWC(n_samples=10.5), "`n_samples` must be an integer of at least 1, got 10.5"),
+        (lambda: MAS(n_samples=0), "`n_samples` must be an integer of at least 1, got 0"),
+        (lambda: WeightPenalty(EWC(), parameters=[3]), r"`parameters` takes a list of names .* got \[3\]"),
+        (lambda: WeightPenalty(EWC(), parameters=[]), r"`parameters` takes a list of names .* got \[\]"),
+        (lambda: WeightPenalty(EWC(), parameters="head.*"), r"`parameters` takes a list of names .* got 'head"),
+        (lambda: WeightPenalty(EWC), "`penalty` takes an object such as"),
+        (lambda: ContinualMetrics([[]], metric=3), "`metric` must be a function, got 3"),
+        (lambda: Distillation(weight=-1.0), "`weight` must not be negative, got -1.0"),
+    ],
+)
+def test_wrong_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
