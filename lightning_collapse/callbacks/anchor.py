@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_collapse.penalties.shards import Layout
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.gradients import local_part, shards_of
+from lightning_collapse.utilities.sharding import local
 from lightning_collapse.utilities.weight_matrices import whole
 
 
@@ -26,7 +27,7 @@ class Anchor:
         for name, copy in self._copies.items():
             value = (saved or {}).get(name)
             if value is not None and value.shape == copy.shape:
-                copy.copy_(_like(value, copy))
+                local(copy).copy_(Layout.of(copy).cut(value.to(copy.device)))
 
     @torch.no_grad()
     def change(self, tensors: Mapping[str, Tensor], order: int, move: bool = False) -> Tensor:
@@ -79,11 +80,3 @@ def _powers(tensors: Sequence[Tensor], parts: Sequence[Tensor], order: int) -> T
     shares = [shards_of(tensor) / world_size() for tensor in tensors]
     sums = torch.stack([norm.to(device) for norm in norms]).to(total) ** order
     return sums * torch.tensor(shares, dtype=total, device=device)
-
-
-def _like(value: Tensor, copy: Any) -> Tensor:
-    if not hasattr(copy, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(copy.device), copy.device_mesh, copy.placements)

@@ -237,6 +237,7 @@ class ContinualMetrics(TaskAware):
             for task in tasks:
                 if not self._add_up(trainer, pl_module, task, sums[task]):
                     sums[task] = nan
+        # the one transfer of an evaluation; whatever is read from scores afterwards is on the host
         total, count = all_reduce_sum(sums).to("cpu", torch.float64).unbind(dim=1)
         return (total / count).float(), [int(number) for number in count.nan_to_num(0)]
 

@@ -158,6 +158,7 @@ class ForgettingMonitor(TaskAware):
         belongs = torch.zeros(len(self._groups), len(places), dtype=sums.dtype)
         for row, names in zip(belongs, self._groups.values(), strict=True):
             row[[places[name] for name in names]] = 1 / sum(self._tensors[name].numel() for name in names)
+        # the one transfer, when an epoch or a task ends
         values = (belongs.to(sums.device) @ all_reduce_sum(sums)).tolist()
         self.changes[kind] = dict(zip(self._groups, values, strict=True))
         step = self._steps.step(trainer)

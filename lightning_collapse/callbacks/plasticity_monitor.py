@@ -190,6 +190,7 @@ class PlasticityMonitor(Monitor):
             readings.append(sums.read(self.tau))
             shown.append((tap.name, width))
         weights = self._read_weights(device)
+        # the one transfer of a point
         numbers = torch.cat([*(reading.to(weights) for reading in readings), weights]).tolist()
         for name, width in shown:
             (*values, n, seen), numbers = numbers[: len(UNITS) + 2], numbers[len(UNITS) + 2 :]

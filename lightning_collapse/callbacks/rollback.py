@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_collapse.callbacks.regularizer import Regularizer
 from lightning_collapse.spectral.precision import accumulation_dtype
+from lightning_collapse.utilities.sharding import local
 from lightning_collapse.utilities.trainer import load_own_checkpoint, save_checkpoint
 
 
@@ -126,9 +127,9 @@ class Rollback:
 
 def _all_finite(trainer: Trainer, pl_module: LightningModule) -> bool:
     """Whether no weight is NaN or infinite. Collective; waits for the device once, right before a checkpoint does."""
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in pl_module.parameters()]
+    parts = [local(p) for p in pl_module.parameters()]
     # a sum is finite if and only if its terms are
-    sums = [p.detach().sum(dtype=accumulation_dtype(p.device)) for p in local if p.is_floating_point()]
+    sums = [p.detach().sum(dtype=accumulation_dtype(p.device)) for p in parts if p.is_floating_point()]
     total = torch.stack([one.to(pl_module.device) for one in sums]).sum() if sums else torch.zeros(())
     return trainer.strategy.reduce_boolean_decision(bool(total.isfinite()))
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
@@ -56,24 +53,6 @@ def check_training_data(trainer: Trainer, who: str) -> None:
             f"{who} reads the data of a task when it ends, and the training has several loaders. Say which:"
             " `loader=...`, an iterable of batches or a function that returns one."
         )
-
-
-@contextmanager
-def unnoticed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Put random states, the trainer's stage, training flags and gradients back as they were."""
-    flags = [(module, module.training) for module in pl_module.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in pl_module.parameters()]
-    stage = trainer.state.stage
-    try:
-        with isolate_rng():
-            trainer.state.stage = RunningStage.VALIDATING  # hooks that augment a batch ask `trainer.training`
-            yield
-    finally:
-        trainer.state.stage = stage
-        for module, flag in flags:
-            module.training = flag
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 def _unrepeated(loader: Any) -> Any:

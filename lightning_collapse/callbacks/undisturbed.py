@@ -20,20 +20,30 @@ _END = object()
 
 
 @contextmanager
-def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Eval mode without gradients, and all as it was afterwards."""
+def unnoticed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Put random states, the trainer's stage, training flags and gradients back as they were."""
     flags = [(module, module.training) for module in pl_module.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in pl_module.parameters()]
     stage = trainer.state.stage
     try:
-        with isolate_rng(), torch.no_grad():
+        with isolate_rng():
             trainer.state.stage = RunningStage.VALIDATING  # hooks that augment a batch ask `trainer.training`
-            for module, _ in flags:
-                module.training = False  # not by `eval()`: a `train` that changes weights could not be taken back
             yield
     finally:
         trainer.state.stage = stage
         for module, flag in flags:
             module.training = flag
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Eval mode without gradients, and all as it was afterwards."""
+    with unnoticed(trainer, pl_module), torch.no_grad():
+        for module in pl_module.modules():
+            module.training = False  # not by `eval()`: a `train` that changes weights could not be taken back
+        yield
 
 
 def batches_on_device(loader: Loader, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Any, bool]]:

@@ -19,7 +19,8 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.clean_pass import check_forward, check_pass
 from lightning_collapse.callbacks.task_aware import TaskAware
-from lightning_collapse.callbacks.task_batches import TaskBatches, check_training_data, unnoticed
+from lightning_collapse.callbacks.task_batches import TaskBatches, check_training_data
+from lightning_collapse.callbacks.undisturbed import unnoticed
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.data import check_gathers
 from lightning_collapse.penalties.quadratic import QuadraticPenalty

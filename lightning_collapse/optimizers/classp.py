@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_collapse.utilities.sharding import local
+
 
 class CLASSP(Optimizer):
     r"""Adjustment suppression and sparsity promotion: a generalized AdaGrad with a threshold [1].
@@ -124,9 +126,9 @@ class CLASSP(Optimizer):
         return loss
 
     def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        sums = [_local(self._sum_of(p, group["eps"])) for p in params]
-        weights = [_local(p) for p in params]
-        grads = [_local(p.grad).to(total.dtype) for p, total in zip(params, sums, strict=True)]
+        sums = [local(self._sum_of(p, group["eps"])) for p in params]
+        weights = [local(p).detach() for p in params]
+        grads = [local(p.grad).detach().to(total.dtype) for p, total in zip(params, sums, strict=True)]
         least, power = sqrt(group["threshold"]), group["power"]
         # |g| and not its square, which would underflow
         grads = [torch.where(g.abs() > least, g, 0.0) for g in grads]
@@ -157,9 +159,3 @@ class CLASSP(Optimizer):
 
 def _sum_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _local(tensor: Any) -> Tensor:
-    """This process's part of a tensor, the same memory."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.detach()

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_collapse.penalties.base import Parameters, Penalty
 from lightning_collapse.penalties.columns import Estimator
@@ -45,7 +44,7 @@ def check_unsharded(penalty: Penalty, parameters: Parameters) -> None:
         ValueError: If a parameter is sharded.
     """
     for name, parameter in parameters.items():
-        if isinstance(parameter, DTensor):
+        if hasattr(parameter, "full_tensor"):
             raise ValueError(
                 f"`{type(penalty).__name__}` multiplies whole weights with one another, and `{name}` is sharded. Use"
                 " `EWC`, whose pull on a weight depends on no other one, or `strategy='ddp'`."
@@ -60,7 +59,7 @@ def check_gathers(model: nn.Module) -> None:
     """
     with unsharded(model):
         for name, parameter in model.named_parameters():
-            if isinstance(parameter, DTensor):
+            if hasattr(parameter, "full_tensor"):
                 raise ValueError(
                     f"it needs gradients of single samples, and `{clean_name(name)}` is a DTensor that `fully_shard`"
                     " has not made. Use `SynapticIntelligence` or `RWalk`, which read none, or `strategy='ddp'`."

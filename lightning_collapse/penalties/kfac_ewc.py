@@ -21,6 +21,7 @@ from lightning_collapse.penalties.kronecker_sum import nearest_kronecker_product
 from lightning_collapse.penalties.memory import Memory
 from lightning_collapse.penalties.shards import add_to_gradients, copy_of, wide
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.registry import register_penalty
 
@@ -98,8 +99,8 @@ class KFACEWC(Penalty):
         if estimator == "batched":
             raise ValueError("`estimator='batched'` is of the diagonal only; the others are of single samples.")
         for name, number in (("n_samples", n_samples), ("max_factors", max_factors)):
-            if number is not None and number < 1:
-                raise ValueError(f"`{name}` must be at least 1, or None for all, got {number}.")
+            if number is not None:
+                require_whole(1, **{name: number})
         self.estimator = estimator
         self.n_samples = n_samples
         self.max_factors = max_factors

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_collapse.penalties.shards import Layout, local, wide
+from lightning_collapse.penalties.shards import Layout, wide
+from lightning_collapse.utilities.sharding import local
 
 
 class Memory:

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from lightning_collapse.penalties.base import Parameters
 from lightning_collapse.penalties.quadratic import QuadraticPenalty
-from lightning_collapse.penalties.shards import local, wide
+from lightning_collapse.penalties.shards import wide
+from lightning_collapse.utilities.sharding import local
 
 
 class PathPenalty(QuadraticPenalty):

@@ -12,9 +12,10 @@ from typing_extensions import override
 from lightning_collapse.penalties.base import Parameters, Penalty
 from lightning_collapse.penalties.data import is_finite
 from lightning_collapse.penalties.memory import Memory
-from lightning_collapse.penalties.shards import add_to_gradients, copy_of, largest, local, total
+from lightning_collapse.penalties.shards import add_to_gradients, copy_of, largest, total
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.modules import clean_name
+from lightning_collapse.utilities.sharding import local
 
 
 class QuadraticPenalty(Penalty):

@@ -15,11 +15,12 @@ from lightning_collapse.penalties.data import check_loader, is_finite, names_of,
 from lightning_collapse.penalties.importances import Outputs
 from lightning_collapse.penalties.memory import Memory
 from lightning_collapse.penalties.rank_one_fisher import rank_one_fisher
-from lightning_collapse.penalties.shards import add_to_gradients, copy_of, local, total, wide
+from lightning_collapse.penalties.shards import add_to_gradients, copy_of, total, wide
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import clean_name
 from lightning_collapse.utilities.registry import register_penalty
+from lightning_collapse.utilities.sharding import local
 
 
 @register_penalty

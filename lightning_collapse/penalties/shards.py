@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum, world_size
 from lightning_collapse.utilities.gradients import shards_of
+from lightning_collapse.utilities.sharding import local
 
 
 class Layout(NamedTuple):
@@ -29,14 +29,15 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
         """That of a parameter."""
-        if isinstance(tensor, DTensor):
-            return cls(tuple(tensor.shape), tensor.device_mesh, tuple(tensor.placements))
-        return cls(tuple(tensor.shape))
+        mesh = getattr(tensor, "device_mesh", None)
+        return cls(tuple(tensor.shape), mesh, () if mesh is None else tuple(tensor.placements))
 
     def gather(self, part: Tensor) -> Tensor:
         """The whole of what this process has a part of. Collective if it is cut."""
         if self.mesh is None:
             return part
+        from torch.distributed.tensor import DTensor  # not in every build of torch
+
         whole = torch.empty(self.shape, device="meta")
         shape, stride = whole.shape, whole.stride()
         gathered = DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
@@ -44,12 +45,11 @@ class Layout(NamedTuple):
 
     def cut(self, whole: Tensor) -> Tensor:
         """This process's part of a whole. Collective if it is to be cut."""
-        return whole if self.mesh is None else distribute_tensor(whole, self.mesh, self.placements).to_local()
+        if self.mesh is None:
+            return whole
+        from torch.distributed.tensor import distribute_tensor
 
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return distribute_tensor(whole, self.mesh, self.placements).to_local()
 
 
 def wide(tensor: Tensor) -> torch.dtype:

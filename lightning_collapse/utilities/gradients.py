@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.utilities.distributed import world_size
+from lightning_collapse.utilities.sharding import local
 
 
 class Gradients(NamedTuple):
@@ -49,8 +50,8 @@ def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 def local_part(gradient: Any) -> Tensor:
     """This process's part of a tensor, of a sparse one its values."""
-    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return local.coalesce().values() if local.is_sparse else local
+    part = local(gradient)
+    return part.coalesce().values() if part.is_sparse else part
 
 
 def shards_of(tensor: Any) -> int:

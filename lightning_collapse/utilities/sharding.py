@@ -1,14 +1,20 @@
-"""Whole weights of a model that FSDP2 has sharded, for a while."""
+"""Sharded tensors: this process's part of one, and all weights whole for a while."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's part of a tensor, in the same memory."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def on_whole_weights(fn: Callable[P, T]) -> Callable[P, T]:
