@@ -273,3 +273,17 @@ def test_a_penalty_learned_from_a_task_is_told_of_when_the_task_ends():
 def test_wrong_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_gradients_are_left_as_they_are_when_a_task_ends():
+    class Differentiates(L2Init):
+        def consolidate(self, model, loader=None):
+            sum(parameter.sum() for parameter in model.parameters()).backward()
+
+    gradients = []
+    for penalty in (L2Init, Differentiates):
+        torch.manual_seed(0)
+        model = Classifier()
+        fit(model, [WeightPenalty(penalty(), name="pull")], loader(0))
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *gradients))
