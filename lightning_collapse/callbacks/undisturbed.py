@@ -28,6 +28,8 @@ def unnoticed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     try:
         with isolate_rng():
             trainer.state.stage = RunningStage.VALIDATING  # hooks that augment a batch ask `trainer.training`
+            for parameter, _ in gradients:
+                parameter.grad = None  # a backward pass would add to what is there
             yield
     finally:
         trainer.state.stage = stage

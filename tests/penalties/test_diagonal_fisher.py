@@ -212,6 +212,21 @@ def test_nothing_is_noticed(name):
     assert all(p.grad is None for p in model.parameters() if p is not first)
 
 
+def test_a_buffer_that_moves_in_eval_mode_too_is_put_back():
+    class Counts(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(2, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counts()
+    diagonal_fisher(model, [torch.randn(4, 2)])
+    assert model.calls == 0
+
+
 def test_all_is_put_back_after_an_error():
     model, data = case("convolutions", dtype=torch.float32)
     with pytest.raises(RuntimeError):
