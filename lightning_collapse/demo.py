@@ -26,7 +26,14 @@ from lightning_collapse import AntiCollapseMixin, CollapseGuard, CollapseMonitor
 from lightning_collapse.losses import VICReg
 
 LAYERS = ("encoder", "projector")
-MEASURES = ("rankme", "effective_rank", "eigenvalue_effective_rank", "feature_std", "relative_spread")
+MEASURES = (
+    "rankme",
+    "effective_rank",
+    "eigenvalue_effective_rank",
+    "feature_std",
+    "relative_spread",
+    "direction_spread",
+)
 EVERY_N_STEPS, BATCH_SIZE = 10, 256
 DROP = 0.05  # an accuracy shows the collapse where it stays this far below the untrained encoder's, to the end
 

@@ -17,6 +17,15 @@ QUIET: dict[str, Any] = {
     "limit_val_batches": 0,
 }
 
+HEALTHY = {
+    "effective_rank": 30.0,
+    "eigenvalue_effective_rank": 12.0,
+    "feature_std": 1.0,
+    "relative_spread": 0.6,
+    "direction_spread": 0.6,
+}
+"""Readings of a layer by `CollapseMonitor` that no rule finds fault with."""
+
 
 class MemoryLogger(Logger):
     """Keeps what it is given."""

@@ -15,7 +15,7 @@ class Contrastive(Learner):
     """An encoder, a projector and InfoNCE."""
 
     def __init__(self, shuffles: bool) -> None:
-        super().__init__(rate=2e-3)
+        super().__init__(rate=5e-3)
         self.shuffles = shuffles
         self.encoder, self.projector = mlp(64, 128, 64), mlp(64, 128, 64)
 

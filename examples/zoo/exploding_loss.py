@@ -10,6 +10,6 @@ SPECIMEN = Specimen(
     kind="loss_explosion",
     setting="growth",
     healthy=1.0,
-    sick=1.05,
+    sick=1.07,
     layers=("blocks.*",),
 )

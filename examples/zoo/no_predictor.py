@@ -17,7 +17,7 @@ class BYOL(Learner):
 
     def __init__(self, predictor: bool) -> None:
         super().__init__(rate=5e-3)
-        self.online = nn.Sequential(mlp(64, 128, 64, norm=True), mlp(64, 64, 64))
+        self.online = nn.Sequential(mlp(64, 128, 64, norm=True), mlp(64, 64, 64, norm=True))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.predictor = mlp(64, 128, 64, norm=True) if predictor else nn.Identity()
 
@@ -35,7 +35,7 @@ class BYOL(Learner):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The copy follows."""
         for slow, fast in zip(self.target.parameters(), self.online.parameters(), strict=True):
-            slow.lerp_(fast, 0.1)
+            slow.lerp_(fast, 0.3)
 
 
 def make(seed: int, predictor: bool) -> Habitat:

@@ -225,7 +225,7 @@ class CollapseGuard(Callback):
         publish(trainer, pl_module, curves)
         if new:
             self._act(trainer, pl_module, new)
-        elif self._rollbacks and all(self._healthy.values()) and _all_readable(rules, families):
+        elif self._rollbacks and all(self._healthy.values()) and self._all_readable(rules, families):
             for action in self._rollbacks:
                 action.remember(trainer, pl_module, now, self._folder(trainer))
 
@@ -234,12 +234,12 @@ class CollapseGuard(Callback):
         layers = {layer: points for layer, points in layers.items() if rule.readable(points)}
         beginnings = {layer: self._begin(rule, layer, points) for layer, points in layers.items()}
         verdicts = []
-        for layer in filter(rule.judges, layers):
-            if rule.waits and not self._is_complete(rule, layer):
+        for layer in layers:
+            if not rule.judges(layer, self.task) or (rule.waits and not self._is_complete(rule, layer)):
                 continue
             points, key = layers[layer], f"{rule.kind}/{layer}"
             severity = rule.severity(points, beginnings[layer])
-            expected = rule.expected(layer, points, self.task)
+            expected = rule.expected(layer, points, beginnings[layer], self.task)
             since = self._since(rule, key, 0.0 if expected else severity, step)
             news = rule.informative
             if expected or EXPECTED + key in self._rows:
@@ -258,6 +258,20 @@ class CollapseGuard(Callback):
                     verdicts.append(verdict)
         return verdicts
 
+    def _all_readable(self, rules: Sequence[Rule], families: Mapping[str, Mapping[str, Mapping[str, Point]]]) -> bool:
+        """Whether at least one layer was judged, and none that ran could not be: NaN is not health."""
+        judged = False
+        for rule in (rule for rule in rules if not rule.informative):
+            for layer, points in families[rule.family].items():
+                own = (
+                    [points[name] for name in rule.measures if name in points] if rule.judges(layer, self.task) else []
+                )
+                ran = len(own) == len(rule.measures) and all(point.flag != Flag.NOT_CALLED for point in own)
+                if ran and not rule.readable(points):
+                    return False
+                judged = judged or ran
+        return judged
+
     def _tell(self, verdict: Verdict) -> None:
         """Say what is no failure, once."""
         if all((verdict.kind, verdict.layer) != (old.kind, old.layer) for old in self.news):
@@ -267,12 +281,13 @@ class CollapseGuard(Callback):
     def _begin(self, rule: Rule, layer: str, points: Mapping[str, Point]) -> dict[str, float]:
         """The beginning of a layer's run, which this point may still belong to."""
         first = self._first.setdefault(f"{rule.kind}/{layer}", {})
-        for name in rule.measures:
+        names = [*rule.measures, *(name for name in rule.optional if name in points)]
+        for name in names:
             count, so_far = first.get(name, (0, 0.0))
             value = points[name].value
             if count < (rule.calibration or self.calibration):
                 first[name] = [count + 1, rule.fold(so_far, value, int(count)) if count else value]
-        return {name: first[name][1] for name in rule.measures}
+        return {name: first[name][1] for name in names}
 
     def _is_complete(self, rule: Rule, layer: str) -> bool:
         counts = [count for count, _ in self._first[f"{rule.kind}/{layer}"].values()]
@@ -340,19 +355,6 @@ def _as_dict(verdict: Verdict) -> dict[str, Any]:
 
 def _from_dict(state: Mapping[str, Any]) -> Verdict:
     return Verdict(**{**state, "also": tuple(state.get("also", ()))})
-
-
-def _all_readable(rules: Sequence[Rule], families: Mapping[str, Mapping[str, Mapping[str, Point]]]) -> bool:
-    """Whether at least one layer was judged, and none that ran could not be: NaN is not health."""
-    judged = False
-    for rule in (rule for rule in rules if not rule.informative):
-        for layer, points in families[rule.family].items():
-            own = [points[name] for name in rule.measures if name in points] if rule.judges(layer) else []
-            ran = len(own) == len(rule.measures) and all(point.flag != Flag.NOT_CALLED for point in own)
-            if ran and not rule.readable(points):
-                return False
-            judged = judged or ran
-    return judged
 
 
 def _by_family(points: Sequence[Point]) -> dict[str, dict[str, dict[str, Point]]]:

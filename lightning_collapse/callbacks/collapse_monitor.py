@@ -96,6 +96,7 @@ class CollapseMonitor(Monitor):
             "eigenvalue_effective_rank",
             "feature_std",
             "relative_spread",
+            "direction_spread",
         ),
         every_n_steps: int | None = None,
         rows: int | None = None,

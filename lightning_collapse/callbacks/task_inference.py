@@ -36,7 +36,10 @@ def infer_task(trainer: Trainer, pl_module: LightningModule, batch: Any, told: s
     layers = [(clean_name(layer), module) for layer, module in weighted_layers(pl_module)]
     width = _width(layers[-1][1]) if layers else 0
     ends = {"classification": max(width - 1, 1), "regression": width} if width else {}
-    return Task(name, why, ends.get(name, 0), _last(pl_module, [layer for layer, _ in layers]))
+    names = [layer for layer, _ in layers]
+    outputs = _ending_behind(pl_module, names[-1:])
+    last = _ending_behind(pl_module, names[-2:]) | {f"{layer}.input" for layer in names[-1:] if outputs}
+    return Task(name, why, ends.get(name, 0), last, outputs)
 
 
 def _of_batch(batch: Any) -> tuple[str, str]:
@@ -70,13 +73,15 @@ def _width(layer: nn.Module) -> int:
     return width if isinstance(width, int) else 0
 
 
-def _last(root: nn.Module, layers: Sequence[str]) -> frozenset[str]:
-    """Curve names of all modules that end behind the last layer but one, and of the input of the last."""
+def _ending_behind(root: nn.Module, layers: Sequence[str]) -> frozenset[str]:
+    """Curve names of all modules that end with the first of the last layers or behind it."""
     names = [clean_name(name) for name, _ in root.named_modules()]
-    if not layers or not set(layers[-2:]) <= set(names):
+    if not layers or not set(layers) <= set(names):
         return frozenset()
-    start = names.index(layers[-2]) if len(layers) > 1 else len(names)
     after = {
-        ".".join(parts[: i + 1]) for name in names[start:] for parts in [name.split(".")] for i in range(len(parts))
+        ".".join(parts[: i + 1])
+        for name in names[names.index(layers[0]) :]
+        for parts in [name.split(".")]
+        for i in range(len(parts))
     }
-    return frozenset({*after, layers[-1], f"{layers[-1]}.input"})
+    return frozenset(after)

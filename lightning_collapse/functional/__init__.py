@@ -56,6 +56,7 @@ from lightning_collapse.functional.regression_collapse import (
 from lightning_collapse.functional.rows import (
     alignment,
     dead_dimensions,
+    direction_spread,
     feature_std,
     feature_std_floor,
     mean_cosine,
@@ -111,6 +112,7 @@ __all__ = [
     "condition_number",
     "dead_dimensions",
     "dead_fraction",
+    "direction_spread",
     "dormant_fraction",
     "effective_rank",
     "eigenvalue_effective_rank",

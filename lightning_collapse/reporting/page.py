@@ -16,7 +16,7 @@ from lightning_collapse.reporting.figures import curves_figure, layers_figure, l
 from lightning_collapse.reporting.page_style import STYLE
 from lightning_collapse.reporting.svg import COLORS, number, text, time_line
 from lightning_collapse.reporting.verdicts import Finding
-from lightning_collapse.rules import ALL, RULES
+from lightning_collapse.rules import ALL, RULES, Task
 
 POINTS = 500
 """Most points of a curve that are drawn."""
@@ -123,7 +123,7 @@ def _read_by_rules(board: Board) -> dict[str, list[str]]:
     read: dict[str, list[str]] = {}
     for rule in RULES.values():
         category = category_of(rule.family)
-        read.setdefault(category, []).extend(rule.measures)
+        read.setdefault(category, []).extend([*rule.measures, *rule.optional])
     return {
         category: [name for name in charts if name in read.get(category, ())]
         for category, charts in board.charts.items()
@@ -189,9 +189,9 @@ def _verdict(board: Board, finding: Finding, most: int) -> str:
     if rule is not None:
         category = category_of(rule.family)
         charts = board.charts.get(category, {})
-        for measure in rule.measures:
+        for measure in (*rule.measures, *rule.optional):
             lines = charts.get(measure, {})
-            names = [finding.layer, *([ALL] if rule.judges(ALL) else [])] if finding.layer else list(lines)
+            names = [finding.layer, *([ALL] if rule.judges(ALL, Task()) else [])] if finding.layer else list(lines)
             curves = {name: lines[name] for name in names if name in lines}
             nulls = {name: board.null(category, measure, name) for name in curves}
             if curves:

@@ -46,16 +46,19 @@ class AttentionOverload(Rule):
 
     Nine in ten heads are above the overload line of :class:`~lightning_collapse.AttentionEntropyMonitor`, and fewer
     than a quarter of them were at some time before: every freshly initialized head starts overloaded, which says
-    nothing, so a layer that never left its beginning is not reported. The term is Jha and Reagen's (2025, arXiv
-    2501.03489); the numbers are ours.
+    nothing, so a layer that never left its beginning is not reported. Nor is one that trembles about the line: the
+    entropy must be twice as near to its largest value as it was at its lowest, for five points: it is no matter of life
+    and death, and comes and goes. The term is Jha and Reagen's (2025, arXiv 2501.03489); the numbers are ours.
     """
 
     kind = "attention_overload"
     family = "attention"
     measures = ("overloaded_share", "entropy_mean")
     calibration = inf
+    patience = 5
     heads = 0.9
     left = 0.25
+    gain = 2.0
     advice = "Keep tokens apart with `Regularizer(KoLeo(), on=...)` on the input of this attention."
     paper = "Jha & Reagen, 2025, arXiv 2501.03489"
 
@@ -64,9 +67,11 @@ class AttentionOverload(Rule):
         return min(so_far, value)
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
-        """The share of overloaded heads over nine tenths, once it has been less than a quarter."""
-        has_left = beginning["overloaded_share"] < self.left
-        return points["overloaded_share"].value / self.heads if has_left else 0.0
+        """The share of overloaded heads over nine tenths, or half of what the entropy has gained if that is less."""
+        if beginning["overloaded_share"] >= self.left:
+            return 0.0
+        gain = (1 - beginning["entropy_mean"]) / max(1 - points["entropy_mean"].value, 1e-300)
+        return min(points["overloaded_share"].value / self.heads, gain / self.gain)
 
     def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
         """Overloaded heads and the entropy, now and at its lowest."""

@@ -22,6 +22,7 @@ class Rule(ABC):
         kind: Name of the verdict.
         family: First part of the names of the curves it reads.
         measures: Last parts of the names of the curves it reads.
+        optional: The same, of curves it reads where a monitor draws them.
         calibration: How many first points make the beginning, ``inf`` for all so far; ``None`` leaves it to the guard.
         healthy: Severity below which a layer is healthy again.
         patience: Points in a row it takes; ``None`` leaves it to the guard.
@@ -36,6 +37,7 @@ class Rule(ABC):
     kind: ClassVar[str]
     family: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()
     calibration: ClassVar[float | None] = None
     healthy: ClassVar[float] = HEALTHY
     patience: ClassVar[int | None] = None
@@ -65,11 +67,11 @@ class Rule(ABC):
             isfinite(point.value) and point.flag not in UNREADABLE for point in own
         )
 
-    def expected(self, layer: str, points: Mapping[str, Point], task: Task) -> str:
+    def expected(self, layer: str, points: Mapping[str, Point], beginning: Mapping[str, float], task: Task) -> str:
         """Why this is where training on ``task`` ends, so that it is news and no failure; empty where it is none."""
         return ""
 
-    def judges(self, layer: str) -> bool:
+    def judges(self, layer: str, task: Task) -> bool:
         """Whether it is about this layer: every one, but not what sums up all of them."""
         return layer != ALL
 

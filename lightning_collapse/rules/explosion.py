@@ -3,51 +3,60 @@
 from collections.abc import Mapping
 
 from lightning_collapse.rules.base import ALL, Rule, register_rule
+from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Point
 
 
 @register_rule
 class LossExplosion(Rule):
-    """The sign diversity of the spectral alignment collapses, in the mean over all matrices.
+    """The sign diversity of the spectral alignment collapses, in the mean over all matrices, while a matrix grows.
 
-    It is half of the largest mean of the run's first twenty points, or less. Those are not judged themselves: inputs
-    turn one-sided and back while the learning rate warms up. Nor are single matrices: their diversity touches zero in
-    healthy training. The verdict names the matrix that lost the largest share of its own. That such a collapse precedes
-    explosions is the finding of Qiu et al. (2025, arXiv 2510.04202); the mean and the numbers are ours.
+    The mean is half of the largest of the run's first twenty points, or less, and the largest spectral norm of all
+    matrices twice the largest of those points, or more. The first twenty are not judged themselves:
+    inputs turn one-sided and back, and norms grow, while the learning rate warms up. Nor are single matrices: their
+    diversity touches zero in healthy training. Nor is one-sidedness alone: small networks turn one-sided and stay well
+    as long as no matrix grows. The verdict names the matrix that lost the largest share of its own diversity. That such
+    a collapse precedes explosions is the finding of Qiu et al. (2025, arXiv 2510.04202), that spectral norms grow with
+    it of Qiu & Yao (2025, arXiv 2510.04212); the mean and the numbers are ours.
     """
 
     kind = "loss_explosion"
     family = "spectral_alignment"
-    measures = ("sign_diversity",)
+    measures = ("sign_diversity", "spectral_norm")
     calibration = 20
     waits = True
+    patience = 1
     share = 0.5
+    growth = 2.0
     healthy = 2 / 3
     least = 0.1
     least_n = 32
     advice = "Return with `Rollback()`, which lowers the learning rate."
     paper = "Qiu et al., 2025, arXiv 2510.04202"
 
-    def judges(self, layer: str) -> bool:
+    def judges(self, layer: str, task: Task) -> bool:
         """The mean over all matrices only."""
         return layer == ALL
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
-        """Half of the beginning over the mean sign diversity; three quarters of the beginning are healthy again.
+        """Half of the beginning over the mean sign diversity, or half of the growth if that is less.
 
-        Inputs that were one-sided from the beginning, as after a ReLU, have nothing to lose; the signs of a few rows
-        fall to one side by chance.
+        At three quarters of the beginning all is healthy again. Inputs that were one-sided from the beginning, as after
+        a ReLU, have nothing to lose; the signs of a few rows fall to one side by chance.
         """
-        if beginning["sign_diversity"] < self.least or points["sign_diversity"].n < self.least_n:
+        diversity, norm = (points[name] for name in self.measures)
+        if beginning["sign_diversity"] < self.least or diversity.n < self.least_n:
             return 0.0
-        return self.share * beginning["sign_diversity"] / max(points["sign_diversity"].value, 1e-300)
+        lost = self.share * beginning["sign_diversity"] / max(diversity.value, 1e-300)
+        return min(lost, norm.value / max(beginning["spectral_norm"], 1e-300) / self.growth)
 
     def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
-        """The mean, now and at the beginning."""
-        diversity = points["sign_diversity"]
+        """Mean and norm, now and at the beginning."""
+        diversity, norm = (points[name] for name in self.measures)
         return (
             f"the sign diversity of the inputs along the top singular vectors is {diversity.value:.2f} in the mean over"
-            f" all matrices, where the run began with {beginning['sign_diversity']:.2f}"
+            f" all matrices, where the run began with {beginning['sign_diversity']:.2f}, and the largest spectral norm"
+            f" of a matrix {norm.value:.3g}, where it began with {beginning['spectral_norm']:.3g}"
         )
 
     def culprit(self, layers: Mapping[str, Mapping[str, Point]], beginnings: Mapping[str, Mapping[str, float]]) -> str:

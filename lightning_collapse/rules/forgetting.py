@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from math import inf, sqrt
 
 from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Point
 
 
@@ -27,7 +28,7 @@ class CatastrophicForgetting(Rule):
     advice = "Keep what was learned with `Distillation`, or with `CLASSP` as the optimizer."
     paper = "McCloskey & Cohen, 1989, Psychology of Learning and Motivation 24"
 
-    def judges(self, layer: str) -> bool:
+    def judges(self, layer: str, task: Task) -> bool:
         """Every task, but not the mean over them."""
         return bool(layer)
 

@@ -59,7 +59,7 @@ class MinorityCollapse(Rule):
 
     That the cosine between them tends to one as the imbalance grows is the finding of Fang et al. (2021, arXiv
     2101.12699), that they may vanish follows from Dang et al. (2023, arXiv 2301.00437); the lines are ours: a mean
-    cosine of nine tenths, or a length of a fiftieth of that of the other classes, which imbalance alone brings only at
+    cosine of seven tenths, or a length of a fiftieth of that of the other classes, which imbalance alone brings only at
     one to several million. Not judged before the beginning is complete: in few dimensions the rows of a fresh
     classifier may be parallel by chance. Balanced classes have no minority, and points of theirs are not judged.
     """
@@ -68,14 +68,14 @@ class MinorityCollapse(Rule):
     family = "neural_collapse"
     measures = ("minority_cosine", "minority_norm")
     waits = True
-    distance = 0.1
+    distance = 0.3
     length = 0.02
-    tasks = ("classification", "language model")
+    tasks = ("classification",)
     advice = "Use an `ETFClassifier` with `DotRegression`, or the losses `BalancedSoftmax` or `LongTailCollapse`."
     paper = "Fang et al., 2021, arXiv 2101.12699"
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
-        """A tenth over the distance of the cosine from one, or a fiftieth over the relative length."""
+        """Three tenths over the distance of the cosine from one, or a fiftieth over the relative length."""
         cosine, length = (points[name].value for name in self.measures)
         return max(self.distance / max(1 - cosine, 1e-300), self.length / max(length, 1e-300))
 

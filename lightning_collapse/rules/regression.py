@@ -14,7 +14,9 @@ class RegressionOverCompression(Rule):
     That such models generalize worse, and those with more dimensions than the targets do not, is the finding of a study
     of which we could read the abstract only (2025, arXiv 2510.01105). How much lower is ours: three standard errors of
     both estimates together, but a tenth at least, since both are too low by some percent near the boundary of the data.
-    Neural collapse as such, which leaves as many dimensions as there are targets, is no failure here.
+    Neural collapse as such, which leaves as many dimensions as there are targets, is no failure here. Not judged are
+    points whose targets repeat: the window is longer than an epoch, and a sample beside its own copy from some steps
+    ago, which features of two neighbors are not, has no dimension; or the targets are too discrete to have one.
     """
 
     kind = "regression_over_compression"
@@ -22,9 +24,17 @@ class RegressionOverCompression(Rule):
     measures = ("intrinsic_dimension", "target_dimension")
     errors = 3.0
     least = 0.1
+    distinct = 0.9
     tasks = ("regression",)
     advice = "Lower the weight decay, or add `Regularizer(EffectiveRankHinge(), on=...)` to the layer."
     paper = "2025, arXiv 2510.01105"
+
+    def readable(self, points: Mapping[str, Point]) -> bool:
+        """Where nine in ten targets differ."""
+        if not super().readable(points):
+            return False
+        features, targets = (points[name] for name in self.measures)
+        return targets.n >= self.distinct * features.n
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """The logarithm of the targets' dimension over the features', in units of what counts as a difference."""

@@ -16,12 +16,14 @@ class Task:
             of ``C`` classes (Papyan, Han & Donoho, 2020, arXiv 2008.08186), regression as many as there are targets
             (Andriopoulos et al., 2024, arXiv 2409.04180). 0 where there is no such end.
         last: Names of the layers from the one before the output layer on.
+        outputs: Those of them whose outputs are the model's.
     """
 
     name: str = ""
     why: str = ""
     directions: int = 0
     last: frozenset[str] = frozenset()
+    outputs: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         ends = f", which may end in {self.directions} direction(s)" if self.directions else ""

@@ -12,9 +12,7 @@ from torch import nn
 from lightning_collapse import CollapseGuard, CollapseMonitor
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Flag, Point
-from tests.toys import PointKeeper, Toy, batches, fit, weights
-
-HEALTHY = {"effective_rank": 30.0, "eigenvalue_effective_rank": 12.0, "feature_std": 1.0, "relative_spread": 0.6}
+from tests.toys import HEALTHY, PointKeeper, Toy, batches, fit, weights
 
 
 class Planted(Callback):
@@ -55,6 +53,9 @@ def test_healthy_curves_get_no_verdict():
         ({"effective_rank": 8.0, "eigenvalue_effective_rank": 1.15}, "dimensional_collapse"),
         (STILL, "complete_collapse"),
         ({"relative_spread": 0.001}, "complete_collapse"),
+        ({"relative_spread": 0.09}, "complete_collapse"),
+        ({"direction_spread": 0.001}, "complete_collapse"),  # lengths vary, directions do not
+        ({"direction_spread": 0.09}, "complete_collapse"),
     ],
 )
 def test_collapse_is_named_with_its_first_step(bad, kind):
@@ -81,12 +82,40 @@ def test_collapse_before_the_first_point_is_seen_too():
         [{}] * 4 + [{"effective_rank": 10.0, "eigenvalue_effective_rank": 1.1}] * 5,
         [{}] * 4 + [{"effective_rank": 3.0, "eigenvalue_effective_rank": 1.3}] * 5,  # a tenth of 12 is 1.2
         [{}] * 4 + [{"feature_std": 0.1}] * 5,  # shrinks, but not to nothing
+        [{}] * 4 + [{"relative_spread": 0.12, "direction_spread": 0.12}] * 5,  # a large mean, as after a ReLU
+        [{"relative_spread": 0.3, "direction_spread": 0.3}] * 4 + [{"relative_spread": 0.09}] * 5,  # large before too
         [{"eigenvalue_effective_rank": 1.01, "effective_rank": 9.0}] * 8,  # a healthy binary classifier
     ],
 )
 def test_what_only_looks_like_a_collapse_gets_no_verdict(script):
     guard, _, _ = judged(script)
     assert guard.verdicts == []
+
+
+def test_directions_are_judged_where_they_are_drawn():
+    class Without(Planted):
+        def __init__(self, script):
+            super().__init__(script)
+            self.script = [{**HEALTHY, **values} for values in script]
+            for values in self.script:
+                del values["direction_spread"]
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            points = [Point(f"collapse/z/{k}", batch_idx, v, 64, 60.0) for k, v in self.script[batch_idx].items()]
+            publish(trainer, pl_module, points)
+
+    guard = CollapseGuard(action="log")
+    monitor = CollapseMonitor(["encoder"], ("feature_std", "relative_spread"), every_n_steps=10_000)
+    script = [{}] * 4 + [{"relative_spread": 0.05}] * 4
+    fit(Toy(), [monitor, guard, Without(script)], batches(len(script)), log_every_n_steps=1)
+    assert [verdict.kind for verdict in guard.verdicts] == ["complete_collapse"]
+    assert "directions" not in guard.verdicts[0].evidence
+
+
+def test_a_single_feature_has_no_direction():
+    script = [{}] * 4 + [{"direction_spread": 0.0}] * 4
+    assert judged(script)[0].verdicts
+    assert judged(script, null=float("nan"))[0].verdicts == []
 
 
 def test_narrow_layers_are_not_judged_by_rank():

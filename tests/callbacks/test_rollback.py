@@ -12,9 +12,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Se
 from lightning_collapse import CollapseGuard, CollapseMonitor, Rollback
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
-from tests.toys import batches, fit
+from tests.toys import HEALTHY, batches, fit
 
-HEALTHY = {"effective_rank": 30.0, "eigenvalue_effective_rank": 12.0, "feature_std": 1.0, "relative_spread": 0.6}
 BAD = {**HEALTHY, "feature_std": 1e-4}
 SCHEDULERS = {
     "step": lambda o: StepLR(o, step_size=3, gamma=0.7),

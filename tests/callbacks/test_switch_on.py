@@ -13,9 +13,8 @@ from lightning_collapse import AntiCollapseMixin, CollapseGuard, CollapseMonitor
 from lightning_collapse.losses import LinearWarmup, VarianceLoss, VCReg, VICReg
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
-from tests.toys import QUIET, PointKeeper, Toy, batches, fit, weights
+from tests.toys import HEALTHY, QUIET, PointKeeper, Toy, batches, fit, weights
 
-HEALTHY = {"effective_rank": 30.0, "eigenvalue_effective_rank": 12.0, "feature_std": 1.0, "relative_spread": 0.6}
 CURVE = "guard/switch_on/variance"
 planted_points = pytest.mark.filterwarnings("ignore:`CollapseMonitor`. the fit ended before")  # instead of its own
 

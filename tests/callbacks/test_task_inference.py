@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_collapse import CollapseGuard, CollapseMonitor, NeuralCollapseMonitor, RegressionCollapseMonitor
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
-from tests.toys import fit
+from tests.toys import HEALTHY, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*Monitor`. the fit ended before")  # planted points instead
 
@@ -98,23 +98,26 @@ def test_the_last_layers():
 
 
 class Planted(Callback):
-    """Ranks of a layer, one point per step."""
+    """Readings of a layer, one point per step."""
 
-    def __init__(self, layer, ranks):
-        self.layer, self.ranks = layer, ranks
+    def __init__(self, layer, values, measures):
+        self.layer, self.values, self.measures = layer, values, measures
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        rank = self.ranks[batch_idx]
-        values = {"feature_std": 1.0, "relative_spread": 0.6, "effective_rank": rank, "eigenvalue_effective_rank": rank}
+        values = {**HEALTHY, **dict.fromkeys(self.measures, self.values[batch_idx])}
         points = [Point(f"collapse/{self.layer}/{m}", batch_idx, value, 64, 60.0) for m, value in values.items()]
         publish(trainer, pl_module, points)
 
 
-def judged(ranks, outputs, layer="head.input", batch="labels", task=None):
+RANKS = ("effective_rank", "eigenvalue_effective_rank")
+SPREADS = ("relative_spread", "direction_spread")
+
+
+def judged(values, outputs, layer="head.input", batch="labels", task=None, measures=RANKS):
     guard = CollapseGuard(action="log", task=task)
     monitor = CollapseMonitor(["body"], every_n_steps=10_000)
-    loader = DataLoader([BATCHES[batch]] * len(ranks), batch_size=None)
-    trainer = fit(Net(outputs), [monitor, guard, Planted(layer, ranks)], loader)
+    loader = DataLoader([BATCHES[batch]] * len(values), batch_size=None)
+    trainer = fit(Net(outputs), [monitor, guard, Planted(layer, values, measures)], loader)
     return guard, trainer
 
 
@@ -154,3 +157,23 @@ def test_one_direction_is_a_failure(facts):
 def test_one_direction_is_where_a_regression_of_one_target_ends():
     guard, _ = judged([30.0] * 4 + [1.0] * 4, outputs=1, batch="targets")
     assert (len(guard.verdicts), len(guard.news)) == (0, 1)
+
+
+@pytest.mark.parametrize("batch", ["labels", "targets", "tokens"])
+def test_outputs_follow_their_targets(batch):
+    equal = [0.6] * 4 + [1e-3] * 4
+    assert judged(equal, 3, layer="head", batch=batch, measures=SPREADS)[0].verdicts == []
+    guard, _ = judged(equal, 3, layer="head.input", batch=batch, measures=SPREADS)
+    assert [verdict.kind for verdict in guard.verdicts] == ["complete_collapse"]
+
+
+def test_outputs_without_targets_are_a_representation():
+    guard, _ = judged([0.6] * 4 + [1e-3] * 4, 3, layer="head", batch="no targets", measures=SPREADS)
+    assert [verdict.kind for verdict in guard.verdicts] == ["complete_collapse"]
+
+
+def test_a_narrow_cone_is_where_language_models_live():
+    guard, _ = judged([0.6] * 4 + [0.05] * 4 + [1e-3] * 4, 3, layer="body.0", batch="tokens", measures=SPREADS)
+    assert [(news.kind, news.since) for news in guard.news] == [("complete_collapse", 4)]
+    assert "narrow cone" in guard.news[0].evidence
+    assert [(verdict.kind, verdict.since) for verdict in guard.verdicts] == [("complete_collapse", 8)]

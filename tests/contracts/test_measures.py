@@ -140,6 +140,10 @@ def naive_mean_cosine(x: Matrix) -> float:
     return float(np.mean([u[i] @ u[j] for i in range(len(u)) for j in range(i)]))
 
 
+def naive_direction_spread(x: Matrix) -> float:
+    return float(np.sqrt(unit(x).var(axis=0).sum()))
+
+
 def naive_uniformity(x: Matrix) -> float:
     u = unit(x)
     return float(np.log(np.mean([np.exp(-2 * np.sum((u[i] - u[j]) ** 2)) for i in range(len(u)) for j in range(i)])))
@@ -155,6 +159,7 @@ REFERENCES: dict[str, Callable[..., float]] = {
     "alpha_req_fit": lambda x: naive_power_law(x)[1],
     "condition_number": naive_condition_number,
     "dead_dimensions": naive_dead,
+    "direction_spread": naive_direction_spread,
     "effective_rank": naive_effective_rank,
     "eigenvalue_effective_rank": naive_eigenvalue_effective_rank,
     "eigenvalue_quartile_ratio": lambda x: naive_quartile_ratio(x, 2),
@@ -181,6 +186,7 @@ BOUNDS: dict[str, Callable[[int, int], tuple[float, float]]] = {
     "alpha_req_fit": lambda n, d: (0, 1),
     "condition_number": lambda n, d: (1, math.inf),
     "dead_dimensions": lambda n, d: (0, 1),
+    "direction_spread": lambda n, d: (0, 1),
     "eigenvalue_quartile_ratio": lambda n, d: (1, math.inf),
     "feature_std": lambda n, d: (0, math.inf),
     "feature_std_floor": lambda n, d: (0, math.inf),

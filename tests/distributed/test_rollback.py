@@ -10,9 +10,8 @@ from lightning_collapse import CollapseGuard, CollapseMonitor, Rollback
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
 from tests.distributed.launch import on_two_processes
-from tests.toys import QUIET, Toy, batches
+from tests.toys import HEALTHY, QUIET, Toy, batches
 
-HEALTHY = {"effective_rank": 30.0, "eigenvalue_effective_rank": 12.0, "feature_std": 1.0, "relative_spread": 0.6}
 SCRIPT = [1.0] * 4 + [1e-4] * 2 + [1.0]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_collapse.functional import (
     alignment,
     dead_dimensions,
+    direction_spread,
     feature_std,
     feature_std_floor,
     mean_cosine,
@@ -16,7 +17,15 @@ from lightning_collapse.functional import (
     uniformity,
 )
 
-MEASURES = [feature_std, feature_std_floor, relative_spread, dead_dimensions, mean_cosine, uniformity]
+MEASURES = [
+    feature_std,
+    feature_std_floor,
+    relative_spread,
+    direction_spread,
+    dead_dimensions,
+    mean_cosine,
+    uniformity,
+]
 
 
 def noise(n: int, d: int, seed: int = 0) -> Tensor:
@@ -102,6 +111,20 @@ def test_relative_spread_by_hand() -> None:
     assert relative_spread(noise(500, 8)).item() == pytest.approx(1, abs=0.01)
 
 
+def test_direction_spread_by_hand() -> None:
+    rows = torch.tensor([[3.0, 4.0], [-30.0, -40.0], [0.0, 0.0]])
+    assert direction_spread(rows[:2]).item() == 1
+    assert direction_spread(rows.abs()[:2]).item() == pytest.approx(0, abs=1e-7)
+    assert direction_spread(rows).item() == 1
+    assert direction_spread(rows.abs()).item() == pytest.approx(3**-0.5)  # the origin is no direction, but another row
+    assert direction_spread(rows[2:]) == 0
+    angles = torch.linspace(-0.1, 0.1, 101, dtype=torch.float64)
+    lengths = torch.logspace(-3, 3, 101, dtype=torch.float64).unsqueeze(1)
+    fan = lengths * torch.stack([angles.cos(), angles.sin()], dim=1)
+    assert direction_spread(fan).item() == pytest.approx(angles.std(correction=0).item(), rel=1e-2)
+    assert relative_spread(fan).item() > 0.9
+
+
 def test_scale_is_seen_by_standard_deviations_only() -> None:
     rows = noise(30, 4) * torch.tensor([1.0, 2.0, 3.0, 0.5])
     assert feature_std_floor(rows).item() == pytest.approx(rows.std(dim=0).min().item(), rel=1e-6)
@@ -114,7 +137,7 @@ def test_few_rows_that_count(measure) -> None:
     alone = torch.arange(6) == 2
     nobody = torch.zeros(6, dtype=torch.bool)
     assert measure(rows, nobody).isnan()
-    if measure is not relative_spread:
+    if measure not in (relative_spread, direction_spread):
         assert measure(rows, alone).isnan()
         assert measure(rows[:1]).isnan()
     pair = torch.tensor([True, False, False, True, False, False])

@@ -6,16 +6,11 @@ from lightning.pytorch import Callback
 from lightning_collapse import CollapseGuard, CollapseMonitor
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Flag, Point
+from tests import toys
 from tests.toys import Toy, batches, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`CollapseMonitor`. the fit ended before")  # planted points instead
-WELL = {
-    "effective_rank": 30.0,
-    "eigenvalue_effective_rank": 12.0,
-    "feature_std": 1.0,
-    "relative_spread": 0.6,
-    "nonfinite_fraction": 0.0,
-}
+WELL = {**toys.HEALTHY, "nonfinite_fraction": 0.0}
 LOW = {**WELL, "effective_rank": 1.02, "eigenvalue_effective_rank": 1.0}
 STILL = {**WELL, "feature_std": 0.002}
 BOTH = {**LOW, "feature_std": 0.002}

@@ -37,30 +37,33 @@ def judged(family: str, script: Script, n: int = 64) -> tuple[CollapseGuard, Poi
     return guard, keeper
 
 
-def diversity(mean: float, **of_layers: float) -> dict[str, dict[str, float]]:
-    return {layer: {"sign_diversity": value} for layer, value in {**of_layers, "all": mean}.items()}
+def diversity(mean: float, norm: float = 2.0, **of_layers: float) -> dict[str, dict[str, float]]:
+    values = {**of_layers, "all": mean}
+    return {layer: {"sign_diversity": value, "spectral_norm": norm} for layer, value in values.items()}
 
 
 def test_one_sided_inputs_of_all_matrices_announce_an_explosion() -> None:
-    healthy, ill = diversity(0.6, fc1=0.9, fc2=0.2), diversity(0.25, fc1=0.3, fc2=0.19)
+    healthy, ill = diversity(0.6, fc1=0.9, fc2=0.2), diversity(0.25, 4.1, fc1=0.3, fc2=0.19)
     guard, keeper = judged("spectral_alignment", [healthy] * 20 + [ill] * 3)
     [verdict] = guard.verdicts
-    assert (verdict.kind, verdict.layer, verdict.since, verdict.step) == ("loss_explosion", "fc1", 20, 21)
+    assert (verdict.kind, verdict.layer, verdict.since, verdict.step) == ("loss_explosion", "fc1", 20, 20)
     assert "is 0.25 in the mean over all matrices, where the run began with 0.60" in verdict.evidence
-    assert [point.value for point in keeper.curve("guard/loss_explosion")] == [0.0] * 21 + [1.0] * 2
+    assert "the largest spectral norm of a matrix 4.1, where it began with 2" in verdict.evidence
+    assert [point.value for point in keeper.curve("guard/loss_explosion")] == [0.0] * 20 + [1.0] * 3
     assert not keeper.curve("guard/complete_collapse")
 
 
 @pytest.mark.parametrize(
     "script",
     [
-        [diversity(0.6, fc1=0.9)] * 20 + [diversity(0.5, fc1=0.0)] * 4,  # single matrices touch zero all the time
-        [diversity(0.6)] * 20 + [diversity(0.2), diversity(0.6)] * 3,
-        [diversity(0.6), diversity(0.1), diversity(0.1), diversity(0.1)] + [diversity(0.6)] * 20,  # a warm-up
-        [diversity(0.0)] * 22,
-        [diversity(0.02)] * 20 + [diversity(0.0)] * 3,
-        [diversity(0.1)] * 24,  # one-sided from the beginning, as after a ReLU
-        [diversity(0.6)] * 20 + [diversity(float("nan"))] * 5,
+        [diversity(0.6, fc1=0.9)] * 20 + [diversity(0.5, 9.0, fc1=0.0)] * 4,  # single matrices touch zero all the time
+        [diversity(0.6), *[diversity(0.1, 9.0)] * 3] + [diversity(0.6)] * 20,  # a warm-up
+        [diversity(0.0)] * 20 + [diversity(0.0, 9.0)] * 2,
+        [diversity(0.02)] * 20 + [diversity(0.0, 9.0)] * 3,
+        [diversity(0.1)] * 20 + [diversity(0.1, 9.0)] * 4,  # one-sided from the beginning, as after a ReLU
+        [diversity(0.6)] * 20 + [diversity(float("nan"), 9.0)] * 5,
+        [diversity(0.6)] * 20 + [diversity(0.1, 3.9)] * 4,  # a small network, whose weights stay small
+        [diversity(0.6)] * 20 + [diversity(0.6, 9.0)] * 4,  # weights that grow, and inputs on both sides
     ],
 )
 def test_what_only_looks_like_an_explosion_gets_no_verdict(script: Script) -> None:
@@ -69,7 +72,7 @@ def test_what_only_looks_like_an_explosion_gets_no_verdict(script: Script) -> No
 
 
 def test_a_few_rows_may_fall_to_one_side_by_chance() -> None:
-    script = [diversity(0.6)] * 20 + [diversity(0.1)] * 4
+    script = [diversity(0.6)] * 20 + [diversity(0.1, 9.0)] * 4
     assert judged("spectral_alignment", script, n=31)[0].verdicts == []
     assert judged("spectral_alignment", script, n=32)[0].verdicts != []
 
@@ -84,7 +87,7 @@ def attention(entropy: float, collapsed: float = 0.0, overloaded: float = 0.0) -
     [
         ([attention(0.9)] * 4 + [attention(0.08)] * 3, "attention_entropy_collapse", 4),
         ([attention(0.9)] * 4 + [attention(0.5, collapsed=0.5)] * 3, "attention_entropy_collapse", 4),
-        ([attention(0.99, 0, 1)] + [attention(0.6)] * 3 + [attention(0.98, 0, 1)] * 3, "attention_overload", 4),
+        ([attention(0.99, 0, 1)] + [attention(0.6)] * 3 + [attention(0.98, 0, 1)] * 6, "attention_overload", 4),
     ],
 )
 def test_attention_that_looks_at_one_key_or_at_all_alike(script: Script, kind: str, since: int) -> None:
@@ -98,7 +101,9 @@ def test_attention_that_looks_at_one_key_or_at_all_alike(script: Script, kind: s
     [
         [attention(0.99, 0, 1)] * 8,  # freshly initialized heads
         [attention(0.99, 0, 1)] * 3 + [attention(0.3, collapsed=0.25)] * 5,
-        [attention(0.99, 0, 1)] * 3 + [attention(0.9, 0, 0.5)] * 3 + [attention(0.97, 0, 0.9)] * 3,
+        [attention(0.99, 0, 1)] * 3 + [attention(0.9, 0, 0.5)] * 3 + [attention(0.97, 0, 0.9)] * 6,
+        [attention(0.99, 0, 1)] * 3 + [attention(0.94)] * 3 + [attention(0.96, 0, 1)] * 6,  # about the line
+        [attention(0.99, 0, 1)] * 3 + [attention(0.6)] * 3 + [attention(0.98, 0, 1)] * 4 + [attention(0.6)] * 3,
     ],
 )
 def test_what_attention_does_in_healthy_runs_gets_no_verdict(script: Script) -> None:
