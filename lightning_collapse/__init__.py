@@ -28,7 +28,7 @@ from lightning_collapse.callbacks import (
 from lightning_collapse.mixins import AntiCollapseMixin, ContinualMixin, EWCMixin
 from lightning_collapse.utilities.registry import register_measure
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "AntiCollapseMixin",

@@ -9,7 +9,8 @@ import pytest
 from lightning_collapse.reporting import legend
 from lightning_collapse.utilities.registry import LOSSES, PENALTIES
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -49,3 +50,9 @@ def test_every_penalty_has_a_row():
     assert PENALTIES
     for name in PENALTIES:
         assert any(line.startswith(f"| `{name}` |") for line in README.splitlines()), name
+
+
+def test_the_gallery_shows_every_example():
+    gallery = (ROOT / "examples" / "README.md").read_text()
+    shown = set(re.findall(r"\]\(([\w/]+(?:\.py)?)\)", gallery))
+    assert shown == {path.name for path in (ROOT / "examples").glob("[a-z]*.py")} | {"zoo"}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_collapse.callbacks.feeding import require_fed
+from lightning_collapse.callbacks.feeding import fed, require_fed
 from lightning_collapse.callbacks.guard_arguments import Action, check_actions, check_rules
 from lightning_collapse.callbacks.rollback import Rollback
 from lightning_collapse.callbacks.switch_on import SwitchOn
@@ -188,7 +188,8 @@ class CollapseGuard(Callback):
         if self._inferred:
             return
         self._inferred = True
-        self.task = infer_task(trainer, pl_module, batch, self._told)
+        task = infer_task(trainer, pl_module, batch, self._told)
+        self.task = replace(task, kinds=fed(self._rules, trainer.callbacks))
         if self.task.name and not self._told:
             rank_zero_info(
                 f"`CollapseGuard` takes this for {self.task}, from {self.task.why}. Say otherwise with"

@@ -11,6 +11,11 @@ from lightning_collapse.rules import NonFinite, Rule
 from lightning_collapse.utilities.registry import CURVES
 
 
+def fed(rules: Mapping[str, Rule], callbacks: Sequence[Callback]) -> frozenset[str]:
+    """Kinds of the rules whose curves a callback draws."""
+    return frozenset(kind for kind, rule in rules.items() if any(_feeds(callback, rule) for callback in callbacks))
+
+
 def require_fed(rules: Mapping[str, Rule], callbacks: Sequence[Callback], asked: bool) -> None:
     """Refuse to judge what nobody draws.
 
@@ -22,7 +27,8 @@ def require_fed(rules: Mapping[str, Rule], callbacks: Sequence[Callback], asked:
     Raises:
         MisconfigurationException: With the line to add.
     """
-    unfed = [rule for rule in rules.values() if not any(_feeds(callback, rule) for callback in callbacks)]
+    judged = fed(rules, callbacks)
+    unfed = [rule for kind, rule in rules.items() if kind not in judged]
     if asked and unfed:
         raise MisconfigurationException(
             "; ".join(
@@ -33,7 +39,7 @@ def require_fed(rules: Mapping[str, Rule], callbacks: Sequence[Callback], asked:
             + "."
         )
     # that a monitor counts NaN does not mean that it draws what shows a collapse
-    if not {rule.kind for rule in rules.values() if rule not in unfed} - {NonFinite.kind}:
+    if not judged - {NonFinite.kind}:
         needed = "; ".join(f"of {rule.family} {', '.join(rule.measures)}" for rule in rules.values())
         raise MisconfigurationException(
             "`CollapseGuard` reads the curves of monitors, and no monitor of the trainer draws all that one of its"

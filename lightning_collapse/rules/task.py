@@ -17,6 +17,7 @@ class Task:
             (Andriopoulos et al., 2024, arXiv 2409.04180). 0 where there is no such end.
         last: Names of the layers from the one before the output layer on.
         outputs: Those of them whose outputs are the model's.
+        kinds: What is judged: kinds of the rules whose curves are drawn.
     """
 
     name: str = ""
@@ -24,6 +25,7 @@ class Task:
     directions: int = 0
     last: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
+    kinds: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         ends = f", which may end in {self.directions} direction(s)" if self.directions else ""

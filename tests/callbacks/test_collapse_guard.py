@@ -56,6 +56,8 @@ def test_healthy_curves_get_no_verdict():
         ({"relative_spread": 0.09}, "complete_collapse"),
         ({"direction_spread": 0.001}, "complete_collapse"),  # lengths vary, directions do not
         ({"direction_spread": 0.09}, "complete_collapse"),
+        ({"direction_spread": 0.09, "eigenvalue_effective_rank": 1.2}, "dimensional_collapse"),  # a ray
+        ({"direction_spread": 0.09, "eigenvalue_effective_rank": 1.2, "relative_spread": 0.2}, "complete_collapse"),
     ],
 )
 def test_collapse_is_named_with_its_first_step(bad, kind):
@@ -113,7 +115,7 @@ def test_directions_are_judged_where_they_are_drawn():
 
 
 def test_a_single_feature_has_no_direction():
-    script = [{}] * 4 + [{"direction_spread": 0.0}] * 4
+    script = [{}] * 4 + [{"direction_spread": 0.0, "relative_spread": 0.05}] * 4
     assert judged(script)[0].verdicts
     assert judged(script, null=float("nan"))[0].verdicts == []
 

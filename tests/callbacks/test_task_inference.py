@@ -177,3 +177,14 @@ def test_a_narrow_cone_is_where_language_models_live():
     assert [(news.kind, news.since) for news in guard.news] == [("complete_collapse", 4)]
     assert "narrow cone" in guard.news[0].evidence
     assert [(verdict.kind, verdict.since) for verdict in guard.verdicts] == [("complete_collapse", 8)]
+
+
+@pytest.mark.parametrize(("layer", "kinds"), [("body.0", ["dimensional_collapse"]), ("head.input", [])])
+def test_last_features_of_a_regression_are_compared_with_the_targets_where_they_are_read(layer, kinds):
+    guard = CollapseGuard(action="log")
+    monitors = [CollapseMonitor(["body"], every_n_steps=10_000), RegressionCollapseMonitor(every_n_steps=10_000)]
+    values = [30.0] * 4 + [1.0] * 4
+    loader = DataLoader([BATCHES["targets"]] * len(values), batch_size=None)
+    fit(Net(3), [*monitors, guard, Planted(layer, values, RANKS)], loader)
+    assert [verdict.kind for verdict in guard.verdicts] == kinds
+    assert judged(values, 3, layer, "targets")[0].verdicts

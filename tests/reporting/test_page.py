@@ -191,8 +191,13 @@ def test_every_picture_has_a_name_and_numbers(html):
 
 def test_evidence_has_the_curves_that_the_rule_reads(html):
     [verdict, *_] = re.findall(r"<h3>Complete collapse in .*?</article>", html, re.DOTALL)
-    assert re.findall(r"<figure><b>(\w+)</b>", verdict) == ["feature_std", "relative_spread", "direction_spread"]
-    assert verdict.count('class="mark"') == 6
+    assert re.findall(r"<figure><b>(\w+)</b>", verdict) == [
+        "feature_std",
+        "relative_spread",
+        "direction_spread",
+        "eigenvalue_effective_rank",
+    ]
+    assert verdict.count('class="mark"') == 8
     assert all(len(re.findall(r"[ML]", path)) > 5 for path in re.findall(r'class="line c0" d="([^"]+)"', verdict))
 
 
