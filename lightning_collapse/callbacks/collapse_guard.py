@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from math import isfinite
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -188,12 +189,14 @@ class CollapseGuard(Callback):
         if self._inferred:
             return
         self._inferred = True
-        task = infer_task(trainer, pl_module, batch, self._told)
-        self.task = replace(task, kinds=fed(self._rules, trainer.callbacks))
+        self.task = infer_task(trainer, pl_module, batch, self._told)
+        self.task = replace(self.task, kinds=fed(self._rules, trainer.callbacks))
+        outputs = ", ".join(f"`{layer}`" for layer in sorted(self.task.outputs))
+        said = f" How the outputs of {outputs} lie is up to the targets, and not judged." if outputs else ""
         if self.task.name and not self._told:
             rank_zero_info(
                 f"`CollapseGuard` takes this for {self.task}, from {self.task.why}. Say otherwise with"
-                f" `task=`: {', '.join(TASKS)}."
+                f" `task=`: {', '.join(TASKS)}.{said}"
             )
 
     @override
@@ -282,7 +285,8 @@ class CollapseGuard(Callback):
     def _begin(self, rule: Rule, layer: str, points: Mapping[str, Point]) -> dict[str, float]:
         """The beginning of a layer's run, which this point may still belong to."""
         first = self._first.setdefault(f"{rule.kind}/{layer}", {})
-        names = [*rule.measures, *(name for name in rule.optional if name in points)]
+        drawn = (name for name in rule.optional if name in points and isfinite(points[name].value))
+        names = [*rule.measures, *drawn]
         for name in names:
             count, so_far = first.get(name, (0, 0.0))
             value = points[name].value
@@ -306,7 +310,7 @@ class CollapseGuard(Callback):
         if not standing and row[1] >= patience:
             self._standing[key] = True
             return row[0]
-        if standing and row[2] >= patience:
+        if standing and row[2] >= (rule.recovery or patience):
             self._standing[key] = False
             kind, _, layer = key.partition("/")
             rank_zero_info(f"`CollapseGuard`: {kind.replace('_', ' ')} in `{layer}` is over at step {step}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isnan
 from typing import Any
@@ -17,7 +17,7 @@ from lightning_collapse.spectral.eigenvalues import eigenvalues
 from lightning_collapse.spectral.moments import Moments, reduce_moments
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.spectral.spectrum import Spectrum, finish_spectrum, gram_of, values_of
-from lightning_collapse.utilities.distributed import all_gather_rows, world_size
+from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_sum, world_size
 from lightning_collapse.utilities.points import Flag
 from lightning_collapse.utilities.registry import Measure
 
@@ -33,12 +33,14 @@ class LayerRows:
         mask: Boolean, shape ``(n,)``: rows that are not padding.
         expected: How many rows all processes together hold at most; the same on every process.
         sketched: Whether the rows are a random projection.
+        sums: What measures of rows need of the rows of all processes, by their names.
     """
 
     rows: Tensor
     mask: Tensor
     expected: int
     sketched: bool = False
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -64,8 +66,7 @@ def read(
     kinds = {measure.spectrum for measure in measures if measure.kind == "spectrum"} | {"centered"}
     solved = {measure.spectrum for measure in measures if measure.kind == "spectrum" and measure.of_gram is None}
     solved |= {"centered"} if spectra else set()
-    needs_rows = any(measure.kind == "rows" and measure.of_record is None for measure in measures)
-    layers, shared = _share(layers, needs_rows)
+    layers, shared = _share(layers, [m for m in measures if m.kind == "rows" and m.of_record is None])
     readings: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
     for members in _alike(layers, shared):
@@ -119,7 +120,12 @@ def _evaluate(
                     return values
         calls = [partial(of_record, _part(record, i)) for i in range(len(layers))]
     else:
-        calls = [partial(measure.fn, layer.rows, layer.mask) for layer in layers]
+        calls = [
+            partial(measure.of_sum, layer.sums[measure.name])
+            if measure.of_sum is not None and measure.name in layer.sums
+            else partial(measure.fn, layer.rows, layer.mask)
+            for layer in layers
+        ]
     return torch.stack([_one(measure, call, nothing).to(record.count) for call in calls])
 
 
@@ -131,8 +137,8 @@ def _one(measure: Measure, call: Callable[[], Tensor], nothing: Tensor) -> Tenso
         return nothing
 
 
-def _share(layers: Sequence[LayerRows], needs_rows: bool) -> tuple[list[LayerRows], list[Moments | None]]:
-    """Let every process know the rows, or where they are many their moments and some of the rows."""
+def _share(layers: Sequence[LayerRows], of_rows: Sequence[Measure]) -> tuple[list[LayerRows], list[Moments | None]]:
+    """Let every process know the rows, or where they are many their moments, sums, and if need be some of the rows."""
     ranks = world_size()
     if ranks == 1:
         return list(layers), [None] * len(layers)
@@ -142,6 +148,8 @@ def _share(layers: Sequence[LayerRows], needs_rows: bool) -> tuple[list[LayerRow
         moments.append(Moments(layer.rows.shape[1], layer.rows.device))
         moments[-1].update(layer.rows, layer.mask)
     reduced = iter(reduce_moments(moments) if moments else [])
+    layers = _add_sums(layers, many, [measure for measure in of_rows if measure.of_sum is not None])
+    needs_rows = any(measure.of_sum is None for measure in of_rows)
     gathered = []
     for layer, by_moments in zip(layers, many, strict=True):
         if by_moments and not needs_rows:
@@ -154,6 +162,24 @@ def _share(layers: Sequence[LayerRows], needs_rows: bool) -> tuple[list[LayerRow
         rows, mask = all_gather_rows(own, layer.mask[::stride].contiguous())
         gathered.append(replace(layer, rows=rows, mask=mask))
     return gathered, [next(reduced) if by_moments else None for by_moments in many]
+
+
+def _add_sums(layers: Sequence[LayerRows], many: Sequence[bool], measures: Sequence[Measure]) -> list[LayerRows]:
+    """The layers, those of many rows with the sums over all processes that measures ask for: one message."""
+    asked = [
+        (i, measure.name, measure.summand(layers[i].rows, layers[i].mask))
+        for i, by_sums in enumerate(many)
+        for measure in measures
+        if by_sums and measure.summand is not None
+    ]
+    if not asked:
+        return list(layers)
+    total = all_reduce_sum(torch.cat([summand for _, _, summand in asked]))
+    parts = torch.split(total, [len(summand) for _, _, summand in asked])
+    sums: list[dict[str, Tensor]] = [{} for _ in layers]
+    for (i, name, _), part in zip(asked, parts, strict=True):
+        sums[i][name] = part
+    return [replace(layer, sums=of_layer) for layer, of_layer in zip(layers, sums, strict=True)]
 
 
 def _alike(layers: Sequence[LayerRows], shared: Sequence[Moments | None]) -> list[list[int]]:

@@ -10,6 +10,7 @@ from lightning_collapse.rules import Task
 from lightning_collapse.utilities.modules import clean_name, weighted_layers
 from lightning_collapse.utilities.targets import TARGET_KEYS, targets_of
 
+WITH_TARGETS = ("classification", "regression", "language model")
 OF_FAMILY = {"neural_collapse": "classification", "regression_collapse": "regression"}
 
 
@@ -37,9 +38,8 @@ def infer_task(trainer: Trainer, pl_module: LightningModule, batch: Any, told: s
     width = _width(layers[-1][1]) if layers else 0
     ends = {"classification": max(width - 1, 1), "regression": width} if width else {}
     names = [layer for layer, _ in layers]
-    outputs = _ending_behind(pl_module, names[-1:])
-    last = _ending_behind(pl_module, names[-2:]) | {f"{layer}.input" for layer in names[-1:] if outputs}
-    return Task(name, why, ends.get(name, 0), last, outputs)
+    last = _ending_behind(pl_module, names[-2:]) | {f"{layer}.input" for layer in names[-1:]}
+    return Task(name, why, ends.get(name, 0), last, _heads(names, name, width, batch))
 
 
 def _of_batch(batch: Any) -> tuple[str, str]:
@@ -71,6 +71,18 @@ def _width(layer: nn.Module) -> int:
     """How many numbers a layer returns per row or position, 0 if that is not known."""
     width = getattr(layer, "out_features", getattr(layer, "out_channels", 0))
     return width if isinstance(width, int) else 0
+
+
+def _heads(layers: Sequence[str], task: str, width: int, batch: Any) -> frozenset[str]:
+    """The last layer and modules that hold no other, if its outputs can be those of a task with targets."""
+    if not layers or task not in WITH_TARGETS:
+        return frozenset()
+    targets = targets_of(batch)
+    if task == "regression" and targets is not None and width != (targets.shape[-1] if targets.ndim > 1 else 1):
+        return frozenset()
+    parts = layers[-1].split(".")
+    around = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return frozenset({layers[-1], *(name for name in around if not any(o.startswith(f"{name}.") for o in layers[:-1]))})
 
 
 def _ending_behind(root: nn.Module, layers: Sequence[str]) -> frozenset[str]:

@@ -101,6 +101,8 @@ def relative_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @register_measure(
     kind="rows",
+    summand=lambda features, mask: _direction_sum(features, mask),
+    of_sum=lambda total: _direction_spread(total),
     range="0 to 1",
     collapsed="near 0",
     source="Chen & He, CVPR 2021, arXiv 2011.10566",
@@ -108,21 +110,20 @@ def relative_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
 )
 @full_precision
 def direction_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""The :func:`relative_spread` of rows scaled to unit length: how far their directions differ.
+    r"""How far the directions of rows differ: the :func:`relative_spread` of rows scaled to unit length.
 
-    .. math:: \sqrt{\tfrac{1}{n} \sum_i \|\hat x_i - \bar x\|^2}, \quad
-        \hat x = x / \|x\|, \quad \bar x = \tfrac{1}{n} \sum_i \hat x_i
+    .. math:: \sqrt{1 - \bigl\|\tfrac{1}{n} \sum_i \hat x_i\bigr\|^2}, \quad \hat x = x / \|x\|
 
     Losses of the cosine, as of BYOL and SimSiam, see directions only: rows that point one way have collapsed for them,
     however their lengths vary. The standard deviation that the source watches is the mean over the features, ours is
-    the quadratic mean, times the root of the width: both are 1 where rows fill the sphere. Zero rows stay zero.
+    the quadratic mean, times the root of the width: both are 1 where rows fill the sphere.
 
     Args:
-        features: Shape ``(N, D)``. Rows with NaN or infinity are left out.
+        features: Shape ``(N, D)``. Rows with NaN or infinity and zero rows are left out.
         mask: Boolean, shape ``(N,)``: rows to count.
 
     Returns:
-        0-dimensional, between 0 (all rows point one way, or are zero) and 1 (no common direction); NaN for no rows.
+        0-dimensional, between 0 (all rows point one way) and 1 (no common direction); NaN for no rows.
 
     References:
         Chen & He, *Exploring Simple Siamese Representation Learning*, CVPR 2021. https://arxiv.org/abs/2011.10566
@@ -133,8 +134,7 @@ def direction_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> direction_spread(torch.tensor([[1.0, 0.0], [-9.0, 0.0]]))
         tensor(1.)
     """
-    rows, _, weight = finite_rows(features.to(accumulation_dtype(features.device)), mask)
-    return relative_spread(_normalized(rows)[0], weight > 0).to(features.dtype)
+    return _direction_spread(_direction_sum(features, mask)).to(features.dtype)
 
 
 @register_measure(
@@ -319,15 +319,20 @@ def _root(square: Tensor) -> Tensor:
 def _unit_rows(features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     # in double precision: 1 - cosine is what counts, and where a mean dominates it is small
     rows, _, weight = finite_rows(features.to(accumulation_dtype(features.device)), mask)
-    unit, norm = _normalized(rows)
-    return unit, weight * (norm > 0)
-
-
-def _normalized(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of unit length, zero ones as they are, and something that is positive for the others."""
     rows = rows / rows.detach().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     norm = rows.norm(dim=1, keepdim=True)
-    return rows / norm.clamp_min(torch.finfo(rows.dtype).tiny), norm.squeeze(1)
+    return rows / norm.clamp_min(torch.finfo(rows.dtype).tiny), weight * (norm.squeeze(1) > 0)
+
+
+def _direction_sum(features: Tensor, mask: Tensor | None) -> Tensor:
+    """The sum of rows of unit length, and behind it how many they are, ``(D + 1,)``."""
+    unit, weight = _unit_rows(features, mask)
+    return torch.cat([weight @ unit, weight.sum().unsqueeze(0)])
+
+
+def _direction_spread(total: Tensor) -> Tensor:
+    mean = total[:-1] / total[-1].clamp_min(1)
+    return torch.where(total[-1] > 0, _root((1 - mean.square().sum()).clamp_min(0)), torch.nan)
 
 
 def _uniformity_on_sphere(d: int, t: float = 2.0) -> float:

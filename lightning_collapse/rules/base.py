@@ -12,6 +12,8 @@ ALL = "all"
 """What stands for the layer in curves that sum up all layers of a family."""
 HEALTHY = 0.5
 """Below this severity a layer is healthy again; between it and 1 nothing changes."""
+UNDECIDED = 0.75
+"""A severity that changes nothing, of what another rule may judge."""
 UNREADABLE = (Flag.NOT_CALLED, Flag.FEW_ROWS, Flag.SOLVER)
 
 
@@ -26,6 +28,7 @@ class Rule(ABC):
         calibration: How many first points make the beginning, ``inf`` for all so far; ``None`` leaves it to the guard.
         healthy: Severity below which a layer is healthy again.
         patience: Points in a row it takes; ``None`` leaves it to the guard.
+        recovery: Points in a row it takes to be over; ``None`` for as many as it takes to fall.
         informative: Whether it is no failure: it is said once and drawn, and nothing else follows from it.
         waits: Whether nothing is judged before the beginning is complete.
         tasks: The tasks it is about, of :data:`~lightning_collapse.rules.TASKS`; empty for all.
@@ -41,6 +44,7 @@ class Rule(ABC):
     calibration: ClassVar[float | None] = None
     healthy: ClassVar[float] = HEALTHY
     patience: ClassVar[int | None] = None
+    recovery: ClassVar[int | None] = None
     informative: ClassVar[bool] = False
     waits: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ()
@@ -50,7 +54,7 @@ class Rule(ABC):
 
     @abstractmethod
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
-        """How bad it looks: 1 or more is a failure, below :attr:`healthy` is none; between, nothing changes."""
+        """How bad it looks: 1 or more is a failure, below :attr:`healthy` none; between, or if NaN, nothing changes."""
 
     @abstractmethod
     def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:

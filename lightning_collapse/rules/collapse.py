@@ -1,9 +1,8 @@
 """Collapse of a layer's features, of all rows onto one point or onto few directions."""
 
 from collections.abc import Mapping
-from math import nan
 
-from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.regression import RegressionOverCompression
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
@@ -11,6 +10,9 @@ from lightning_collapse.utilities.points import Flag, Point
 SHARE, DEEP, SHARE_OF_BEGINNING = 0.01, 0.1, 0.25
 """All there is to a spread is lost below the first; below the second, if it is this share of the beginning."""
 LENGTHS = 0.25
+"""Lengths that vary by more tell rows apart."""
+RANK_LINES, LEAST_NULL = (1.25, 2.0), 6.0
+"""Ranks of eigenvalues and singular values that are near one, where noise itself reads more than the last."""
 
 
 def directions_gone(points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
@@ -18,8 +20,9 @@ def directions_gone(points: Mapping[str, Point], beginning: Mapping[str, float])
 
     That of a single feature is no spread but a sign, and has no null.
     """
-    point = points.get("direction_spread")
-    return 0.0 if point is None or not point.null > 0 else spread_gone(point.value, beginning["direction_spread"])
+    if "direction_spread" not in beginning or not points["direction_spread"].null > 0:
+        return 0.0
+    return spread_gone(points["direction_spread"].value, beginning["direction_spread"])
 
 
 def spread_gone(value: float, beginning: float) -> float:
@@ -29,14 +32,10 @@ def spread_gone(value: float, beginning: float) -> float:
 
 def on_a_ray(points: Mapping[str, Point]) -> bool:
     """Whether rows lie on one line and differ in their lengths: one direction is left, and something to tell."""
-    names = ("eigenvalue_effective_rank", "relative_spread")
-    rank, spread = (points[name].value if name in points else nan for name in names)
-    return rank <= DimensionalCollapse.lines[0] and spread > LENGTHS
-
-
-def decided_by_targets(layer: str, task: Task) -> bool:
-    """Whether these are outputs that follow targets: a regression's may have any common mean, and so may logits."""
-    return layer in task.outputs and task.name in ("classification", "regression", "language model")
+    if not {"eigenvalue_effective_rank", "relative_spread"} <= points.keys():
+        return False
+    rank, spread = points["eigenvalue_effective_rank"], points["relative_spread"]
+    return rank.null > LEAST_NULL and rank.value <= RANK_LINES[0] and spread.value > LENGTHS
 
 
 @register_rule
@@ -61,7 +60,7 @@ class CompleteCollapse(Rule):
 
     def judges(self, layer: str, task: Task) -> bool:
         """Every layer but outputs that follow targets."""
-        return super().judges(layer, task) and not decided_by_targets(layer, task)
+        return super().judges(layer, task) and layer not in task.outputs
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """How far the least of the shares is below its line."""
@@ -71,7 +70,8 @@ class CompleteCollapse(Rule):
             return 0.0
         shrunk = SHARE * beginning["feature_std"] / max(points["feature_std"].value, 1e-300)
         alike = spread_gone(points["relative_spread"].value, beginning["relative_spread"])
-        return max(shrunk, alike, 0.0 if on_a_ray(points) else directions_gone(points, beginning))
+        directions = directions_gone(points, beginning)
+        return max(shrunk, alike, min(directions, UNDECIDED) if on_a_ray(points) else directions)
 
     def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
         """All shares, and the beginning."""
@@ -84,7 +84,9 @@ class CompleteCollapse(Rule):
 
     def expected(self, layer: str, points: Mapping[str, Point], beginning: Mapping[str, float], task: Task) -> str:
         """News in language models, whose features lie in a narrow cone, down to the lines of a hundredth."""
-        total = any(points[name].value <= SHARE for name in ("relative_spread", "direction_spread") if name in points)
+        total = any(
+            points[name].value <= SHARE for name in ("relative_spread", "direction_spread") if name in beginning
+        )
         shrunk = points["feature_std"].value <= SHARE * beginning["feature_std"]
         if task.name != "language model" or total or shrunk:
             return ""
@@ -108,29 +110,28 @@ class DimensionalCollapse(Rule):
     family = "collapse"
     measures = ("eigenvalue_effective_rank", "effective_rank")
     optional = ("relative_spread", "direction_spread")
-    lines = (1.25, 2.0)
     shares = (0.1, 0.3)
-    least_null = 6.0
     advice = "Add `Regularizer(VICReg(), on=...)`, or `EffectiveRankHinge()` or `VCReg()` for one view."
     paper = "Jing et al., 2022, arXiv 2110.09348"
 
     def judges(self, layer: str, task: Task) -> bool:
         """Every layer but outputs that follow targets, and features that are compared with them."""
         compared = RegressionOverCompression.kind in task.kinds and layer in task.last
-        return super().judges(layer, task) and not decided_by_targets(layer, task) and not compared
+        return super().judges(layer, task) and layer not in task.outputs and not compared
 
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
         """How far both ranks are below their lines, or below their shares of the beginning; or how near to a ray."""
         ranks = [points[name] for name in self.measures]
-        if not ranks[0].null > self.least_null or ranks[0].flag == Flag.CONSTANT:
+        if not ranks[0].null > LEAST_NULL or ranks[0].flag == Flag.CONSTANT:
             return 0.0
         # a rank counts from one: at twice a line's distance from it all is well
-        near_one = min((line - 1) / max(rank.value - 1, 1e-300) for line, rank in zip(self.lines, ranks, strict=True))
+        near_one = min((line - 1) / max(rank.value - 1, 1e-300) for line, rank in zip(RANK_LINES, ranks, strict=True))
         lost = min(
             share * beginning[name] / max(rank.value, 1e-300)
             for share, name, rank in zip(self.shares, self.measures, ranks, strict=True)
         )
-        return max(near_one, lost, directions_gone(points, beginning) if on_a_ray(points) else 0.0)
+        directions = directions_gone(points, beginning)
+        return max(near_one, lost, directions if on_a_ray(points) else min(directions, UNDECIDED))
 
     def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
         """Both ranks, the null and the beginning; and the directions."""
@@ -155,7 +156,7 @@ class DimensionalCollapse(Rule):
 
 
 def _of_directions(points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
-    if "direction_spread" not in points or not points["direction_spread"].null > 0:
+    if "direction_spread" not in beginning:
         return ""
     now, before = 100 * points["direction_spread"].value, 100 * beginning["direction_spread"]
     return f"; the spread of the directions is {now:.2g} % (began with {before:.2g} %)"

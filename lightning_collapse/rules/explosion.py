@@ -26,6 +26,7 @@ class LossExplosion(Rule):
     calibration = 20
     waits = True
     patience = 1
+    recovery = 2
     share = 0.5
     growth = 2.0
     healthy = 2 / 3

@@ -68,6 +68,7 @@ class MinorityCollapse(Rule):
     family = "neural_collapse"
     measures = ("minority_cosine", "minority_norm")
     waits = True
+    healthy = 0.75
     distance = 0.3
     length = 0.02
     tasks = ("classification",)

@@ -1,7 +1,7 @@
 """Features of a regression head that have become poorer than the targets."""
 
 from collections.abc import Mapping
-from math import log, sqrt
+from math import log, nan, sqrt
 
 from lightning_collapse.rules.base import Rule, register_rule
 from lightning_collapse.utilities.points import Point
@@ -29,16 +29,14 @@ class RegressionOverCompression(Rule):
     advice = "Lower the weight decay, or add `Regularizer(EffectiveRankHinge(), on=...)` to the layer."
     paper = "2025, arXiv 2510.01105"
 
-    def readable(self, points: Mapping[str, Point]) -> bool:
-        """Where nine in ten targets differ."""
-        if not super().readable(points):
-            return False
-        features, targets = (points[name] for name in self.measures)
-        return targets.n >= self.distinct * features.n
-
     def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
-        """The logarithm of the targets' dimension over the features', in units of what counts as a difference."""
+        """The logarithm of the targets' dimension over the features', in units of what counts as a difference.
+
+        NaN unless nine in ten targets differ.
+        """
         features, targets = (points[name] for name in self.measures)
+        if targets.n < self.distinct * features.n:
+            return nan
         if min(features.n, targets.n) < 1 or not (features.value > 0 and targets.value > 0):
             return 0.0
         error = self.errors * sqrt(1 / features.n + 1 / targets.n)

@@ -16,7 +16,7 @@ class Task:
             of ``C`` classes (Papyan, Han & Donoho, 2020, arXiv 2008.08186), regression as many as there are targets
             (Andriopoulos et al., 2024, arXiv 2409.04180). 0 where there is no such end.
         last: Names of the layers from the one before the output layer on.
-        outputs: Those of them whose outputs are the model's.
+        outputs: Those of them whose outputs follow targets, so that nothing is said of how they lie.
         kinds: What is judged: kinds of the rules whose curves are drawn.
     """
 

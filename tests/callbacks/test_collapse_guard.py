@@ -94,6 +94,19 @@ def test_what_only_looks_like_a_collapse_gets_no_verdict(script):
     assert guard.verdicts == []
 
 
+@pytest.mark.parametrize("other", [{"relative_spread": 0.2}, {"eigenvalue_effective_rank": 1.4}])
+def test_what_trembles_about_a_ray_is_found_all_the_same(other):
+    ray = {"direction_spread": 0.02, "eigenvalue_effective_rank": 1.1, "effective_rank": 4.0}
+    guard, _, _ = judged([{}] * 4 + [ray, {**ray, **other}] * 3)
+    assert guard.verdicts
+    assert {verdict.kind for verdict in guard.verdicts} <= {"complete_collapse", "dimensional_collapse"}
+
+
+def test_a_narrow_layer_on_a_ray_has_collapsed():
+    ray = {"direction_spread": 0.02, "eigenvalue_effective_rank": 1.1}
+    assert [v.kind for v in judged([{}] * 4 + [ray] * 3, null=3.0)[0].verdicts] == ["complete_collapse"]
+
+
 def test_directions_are_judged_where_they_are_drawn():
     class Without(Planted):
         def __init__(self, script):

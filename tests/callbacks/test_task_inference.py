@@ -86,6 +86,7 @@ def test_it_is_said_once_and_not_where_it_was_told(caplog):
     assert said == (
         "`CollapseGuard` takes this for classification, which may end in 2 direction(s), from whole numbers as targets."
         " Say otherwise with `task=`: classification, regression, self-supervised, language model."
+        " How the outputs of `head` lie is up to the targets, and not judged."
     )
     caplog.clear()
     with caplog.at_level(logging.INFO):
@@ -188,3 +189,36 @@ def test_last_features_of_a_regression_are_compared_with_the_targets_where_they_
     fit(Net(3), [*monitors, guard, Planted(layer, values, RANKS)], loader)
     assert [verdict.kind for verdict in guard.verdicts] == kinds
     assert judged(values, 3, layer, "targets")[0].verdicts
+
+
+class Tower(Net):
+    """An encoder whose last layer is the last of all."""
+
+    def __init__(self, outputs=3):
+        super().__init__(outputs)
+        self.body.append(nn.Linear(32, 8))
+        del self.head
+
+    def training_step(self, batch, batch_idx):
+        return self.body(torch.ones(8, 16)).pow(2).mean()
+
+
+@pytest.mark.parametrize(
+    ("net", "batch", "outputs"),
+    [
+        (Net(3), "labels", {"head"}),
+        (Net(3), "targets", {"head"}),
+        (Net(4), "targets", set()),  # three targets
+        (Net(3), "no targets", set()),
+        (Tower(), "labels", {"body.4"}),  # not all of the body
+    ],
+)
+def test_which_outputs_are_left_to_the_targets(net, batch, outputs, caplog):
+    guard = CollapseGuard(action="log")
+    with caplog.at_level(logging.INFO):
+        fit(
+            net, [CollapseMonitor(["body"], every_n_steps=10_000), guard], DataLoader([BATCHES[batch]], batch_size=None)
+        )
+    assert guard.task.outputs == outputs
+    [said] = [record.message for record in caplog.records if "takes this" in record.message]
+    assert ("How the outputs of" in said) == bool(outputs)

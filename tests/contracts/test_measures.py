@@ -202,7 +202,7 @@ BOUNDS: dict[str, Callable[[int, int], tuple[float, float]]] = {
     "uniformity": lambda n, d: (-4 * n / (n - 1), 0),
 }
 AT_ZERO = {"alpha_req": math.nan, "alpha_req_fit": math.nan, "dead_dimensions": 1.0, "mean_cosine": math.nan}
-AT_ZERO |= {"uniformity": math.nan, "alignment": math.nan}
+AT_ZERO |= {"uniformity": math.nan, "alignment": math.nan, "direction_spread": math.nan}
 STEPS = {"dead_dimensions", "numerical_rank", "srank"}
 PLAIN = {"unbiased_participation_ratio"}  # takes a record only
 FINE = 1e-5

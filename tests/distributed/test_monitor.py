@@ -9,14 +9,15 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_collapse import CollapseGuard, CollapseMonitor, SpectralAlignmentMonitor
-from lightning_collapse.functional import effective_rank, feature_std, mean_cosine
+from lightning_collapse.functional import direction_spread, effective_rank, feature_std, mean_cosine
 from lightning_collapse.spectral import singular_values
 from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.trainer import save_checkpoint
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, MemoryLogger, PointKeeper, Toy, batches, weights
 
-MEASURES = ["effective_rank", "eigenvalue_effective_rank", "feature_std", "relative_spread", "mean_cosine", "rankme"]
+MEASURES = ["effective_rank", "eigenvalue_effective_rank", "feature_std", "relative_spread", "direction_spread"]
+MEASURES += ["mean_cosine", "rankme"]
 
 
 class Shared(Toy):
@@ -53,8 +54,10 @@ def _ddp(rank, callbacks):
 
 
 def _check_ddp(rank):
-    for rows in (12, 104):  # fewer than features: gathered; more: moments
-        callbacks = [CollapseMonitor(["encoder"], MEASURES, every_n_steps=6, rows=rows), CollapseGuard(action="stop")]
+    # fewer rows than features: gathered; more: moments and sums, and rows only where a measure needs them
+    for rows, without in ((12, ""), (104, ""), (104, "mean_cosine")):
+        measures = [name for name in MEASURES if name != without]
+        callbacks = [CollapseMonitor(["encoder"], measures, every_n_steps=6, rows=rows), CollapseGuard(action="stop")]
         callbacks.append(EarlyStopping("collapse/encoder/effective_rank", check_on_train_epoch_end=True))
         model, trainer, keeper = _ddp(rank, callbacks)
         points = {point.key.rpartition("/")[2]: point for point in keeper.points if point.key.startswith("collapse")}
@@ -72,7 +75,9 @@ def _check_ddp(rank):
                 "rankme": effective_rank(singular_values(pool, center=False)),
                 "feature_std": feature_std(pool),
                 "mean_cosine": mean_cosine(pool),
+                "direction_spread": direction_spread(pool),
             }
+            expected.pop(without, None)
             for name, value in expected.items():
                 assert points[name].value == pytest.approx(value.item(), rel=1e-5), name
     watched, plain = weights(model), weights(_ddp(rank, [])[0])

@@ -18,19 +18,20 @@ Script = Sequence[tuple[float, float, int]]
 class Planted(Callback):
     """Publishes the dimension of features and of targets, and the rows behind both, one point per step."""
 
-    def __init__(self, script: Script, flag: Flag = Flag.OK) -> None:
-        self.script, self.flag = script, flag
+    def __init__(self, script: Script, flag: Flag = Flag.OK, distinct: float = 1.0) -> None:
+        self.script, self.flag, self.distinct = script, flag, distinct
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         features, targets, n = self.script[batch_idx]
         values = {"intrinsic_dimension": features, "target_dimension": targets}
         points = [Point(f"regression_collapse/head/{m}", batch_idx, v, n, flag=self.flag) for m, v in values.items()]
+        points[1] = points[1]._replace(n=int(self.distinct * n))
         publish(trainer, pl_module, points)
 
 
-def judged(script: Script, flag: Flag = Flag.OK) -> tuple[CollapseGuard, PointKeeper]:
+def judged(script: Script, flag: Flag = Flag.OK, distinct: float = 1.0) -> tuple[CollapseGuard, PointKeeper]:
     guard, keeper = CollapseGuard(action="log"), PointKeeper()
-    callbacks = [RegressionCollapseMonitor(every_n_steps=10_000), guard, Planted(script, flag), keeper]
+    callbacks = [RegressionCollapseMonitor(every_n_steps=10_000), guard, Planted(script, flag, distinct), keeper]
     fit(Regressor(), callbacks, loader(), limit_train_batches=len(script), log_every_n_steps=1)
     return guard, keeper
 
@@ -73,3 +74,9 @@ def test_the_line_is_three_standard_errors_or_a_tenth(n: int) -> None:
     line = exp(-max(3 * sqrt(2 / n), 0.1))
     assert judged([(3 * line * 0.999, 3.0, n)] * 3)[0].verdicts
     assert not judged([(3 * line * 1.001, 3.0, n)] * 3)[0].verdicts
+
+
+def test_samples_that_repeat_in_the_window_say_nothing() -> None:
+    script = [(6.0, 3.0, 500)] * 4 + [(2.0, 3.0, 500)] * 3
+    assert judged(script, distinct=0.8)[0].verdicts == []
+    assert judged(script, distinct=0.95)[0].verdicts

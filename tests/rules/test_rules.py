@@ -53,6 +53,13 @@ def test_one_sided_inputs_of_all_matrices_announce_an_explosion() -> None:
     assert not keeper.curve("guard/complete_collapse")
 
 
+def test_one_point_is_enough_for_an_explosion_but_not_to_be_over_it():
+    ill, better = diversity(0.25, 4.1), diversity(0.6)
+    guard, keeper = judged("spectral_alignment", [diversity(0.6)] * 20 + [ill, better] * 3 + [better] * 2)
+    assert len(guard.verdicts) == 1
+    assert [point.value for point in keeper.curve("guard/loss_explosion")][20:] == [1.0] * 6 + [0.0] * 2
+
+
 @pytest.mark.parametrize(
     "script",
     [
