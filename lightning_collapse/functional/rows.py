@@ -326,8 +326,13 @@ def _unit_rows(features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _direction_sum(features: Tensor, mask: Tensor | None) -> Tensor:
     """The sum of rows of unit length, and behind it how many they are, ``(D + 1,)``."""
-    unit, weight = _unit_rows(features, mask)
-    return torch.cat([weight @ unit, weight.sum().unsqueeze(0)])
+    dtype = accumulation_dtype(features.device)
+    rows, _, weight = finite_rows(features.to(dtype), mask)
+    if features.dtype == dtype:  # no headroom to square in
+        rows = rows / rows.detach().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    norm = rows.norm(dim=1)
+    counts = weight * (norm > 0)
+    return torch.cat([(counts / norm.clamp_min(torch.finfo(dtype).tiny)) @ rows, counts.sum().unsqueeze(0)])
 
 
 def _direction_spread(total: Tensor) -> Tensor:
