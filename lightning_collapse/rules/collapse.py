@@ -11,7 +11,7 @@ SHARE, DEEP, SHARE_OF_BEGINNING = 0.01, 0.1, 0.25
 """All there is to a spread is lost below the first; below the second, if it is this share of the beginning."""
 LENGTHS = 0.25
 """Lengths that vary by more tell rows apart."""
-RANK_LINES, LEAST_NULL = (1.25, 2.0), 6.0
+RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
 """Ranks of eigenvalues and singular values that are near one, where noise itself reads more than the last."""
 
 
@@ -97,11 +97,12 @@ class CompleteCollapse(Rule):
 class DimensionalCollapse(Rule):
     """Few directions are left.
 
-    Both effective ranks are near one; or the one of eigenvalues is a tenth of what it was at the beginning of the run
-    and the one of singular values three tenths. Both, since either alone misleads: the one of eigenvalues is near one
-    wherever one direction is loud (a healthy binary classifier) and falls at the start of healthy runs, the one of
-    singular values is lifted by rounding noise. Or all rows lie on a ray: one direction by the lines of
-    :class:`CompleteCollapse`, and lengths that vary by more than a quarter. Layers where noise itself reads a handful
+    Both effective ranks are near one, and three times as near as at the beginning of the run, or as good as one; or the
+    one of eigenvalues is a tenth of what it was at the beginning and the one of singular values three tenths. Both,
+    since either alone misleads: the one of eigenvalues is near one wherever one direction is loud (a healthy binary
+    classifier) and falls at the start of healthy runs, the one of singular values is lifted by rounding noise. Or all
+    rows lie on a ray: one direction by the lines of :class:`CompleteCollapse`, and lengths that vary by more than a
+    quarter. Layers where noise itself reads a handful
     are not judged: there is too little to lose. Nor are the outputs of a classifier, a regression or a language model,
     nor the last features of a regression where they are compared with the targets.
     """
@@ -125,7 +126,10 @@ class DimensionalCollapse(Rule):
         if not ranks[0].null > LEAST_NULL or ranks[0].flag == Flag.CONSTANT:
             return 0.0
         # a rank counts from one: at twice a line's distance from it all is well
-        near_one = min((line - 1) / max(rank.value - 1, 1e-300) for line, rank in zip(RANK_LINES, ranks, strict=True))
+        near_one = min(
+            _rank_line(line, beginning[rank_name]) / max(rank.value - 1, 1e-300)
+            for line, rank_name, rank in zip(RANK_LINES, self.measures, ranks, strict=True)
+        )
         lost = min(
             share * beginning[name] / max(rank.value, 1e-300)
             for share, name, rank in zip(self.shares, self.measures, ranks, strict=True)
@@ -153,6 +157,11 @@ class DimensionalCollapse(Rule):
         if layer not in task.last or not task.directions or rank < (1 + task.directions) / 2 - 0.01:
             return ""
         return f"{task.name} ends in {task.directions} direction(s) there, and this is no failure"
+
+
+def _rank_line(line: float, beginning: float) -> float:
+    """How far from one a rank may be: less where it began near one, as in a first layer of gray images."""
+    return max(min(line - 1, (beginning - 1) / NEARER), (line - 1) / 10)
 
 
 def _of_directions(points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:

@@ -68,6 +68,14 @@ def test_collapse_is_named_with_its_first_step(bad, kind):
     assert [point.value for point in keeper.curve(f"guard/{kind}")] == [0.0] * 6 + [1.0] * 3
 
 
+def test_a_layer_that_began_near_one_direction_has_little_to_lose():
+    natural = {"effective_rank": 2.5, "eigenvalue_effective_rank": 1.4}
+    near = {"effective_rank": 1.9, "eigenvalue_effective_rank": 1.2}
+    assert judged([natural] * 4 + [near] * 4)[0].verdicts == []
+    assert [v.kind for v in judged([{}] * 4 + [near] * 4)[0].verdicts] == ["dimensional_collapse"]
+    assert [v.kind for v in judged([natural] * 4 + [LOW] * 4)[0].verdicts] == ["dimensional_collapse"]
+
+
 def test_collapse_before_the_first_point_is_seen_too():
     guard, _, _ = judged([LOW] * 3)
     assert [(verdict.kind, verdict.since, verdict.step) for verdict in guard.verdicts] == [
