@@ -102,9 +102,9 @@ class DimensionalCollapse(Rule):
     since either alone misleads: the one of eigenvalues is near one wherever one direction is loud (a healthy binary
     classifier) and falls at the start of healthy runs, the one of singular values is lifted by rounding noise. Or all
     rows lie on a ray: one direction by the lines of :class:`CompleteCollapse`, and lengths that vary by more than a
-    quarter. Layers where noise itself reads a handful
-    are not judged: there is too little to lose. Nor are the outputs of a classifier, a regression or a language model,
-    nor the last features of a regression where they are compared with the targets.
+    quarter. Layers where noise itself reads a handful are not judged: there is too little to lose. Nor are the outputs
+    of a classifier, a regression or a language model, nor the last features of a regression where they are compared
+    with the targets.
     """
 
     kind = "dimensional_collapse"
