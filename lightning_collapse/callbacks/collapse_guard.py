@@ -45,7 +45,8 @@ class CollapseGuard(Callback):
     collapse reached* (:class:`~lightning_collapse.rules.NeuralCollapseReached`).
 
     A verdict falls after ``patience`` points in a row on the wrong side of the line, and is lifted only by as many on
-    the right side of twice the line: a curve that trembles about the line says nothing. What fails together, or soon
+    the right side of twice the line, where a rule does not know better: a curve that trembles about the line says
+    nothing. What fails together, or soon
     after, is one verdict that names the first layer and then the others, see :class:`~lightning_collapse.rules.Causes`.
 
     The task decides which rules apply and what is expected: the last features of a classifier or of a regression may

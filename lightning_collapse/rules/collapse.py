@@ -12,7 +12,8 @@ SHARE, DEEP, SHARE_OF_BEGINNING = 0.01, 0.1, 0.25
 LENGTHS = 0.25
 """Lengths that vary by more tell rows apart."""
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
-"""Ranks of eigenvalues and singular values that are near one, where noise itself reads more than the last."""
+"""Ranks of eigenvalues and singular values that are near one, where noise itself reads more than the second; a rank
+that began near one must be this many times as near."""
 
 
 def directions_gone(points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:

@@ -12,12 +12,13 @@ class LossExplosion(Rule):
     """The sign diversity of the spectral alignment collapses, in the mean over all matrices, while a matrix grows.
 
     The mean is half of the largest of the run's first twenty points, or less, and the largest spectral norm of all
-    matrices twice the largest of those points, or more. The first twenty are not judged themselves:
-    inputs turn one-sided and back, and norms grow, while the learning rate warms up. Nor are single matrices: their
-    diversity touches zero in healthy training. Nor is one-sidedness alone: small networks turn one-sided and stay well
-    as long as no matrix grows. The verdict names the matrix that lost the largest share of its own diversity. That such
-    a collapse precedes explosions is the finding of Qiu et al. (2025, arXiv 2510.04202), that spectral norms grow with
-    it of Qiu & Yao (2025, arXiv 2510.04212); the mean and the numbers are ours.
+    matrices twice the largest of those points, or more. The first twenty are not judged themselves: inputs turn
+    one-sided and back, and norms grow, while the learning rate warms up. Nor are single matrices: their diversity
+    touches zero in healthy training. Nor is one-sidedness alone: small networks turn one-sided and stay well as long as
+    no matrix grows. Both together are enough at one point: from there to NaN there may be few. The verdict names the
+    matrix that lost the largest share of its own diversity. That such a collapse precedes explosions is the finding of
+    Qiu et al. (2025, arXiv 2510.04202), that spectral norms grow with it of Qiu & Yao (2025, arXiv 2510.04212); the
+    mean and the numbers are ours.
     """
 
     kind = "loss_explosion"

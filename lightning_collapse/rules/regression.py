@@ -15,8 +15,8 @@ class RegressionOverCompression(Rule):
     of which we could read the abstract only (2025, arXiv 2510.01105). How much lower is ours: three standard errors of
     both estimates together, but a tenth at least, since both are too low by some percent near the boundary of the data.
     Neural collapse as such, which leaves as many dimensions as there are targets, is no failure here. Not judged are
-    points whose targets repeat: the window is longer than an epoch, and a sample beside its own copy from some steps
-    ago, which features of two neighbors are not, has no dimension; or the targets are too discrete to have one.
+    points whose targets repeat: either the window is longer than an epoch, so that the nearest neighbor of a sample is
+    its own copy of some steps ago and the estimate far too low, or the targets are too discrete to have a dimension.
     """
 
     kind = "regression_over_compression"

@@ -24,8 +24,8 @@ class Measure:
         record: Whether ``fn`` wants the whole ``Spectrum`` record, which also knows n and d.
         of_record: For ``kind="rows"``: the same value from the count, mean and variance of the ``Spectrum`` record of
             centered features, where these are all there is to know; then monitors need no rows for it.
-        summand: For ``kind="rows"``: maps features and mask to a vector that adds up over disjoint sets of rows; then
-            several processes need not bring their rows together.
+        summand: For ``kind="rows"``: maps features and mask to a vector that adds up over disjoint sets of rows, as
+            long for any number of them; then several processes need not bring their rows together.
         of_sum: The value from such a sum.
         of_gram: For ``kind="spectrum"``: the same value from the Gram matrix ``(..., K, K)`` of the features and its
             ``Spectrum`` record without singular values; then monitors need no decomposition for it.

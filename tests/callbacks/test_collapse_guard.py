@@ -135,6 +135,11 @@ def test_directions_are_judged_where_they_are_drawn():
     assert "directions" not in guard.verdicts[0].evidence
 
 
+def test_directions_that_were_unknown_at_first_are_compared_with_their_own_beginning():
+    unknown, narrow = {"direction_spread": float("nan")}, {"direction_spread": 0.09}
+    assert judged([unknown] * 2 + [narrow] * 8)[0].verdicts == []
+
+
 def test_a_single_feature_has_no_direction():
     script = [{}] * 4 + [{"direction_spread": 0.0, "relative_spread": 0.05}] * 4
     assert judged(script)[0].verdicts

@@ -178,6 +178,10 @@ def test_a_narrow_cone_is_where_language_models_live():
     assert [(news.kind, news.since) for news in guard.news] == [("complete_collapse", 4)]
     assert "narrow cone" in guard.news[0].evidence
     assert [(verdict.kind, verdict.since) for verdict in guard.verdicts] == [("complete_collapse", 8)]
+    shrunk, _ = judged([0.6] * 4 + [0.05] * 4, 3, layer="body.0", batch="tokens", measures=("feature_std", *SPREADS))
+    assert shrunk.verdicts == []
+    dead, _ = judged([10.0] * 4 + [0.05] * 4, 3, layer="body.0", batch="tokens", measures=("feature_std", *SPREADS))
+    assert [verdict.kind for verdict in dead.verdicts] == ["complete_collapse"]
 
 
 @pytest.mark.parametrize(("layer", "kinds"), [("body.0", ["dimensional_collapse"]), ("head.input", [])])

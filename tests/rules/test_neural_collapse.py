@@ -106,7 +106,7 @@ def test_news_does_not_stand_in_the_way_of_a_rollback(tmp_path: Any) -> None:
             remembered.append(step)
 
     guard = CollapseGuard(action=Counting(), dirpath=str(tmp_path))
-    healthy = reading(2.0, cosine=0.1), reading(0.005, cosine=0.1)
+    healthy = reading(2.0, cosine=0.1), reading(0.005, cosine=0.45)
     planted = Planted([healthy[0]] * 3 + [healthy[1]] * 3, 500, 50.0, Flag.OK)
     fit(Toy(), [silent(), guard, planted], batches(6), log_every_n_steps=1)
     assert guard.news
