@@ -106,8 +106,13 @@ def test_what_only_looks_like_a_collapse_gets_no_verdict(script):
 def test_what_trembles_about_a_ray_is_found_all_the_same(other):
     ray = {"direction_spread": 0.02, "eigenvalue_effective_rank": 1.1, "effective_rank": 4.0}
     guard, _, _ = judged([{}] * 4 + [ray, {**ray, **other}] * 3)
-    assert guard.verdicts
-    assert {verdict.kind for verdict in guard.verdicts} <= {"complete_collapse", "dimensional_collapse"}
+    assert [verdict.kind for verdict in guard.verdicts] == ["dimensional_collapse"]
+    assert guard.verdicts[0].also == ("complete collapse in `z`",)
+
+
+def test_a_hundredth_is_a_collapse_wherever_the_run_began():
+    guard, _, _ = judged([{"relative_spread": 0.02}] * 4 + [{"relative_spread": 0.008}] * 3)
+    assert [(verdict.kind, verdict.since) for verdict in guard.verdicts] == [("complete_collapse", 4)]
 
 
 def test_a_narrow_layer_on_a_ray_has_collapsed():
