@@ -104,7 +104,7 @@ def test_what_only_looks_like_a_collapse_gets_no_verdict(script):
 
 @pytest.mark.parametrize("other", [{"relative_spread": 0.2}, {"eigenvalue_effective_rank": 1.4}])
 def test_what_trembles_about_a_ray_is_found_all_the_same(other):
-    ray = {"direction_spread": 0.02, "eigenvalue_effective_rank": 1.1, "effective_rank": 4.0}
+    ray = {"direction_spread": 0.02, "eigenvalue_effective_rank": 1.1, "effective_rank": 20.0}
     guard, _, _ = judged([{}] * 4 + [ray, {**ray, **other}] * 3)
     assert [verdict.kind for verdict in guard.verdicts] == ["dimensional_collapse"]
     assert guard.verdicts[0].also == ("complete collapse in `z`",)
