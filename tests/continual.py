@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_collapse.callbacks.task_aware import TaskAware
+from lightning_collapse.callbacks.continual.task_aware import TaskAware
 
 CLASSES, WIDTH = 3, 6
 

@@ -1,7 +1,6 @@
 """Pure functions: tensors in, tensors out."""
 
 from lightning_collapse.functional.attention_entropy import HeadEntropy, attention_entropy, entropy_bound
-from lightning_collapse.functional.cdnv import Cdnv, cdnv
 from lightning_collapse.functional.continual import (
     average_accuracy,
     backward_transfer,
@@ -10,26 +9,52 @@ from lightning_collapse.functional.continual import (
     intransigence,
     learning_accuracy,
 )
-from lightning_collapse.functional.evenness import eigenvalue_quartile_ratio, quartile_ratio, svd_entropy
+from lightning_collapse.functional.feature_statistics import (
+    alignment,
+    dead_dimensions,
+    direction_spread,
+    feature_std,
+    feature_std_floor,
+    mean_cosine,
+    relative_spread,
+    uniformity,
+)
 from lightning_collapse.functional.geometry_phase import Phase, PhaseTracker
 from lightning_collapse.functional.gradient_noise import GradientNoise, gradient_coherence, gradient_noise_scale
-from lightning_collapse.functional.hyperspherical import LogKernel, gnc2
 from lightning_collapse.functional.intrinsic_dimension import (
     LocalIntrinsicDimension,
     TwoNN,
     local_intrinsic_dimension,
     two_nn,
 )
+from lightning_collapse.functional.isotropic_null import expected_under_isotropy
 from lightning_collapse.functional.marchenko_pastur import MarchenkoPasturFit, marchenko_pastur_fit
-from lightning_collapse.functional.minority import minority_cosine, minority_norm
-from lightning_collapse.functional.nearest_center import nc4, nc5, nearest_class_center, neco_score
-from lightning_collapse.functional.neural_collapse import between_rank, nc1, nc1_null
-from lightning_collapse.functional.null import expected_under_isotropy
-from lightning_collapse.functional.orthogonal_frame import (
+from lightning_collapse.functional.neural_collapse import (
+    Cdnv,
+    LogKernel,
     OrthogonalFrame,
+    between_rank,
+    bias_collapse,
+    cdnv,
+    etf_error,
+    etf_error_floor,
+    gnc2,
     gof_error,
+    minority_cosine,
+    minority_norm,
+    nc1,
+    nc1_null,
+    nc2_equiangular,
+    nc2_equinorm,
+    nc3,
+    nc4,
+    nc5,
+    nearest_class_center,
+    neco_score,
     norm_count_slope,
     orthogonal_frame,
+    unc3,
+    vci,
 )
 from lightning_collapse.functional.plasticity import dead_fraction, dormant_fraction
 from lightning_collapse.functional.power_law import PowerLaw, power_law_alpha, power_law_null
@@ -53,18 +78,6 @@ from lightning_collapse.functional.regression_collapse import (
     nrc3_gamma,
     regression_collapse,
 )
-from lightning_collapse.functional.rows import (
-    alignment,
-    dead_dimensions,
-    direction_spread,
-    feature_std,
-    feature_std_floor,
-    mean_cosine,
-    relative_spread,
-    uniformity,
-)
-from lightning_collapse.functional.self_duality import bias_collapse, nc3, unc3
-from lightning_collapse.functional.simplex import etf_error, etf_error_floor, nc2_equiangular, nc2_equinorm
 from lightning_collapse.functional.spectral_alignment import (
     expected_majority_fraction,
     majority_fraction,
@@ -72,6 +85,7 @@ from lightning_collapse.functional.spectral_alignment import (
     sign_diversity,
     spectral_alignment,
 )
+from lightning_collapse.functional.spectral_entropy import eigenvalue_quartile_ratio, quartile_ratio, svd_entropy
 from lightning_collapse.functional.spectrum_shape import (
     alpha_req,
     alpha_req_fit,
@@ -85,7 +99,6 @@ from lightning_collapse.functional.stability_gap import (
     windowed_plasticity,
     worst_case_accuracy,
 )
-from lightning_collapse.functional.vci import vci
 
 __all__ = [
     "Cdnv",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.null import marchenko_pastur_quantiles
+from lightning_collapse.functional.isotropic_null import marchenko_pastur_quantiles
 from lightning_collapse.spectral.precision import full_precision
 
 MARGIN = 6.0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.null import marchenko_pastur_quantiles
+from lightning_collapse.functional.isotropic_null import marchenko_pastur_quantiles
 from lightning_collapse.spectral.precision import full_precision
 
 EQUAL = 1e-5

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.rows import require_rows, unit_rows
-from lightning_collapse.losses.statistics import stack_views
+from lightning_collapse.losses.support.rows import require_rows, unit_rows
+from lightning_collapse.losses.support.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss

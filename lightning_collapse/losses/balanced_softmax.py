@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.labels import named_rows
-from lightning_collapse.losses.rows import mean_of_rows
-from lightning_collapse.losses.statistics import stack_views
+from lightning_collapse.losses.support.labels import named_rows
+from lightning_collapse.losses.support.rows import mean_of_rows
+from lightning_collapse.losses.support.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.products import product
-from lightning_collapse.losses.statistics import CenteredBatch, center, stack_views
+from lightning_collapse.losses.support.products import product
+from lightning_collapse.losses.support.statistics import CenteredBatch, center, stack_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size

@@ -9,10 +9,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.memory import finite_or
-from lightning_collapse.losses.products import logdet, product
-from lightning_collapse.losses.rows import require_rows
-from lightning_collapse.losses.statistics import stack_views
+from lightning_collapse.losses.support.products import logdet, product
+from lightning_collapse.losses.support.rows import require_rows
+from lightning_collapse.losses.support.state import finite_or
+from lightning_collapse.losses.support.statistics import stack_views
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad

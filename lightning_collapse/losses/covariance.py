@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.statistics import center, stack_views, variances_and_covariance
+from lightning_collapse.losses.support.statistics import center, stack_views, variances_and_covariance
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.registry import register_loss
 

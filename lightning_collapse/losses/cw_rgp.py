@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses import whitening
-from lightning_collapse.losses.products import product
-from lightning_collapse.losses.rows import require_rows
-from lightning_collapse.losses.shuffle import ShufflingLoss, permutation
 from lightning_collapse.losses.spectral_transformation import AXES, Axis
-from lightning_collapse.losses.statistics import stack_views, without_mean
-from lightning_collapse.losses.symmetric_power import symmetric_power
-from lightning_collapse.losses.whitening import SCOPES, Scope, cosine_distances, mean_over_processes, shrunk
+from lightning_collapse.losses.support import whitening
+from lightning_collapse.losses.support.products import product
+from lightning_collapse.losses.support.rows import require_rows
+from lightning_collapse.losses.support.shuffle import ShufflingLoss, permutation
+from lightning_collapse.losses.support.statistics import stack_views, without_mean
+from lightning_collapse.losses.support.symmetric_power import symmetric_power
+from lightning_collapse.losses.support.whitening import SCOPES, Scope, cosine_distances, mean_over_processes, shrunk
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_whole
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad

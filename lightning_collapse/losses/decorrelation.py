@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightning_collapse.losses.barlow_twins import cross_correlation, diagonal_and_rest
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.rows import unit_rows
-from lightning_collapse.losses.statistics import center, stack_views
+from lightning_collapse.losses.support.rows import unit_rows
+from lightning_collapse.losses.support.statistics import center, stack_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_positive
 from lightning_collapse.utilities.registry import register_loss

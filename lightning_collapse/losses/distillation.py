@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from lightning_collapse.losses.rows import mean_of_rows, unit_rows
-from lightning_collapse.losses.statistics import stack_views
+from lightning_collapse.losses.support.rows import mean_of_rows, unit_rows
+from lightning_collapse.losses.support.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.jitter import JitteredCovarianceLoss, center_with_jitter, smaller_side
+from lightning_collapse.losses.support.jitter import JitteredCovarianceLoss, center_with_jitter, smaller_side
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.registry import register_loss

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.pairs import gather_rows, squared_distances
-from lightning_collapse.losses.rows import unit_rows
-from lightning_collapse.losses.statistics import stack_views
+from lightning_collapse.losses.support.pairs import gather_rows, squared_distances
+from lightning_collapse.losses.support.rows import unit_rows
+from lightning_collapse.losses.support.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.labels import count_classes, named_rows
-from lightning_collapse.losses.rows import sum_of_rows
-from lightning_collapse.losses.statistics import stack_views
+from lightning_collapse.losses.support.labels import count_classes, named_rows
+from lightning_collapse.losses.support.rows import sum_of_rows
+from lightning_collapse.losses.support.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_whole
 

@@ -6,11 +6,11 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.products import product
-from lightning_collapse.losses.rows import require_rows
-from lightning_collapse.losses.statistics import center, covariances, stack_views, without_mean
-from lightning_collapse.losses.symmetric_power import iter_norm, symmetric_power
-from lightning_collapse.losses.whitening import cosine_distances
+from lightning_collapse.losses.support.products import product
+from lightning_collapse.losses.support.rows import require_rows
+from lightning_collapse.losses.support.statistics import center, covariances, stack_views, without_mean
+from lightning_collapse.losses.support.symmetric_power import iter_norm, symmetric_power
+from lightning_collapse.losses.support.whitening import cosine_distances
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, all_reduce_sum_with_grad

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.statistics import center, stack_views, variances
+from lightning_collapse.losses.support.statistics import center, stack_views, variances
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.registry import register_loss

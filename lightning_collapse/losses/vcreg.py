@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.statistics import center, covariances, stack_views, variances_and_covariance
+from lightning_collapse.losses.support.statistics import center, covariances, stack_views, variances_and_covariance
 from lightning_collapse.losses.variance import variance_hinge
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive

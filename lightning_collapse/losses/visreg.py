@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_collapse.losses.directions import random_directions
-from lightning_collapse.losses.products import product
-from lightning_collapse.losses.rows import require_rows
-from lightning_collapse.losses.shuffle import ShufflingLoss
-from lightning_collapse.losses.statistics import stack_views
-from lightning_collapse.losses.whitening import SCOPES, Scope
+from lightning_collapse.losses.support.directions import random_directions
+from lightning_collapse.losses.support.products import product
+from lightning_collapse.losses.support.rows import require_rows
+from lightning_collapse.losses.support.shuffle import ShufflingLoss
+from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.whitening import SCOPES, Scope
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, world_size

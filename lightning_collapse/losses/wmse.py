@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.products import product
-from lightning_collapse.losses.shuffle import ShufflingLoss, permutation
-from lightning_collapse.losses.statistics import CenteredBatch, center, covariances, stack_views, without_mean
-from lightning_collapse.losses.whitening import (
+from lightning_collapse.losses.support.products import product
+from lightning_collapse.losses.support.shuffle import ShufflingLoss, permutation
+from lightning_collapse.losses.support.statistics import CenteredBatch, center, covariances, stack_views, without_mean
+from lightning_collapse.losses.support.whitening import (
     SCOPES,
     Scope,
     cosine_distances,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.nearest_center import agreement_counts
+from lightning_collapse.functional.neural_collapse.nc4 import agreement_counts
 from lightning_collapse.metrics.sums import SumsMetric
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_collapse.functional.cdnv import over_pairs
-from lightning_collapse.functional.class_means import centered_means
-from lightning_collapse.functional.minority import minority_cosine, minority_norm
-from lightning_collapse.functional.neural_collapse import within_over_between
-from lightning_collapse.functional.self_duality import bias_collapse, duality_distance
-from lightning_collapse.functional.simplex import angle_error, frame_distance, norm_variation
-from lightning_collapse.functional.vci import vci
+from lightning_collapse.functional.neural_collapse.cdnv import over_pairs
+from lightning_collapse.functional.neural_collapse.class_means import centered_means
+from lightning_collapse.functional.neural_collapse.minority import minority_cosine, minority_norm
+from lightning_collapse.functional.neural_collapse.nc1 import within_over_between
+from lightning_collapse.functional.neural_collapse.nc2 import angle_error, frame_distance, norm_variation
+from lightning_collapse.functional.neural_collapse.nc3 import bias_collapse, duality_distance
+from lightning_collapse.functional.neural_collapse.vci import vci
 from lightning_collapse.metrics.sums import SumsMetric
 from lightning_collapse.spectral.class_moments import CLASS_STATES, ClassMoments
 from lightning_collapse.spectral.precision import full_precision

@@ -10,10 +10,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_collapse.losses.base import TooFewRowsError, evaluate, nothing
-from lightning_collapse.losses.memory import recall, remembered
 from lightning_collapse.losses.schedule import Weight, require_weight, weighted
+from lightning_collapse.losses.support.state import recall, remembered
 from lightning_collapse.mixins.bases import check_order
-from lightning_collapse.reporting.terms import publish_terms, term_curves, terms_are_due
+from lightning_collapse.reporting.loss_term_curves import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.trainer import logging_step
 
 MEMORY = "anti_collapse_memory"

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_collapse.callbacks.weight_penalty import WeightPenalty
+from lightning_collapse.callbacks.loss_terms.weight_penalty import WeightPenalty
 from lightning_collapse.mixins.bases import check_order
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.ewc import EWC

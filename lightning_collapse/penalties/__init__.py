@@ -2,7 +2,6 @@
 
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.diagonal_fisher import DiagonalFisher, diagonal_fisher
-from lightning_collapse.penalties.evaluating import evaluating
 from lightning_collapse.penalties.ewc import EWC
 from lightning_collapse.penalties.kfac_ewc import KFACEWC
 from lightning_collapse.penalties.kronecker_factors import KroneckerFactor, KroneckerFactors, kronecker_factors
@@ -13,6 +12,7 @@ from lightning_collapse.penalties.mas_importance import MASImportance, mas_impor
 from lightning_collapse.penalties.rank_one_ewc import RankOneEWC
 from lightning_collapse.penalties.rank_one_fisher import RankOneFisher, rank_one_fisher
 from lightning_collapse.penalties.rwalk import RWalk
+from lightning_collapse.penalties.support.preserved_state import evaluating
 from lightning_collapse.penalties.synaptic_intelligence import SynapticIntelligence
 
 __all__ = [

@@ -9,8 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_collapse.penalties.columns import Columns, Estimator, Likelihood, check_estimator, output_columns
-from lightning_collapse.penalties.importances import Outputs, Pass, Sums
+from lightning_collapse.penalties.support.fisher_pass import Outputs, Pass, Sums
+from lightning_collapse.penalties.support.output_gradients import (
+    Columns,
+    Estimator,
+    Likelihood,
+    check_estimator,
+    output_columns,
+)
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.sharding import on_whole_weights

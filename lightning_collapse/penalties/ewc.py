@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_collapse.penalties.columns import Estimator, Likelihood, check_estimator
-from lightning_collapse.penalties.data import check_loader, choose_estimator, names_of, parts_of
 from lightning_collapse.penalties.diagonal_fisher import Labels, diagonal_fisher
-from lightning_collapse.penalties.importances import Outputs
-from lightning_collapse.penalties.quadratic import QuadraticPenalty
+from lightning_collapse.penalties.support.consolidation import check_loader, choose_estimator, names_of, parts_of
+from lightning_collapse.penalties.support.fisher_pass import Outputs
+from lightning_collapse.penalties.support.output_gradients import Estimator, Likelihood, check_estimator
+from lightning_collapse.penalties.support.quadratic import QuadraticPenalty
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.registry import register_penalty

@@ -12,14 +12,20 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from lightning_collapse.penalties.base import Parameters, Penalty
-from lightning_collapse.penalties.columns import Estimator, Likelihood, check_estimator
-from lightning_collapse.penalties.data import check_loader, check_unsharded, choose_estimator, is_finite, names_of
 from lightning_collapse.penalties.diagonal_fisher import Labels
-from lightning_collapse.penalties.importances import Outputs
 from lightning_collapse.penalties.kronecker_factors import kronecker_factors
-from lightning_collapse.penalties.kronecker_sum import nearest_kronecker_product
-from lightning_collapse.penalties.memory import Memory
-from lightning_collapse.penalties.shards import add_to_gradients, copy_of, wide
+from lightning_collapse.penalties.support.consolidation import (
+    check_loader,
+    check_unsharded,
+    choose_estimator,
+    is_finite,
+    names_of,
+)
+from lightning_collapse.penalties.support.fisher_pass import Outputs
+from lightning_collapse.penalties.support.kronecker_sum import nearest_kronecker_product
+from lightning_collapse.penalties.support.output_gradients import Estimator, Likelihood, check_estimator
+from lightning_collapse.penalties.support.shards import add_to_gradients, copy_of, wide
+from lightning_collapse.penalties.support.state import Memory
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lightning_collapse.penalties.columns import Estimator, Likelihood, check_estimator, output_columns
-from lightning_collapse.penalties.importances import Outputs, Pass
-from lightning_collapse.penalties.per_sample import Layer, PerSampleGradients
-from lightning_collapse.penalties.sample_gradients import Outer, Patches, SampleGradients
+from lightning_collapse.penalties.support.fisher_pass import Outputs, Pass
+from lightning_collapse.penalties.support.output_gradients import Estimator, Likelihood, check_estimator, output_columns
+from lightning_collapse.penalties.support.per_sample import Layer, PerSampleGradients
+from lightning_collapse.penalties.support.sample_gradients import Outer, Patches, SampleGradients
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.sharding import on_whole_weights

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_collapse.penalties.base import Parameters
-from lightning_collapse.penalties.quadratic import QuadraticPenalty
-from lightning_collapse.penalties.shards import copy_of
+from lightning_collapse.penalties.support.quadratic import QuadraticPenalty
+from lightning_collapse.penalties.support.shards import copy_of
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.registry import register_penalty
 

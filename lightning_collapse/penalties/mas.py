@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 from typing_extensions import override
 
-from lightning_collapse.penalties.data import check_loader, names_of, parts_of
-from lightning_collapse.penalties.importances import Outputs
 from lightning_collapse.penalties.mas_importance import mas_importance
-from lightning_collapse.penalties.quadratic import QuadraticPenalty
+from lightning_collapse.penalties.support.consolidation import check_loader, names_of, parts_of
+from lightning_collapse.penalties.support.fisher_pass import Outputs
+from lightning_collapse.penalties.support.quadratic import QuadraticPenalty
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.registry import register_penalty

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_collapse.penalties.columns import norm_columns
-from lightning_collapse.penalties.importances import Outputs, Pass
+from lightning_collapse.penalties.support.fisher_pass import Outputs, Pass
+from lightning_collapse.penalties.support.output_gradients import norm_columns
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.sharding import on_whole_weights
 

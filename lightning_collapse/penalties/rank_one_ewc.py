@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_collapse.penalties.base import Parameters, Penalty
-from lightning_collapse.penalties.columns import Likelihood
-from lightning_collapse.penalties.data import check_loader, is_finite, names_of, parts_of
-from lightning_collapse.penalties.importances import Outputs
-from lightning_collapse.penalties.memory import Memory
 from lightning_collapse.penalties.rank_one_fisher import rank_one_fisher
-from lightning_collapse.penalties.shards import add_to_gradients, copy_of, total, wide
+from lightning_collapse.penalties.support.consolidation import check_loader, is_finite, names_of, parts_of
+from lightning_collapse.penalties.support.fisher_pass import Outputs
+from lightning_collapse.penalties.support.output_gradients import Likelihood
+from lightning_collapse.penalties.support.shards import add_to_gradients, copy_of, total, wide
+from lightning_collapse.penalties.support.state import Memory
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import clean_name

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_collapse.penalties.columns import Likelihood, check_estimator, output_columns
-from lightning_collapse.penalties.evaluating import evaluating
-from lightning_collapse.penalties.importances import Outputs, Pass
-from lightning_collapse.penalties.one_by_one import Called
-from lightning_collapse.penalties.per_sample import check_outputs
-from lightning_collapse.penalties.sample_gradients import wide
+from lightning_collapse.penalties.support.fisher_pass import Outputs, Pass
+from lightning_collapse.penalties.support.output_gradients import Likelihood, check_estimator, output_columns
+from lightning_collapse.penalties.support.per_sample import check_outputs
+from lightning_collapse.penalties.support.preserved_state import evaluating
+from lightning_collapse.penalties.support.sample_gradients import wide
+from lightning_collapse.penalties.support.vmap_gradients import Called
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.sharding import on_whole_weights
 from lightning_collapse.utilities.targets import targets_of

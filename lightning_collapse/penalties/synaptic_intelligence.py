@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_collapse.penalties.base import Parameters
-from lightning_collapse.penalties.path import PathPenalty
-from lightning_collapse.penalties.shards import copy_of
+from lightning_collapse.penalties.support.path_integral import PathPenalty
+from lightning_collapse.penalties.support.shards import copy_of
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.registry import register_penalty
 

@@ -2,9 +2,9 @@
 
 from lightning_collapse.reporting.dashboard import dashboard_layout, legend, legend_for_terminal
 from lightning_collapse.reporting.heat_map import History, heat_map
+from lightning_collapse.reporting.logger_adapters import log_dashboard, log_histogram, log_image, log_text
 from lightning_collapse.reporting.page import report
 from lightning_collapse.reporting.publish import PointReader, publish
-from lightning_collapse.reporting.sinks import log_dashboard, log_histogram, log_image, log_text
 from lightning_collapse.reporting.spectrum import LOG10_EDGES, log10_histogram
 
 __all__ = [

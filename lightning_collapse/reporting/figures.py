@@ -7,8 +7,8 @@ from math import log10, nan
 
 import numpy as np
 
-from lightning_collapse.reporting.board import Curve, evenly
 from lightning_collapse.reporting.events import Histograms
+from lightning_collapse.reporting.run_view import Curve, evenly
 from lightning_collapse.reporting.spectrum import LOG10_EDGES
 from lightning_collapse.reporting.svg import (
     COLORS,

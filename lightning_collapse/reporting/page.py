@@ -8,12 +8,12 @@ from itertools import chain
 from math import isfinite
 from pathlib import Path
 
-from lightning_collapse.reporting.board import Board, evenly
 from lightning_collapse.reporting.dashboard import category as category_of
 from lightning_collapse.reporting.dashboard import curve_facts
 from lightning_collapse.reporting.events import read_runs
 from lightning_collapse.reporting.figures import curves_figure, layers_figure, limits_of, spectrum_figure
 from lightning_collapse.reporting.page_style import STYLE
+from lightning_collapse.reporting.run_view import Board, evenly
 from lightning_collapse.reporting.svg import COLORS, number, text, time_line
 from lightning_collapse.reporting.verdicts import Finding
 from lightning_collapse.rules import ALL, RULES, Task

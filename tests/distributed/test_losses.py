@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from torch import Tensor
 
-from lightning_collapse.callbacks.regularizer import Regularizer
+from lightning_collapse.callbacks.loss_terms.regularizer import Regularizer
 from lightning_collapse.losses import (
     EffectiveRankHinge,
     LogDetBarrier,

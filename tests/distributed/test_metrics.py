@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lightning_collapse.callbacks.readings import LayerRows, read
+from lightning_collapse.monitoring.evaluate import LayerRows, read
 from lightning_collapse.spectral import GaussianSketch, Moments, reduce_moments
 from lightning_collapse.spectral.moments import STATES
 from lightning_collapse.utilities.registry import MEASURES

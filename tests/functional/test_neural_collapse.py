@@ -1,6 +1,7 @@
 """Measures of neural collapse against closed forms and against their formulas written out with numpy."""
 
 import math
+from importlib import import_module
 from itertools import combinations
 
 import numpy as np
@@ -253,7 +254,7 @@ def test_nearest_centers_by_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = data()
     means = statistics(features, labels, 6)[0]
     expected = nearest_class_center(features, means)
-    monkeypatch.setattr("lightning_collapse.functional.nearest_center.BLOCK", 50)
+    monkeypatch.setattr(import_module("lightning_collapse.functional.neural_collapse.nc4"), "BLOCK", 50)
     assert torch.equal(nearest_class_center(features, means), expected)
     assert nearest_class_center(features[:0], means).shape == (0,)
 

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lightning_collapse.callbacks.regularizer import Regularizer
+from lightning_collapse.callbacks.loss_terms.regularizer import Regularizer
 from lightning_collapse.losses import (
     CovarianceLoss,
     LinearWarmup,
@@ -24,7 +24,7 @@ from lightning_collapse.losses import (
     VICReg,
     variance_loss,
 )
-from lightning_collapse.losses.memory import remembered
+from lightning_collapse.losses.support.state import remembered
 from lightning_collapse.mixins.anti_collapse import AntiCollapseMixin
 from lightning_collapse.utilities.registry import LOSSES
 from tests.integration.siamese import Memory, MixedSiamese, MixedSingle, Siamese, Single, curve, fit, weights

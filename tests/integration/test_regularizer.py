@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_collapse.callbacks.regularizer import Regularizer
+from lightning_collapse.callbacks.loss_terms.regularizer import Regularizer
 from lightning_collapse.losses import AntiCollapseLoss, VarianceLoss, VICReg
 from lightning_collapse.utilities.training_step import wrap_training_step
 from tests.integration.siamese import MixedSiamese, Siamese, curve, fit, weights

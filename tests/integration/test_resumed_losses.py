@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
 from lightning_collapse import AntiCollapseMixin, Regularizer
-from lightning_collapse.callbacks.rollback import Rollback
+from lightning_collapse.callbacks.guard.rollback import Rollback
 from lightning_collapse.layers import ETFClassifier
 from lightning_collapse.losses import BalancedSoftmax, CorInfoMax, DotRegression, SIGReg, VICReg
-from lightning_collapse.losses.memory import recall, remembered
+from lightning_collapse.losses.support.state import recall, remembered
 from lightning_collapse.utilities.registry import LOSSES
 from tests.integration.siamese import MixedSiamese, MixedSingle, Siamese, Single, fit, weights
 from tests.losses.cases import CASES

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses import MMCR, CodingRate, coding_rate_loss, mmcr_terms
-from lightning_collapse.losses.products import logdet, product
+from lightning_collapse.losses.support.products import logdet, product
 
 
 def rows(n: int, d: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_collapse.losses import CWRGP, TooFewRowsError, cw_rgp_loss
 from lightning_collapse.losses import cw_rgp as module
-from lightning_collapse.losses.shuffle import permutation
+from lightning_collapse.losses.support.shuffle import permutation
 from tests.losses.cases.base import correlated
 from tests.losses.cases.cw_rgp import naive_channel_whitening, naive_group_zca
 from tests.losses.cases.whitening import naive_distance, well_conditioned

@@ -15,7 +15,7 @@ from lightning_collapse.losses import (
     effective_rank_terms,
     log_det_barrier,
 )
-from lightning_collapse.losses.jitter import JitteredCovarianceLoss, pattern
+from lightning_collapse.losses.support.jitter import JitteredCovarianceLoss, pattern
 from lightning_collapse.spectral import singular_values
 from tests.losses.cases.base import correlated, whitened
 

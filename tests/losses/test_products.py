@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_collapse.losses.products import product
+from lightning_collapse.losses.support.products import product
 
 
 def test_it_is_the_product_twice_differentiable() -> None:

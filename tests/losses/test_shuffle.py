@@ -3,7 +3,7 @@
 import torch
 
 from lightning_collapse.losses import WMSE
-from lightning_collapse.losses.shuffle import permutation
+from lightning_collapse.losses.support.shuffle import permutation
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses import SIGReg, sigreg_loss
-from lightning_collapse.losses.directions import random_directions
+from lightning_collapse.losses.support.directions import random_directions
 
 FULL = {"paper": np.linspace(-5, 5, 17), "package": np.linspace(-3, 3, 33)}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_collapse.losses import INTL, SpectralTransformation, intl_terms, spectral_transformation_terms
 from lightning_collapse.losses.spectral_transformation import iter_norm_eigenvalue
-from lightning_collapse.losses.symmetric_power import iter_norm, symmetric_power
+from lightning_collapse.losses.support.symmetric_power import iter_norm, symmetric_power
 from tests.losses.cases.base import whitened
 from tests.losses.cases.whitening import naive_distance, naive_iter_norm, naive_zca, well_conditioned
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_collapse.losses import TREGS
-from lightning_collapse.losses.spanning_tree import minimum_spanning_tree
+from lightning_collapse.losses.support.spanning_tree import minimum_spanning_tree
 from tests.contracts.test_losses import rank_after_training
 from tests.losses.cases.neighbors import naive_tree_length
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses import VISReg, visreg_terms
-from lightning_collapse.losses.directions import random_directions
+from lightning_collapse.losses.support.directions import random_directions
 from tests.losses.cases.visreg import naive_visreg
 
 

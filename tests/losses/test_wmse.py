@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses import WMSE, TooFewRowsError, wmse_loss
-from lightning_collapse.losses.shuffle import permutation
-from lightning_collapse.losses.whitening import inverse_cholesky
+from lightning_collapse.losses.support.shuffle import permutation
+from lightning_collapse.losses.support.whitening import inverse_cholesky
 from tests.losses.cases.whitening import naive_cholesky_whitening, naive_distance, naive_wmse, well_conditioned
 
 

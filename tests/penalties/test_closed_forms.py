@@ -14,7 +14,7 @@ from lightning_collapse.penalties import (
     SynapticIntelligence,
     kronecker_factors,
 )
-from lightning_collapse.penalties.kronecker_sum import nearest_kronecker_product
+from lightning_collapse.penalties.support.kronecker_sum import nearest_kronecker_product
 from tests.penalties.references import OnlineEWCReference, softmax_regression, task
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_collapse.losses.directions import random_directions
+from lightning_collapse.losses.support.directions import random_directions
 from tests.losses.cases.base import Case
 
 

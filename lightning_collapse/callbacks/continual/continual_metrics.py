@@ -1,0 +1,341 @@
+"""Accuracy on every task after every task, and what becomes of it in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import nan
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
+from lightning_collapse.callbacks.continual.task_aware import TaskAware
+from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forward
+from lightning_collapse.callbacks.evaluation.preserved_fit import batches_on_device, undisturbed
+from lightning_collapse.functional.continual import (
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    learning_accuracy,
+)
+from lightning_collapse.functional.stability_gap import min_accuracy, worst_case_accuracy
+from lightning_collapse.reporting import heat_map, log_image, log_text, publish
+from lightning_collapse.utilities.distributed import agree, all_reduce_sum
+from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.modules import curve_name
+from lightning_collapse.utilities.points import Flag, Point
+from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.targets import call_on, targets_of
+from lightning_collapse.utilities.trainer import is_due
+
+Outputs = Callable[[Any, Any], Tensor]
+Metric = Callable[[Tensor, Tensor], Tensor]
+
+
+def correct(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Whether the largest output of each sample is at its label: 1 or 0, NaN where the label is negative.
+
+    Args:
+        outputs: Logits ``(N, C, ...)``.
+        labels: Whole numbers ``(N, ...)``.
+
+    Returns:
+        The shape of ``labels``.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    Example:
+        >>> correct(torch.tensor([[0.0, 1.0], [2.0, 1.0], [2.0, 1.0]]), torch.tensor([1, 1, -100]))
+        tensor([1., 0., nan])
+    """
+    if outputs.ndim < 2 or labels.shape != outputs.shape[:1] + outputs.shape[2:]:
+        raise ValueError(
+            f"accuracy needs logits (N, C, ...) and labels (N, ...), got {tuple(outputs.shape)} and"
+            f" {tuple(labels.shape)}; give another `metric`"
+        )
+    return torch.where(labels < 0, torch.nan, (outputs.argmax(dim=1) == labels).float())
+
+
+class ContinualMetrics(TaskAware):
+    """Measure every task after every task: accuracy, transfer, forgetting and, in between, the stability gap.
+
+    **Logged metrics**, to every logger and to ``trainer.callback_metrics``, when a task ends:
+
+    - ``continual/{task}/accuracy`` of every task that was evaluated; ``n`` of the point is the number of samples, its
+      null the same before the first step, if that is known;
+    - ``continual/accuracy``, ``continual/learning_accuracy``, ``continual/backward_transfer`` and
+      ``continual/forgetting``, and ``continual/forward_transfer`` if it is asked for; NaN where not defined yet;
+    - a picture ``continual/accuracies``, one row per task learned, and a table of the same name as text;
+    - with ``every_n_steps``, then and while later tasks are learned: ``continual/min_accuracy`` and
+      ``continual/worst_case_accuracy``, and the curves of all tasks so far.
+
+    The x-axis goes on from task to task, although a new ``Trainer`` counts its steps from 0. Every submodule is in eval
+    mode meanwhile, without gradient; flags, buffers, random states and the generators of loaders are put back. Scores
+    are summed over processes, which may hold unequal shares of the data; every one reads what its own loaders give. A
+    loader that fails is a warning and leaves NaN. Reuse one object for all tasks, see :class:`~TaskAware`.
+
+    Args:
+        loaders: For every task a loader, or a function that returns one, in the order in which they are learned; as a
+            mapping they bring the names of their curves, else these are ``task0``, ``task1`` and so on.
+        every_n_steps: Optimizer steps between two evaluations while later tasks are learned; ``None`` for none. The
+            paper takes 1, on small loaders.
+        outputs: How the model is called on a batch, a function of the module and the batch;
+            :func:`~lightning_collapse.utilities.targets.call_on` by default.
+        labels: Labels of a batch; :func:`~lightning_collapse.utilities.targets.targets_of` by default.
+        metric: A function of outputs and labels that returns one score per sample, more is better, NaN for a sample
+            that does not count; by default 1 for the correct class and 0 for others.
+        forward_transfer: Whether to evaluate tasks to come, too, and all of them before the first step: the model is
+            taken for one of random initialization then.
+
+    Attributes:
+        names: Names of the tasks.
+
+    Raises:
+        ValueError: If there is no loader, an argument is of the wrong kind, or two names make one curve.
+        MisconfigurationException: When the fit starts, if the module has no ``forward`` and ``outputs`` is not given.
+
+    References:
+        See :func:`~lightning_collapse.functional.backward_transfer`, :func:`~lightning_collapse.functional.forgetting`
+        and :func:`~lightning_collapse.functional.worst_case_accuracy`.
+
+    Example::
+
+        metrics = ContinualMetrics([test_loader_of_task_0, test_loader_of_task_1])
+        for task in tasks:
+            Trainer(callbacks=[metrics]).fit(model, task)
+        print(metrics.table())
+    """
+
+    family = "continual"
+
+    def __init__(
+        self,
+        loaders: Sequence[Loader] | Mapping[str, Loader],
+        every_n_steps: int | None = None,
+        *,
+        outputs: Outputs | None = None,
+        labels: Callable[[Any], Tensor] | None = None,
+        metric: Metric = correct,
+        forward_transfer: bool = True,
+    ) -> None:
+        super().__init__()
+        self.names, self.loaders = _named(loaders)
+        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
+            raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or None, got {every_n_steps!r}.")
+        for name, function in (("outputs", outputs), ("labels", labels), ("metric", metric)):
+            if function is not None and not callable(function):
+                raise ValueError(f"`{name}` must be a function, got {function!r}.")
+        self.every_n_steps = every_n_steps
+        self.outputs, self.labels, self.metric = outputs, labels, metric
+        self.forward_transfer = forward_transfer
+        self._steps = ContinuedSteps()
+        self._values = torch.full((len(self.names), len(self.names)), nan)
+        self._baseline = torch.full((len(self.names),), nan)
+        self._lowest = torch.full((len(self.names),), nan)  # since the end of each task
+        self._warned: set[str] = set()
+
+    @property
+    def values(self) -> Tensor:
+        """Score on task ``j`` after learning task ``i``, shape ``(T, T)``, on the host; NaN where unknown."""
+        return self._values.clone()
+
+    @property
+    def baseline(self) -> Tensor:
+        """Score on every task before the first step, shape ``(T,)``, on the host; NaN where unknown."""
+        return self._baseline.clone()
+
+    def table(self) -> str:
+        """Markdown: a row per task learned, after one for the start, and a column per task."""
+        rows = zip(["before", *self.names], [self._baseline, *self._values], strict=True)
+        lines = [["after", *self.names], ["---"] * (len(self.names) + 1)]
+        for name, row in rows:
+            if not row.isnan().all():
+                lines.append([name, *("" if value.isnan() else f"{value:.3f}" for value in row)])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        check_forward(pl_module, self.outputs, "`ContinualMetrics`", "outputs")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._steps.start(trainer)
+        if self.forward_transfer and self.task == 0 and trainer.global_step == 0:
+            baseline = self._evaluate(trainer, pl_module, range(len(self.names)))[0]
+            self._baseline = self._baseline if trainer.fast_dev_run else baseline
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._steps.after_batch(trainer)
+        if self.every_n_steps and 0 < self.task < len(self.names) and is_due(trainer, self.every_n_steps):
+            seen = range(self.task + 1)
+            values, counts = self._evaluate(trainer, pl_module, seen)
+            points = self._points_of_tasks(trainer, seen, values, counts)
+            publish(trainer, pl_module, points + self._points_of_gap(trainer, values))
+
+    @override
+    def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        tasks = len(self.names)
+        if self.task >= tasks:
+            self._warn_once(f"task {self.task} has ended, and `loaders` has {tasks}: it is not measured.")
+            return
+        evaluated = range(tasks if self.forward_transfer else self.task + 1)
+        self._values[self.task], counts = self._evaluate(trainer, pl_module, evaluated)
+        learned = self._values[: self.task + 1]
+        readings = {
+            "accuracy": average_accuracy(learned),
+            "learning_accuracy": learning_accuracy(learned),
+            "backward_transfer": backward_transfer(learned),
+            "forgetting": forgetting(learned),
+        }
+        if self.forward_transfer:
+            readings["forward_transfer"] = forward_transfer(learned, self._baseline)
+        step = self._steps.step(trainer)
+        points = self._points_of_tasks(trainer, evaluated, learned[-1], counts)
+        points += [Point(f"continual/{name}", step, value.item()) for name, value in readings.items()]
+        if self.every_n_steps:
+            points += self._points_of_gap(trainer, learned[-1])
+        publish(trainer, pl_module, points)
+        self._draw(trainer, step)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        tensors = {"values": self._values, "baseline": self._baseline, "lowest": self._lowest}
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        return {**super().state_dict(), **copies, "names": list(self.names), "steps": self._steps.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._steps.load_state_dict(state_dict["steps"])
+        if state_dict["names"] != self.names[: len(state_dict["names"])]:
+            self._warn_once(
+                f"a checkpoint of the tasks {', '.join(state_dict['names'])} is read by one of"
+                f" {', '.join(self.names)}; its numbers are left out. Add loaders at the end only."
+            )
+            return
+        old = len(state_dict["names"])
+        self._values[:old, :old] = state_dict["values"]
+        self._baseline[:old], self._lowest[:old] = state_dict["baseline"], state_dict["lowest"]
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, tasks: Iterable[int]) -> tuple[Tensor, list[int]]:
+        """Mean score of every task, ``(T,)``, NaN for those not asked for, and the numbers of samples. Collective."""
+        wide = torch.float32 if pl_module.device.type == "mps" else torch.float64
+        sums = torch.zeros(len(self.names), 2, dtype=wide, device=pl_module.device)
+        with undisturbed(trainer, pl_module):
+            for task in tasks:
+                if not self._add_up(trainer, pl_module, task, sums[task]):
+                    sums[task] = nan
+        # the one transfer of an evaluation; whatever is read from scores afterwards is on the host
+        total, count = all_reduce_sum(sums).to("cpu", torch.float64).unbind(dim=1)
+        return (total / count).float(), [int(number) for number in count.nan_to_num(0)]
+
+    def _add_up(self, trainer: Trainer, pl_module: LightningModule, task: int, sums: Tensor) -> bool:
+        problem = ""
+        try:
+            for batch, counts in batches_on_device(self.loaders[task], trainer, pl_module):
+                labels = (self.labels or targets_of)(batch)
+                with trainer.precision_plugin.forward_context():
+                    outputs = (self.outputs or call_on)(pl_module, batch)
+                if labels is None:
+                    raise ValueError("a batch has no labels where they are looked for; say where with `labels`")
+                scores = self.metric(outputs, labels).to(sums)
+                if not scores.ndim:
+                    raise ValueError("`metric` returned one number for a batch; return one per sample")
+                if counts:
+                    sums += torch.stack([scores.nansum(), (~scores.isnan()).sum().to(sums)])
+        except Exception as error:  # of the user's loader or model: what is only watched goes on
+            problem = f"{type(error).__name__}: {error}"
+        [failed] = agree([bool(problem)], sums.device)
+        if failed:
+            self._warn_once(
+                f"the evaluation of `{self.names[task]}` failed and reads NaN: {problem or 'in another process'}."
+            )
+        return not failed
+
+    def _points_of_tasks(
+        self, trainer: Trainer, tasks: Iterable[int], values: Tensor, counts: Sequence[int]
+    ) -> list[Point]:
+        step, numbers, untrained = self._steps.step(trainer), values.tolist(), self._baseline.tolist()
+        return [
+            Point(
+                f"continual/{self.names[task]}/accuracy",
+                step,
+                numbers[task],
+                counts[task],
+                null=untrained[task],
+                flag=Flag.OK if counts[task] else Flag.NOT_CALLED,
+            )
+            for task in tasks
+        ]
+
+    def _points_of_gap(self, trainer: Trainer, values: Tensor) -> list[Point]:
+        """Lowest readings, this one included."""
+        if self.task == 0:
+            return []
+        earlier, now = self._lowest[: self.task], values[: self.task]
+        self._lowest[: self.task] = torch.fmin(earlier, now)
+        lowest, step = self._lowest[: self.task].unsqueeze(1), self._steps.step(trainer)
+        readings = {
+            "min_accuracy": min_accuracy(lowest),
+            "worst_case_accuracy": worst_case_accuracy(values[self.task], lowest),
+        }
+        return [Point(f"continual/{name}", step, value.item()) for name, value in readings.items()]
+
+    def _draw(self, trainer: Trainer, step: int) -> None:
+        ends = (0.0, 1.0) if self.metric is correct else (None, None)
+        for logger in trainer.loggers:
+            log_image(logger, "continual/accuracies", heat_map(self._values.numpy(), *ends), step)
+            log_text(logger, "continual/accuracies", self.table(), step)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(f"`ContinualMetrics`: {message}")
+
+
+def _named(loaders: Sequence[Loader] | Mapping[str, Loader]) -> tuple[list[str], list[Loader]]:
+    if isinstance(loaders, str) or not isinstance(loaders, Sequence | Mapping):
+        raise ValueError(f"`loaders` takes a list of loaders, one per task, or a mapping by name, got {loaders!r}.")
+    if not loaders:
+        raise ValueError("`loaders` is empty. Pass one loader per task.")
+    named = loaders if isinstance(loaders, Mapping) else {f"task{i}": loader for i, loader in enumerate(loaders)}
+    for name, loader in named.items():
+        if isinstance(loader, str) or not (isinstance(loader, Iterable) or callable(loader)):
+            raise ValueError(
+                f"`loaders` takes iterables of batches, or functions that return one, got {loader!r} for {name!r}."
+            )
+    names = [curve_name(str(name)) for name in named]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`loaders` has two names for one curve: {', '.join(map(repr, named))}.")
+    return names, list(named.values())
+
+
+def _register() -> None:
+    gem, matrix = "Lopez-Paz & Ranzato, NeurIPS 2017, arXiv 1706.08840", "accuracies after every task"
+    mer = "Riemer et al., ICLR 2019, arXiv 1810.11910"
+    gap = "De Lange et al., ICLR 2023, arXiv 2205.13452"
+    for name, reads, span, collapsed, source in (
+        ("accuracy", matrix, "0 to 1", "near chance", gem),
+        ("learning_accuracy", matrix, "0 to 1", "falling: plasticity is lost", mer),
+        ("backward_transfer", matrix, "-1 to 1", "far below 0: forgetting", gem),
+        ("forward_transfer", matrix, "-1 to 1", "below 0", gem),
+        ("forgetting", matrix, "-1 to 1", "near 1", "Chaudhry et al., ECCV 2018, arXiv 1801.10112"),
+        ("min_accuracy", "accuracies at a cadence", "0 to 1", "near 0, far below accuracy", gap),
+        ("worst_case_accuracy", "accuracies at a cadence", "0 to 1", "near 0, far below accuracy", gap),
+    ):
+        register_curve("continual", name, reads=reads, range=span, collapsed=collapsed, source=source)
+
+
+_register()

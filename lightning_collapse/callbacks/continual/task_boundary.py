@@ -1,0 +1,122 @@
+"""Ends of tasks inside one long fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_collapse.callbacks.continual.task_aware import TaskAware
+
+
+class TaskBoundary(Callback):
+    """Ends tasks at the ends of chosen epochs of a fit, for everything that acts when a task ends.
+
+    Calls ``finish_task(trainer, pl_module)`` of every :class:`~lightning_collapse.callbacks.task_aware.TaskAware`
+    callback and of the module, if it has one, when the epoch's training is over: on the loader of the task that ends,
+    and before a ``ModelCheckpoint`` saves the epoch (one with ``save_on_train_epoch_end=False``, or that saves after
+    validation, does so before the task has ended). The last task ends with the fit, as ever.
+
+    Data of the next task: a ``LightningDataModule`` with an attribute ``task`` finds the index of the running task in
+    it whenever ``train_dataloader()`` is called; ``Trainer(reload_dataloaders_every_n_epochs=1)`` has it called every
+    epoch, and is required then. Any other source of data has to look at :attr:`task` itself.
+
+    Args:
+        every_n_epochs: A task ends after this many epochs, and again after as many.
+        at_epochs: After how many epochs, counted from the start of the fit, tasks end.
+        when: A function of the trainer, asked at the end of every epoch whether a task ends; a task ends on all
+            processes if it does on one.
+
+    Attributes:
+        task: Index of the running task, from 0.
+
+    Raises:
+        ValueError: If not exactly one of the three is given, or it makes no sense.
+        MisconfigurationException: When the fit starts, if the data module would not be asked for the next task.
+
+    Example::
+
+        boundary = TaskBoundary(every_n_epochs=5)
+        trainer = Trainer(max_epochs=25, callbacks=[boundary, metrics], reload_dataloaders_every_n_epochs=1)
+        trainer.fit(model, datamodule=five_tasks)
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = None,
+        at_epochs: Collection[int] | None = None,
+        when: Callable[[Trainer], bool] | None = None,
+    ) -> None:
+        choices = {"every_n_epochs": every_n_epochs, "at_epochs": at_epochs, "when": when}
+        given = [f"`{name}`" for name, value in choices.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"Pass one of `every_n_epochs`, `at_epochs` and `when`, got {' and '.join(given) or 'none'}."
+            )
+        if every_n_epochs is not None and (not isinstance(every_n_epochs, int) or every_n_epochs < 1):
+            raise ValueError(f"`every_n_epochs` must be a whole number of at least 1, got {every_n_epochs!r}.")
+        if at_epochs is not None and (
+            isinstance(at_epochs, str)
+            or not isinstance(at_epochs, Collection)
+            or not at_epochs
+            or not all(isinstance(epoch, int) and epoch >= 1 for epoch in at_epochs)
+        ):
+            raise ValueError(f"`at_epochs` takes whole numbers of at least 1, got {at_epochs!r}.")
+        if when is not None and not callable(when):
+            raise ValueError(f"`when` takes a function of the trainer, got {when!r}.")
+        self.every_n_epochs, self.at_epochs, self.when = every_n_epochs, at_epochs, when
+        self.task = 0
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        follows = hasattr(trainer.datamodule, "task")
+        if follows and trainer.reload_dataloaders_every_n_epochs != 1:
+            raise MisconfigurationException(
+                f"{type(trainer.datamodule).__name__} has a `task`, but would not be asked for the data of the next one"
+                f" with `reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs}`. Set it to 1."
+            )
+        if not follows and not trainer.reload_dataloaders_every_n_epochs:
+            rank_zero_info("`TaskBoundary`: the loader stays the same; its data must change by themselves.")
+        self._tell(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fast_dev_run and self._is_due(trainer):
+            finish_task(trainer, pl_module)
+            self.task += 1
+            self._tell(trainer)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"task": self.task}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.task = state_dict["task"]
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs is not None:
+            return epoch % self.every_n_epochs == 0
+        if self.at_epochs is not None:
+            return epoch in self.at_epochs
+        assert self.when is not None
+        return bool(trainer.strategy.reduce_boolean_decision(bool(self.when(trainer)), all=False))
+
+    def _tell(self, trainer: Trainer) -> None:
+        if hasattr(trainer.datamodule, "task"):
+            trainer.datamodule.task = self.task
+
+
+def finish_task(trainer: Trainer, pl_module: LightningModule) -> None:
+    """End the running task for every callback that wants to know, and for the module if it does. Collective."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, TaskAware):
+            callback.finish_task(trainer, pl_module)
+    of_module: Any = getattr(pl_module, "finish_task", None)
+    if of_module is not None:
+        of_module(trainer, pl_module)

@@ -1,0 +1,166 @@
+"""What every callback shares that adds a term to the loss of ``training_step``, without a change to its code."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_collapse.losses.schedule import Weight, require_weight, weighted
+from lightning_collapse.reporting.loss_term_curves import publish_terms, term_curves, terms_are_due
+from lightning_collapse.utilities.modules import find_modules, let_hooks_be_seen
+from lightning_collapse.utilities.trainer import logging_step
+from lightning_collapse.utilities.training_step import wrap_training_step
+
+
+class AddedTerm(Callback, ABC):
+    """Hears layers within one ``training_step`` and adds a term to the loss it returns.
+
+    A subclass hooks layers in :meth:`listen`, keeps what they return while :attr:`_open` is true, and makes a term of
+    it in :meth:`term`; the rest is here.
+
+    Args:
+        on: Name of the layer to hear.
+        weight: Factor of the term.
+        name: Name of its curves.
+    """
+
+    remedy: ClassVar[str] = ""
+    """What to do instead in a module that optimizes by hand."""
+
+    def __init__(self, on: str | None, weight: Weight, name: str) -> None:
+        super().__init__()
+        require_weight(weight)
+        self.on = on
+        self.weight = weight
+        self.name = name
+        self._open = False
+        self._detachers: list[Callable[[], None]] = []
+        self._curves: dict[str, Tensor] = {}
+        self._warned: set[str] = set()
+
+    @abstractmethod
+    def listen(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
+        """Hook layers; returns functions that take the hooks off. May raise."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Let go of what was heard: nothing may keep a graph alive."""
+
+    @abstractmethod
+    def term(self, trainer: Trainer, batch: Any) -> Tensor | None:
+        """What to add to the loss, from what was heard in the step on ``batch``; ``None`` for nothing."""
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        # not in `setup`: `configure_model`, compilation and sharding come later
+        self._detach()
+        self._check(trainer, pl_module)
+        let_hooks_be_seen(pl_module)
+        self._detachers = self.listen(trainer, pl_module)
+
+        def around(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            # validation and testing may call `training_step` too
+            training = trainer.training and torch.is_grad_enabled()
+            return self._run(trainer, step, *args, **kwargs) if training else step(*args, **kwargs)
+
+        self._detachers.append(wrap_training_step(pl_module, around))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._curves:
+            publish_terms(trainer, pl_module, self._curves)
+            self._curves = {}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name, on=self.on)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()  # `teardown` is not called when the trainer fails
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
+
+    def add(self, trainer: Trainer, value: Tensor, terms: dict[str, Tensor]) -> Tensor:
+        """The value with its weight; at logging steps also what the curves will show."""
+        total = weighted(self.weight, value, logging_step(trainer))
+        if terms_are_due(trainer):
+            self._curves = term_curves(self.name, total, terms)
+        return total
+
+    def find(self, pl_module: LightningModule, name: str) -> tuple[str, nn.Module]:
+        """The one layer of a name or glob, and its clean name.
+
+        Raises:
+            MisconfigurationException: If there is none, or more than one.
+        """
+        asked = f"`{type(self).__name__}(on={self.on!r})`"
+        try:
+            found = find_modules(pl_module, [name])
+        except ValueError as error:
+            raise MisconfigurationException(f"{asked}: {error}") from None
+        if len(found) != 1:
+            raise MisconfigurationException(
+                f"{asked} must name one layer, but matches {len(found)}: {', '.join(found)}."
+            )
+        [layer] = found.items()
+        return layer
+
+    def warn_once(self, kind: str, message: str) -> None:
+        """Say something once per callback, on whichever process it happens."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=2)
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        who = type(self).__name__
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"`{who}` adds to the loss that `training_step` returns, but {type(pl_module).__name__} optimizes by"
+                f" hand. {self.remedy}"
+            )
+        twins = [c for c in trainer.callbacks if isinstance(c, AddedTerm) and c.name == self.name and c is not self]
+        if twins:
+            raise MisconfigurationException(
+                f"Two `{who}`s are called {self.name!r}, on {self.on!r} and {twins[0].on!r}. Tell their curves"
+                f" apart with `{who}(..., name=...)`."
+            )
+
+    def _detach(self) -> None:
+        for detach in self._detachers:
+            detach()
+        self._detachers = []
+        self._curves = {}
+        self._open = False
+        self.forget()
+
+    def _run(self, trainer: Trainer, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.forget()
+        self._open = True
+        try:
+            output = step(*args, **kwargs)
+            self._open = False
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if not isinstance(loss, Tensor):
+                return output
+            term = self.term(trainer, args[0] if args else None)
+        finally:
+            self._open = False
+            self.forget()
+        if term is None:
+            return output
+        loss = loss + term
+        return {**output, "loss": loss} if isinstance(output, Mapping) else loss

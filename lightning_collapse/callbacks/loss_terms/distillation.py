@@ -1,0 +1,317 @@
+"""Learning without forgetting: answer on new data as the network did before it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from lightning_collapse.callbacks.continual.task_aware import TaskAware
+from lightning_collapse.callbacks.evaluation.evaluation_pass import has_forward
+from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AddedTerm
+from lightning_collapse.losses.base import TooFewRowsError, nothing
+from lightning_collapse.losses.distillation import distillation_loss, feature_distillation_loss
+from lightning_collapse.losses.schedule import Weight
+from lightning_collapse.utilities.arguments import require_not_negative, require_one_of, require_positive
+from lightning_collapse.utilities.copies import fill, frozen_copy, tensors_of
+from lightning_collapse.utilities.features import as_rows
+from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first
+from lightning_collapse.utilities.trainer import is_sharded
+
+
+class Distillation(AddedTerm, TaskAware):
+    """Learning without forgetting: from the second task on, a frozen copy of the network before it is the teacher.
+
+    When a task ends, the module is copied, in eval mode and without gradients. From then on every ``training_step``
+    has the teacher answer on the inputs that the student was called with, under the same autocast, and adds
+    ``weight`` times :func:`~lightning_collapse.losses.distillation_loss` of the two, or
+    :func:`~lightning_collapse.losses.feature_distillation_loss`. Of a head that has grown since, the old classes, which
+    come first, are compared. The teacher draws no random number of the run, its BatchNorm statistics stand still, and
+    it is no part of the model: not of its ``state_dict``, its optimizers or its data-parallel wrapper. Its weights are
+    in the state of the callback, so a resumed run has it too. Hooks of the module are not copied.
+
+    What is compared is what the module's own ``forward`` returns where ``training_step`` calls it, ``self(x)``, or what
+    a layer ``on`` returns. The teacher is called as the student was: the outermost module that was called around the
+    layer, on the same arguments. Where that does not hold the whole path from the inputs, as in
+    ``self.head(self.encoder(x))`` with ``on="head"``, say with ``outputs`` how the answer to a batch is had. Tokens
+    ``(N, L, D)`` are a row each, maps ``(N, C, *spatial)`` are averaged over space.
+
+    At logging steps it publishes ``regularizer/{name}``, which is what was added to the loss, and without the weight
+    ``regularizer/{name}/divergence`` or, of features, ``regularizer/{name}/cosine_distance``.
+
+    Args:
+        on: Name of the layer, or a glob that matches exactly one; ``None`` for ``forward`` of the module.
+        weight: Factor of the loss, 1 in the paper: a number, or a function of the step.
+        temperature: Of the softened probabilities, 2 in the paper.
+        kind: ``"logits"``, or ``"features"`` for their directions.
+        outputs: Returns the output of a module, the teacher, on a batch; ``None`` repeats the calls of the student.
+        name: Name of the curves.
+
+    Raises:
+        ValueError: If ``temperature`` is not positive or ``kind`` is neither.
+        MisconfigurationException: At the start of the fit, if the module optimizes by hand, is sharded or cannot be
+            copied, if there is no such layer or no ``forward``, or if the name is taken; at the first training step, if
+            the layer did not run, or did not run on inputs that the teacher can be given.
+
+    References:
+        Li & Hoiem, *Learning without Forgetting*, ECCV 2016. https://arxiv.org/abs/1606.09282
+
+    Example::
+
+        lwf = Distillation()
+        for task in tasks:
+            Trainer(callbacks=[lwf]).fit(model, task)
+    """
+
+    remedy = "Add `distillation_loss(logits, teacher_logits)` of `lightning_collapse.losses` to your loss instead."
+
+    def __init__(
+        self,
+        on: str | None = None,
+        weight: Weight = 1.0,
+        temperature: float = 2.0,
+        kind: Literal["logits", "features"] = "logits",
+        outputs: Callable[[Any, Any], Any] | None = None,
+        name: str = "distillation",
+    ) -> None:
+        require_positive(temperature=temperature)
+        require_one_of(("logits", "features"), kind=kind)
+        super().__init__(on, weight, name)
+        if not callable(weight):
+            require_not_negative(weight=weight)
+        self.temperature = temperature
+        self.kind = kind
+        self.outputs = outputs
+        self._teacher: _Teacher | None = None
+        self._saved: dict[str, Tensor] | None = None
+        self._call: _Call | None = None
+        self._calls: list[_Call] = []
+        self._channels_first = False
+        self._no_rows: Tensor | None = None  # set by the first step that went well
+
+    @override
+    def listen(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
+        name, layer = self._layer(pl_module)
+        if is_sharded(trainer, pl_module):
+            raise MisconfigurationException(
+                "`Distillation` copies the module, and no process holds the whole of a sharded one. Use DDP, or call"
+                " `distillation_loss` of `lightning_collapse.losses` with a teacher of your own."
+            )
+        self._channels_first = is_channels_first(layer)
+        self._no_rows = None
+        if self._saved is not None or self._teacher is None:
+            try:
+                copy = frozen_copy(pl_module)  # now, that it fails before the training of a task and not after it
+                if self._saved is not None:
+                    fill(copy, self._saved)
+                    self._teacher, self._saved = _Teacher(copy), None
+            except Exception as error:
+                raise MisconfigurationException(
+                    f"`Distillation` needs a copy of {type(pl_module).__name__} as it was, and has none: {error!r:.400}"
+                ) from error
+        if self._teacher is not None:
+            self._teacher.listen(pl_module.device, name, self._rows)
+        around = {key: part for key, part in _parts(pl_module).items() if any(m is layer for m in part.modules())}
+        if self.outputs is not None:
+            around = {name: layer}
+        handles = [layer.register_forward_hook(self._hear)]
+        for key, part in around.items():
+            handles.append(part.register_forward_pre_hook(self._enter(key), with_kwargs=True))
+            handles.append(part.register_forward_hook(self._leave(key)))  # of the layer itself after `_hear`
+        return [handle.remove for handle in handles]
+
+    @override
+    def forget(self) -> None:
+        self._call = None
+        self._calls.clear()
+
+    @override
+    def term(self, trainer: Trainer, batch: Any) -> Tensor | None:
+        if self._teacher is None and self._no_rows is not None:
+            return None
+        problem, student, teacher = self._problem(), None, None
+        if problem is None:
+            student = torch.cat([row for call in self._calls for row in call.rows if row is not None])
+            if self._teacher is not None:
+                teacher = self._answer(self._teacher, batch)
+                problem = self._mismatch(student, teacher)
+        if problem is not None and self._no_rows is None:
+            raise MisconfigurationException(problem)
+        if problem is not None:
+            self.warn_once("skipped", f"{problem} Steps like this one go without the term.")
+            # this process has no rows, but the others may have, and wait for it in their sums
+            student = teacher = self._no_rows
+        elif student is not None:
+            self._no_rows = student.detach().new_empty(0, student.shape[1]).requires_grad_(student.requires_grad)
+        return None if student is None or teacher is None else self._evaluate(trainer, student, teacher)
+
+    @override
+    def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._teacher = None  # first, for its memory
+        try:
+            copy = frozen_copy(pl_module)
+        except Exception as error:
+            rank_zero_warn(f"`Distillation` could not copy the module, so there is no teacher: {error!r:.400}")
+            return
+        for buffer in copy.buffers():  # those of BatchNorm differ between processes
+            buffer.copy_(trainer.strategy.broadcast(buffer))
+        self._teacher = _Teacher(copy)
+        self._teacher.listen(pl_module.device, self._layer(pl_module)[0], self._rows)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        teacher = self._saved if self._teacher is None else tensors_of(self._teacher.module)
+        return {**super().state_dict(), "teacher": teacher}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._teacher, self._saved = None, state_dict["teacher"]
+
+    def _layer(self, pl_module: LightningModule) -> tuple[str, nn.Module]:
+        if self.on is not None:
+            return self.find(pl_module, self.on)
+        if not has_forward(pl_module):
+            raise MisconfigurationException(
+                f"`Distillation` compares what `forward` returns, and {type(pl_module).__name__} has none. Write one"
+                " and call it in `training_step`, or name a layer: `Distillation(on=...)`."
+            )
+        return "", pl_module
+
+    def _rows(self, output: Any) -> Tensor | None:
+        rows = as_rows(output, self._channels_first)
+        # a copy: an operation in place further on, such as `ReLU(inplace=True)`, must not change it
+        return None if rows is None else rows.clone()
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._open and self._call is None:
+                self._call = _Call(name, args, kwargs, [])
+
+        return enter
+
+    def _hear(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._call is not None and torch.is_grad_enabled() and not in_backward():
+            self._call.rows.append(self._rows(output))
+
+    def _leave(self, name: str) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if self._call is not None and self._call.name == name:
+                if self._call.rows:
+                    self._calls.append(self._call)
+                self._call = None
+
+        return leave
+
+    def _answer(self, teacher: "_Teacher", batch: Any) -> Tensor | None:
+        """What the teacher returns where the student was heard."""
+        device = next((p.device for p in teacher.module.parameters()), torch.device("cpu"))
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if self.outputs is not None:
+                return self._rows(self.outputs(teacher.module, batch))
+            with teacher.heard() as rows:
+                for call in self._calls:
+                    teacher.parts[call.name](*call.args, **call.kwargs)
+                present = [row for row in rows if row is not None]
+        return torch.cat(present) if present else None
+
+    def _evaluate(self, trainer: Trainer, student: Tensor, teacher: Tensor) -> Tensor:
+        try:
+            if self.kind == "logits":
+                value = distillation_loss(student, teacher, self.temperature)
+            else:
+                value = feature_distillation_loss(student, teacher)
+        except TooFewRowsError as error:
+            self.warn_once("skipped", f"{error} Steps like this one go without the term.")
+            return nothing(student)
+        return self.add(trainer, value, {"divergence" if self.kind == "logits" else "cosine_distance": value})
+
+    def _problem(self) -> str | None:
+        """Why the student's calls are none that a teacher can repeat, and what to do."""
+        what = "its `forward`" if self.on is None else f"{self.on!r}"
+        if not self._calls:
+            return (
+                f"`Distillation(on={self.on!r})` needs the module to call {what} with gradient in `training_step`, and"
+                " it did not. Call it there, or name another layer with `on`."
+            )
+        if any(row is None for call in self._calls for row in call.rows):
+            return f"`Distillation(on={self.on!r})` needs a floating-point tensor, and {what} returned none."
+        if self.outputs is None and any(
+            isinstance(leaf, Tensor) and leaf.grad_fn is not None
+            for call in self._calls
+            for leaf in tree_leaves((call.args, call.kwargs))
+        ):
+            return (
+                f"`Distillation(on={self.on!r})`: {what} was called on what other layers had computed, and the teacher"
+                " must start from the inputs. Say how: `outputs=lambda module, batch: module.head(module.encoder("
+                "batch[0]))`; or call all of it as one module."
+            )
+        return None
+
+    def _mismatch(self, student: Tensor, teacher: Tensor | None) -> str | None:
+        """Why the two cannot be compared."""
+        if teacher is None:
+            return f"`Distillation(on={self.on!r})`: the teacher returned no floating-point tensor."
+        more = student.shape[1] > teacher.shape[1] and self.kind == "logits"  # a head that has grown
+        if len(student) != len(teacher) or (student.shape[1] != teacher.shape[1] and not more):
+            return (
+                f"`Distillation(on={self.on!r})` cannot compare {tuple(student.shape)} of the student with"
+                f" {tuple(teacher.shape)} of the teacher: the same rows are needed, and"
+                f" {'no fewer columns' if self.kind == 'logits' else 'as many columns'}."
+            )
+        return None
+
+
+class _Call(NamedTuple):
+    """One outermost call of the student and what the layer returned within it."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rows: list[Tensor | None]
+
+
+class _Teacher:
+    """A frozen module that is no submodule of anything, and what its layer returns."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.parts: dict[str, nn.Module] = _parts(module)
+        self._rows: list[Tensor | None] | None = None
+        self._remove: Callable[[], None] = lambda: None
+
+    def listen(self, device: torch.device, name: str, rows_of: Callable[[Any], Tensor | None]) -> None:
+        """Move to a device and hear the layer of a name, in place of any other."""
+        self.module.to(device)
+        self._remove()
+        if name not in self.parts:
+            raise MisconfigurationException(
+                f"The teacher of `Distillation`, of an earlier task, has no layer {name!r}."
+            )
+
+        def hear(module: nn.Module, args: Any, output: Any) -> None:
+            if self._rows is not None:
+                self._rows.append(rows_of(output))
+
+        self._remove = self.parts[name].register_forward_hook(hear).remove
+
+    @contextmanager
+    def heard(self) -> Iterator[list[Tensor | None]]:
+        """What the layer returns meanwhile."""
+        rows: list[Tensor | None] = []
+        self._rows = rows
+        try:
+            yield rows
+        finally:
+            self._rows = None
+
+
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """A module and all submodules by clean name."""
+    return {"": module, **(find_modules(module, ["*"]) if any(True for _ in module.children()) else {})}

@@ -1,0 +1,188 @@
+"""An anti-collapse loss on a layer of any module, without a change to its code."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AddedTerm
+from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
+from lightning_collapse.losses.support.state import recall, remembered
+from lightning_collapse.utilities.features import as_rows, sample_count
+from lightning_collapse.utilities.modules import in_backward, is_channels_first
+
+
+class Regularizer(AddedTerm):
+    """Adds a loss on the output of a layer to what ``training_step`` returns.
+
+    Collects what the layer returns within one ``training_step``, graph included, and adds ``weight * loss`` to the
+    returned loss; the update is that of :class:`~lightning_collapse.AntiCollapseMixin`, bit by bit if one other
+    operation reads what the layer returns, else up to the order in which their gradients are summed. The model's code
+    and ``state_dict`` stay as they are: what the loss remembers, its buffers, is in the state of the callback, so that
+    a resumed run goes on as if it had not been interrupted. Vectors ``(N, D)`` are taken as they are, every token of
+    ``(N, L, D)`` is a row, maps ``(N, C, *spatial)`` are averaged over space.
+
+    At logging steps it publishes ``regularizer/{name}``, which is what was added to the loss, and
+    ``regularizer/{name}/{term}``, the terms without any weight. Of the micro-batches of an accumulated step the last
+    one is shown.
+
+    Calls of the layer without gradient are not views: under ``torch.no_grad``, in validation, inside reentrant
+    activation checkpointing, and recomputation during the backward pass. In data-parallel training every process must
+    run the layer alike; one that cannot contributes no rows. A step that returns ``None`` stays ``None``. Compiled
+    modules are compiled anew when the fit starts, so that they know of the hook.
+
+    Args:
+        loss: An :class:`~lightning_collapse.losses.AntiCollapseLoss`, or any module without trainable parameters that
+            maps feature matrices to a scalar: one, or two if its attribute ``views`` is 2.
+        on: Name of the layer, or a glob that matches exactly one: ``"projector"``, ``"*.projector"``.
+        weight: Factor of the loss: a number, or a function of the step such as
+            :class:`~lightning_collapse.losses.LinearWarmup`.
+        chunk: 2 if one call of the layer holds both views, the first in the first half of the batch. With 1 the layer
+            is called once per view.
+        name: Name of the curves; by default that of the loss class without ``Loss``, in lower case.
+
+    Raises:
+        ValueError: If an argument is of another type, ``chunk`` does not fit the loss, or the loss takes labels.
+        MisconfigurationException: At the start of the fit, if the module optimizes by hand, the loss has trainable
+            parameters, the layer is not found or the name is taken; at the first training step, if the layer did not
+            run as often as the loss has views.
+
+    Example::
+
+        trainer = Trainer(callbacks=[Regularizer(VICReg(), on="projector")])
+    """
+
+    remedy = "Add `self.anti_collapse_loss(...)` of `AntiCollapseMixin` to your loss instead."
+    on: str
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        on: str,
+        weight: float | Callable[[int], float] = 1.0,
+        chunk: Literal[1, 2] = 1,
+        name: str | None = None,
+    ) -> None:
+        if not isinstance(loss, nn.Module):
+            raise ValueError(f"`loss` must be a module, got {loss!r}. Pass an instance, such as `VICReg()`.")
+        if not isinstance(on, str):
+            raise ValueError(f"`on` must be the name of a layer, got {on!r}. Pass what `named_modules()` calls it.")
+        self._views: int = getattr(loss, "views", 1)
+        if chunk not in (1, self._views):
+            raise ValueError(
+                f"`chunk` must be 1, or the number of views of the loss: {type(loss).__name__} takes {self._views},"
+                f" got chunk={chunk}."
+            )
+        if getattr(loss, "takes_labels", False):
+            raise ValueError(
+                f"{type(loss).__name__} takes labels, and a layer returns none. Call `self.anti_collapse_loss(features,"
+                " labels)` of `AntiCollapseMixin` in `training_step`."
+            )
+        super().__init__(on, weight, name or type(loss).__name__.removesuffix("Loss").lower())
+        self.loss = loss
+        self.chunk = chunk
+        self._rows: list[Tensor | None] = []
+        self._samples = 0  # of the latest call
+        self._channels_first = False
+        self._no_rows: Tensor | None = None  # set by the first step that went well
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._no_rows = None  # of another fit; a checkpoint is loaded after this
+
+    @override
+    def listen(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
+        _, layer = self.find(pl_module, self.on)
+        if any(p.requires_grad for p in self.loss.parameters()):
+            raise MisconfigurationException(
+                f"The optimizer does not know the trainable parameters of {type(self.loss).__name__}. Make it part of"
+                " the model with `self.set_regularizers(...)` of `AntiCollapseMixin`."
+            )
+        self.loss.to(pl_module.device)
+        self._channels_first = is_channels_first(layer)
+        return [layer.register_forward_hook(self._collect).remove]
+
+    @override
+    def forget(self) -> None:
+        self._rows.clear()
+
+    @override
+    def term(self, trainer: Trainer, batch: Any) -> Tensor:
+        rows = self._rows
+        problem = self._problem(rows)
+        present = [row for row in rows if row is not None]
+        if problem is None:
+            views = present[0].chunk(self.chunk) if self.chunk > 1 else tuple(present)
+            self._remember(views[0])
+            return self._evaluate(trainer, views)
+        if self._no_rows is None:
+            raise MisconfigurationException(problem)
+        self.warn_once("skipped", f"{problem} Steps like this one go without the term.")
+        no_rows = self._no_rows.to(trainer.strategy.root_device)  # a checkpoint may have brought it
+        zero = nothing(*present, no_rows)
+        if not isinstance(self.loss, AntiCollapseLoss):
+            return zero
+        # this process has no rows, but the others may have, and wait for it in their sums
+        return zero + self._evaluate(trainer, (no_rows,) * self._views)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        memory = remembered(self.loss)
+        state: dict[str, Any] = {"loss": memory} if memory else {}
+        return state if self._no_rows is None else {**state, "no_rows": self._no_rows}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        recall(self.loss, state_dict.get("loss", {}))
+        self._no_rows = state_dict.get("no_rows", self._no_rows)
+
+    def _collect(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._open and torch.is_grad_enabled() and not in_backward():
+            self._samples = sample_count(output)
+            rows = as_rows(output, self._channels_first)
+            # a copy: an operation in place further on, such as `ReLU(inplace=True)`, must not change it
+            self._rows.append(None if rows is None else rows.clone())
+
+    def _evaluate(self, trainer: Trainer, views: tuple[Tensor, ...]) -> Tensor:
+        try:
+            value, terms = evaluate(self.loss, views)
+        except TooFewRowsError as error:
+            self.warn_once("skipped", f"{error} Steps like this one go without the term.")
+            return nothing(*views)
+        return self.add(trainer, value, terms)
+
+    def _remember(self, view: Tensor) -> None:
+        """Keep an empty matrix like this one, for steps in which this process has no rows."""
+        self._no_rows = view.detach().new_empty(0, view.shape[1]).requires_grad_(view.requires_grad)
+        if not view.requires_grad:
+            self.warn_once("frozen", f"The output of {self.on!r} has no gradient: its regularizer trains nothing.")
+
+    def _problem(self, rows: list[Tensor | None]) -> str | None:
+        """Why the loss cannot be evaluated on these outputs, and what to do."""
+        wanted = self._views // self.chunk
+        needs = f"`Regularizer({type(self.loss).__name__}(), on={self.on!r})` needs"
+        if not rows:
+            return (
+                f"{needs} the layer to run with gradient in `training_step`, and it did not. Choose another layer; one"
+                " inside reentrant activation checkpointing, or used without a call of its own, cannot be seen."
+            )
+        if any(row is None for row in rows):
+            return f"{needs} a floating-point tensor, and the layer returned none. Choose another layer."
+        if len(rows) != wanted:
+            one_call = self._views == 2 and len(rows) == 1
+            remedy = "If one call holds both views pass `chunk=2`; else choose" if one_call else "Choose"
+            return (
+                f"{needs} {wanted} call(s) of the layer per `training_step`, and there were {len(rows)}. {remedy}"
+                f" another layer, or a loss of {len(rows) * self.chunk} view(s)."
+            )
+        shapes = [tuple(row.shape) for row in rows if row is not None]
+        if self._samples % self.chunk:  # tokens of an odd number of samples may be even, and a view end inside one
+            return f"{needs} an even number of samples with `chunk={self.chunk}`, got {self._samples}."
+        if len(set(shapes)) > 1:
+            return f"{needs} views of one shape, got {' and '.join(map(str, shapes))}."
+        return None

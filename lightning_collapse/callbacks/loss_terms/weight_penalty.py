@@ -1,0 +1,290 @@
+"""A penalty on the weights of any module, without a change to its code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from math import inf
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_collapse.callbacks.continual.task_aware import TaskAware
+from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forward, check_pass
+from lightning_collapse.callbacks.evaluation.preserved_fit import unnoticed
+from lightning_collapse.callbacks.evaluation.task_batches import TaskBatches, check_training_data
+from lightning_collapse.penalties.base import Penalty
+from lightning_collapse.penalties.support.consolidation import check_gathers
+from lightning_collapse.penalties.support.quadratic import QuadraticPenalty
+from lightning_collapse.reporting.loss_term_curves import publish_terms, term_curves, terms_are_due
+from lightning_collapse.utilities.distributed import all_reduce_sum
+from lightning_collapse.utilities.gradients import gradients_of, squared_norms
+from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.modules import clean_name
+from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.trainer import loss_scale
+
+
+class WeightPenalty(TaskAware):
+    """Keeps weights near where old tasks, or the start, need them.
+
+    The gradient of the penalty is added once per optimizer step, after accumulation and reduction over processes and
+    before clipping; the loss and the graph stay as they are. It works with automatic and manual optimization, several
+    optimizers, any precision, data-parallel training and ``fully_shard``; the update is that of
+    :class:`~lightning_collapse.ContinualMixin`, bit by bit. When a task ends the penalty learns what the task needs,
+    from ``loader`` or the training data. One object goes through all tasks; its memory is in its state, so that a
+    resumed run goes on as if it had not been interrupted, and nothing enters the model's ``state_dict``.
+
+    **Logged curves**, at logging steps: ``penalty/{name}``, its value, weight included, and
+    ``penalty/{name}/gradient_ratio``, the norm of its gradient over that of the task.
+
+    A checkpoint that a ``ModelCheckpoint`` saves during a fit does not know yet that the task has ended: save one
+    after the fit, as ``fit_tasks`` does.
+
+    Args:
+        penalty: What to add, such as ``EWC(weight=100.0)``.
+        name: Of the curves and of its state; by default that of the class of the penalty, in lower case.
+        parameters: Names of parameters it is for, or glob patterns such as ``"encoder.*"``; all by default. Frozen
+            ones get no pull, but are remembered.
+        loader: Data of the task that ends, for penalties that need some: batches, or a function that returns them.
+            Every process reads all of it. By default the training data, augmented as it is.
+
+    Raises:
+        ValueError: If an argument is of the wrong kind, or ``parameters`` is empty.
+        MisconfigurationException: When the fit starts, if the strategy is ``"fsdp"`` or DeepSpeed, another penalty has
+            the name, a pattern matches nothing, no parameter is trainable, a parameter has shrunk since it was
+            remembered, a penalty that reads data has no way to call the module, or the training has several loaders
+            and ``loader`` does not say which.
+
+    Example::
+
+        ewc = WeightPenalty(EWC(weight=100.0))
+        for task in tasks:
+            Trainer(callbacks=[ewc], max_epochs=4).fit(model, task)
+    """
+
+    def __init__(
+        self,
+        penalty: Penalty,
+        name: str | None = None,
+        parameters: Sequence[str] | None = None,
+        loader: Loader | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(penalty, Penalty):
+            raise ValueError(f"`penalty` takes an object such as `EWC(weight=100.0)`, got {penalty!r}.")
+        listed = not isinstance(parameters, str) and parameters and all(isinstance(name, str) for name in parameters)
+        if parameters is not None and not listed:
+            raise ValueError(
+                f"`parameters` takes a list of names or patterns, or None for all parameters, got {parameters!r}."
+            )
+        check_pass(loader, None, None)
+        self.penalty = penalty
+        self.name = name or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(penalty).__name__).lower()
+        self.patterns = parameters
+        self.loader = loader
+        self._warned = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._owned: dict[int, tuple[int, dict[str, Tensor]]] = {}
+        self._squares: dict[str, list[Tensor]] = {"task": [], "penalty": []}
+        self._value: Tensor | None = None
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._forget()
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"`WeightPenalty` needs parameters with shapes of their own, and {type(trainer.strategy).__name__}"
+                " flattens them. Use `ModelParallelStrategy` with `fully_shard`, or `strategy='ddp'`."
+            )
+        if self.penalty.needs_data and hasattr(self.penalty, "outputs"):  # else a whole task is trained before it fails
+            call = self.penalty.outputs or getattr(self.penalty, "losses", None)
+            check_forward(pl_module, call, f"`{type(self.penalty).__name__}`", "outputs")
+        twins = [other for other in weight_penalties(trainer) if other.name == self.name and other is not self]
+        if twins:
+            raise MisconfigurationException(
+                f"Two penalties are called {self.name!r}. Tell them apart with `WeightPenalty(..., name=...)`."
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # not in `on_fit_start`: strategies that shard restore a checkpoint after it
+        self._parameters = self._choose(pl_module)
+        if self.penalty.needs_data and self.loader is None:
+            check_training_data(trainer, f"`WeightPenalty({type(self.penalty).__name__}(...))`")
+        try:
+            if self.penalty.needs_data:
+                check_gathers(pl_module)
+            self.penalty.start(self._parameters)
+        except ValueError as error:
+            raise MisconfigurationException(f"`WeightPenalty`, {self.name!r}: {error}") from error
+        self._warn_of_overshoot(trainer)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        due, scale = terms_are_due(trainer), loss_scale(trainer, optimizer)
+        everyone = weight_penalties(trainer)
+        if everyone[0] is self:  # all see the gradient of the task before any adds to it
+            for other in everyone:
+                other._observe(pl_module, optimizer, scale, due)
+        owned = self._of(optimizer)
+        if not due:
+            self.penalty.add_gradients(owned, scale)
+            return
+        found = gradients_of(list(owned.values()))
+        past = {i: gradient.clone() for i, gradient in zip(found.indices, found.tensors, strict=True)}
+        if self._value is None:
+            self._value = self.penalty.value(self._parameters).detach()
+        self.penalty.add_gradients(owned, scale)
+        self._squares["penalty"].append(_square(owned, past, pl_module.device))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.penalty.after_step(self._parameters)
+        if self._value is not None:
+            squares = all_reduce_sum(torch.stack([torch.stack(found).sum() for found in self._squares.values()]))
+            ratio = (squares[1] / squares[0]).sqrt()
+            publish_terms(
+                trainer, pl_module, term_curves(self.name, self._value, {"gradient_ratio": ratio}, family="penalty")
+            )
+        self._value = None
+        for found in self._squares.values():
+            found.clear()
+
+    @override
+    def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        problem = ""
+        try:
+            with unnoticed(trainer, pl_module):
+                self.penalty.consolidate(pl_module, TaskBatches(trainer, self.loader))
+        except Exception as error:  # of the user's loader or model: what was trained is not lost
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            rank_zero_warn(
+                f"`WeightPenalty`, {self.name!r}: task {self.task} could not be remembered, those before it are:"
+                f" {problem} Which data to read can be said with `loader=...`."
+            )
+        else:
+            self._warn_of_overshoot(trainer)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"penalty": self.penalty.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.penalty.load_state_dict(state_dict["penalty"])
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._forget()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._forget()
+
+    def _warn_of_overshoot(self, trainer: Trainer) -> None:
+        """Say so where steps along the penalty alone would diverge, which is known of SGD; no clipping, no task."""
+        if not isinstance(self.penalty, QuadraticPenalty) or trainer.gradient_clip_val:
+            return
+        for optimizer in trainer.optimizers:
+            curvature = self.penalty.curvature(self._of(optimizer))
+            if curvature is None or type(optimizer) is not torch.optim.SGD:
+                continue
+            limit = min(_largest_curvature(group) for group in optimizer.param_groups)
+            if curvature > limit and not self._warned:  # waits for the device, which a task's end does anyway
+                self._warned = True
+                largest = self.penalty.weight * limit / curvature.item()
+                rank_zero_warn(
+                    f"`WeightPenalty`, {self.name!r}: at this learning rate steps along the penalty overshoot ever"
+                    f" more, unless its weight is below {largest:.2g}. It is {self.penalty.weight:.4g}. Lower it or the"
+                    " learning rate, or set `Trainer(gradient_clip_val=...)`."
+                )
+
+    def _observe(self, pl_module: LightningModule, optimizer: Optimizer, scale: Tensor | None, due: bool) -> None:
+        owned = self._of(optimizer)
+        self.penalty.observe(owned, scale)
+        if due:
+            self._squares["task"].append(_square(owned, {}, pl_module.device))
+
+    def _of(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Parameters that an optimizer steps, by name."""
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        if self._owned.get(id(optimizer), (-1, {}))[0] != size:
+            ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            self._owned[id(optimizer)] = size, {n: p for n, p in self._parameters.items() if id(p) in ids}
+        return self._owned[id(optimizer)][1]
+
+    def _choose(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
+        named = {clean_name(name): parameter for name, parameter in pl_module.named_parameters()}
+        named = {n: p for n, p in named.items() if not nn.parameter.is_lazy(p) and p.is_floating_point()}
+        patterns = ["*"] if self.patterns is None else self.patterns
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in named):
+                raise MisconfigurationException(
+                    f"`WeightPenalty(parameters=[{pattern!r}])` matches no parameter of {type(pl_module).__name__}. It"
+                    f" has: {', '.join(named)}."
+                )
+        chosen = {name: p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+        if not any(parameter.requires_grad for parameter in chosen.values()):
+            raise MisconfigurationException(
+                f"`WeightPenalty`, {self.name!r}: none of its {len(chosen)} parameters is trainable: there is nothing"
+                " to penalize. Choose others with `parameters=[...]`."
+            )
+        return chosen
+
+
+def weight_penalties(trainer: Trainer) -> list[WeightPenalty]:
+    """All that act in a trainer: its callbacks, and those of a module with a ``ContinualMixin``."""
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, WeightPenalty)]
+    return [*callbacks, *getattr(trainer.lightning_module, "weight_penalties", {}).values()]
+
+
+def _largest_curvature(group: dict[str, Any]) -> float:
+    """Up to which SGD with momentum converges on a parabola."""
+    lr, momentum = float(group["lr"]), float(group["momentum"])
+    if lr <= 0:
+        return inf
+    if group["nesterov"]:
+        return 2 * (1 + momentum) / (lr * (1 + 2 * momentum))
+    return 2 * (1 + momentum) / (lr * (1 - float(group["dampening"]) if momentum else 1))
+
+
+def _square(parameters: dict[str, Tensor], past: dict[int, Tensor], device: torch.device) -> Tensor:
+    """This process's share of the squared norm of what gradients have changed by, from zero or from ``past``."""
+    found = gradients_of(list(parameters.values()))
+    changes = [t - past[i] if i in past else t for i, t in zip(found.indices, found.tensors, strict=True)]
+    squares = squared_norms(changes, device)
+    return (squares * squares.new_tensor(found.shares)).sum()
+
+
+register_curve(
+    "penalty",
+    "gradient_ratio",
+    reads="gradients",
+    range="0 to infinity",
+    collapsed="far above 1: the new task is not learned",
+    source="norm of the penalty's over that of the task's",
+)

@@ -1,0 +1,1 @@
+"""Monitors: they choose layers, call functional code and declare curves."""

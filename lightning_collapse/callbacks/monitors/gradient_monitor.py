@@ -1,0 +1,245 @@
+"""Curves of the size and of the noise of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite, nan, sqrt
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_collapse.callbacks.monitors.monitor import Monitor, check_layers
+from lightning_collapse.monitoring.gradient_noise_window import MicroBatches, Noise
+from lightning_collapse.utilities.batch import batch_size
+from lightning_collapse.utilities.distributed import all_reduce_sum
+from lightning_collapse.utilities.gradients import gradients_of, squared_norms
+from lightning_collapse.utilities.modules import default_taps, find_taps
+from lightning_collapse.utilities.points import Flag, Point
+from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.trainer import ends_step, is_due, loss_scale, synchronizes_last
+
+
+class GradientMonitor(Monitor):
+    """Log gradient norms per layer and, where gradients are accumulated, how noisy they are.
+
+    **Logged metrics**, to every logger and to ``trainer.callback_metrics``:
+
+    - ``gradients/{layer}/norm``: Euclidean norm of the gradient of all parameters of a layer, before clipping and with
+      the loss scale of 16-bit training taken out;
+    - ``gradients/all/norm``: the same of the whole model;
+    - ``gradients/{layer}/flag``: 0, or why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`:
+      ``NONFINITE`` if the gradient holds NaN or infinity (the norm reads NaN), ``NOT_CALLED`` if there was none;
+    - with ``Trainer(accumulate_grad_batches)`` of 2 or more, because then the gradients of micro-batches can be told
+      apart: ``gradients/all/noise_trace`` and ``gradients/all/noise_signal``, averages over points of the estimates of
+      :func:`~lightning_collapse.functional.gradient_noise_scale`; ``gradients/all/noise_scale``, their ratio in
+      samples; and ``gradients/all/coherence``,
+      see :func:`~lightning_collapse.functional.gradient_coherence`.
+
+    Norms are taken when Lightning announces an optimizer step: under manual optimization step the optimizers that
+    ``self.optimizers()`` returns. With several optimizers each counts with the parameters it updates, and the last of
+    several steps in a batch is what is drawn. For the noise a copy of the gradients is kept during the accumulation
+    window that ends in a point; sparse gradients have no part in it. Data-parallel training needs 3 micro-batches for
+    a coherence.
+
+    Args:
+        layers: Names of submodules, or glob patterns of them; all parameters inside count. ``None`` takes up to a dozen
+            by the rule of :func:`~lightning_collapse.utilities.default_taps`.
+        every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
+        noise: Whether to read the noise where gradients are accumulated.
+        smoothing: Weight of the past in the two averages, per point; 0 for none.
+        micro_batch_size: Samples of a micro-batch on one process; ``None`` reads the first dimension of the first
+            tensor of a batch.
+
+    Raises:
+        ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, on a pattern
+            that matches nothing, and for ``strategy="fsdp"``, whose flattened gradients belong to no layer.
+
+    Example::
+
+        trainer = Trainer(callbacks=[GradientMonitor()], accumulate_grad_batches=4)
+    """
+
+    family = "gradients"
+
+    def __init__(
+        self,
+        layers: Sequence[str] | None = None,
+        every_n_steps: int | None = None,
+        noise: bool = True,
+        smoothing: float = 0.9,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(every_n_steps)
+        check_layers(layers, "the default layers")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"`smoothing` must be at least 0 and less than 1, got {smoothing}.")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(
+                f"`micro_batch_size` must be at least 1, or None to read it from batches, got {micro_batch_size}."
+            )
+        self.layers = layers
+        self.noise = noise
+        self.smoothing = smoothing
+        self.micro_batch_size = micro_batch_size
+        self._averages = [0.0, 0.0, 0.0]  # of the trace, of the signal, and of one: the last corrects the start
+        self._restored: list[float] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._parameters: list[nn.Parameter] = []
+        self._names: list[str] = []
+        self._belongs = torch.zeros(0, 0)  # which parameters are inside which of them
+        self._heard: list[tuple[list[int], list[float], Tensor]] = []
+        self._window: MicroBatches | None = None
+        self._size = 1
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(layers=self.layers, every_n_steps=self.every_n_steps)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"averages": list(self._averages)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = list(state_dict["averages"])
+
+    @override
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise MisconfigurationException(
+                "`GradientMonitor` cannot read the flattened gradients of `strategy='fsdp'`."
+                " Use `ModelParallelStrategy` with `fully_shard`."
+            )
+        self._averages, self._restored = self._restored or [0.0, 0.0, 0.0], None
+        self._parameters = list(pl_module.parameters())
+        index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
+        modules = self._choose(pl_module) | {"all": pl_module}
+        self._names = list(modules)
+        self._belongs = torch.zeros(len(modules), len(index))
+        for row, module in zip(self._belongs, modules.values(), strict=True):
+            row[[index[id(parameter)] for parameter in module.parameters()]] = 1.0
+        if self.noise and trainer.accumulate_grad_batches == 1:
+            rank_zero_info(
+                "`GradientMonitor` draws norms only: the noise in gradients can be read where they are accumulated,"
+                " `Trainer(accumulate_grad_batches=2)` or more."
+            )
+
+    @override
+    def stop(self) -> None:
+        self._forget()
+
+    @override
+    def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
+        self._heard.clear()
+        if not self.noise or batches_left >= trainer.accumulate_grad_batches or trainer.accumulate_grad_batches < 2:
+            return
+        if self._window is None:
+            self._window = MicroBatches(self._parameters, trainer.lightning_module.device)
+        self._size = self.micro_batch_size or batch_size(batch)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._window is not None:
+            last = ends_step(trainer)
+            self._window.add(self._size, last and synchronizes_last(trainer), loss_scale(trainer), last)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not is_due(trainer, self.cadence(trainer)):
+            return
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        mine = [i for i, parameter in enumerate(self._parameters) if id(parameter) in own]
+        found = gradients_of([self._parameters[i] for i in mine])
+        squares = squared_norms(found.tensors, pl_module.device)
+        scale = loss_scale(trainer, optimizer)
+        if scale is not None:
+            squares = squares / scale.to(squares).square()
+        self._heard.append(([mine[i] for i in found.indices], found.shares, squares))
+
+    @override
+    @torch.no_grad()
+    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Point]:
+        squares = squared_norms([], pl_module.device).new_zeros(len(self._parameters))
+        shares = torch.zeros(len(self._parameters), dtype=squares.dtype)
+        for indices, of_shard, values in self._heard:  # the last of several steps counts
+            squares[torch.tensor(indices, device=squares.device, dtype=torch.long)] = values
+            shares[indices] = torch.tensor(of_shard, dtype=squares.dtype)
+        self._heard.clear()
+        heard = (self._belongs @ (shares > 0).to(self._belongs)).to(squares)
+        # 0 * nan: a bad gradient must not reach layers it is not in
+        each = torch.where(self._belongs.to(squares) > 0, squares * shares.to(squares), 0.0).sum(dim=1)
+        window, self._window = self._window, None
+        parts = [each, heard] if window is None else [each, heard, window.statistics()]
+        numbers = all_reduce_sum(torch.cat(parts)).tolist()  # the one transfer of a point
+        size = len(self._belongs)
+        points: list[Point] = []
+        for name, square, count in zip(self._names, numbers[:size], numbers[size : 2 * size], strict=True):
+            points += self._points_of(name, step, square, count)
+        if window is not None:
+            noise = window.noise(numbers[2 * size :], trainer.accumulate_grad_batches)
+            points += self._points_of_noise(noise, step, points[-1].flag)
+        return points
+
+    def _points_of(self, name: str, step: int, square: float, count: float) -> list[Point]:
+        flag = Flag.OK if isfinite(square) else Flag.NONFINITE
+        if not count:
+            flag = Flag.NOT_CALLED
+            self.warn_once(f"there was no gradient of `{name}` at a point; its curve reads NaN there.")
+        norm = nan if flag else sqrt(square)
+        key = f"gradients/{name}"
+        return [Point(f"{key}/norm", step, norm, flag=flag), Point(f"{key}/flag", step, float(flag), flag=flag)]
+
+    def _points_of_noise(self, noise: Noise, step: int, flag: Flag) -> list[Point]:
+        if flag == Flag.OK and isfinite(noise.trace) and isfinite(noise.signal):
+            fresh = (noise.trace, noise.signal, 1.0)
+            past = self.smoothing
+            self._averages = [past * old + (1 - past) * x for old, x in zip(self._averages, fresh, strict=True)]
+        elif flag == Flag.OK:
+            flag = Flag.FEW_ROWS
+        total, signal, weight = self._averages
+        total, signal = (total / weight, signal / weight) if weight else (nan, nan)
+        curves = {
+            "noise_trace": total,
+            "noise_signal": signal,
+            "noise_scale": total / signal if signal > 0 else nan,
+            "coherence": noise.coherence,
+        }
+        return [Point(f"gradients/all/{name}", step, value, noise.samples, flag=flag) for name, value in curves.items()]
+
+    def _choose(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+        if self.layers is None:
+            taps = [tap for tap in default_taps(pl_module) if any(p.requires_grad for p in tap.module.parameters())]
+        else:
+            try:
+                taps = find_taps(pl_module, self.layers)
+            except ValueError as error:
+                raise MisconfigurationException(f"`GradientMonitor(layers={list(self.layers)!r})`: {error}") from error
+        first = {id(tap.module): tap for tap in reversed(taps)}  # of the input and the output of a module one
+        kept = [tap for tap in taps if first[id(tap.module)] is tap]
+        return {tap.name.removesuffix(".input") if tap.side == "input" else tap.name: tap.module for tap in kept}
+
+
+def _register() -> None:
+    micro, paper = "micro-batch gradients", "McCandlish et al. 2018, arXiv 1812.06162"
+    for name, reads, span, collapsed, source in (
+        ("norm", "gradient", "0 to infinity", "near 0, or growing", "Euclidean norm"),
+        ("flag", "gradient", "0 to 6", "above 0", "why to doubt the point"),
+        ("noise_trace", micro, "0 to infinity", "does not tell", paper),
+        ("noise_signal", micro, "0 to infinity, below in noise", "near 0", paper),
+        ("noise_scale", micro, "0 to infinity, in samples", "far above the batch size", paper),
+        ("coherence", micro, "-1 / (K - 1) to 1", "near 0", "mean cosine of micro-batches, weighted by their norms"),
+    ):
+        register_curve("gradients", name, reads=reads, range=span, collapsed=collapsed, source=source)
+
+
+_register()

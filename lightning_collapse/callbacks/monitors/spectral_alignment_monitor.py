@@ -1,0 +1,333 @@
+"""Curves of how the inputs of weight matrices lie to the matrices' top singular vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isnan, nan
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import override
+
+from lightning_collapse.callbacks.monitors.monitor import Monitor, check_layers
+from lightning_collapse.functional.spectral_alignment import (
+    cosines,
+    diversity_of_counts,
+    expected_majority_fraction,
+    sign_counts,
+)
+from lightning_collapse.metrics.spectral_alignment import BINS, alignment_histogram
+from lightning_collapse.monitoring.input_projections import InputProjections, Projected
+from lightning_collapse.reporting import log_histogram
+from lightning_collapse.spectral.power_iteration import PowerIteration, TopSingularPair
+from lightning_collapse.spectral.precision import accumulation_dtype
+from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
+from lightning_collapse.utilities.features import padding_mask
+from lightning_collapse.utilities.modules import find_modules, let_hooks_be_seen
+from lightning_collapse.utilities.points import Flag, Point
+from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.weight_matrices import WeightMatrix, weight_matrices
+
+FAMILY = "spectral_alignment"
+UNCONVERGED_ABOVE = 0.2
+"""A direction is doubted where ``residual / gap``, which bounds the sine of its error, is this or more; our choice."""
+COLLAPSED_BELOW = 0.1
+"""Sign diversity below which a matrix counts as collapsed: 19 of 20 inputs on one side; our choice."""
+MOST_ITERATIONS = 10
+HISTOGRAM_EVERY = 10
+_EDGES = tuple(2 * i / BINS - 1 for i in range(BINS + 1))
+_PAPER = "Qiu et al. 2025, arXiv:2510.04202"
+
+for _name, _facts in {
+    "sign_diversity": {
+        "reads": "signs of <x, v1> over the inputs x of a matrix, v1 its top right singular vector",
+        "range": "0 to 1",
+        "collapsed": "0: all inputs on one side; compare with the same matrix earlier",
+        "source": f"{_PAPER} (the scalar is ours)",
+    },
+    "sign_diversity_centered": {
+        "reads": "the same of the inputs less their mean",
+        "range": "0 to 1",
+        "collapsed": "towards 0",
+    },
+    "alignment_mean": {
+        "reads": "mean cosine between inputs and v1",
+        "range": "-1 to 1",
+        "collapsed": "towards -1 or 1",
+        "source": _PAPER,
+    },
+    "spectral_norm": {
+        "reads": "largest singular value of the matrix; under `all` the largest of all matrices",
+        "range": "0 to infinity",
+        "collapsed": "explodes with one-sided alignment",
+        "source": _PAPER,
+    },
+    "mean_energy_share": {
+        "reads": "squared norm of the mean input over the mean squared norm",
+        "range": "0 to 1",
+        "collapsed": "1: all inputs equal",
+    },
+    "collapsed_share": {
+        "reads": f"share of the matrices with a sign diversity below {COLLAPSED_BELOW}; under `all`",
+        "range": "0 to 1",
+        "collapsed": "rises",
+    },
+    "residual": {
+        "reads": "|W'W v - s^2 v| / s^2 of the power iteration, the largest of all matrices; under `all`",
+        "range": "0 to infinity",
+        "collapsed": "does not tell",
+    },
+    "n": {"reads": "rows behind a matrix, the fewest; under `all`", "range": "0 to infinity", "collapsed": "few"},
+    "flag": {"reads": "a matrix", "range": "0 to 7", "collapsed": "above 0: why to doubt the point"},
+}.items():
+    register_curve(FAMILY, _name, **_facts)
+
+
+class SpectralAlignmentMonitor(Monitor):
+    """Log on which side of each weight matrix's top singular vector its inputs fall: balanced, or all on one.
+
+    A collapse of the sign diversity is reported to precede loss explosions (arXiv:2510.04202). What is healthy differs
+    between matrices (inputs after a ReLU are one-sided by nature), so compare a matrix with itself earlier, and look
+    at the aggregates first.
+
+    **Logged metrics** to every logger and to ``trainer.callback_metrics``; per matrix
+    ``spectral_alignment/{matrix}/...``:
+
+    - ``sign_diversity``, ``sign_diversity_centered``: 0 (all inputs on one side) to 1 (balanced), of the inputs and of
+      the inputs less their mean;
+    - ``alignment_mean``: mean cosine; its sign is kept from point to point;
+    - ``spectral_norm``: the largest singular value;
+    - ``mean_energy_share``: how much of the inputs' energy is their mean; NaN if a row was not finite;
+    - ``flag``: 0, or why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`.
+
+    Over all matrices, ``spectral_alignment/all/...``: the mean ``sign_diversity``, ``collapsed_share`` (matrices with a
+    diversity below 0.1), the mean ``mean_energy_share``, the largest ``spectral_norm``, the largest ``residual`` of
+    the power iteration, and ``n``, the fewest rows behind a matrix. Besides, to loggers that can show them, every
+    tenth point: a histogram of the cosines per matrix.
+
+    The singular vector is that of the weights which the heard batch is multiplied by: it is followed right before the
+    last batch of the step, by one step of power iteration per optimizer step since the last point, ten at most, and is
+    part of the callback's state. A point in an accumulation window that the end of an epoch cuts short where the
+    trainer could not foresee it is left out.
+
+    Watched are the inputs of every layer with a matrix for a weight, query, key and value of an attention module each
+    by itself; not convolutions, recurrent layers and the output projection of ``nn.MultiheadAttention``, whose inputs
+    no module receives as rows. Padding (zeros in ``batch["attention_mask"]``) does not count.
+
+    Args:
+        layers: Names of submodules, or glob patterns of them: the matrices in them are watched. ``None`` takes all.
+        every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
+        rows: Rows per call of a layer to look at, at most, spread evenly over all of them (every ``k``-th, so it can be
+            half as many); tokens count as rows.
+
+    Raises:
+        ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, on a pattern
+            that matches nothing, or nothing that could be watched.
+
+    Example::
+
+        trainer = Trainer(callbacks=[SpectralAlignmentMonitor()])
+    """
+
+    family = FAMILY
+
+    def __init__(self, layers: Sequence[str] | None = None, every_n_steps: int | None = None, rows: int = 256) -> None:
+        super().__init__(every_n_steps)
+        check_layers(layers, "all weight matrices")
+        if rows < 2:
+            raise ValueError(f"`rows` must be at least 2, got {rows}. The default is 256.")
+        self.layers = layers
+        self.rows = rows
+        self._matrices: list[WeightMatrix] = []
+        self._heard: InputProjections | None = None
+        self._power = PowerIteration()
+        self._pairs: dict[str, TopSingularPair] = {}
+        self._points = 0
+        self._restored: dict[str, Any] = {}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(layers=self.layers, every_n_steps=self.every_n_steps)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"blocks": self._power.state_dict(), "points": self._points}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    @override
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._matrices = self._choose(pl_module)
+        let_hooks_be_seen(pl_module)
+        self._heard = InputProjections(self._matrices, self.rows)
+        self._power = PowerIteration()
+        self._points = 0
+        if state := self._restored:
+            self._restored = {}
+            self._power.load_state_dict(state["blocks"])
+            self._points = state["points"]
+
+    @override
+    def stop(self) -> None:
+        if self._heard is not None:
+            self._heard.remove()
+        self._heard = None
+        self._pairs = {}
+
+    @override
+    def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
+        if batches_left or self._heard is None or not self._matrices:
+            return
+        weights = {matrix.name: matrix.read() for matrix in self._matrices}
+        self._pairs = self._power.step(weights, min(self.cadence(trainer), MOST_ITERATIONS))
+        self._heard.arm({name: pair.direction for name, pair in self._pairs.items()}, padding_mask(batch))
+
+    @override
+    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Point]:
+        if self._heard is None or not self._pairs:
+            return []
+        histograms = bool(trainer.loggers) and self._points % HISTOGRAM_EVERY == 0
+        readings = _read(self._pairs, self._heard.drain(), histograms).tolist()  # the one transfer of a point
+        self._pairs = {}
+        self._points += 1
+        points: list[Point] = []
+        for matrix, reading in zip(self._matrices, readings, strict=True):
+            points += _points_of(matrix.name, step, reading)
+            for logger in trainer.loggers if histograms else ():
+                log_histogram(logger, f"{FAMILY}/{matrix.name}/alignment", reading[-BINS:], _EDGES, step)
+            if points[-1].flag == Flag.NOT_CALLED:
+                self.warn_once(
+                    f"the inputs of `{matrix.name}` were not seen before every point; its curves read NaN there. If it"
+                    " never runs choose other `layers`."
+                )
+        return points + _aggregates(points, step, [reading[_RESIDUAL] for reading in readings])
+
+    def _choose(self, pl_module: LightningModule) -> list[WeightMatrix]:
+        matrices = weight_matrices(pl_module)
+        if self.layers is not None:
+            try:
+                chosen = find_modules(pl_module, self.layers)
+            except ValueError as error:
+                raise MisconfigurationException(f"{self._call}: {error}") from error
+            inside = {id(module) for root in chosen.values() for module in root.modules()}
+            matrices = [matrix for matrix in matrices if id(matrix.module) in inside]
+        heard = [matrix for matrix in matrices if matrix.input is not None]
+        silent = [matrix.name for matrix in matrices if matrix.input is None]
+        if self.layers is not None and not heard:
+            raise MisconfigurationException(
+                f"{self._call} matches no layer whose inputs meet a weight matrix as rows"
+                f" ({', '.join(silent) or 'there is no matrix'}). Name linear layers, or modules that hold some."
+            )
+        if self.layers is None:
+            rank_zero_info(
+                f"`{type(self).__name__}` watches {len(heard)} weight matrices."
+                + (f" Of {len(silent)} others no module receives the inputs as rows." if silent else "")
+                + " Choose with `layers=[...]`."
+            )
+        return heard
+
+    @property
+    def _call(self) -> str:
+        return f"`{type(self).__name__}(layers={list(self.layers or ())!r})`"
+
+
+_SEEN, _N, _RESIDUAL, _GAP, _VALUES = 0, 1, 2, 3, 4
+_CURVES = ("spectral_norm", "sign_diversity", "sign_diversity_centered", "alignment_mean", "mean_energy_share")
+
+
+@torch.no_grad()
+def _read(pairs: Mapping[str, TopSingularPair], heard: Mapping[str, Projected], histograms: bool) -> Tensor:
+    """One row of numbers per matrix: seen and finite rows, residual, gap, the values of the curves, the histogram.
+
+    Collective: every process calls it with the same matrices; one may have heard nothing.
+    """
+    weights = torch.stack([x for pair in pairs.values() for x in (pair.residual, pair.gap, pair.norm)]).view(-1, 3)
+    heard = {name: heard.get(name) or _silence(pair.direction) for name, pair in pairs.items()}
+    dtype = accumulation_dtype(weights.device)
+    norms = _padded([of_one.norms for of_one in heard.values()])
+    projections = _padded([of_one.projections for of_one in heard.values()])
+    finite = norms.isfinite() & (norms >= 0)
+    norms, seen = torch.where(finite, norms, nan), (~(norms < 0)).sum(dim=1)
+    projections = torch.where(finite, projections, nan)
+    alignment = cosines(projections, norms)
+    sums = [seen, finite.sum(dim=1), *sign_counts(alignment)]
+    sums += [values.nansum(dim=1, dtype=dtype) for values in (alignment, projections, norms.square())]
+    table = torch.cat([torch.stack([column.to(dtype) for column in sums], dim=1), weights.to(dtype)], dim=1)
+    if histograms:
+        table = torch.cat([table, alignment_histogram(alignment).to(dtype)], dim=1)
+    totals = torch.cat([of_one.total for of_one in heard.values()]).to(dtype)
+    message = all_reduce_sum(torch.cat([table.flatten(), totals]))
+    table = message[: table.numel()].view_as(table)
+    seen, n, positive, negative, cosine, projection, energy, *weight = table[:, :10].unbind(dim=1)
+    # every process found the same for the weights; their mean is one number for all of them to the last bit
+    residual, gap, norm = (value / world_size() for value in weight)
+    mean = (projection / n).to(projections)
+    centered = all_reduce_sum(torch.stack(sign_counts(cosines(projections - mean[:, None], norms))))
+    widths = torch.tensor([len(of_one.total) for of_one in heard.values()], device=n.device)
+    owners = torch.arange(len(widths), device=n.device).repeat_interleave(widths, output_size=len(totals))
+    mean_energy = torch.zeros_like(n).index_add_(0, owners, message[table.numel() :].square())
+    columns = [seen, n, residual, gap, norm, diversity_of_counts(positive, negative)]
+    columns += [diversity_of_counts(*centered).to(dtype), cosine / n, mean_energy / (n * energy)]
+    return torch.cat([torch.stack(columns, dim=1), table[:, 10:]], dim=1)
+
+
+def _padded(vectors: Sequence[Tensor]) -> Tensor:
+    if len(set(map(len, vectors))) == 1:
+        return torch.stack(list(vectors))
+    return pad_sequence(list(vectors), batch_first=True, padding_value=-1.0)
+
+
+def _silence(direction: Tensor) -> Projected:
+    return Projected(direction[:0], direction[:0], torch.zeros_like(direction))
+
+
+def _points_of(name: str, step: int, reading: Sequence[float]) -> list[Point]:
+    n, flag = int(reading[_N]), _flag(reading)
+    values = dict(zip(_CURVES, reading[_VALUES:], strict=False))
+    if flag in (Flag.NOT_CALLED, Flag.FEW_ROWS) or isnan(reading[_RESIDUAL]):
+        values = {curve: value if curve == "spectral_norm" else nan for curve, value in values.items()}
+    balanced = 2 - 2 * expected_majority_fraction(n) if n else nan
+    nulls = {"sign_diversity": balanced, "sign_diversity_centered": balanced, "alignment_mean": 0.0}
+    nulls["mean_energy_share"] = 1 / n if n else nan
+    points = [
+        Point(f"{FAMILY}/{name}/{curve}", step, value, n, nulls.get(curve, nan), flag)
+        for curve, value in values.items()
+    ]
+    return [*points, Point(f"{FAMILY}/{name}/flag", step, float(flag), n, flag=flag)]
+
+
+def _flag(reading: Sequence[float]) -> Flag:
+    if not reading[_SEEN]:
+        return Flag.NOT_CALLED
+    if reading[_N] < 2:
+        return Flag.FEW_ROWS
+    if not reading[_RESIDUAL] < UNCONVERGED_ABOVE * reading[_GAP]:
+        return Flag.UNCONVERGED
+    return Flag.NONFINITE if reading[_N] < reading[_SEEN] else Flag.OK
+
+
+def _aggregates(points: Sequence[Point], step: int, residuals: Sequence[float]) -> list[Point]:
+    def values(curve: str) -> list[float]:
+        found = [point.value for point in points if point.key.endswith(f"/{curve}")]
+        return [value for value in found if not isnan(value)] or [nan]
+
+    n = min(point.n for point in points)
+    diversities, shares = values("sign_diversity"), values("mean_energy_share")
+    collapsed = sum(value < COLLAPSED_BELOW for value in diversities) / len(diversities)
+    summary = {
+        "sign_diversity": sum(diversities) / len(diversities),
+        "collapsed_share": nan if isnan(diversities[0]) else collapsed,
+        "mean_energy_share": sum(shares) / len(shares),
+        "spectral_norm": max(values("spectral_norm")),
+        "residual": max([residual for residual in residuals if not isnan(residual)] or [nan]),
+        "n": float(n),
+    }
+    return [Point(f"{FAMILY}/all/{curve}", step, value, n) for curve, value in summary.items()]

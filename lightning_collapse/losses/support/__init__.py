@@ -1,0 +1,1 @@
+"""What several losses share: rows and moments of the global batch, whitening, directions, permutations, state."""

@@ -1,0 +1,82 @@
+"""Where tensors of a model were at some time, and how far they have gone since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_collapse.penalties.support.shards import Layout
+from lightning_collapse.utilities.distributed import world_size
+from lightning_collapse.utilities.gradients import local_part, shards_of
+from lightning_collapse.utilities.sharding import local
+from lightning_collapse.utilities.weight_matrices import whole
+
+
+class Anchor:
+    """A copy of tensors by name, sharded like them.
+
+    Args:
+        tensors: Parameters and buffers as they are now.
+        saved: What :meth:`state_dict` returned, to be taken for the copy of those it has in the same shape.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None) -> None:
+        self._copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        for name, copy in self._copies.items():
+            value = (saved or {}).get(name)
+            if value is not None and value.shape == copy.shape:
+                local(copy).copy_(Layout.of(copy).cut(value.to(copy.device)))
+
+    @torch.no_grad()
+    def change(self, tensors: Mapping[str, Tensor], order: int, move: bool = False) -> Tensor:
+        """This process's part of the sums of ``|change| ** order``, of those tensors that are known, and 0 of others.
+
+        Args:
+            tensors: The tensors now.
+            order: 1 or 2.
+            move: Whether the copy follows, which then needs no second one while it compares.
+
+        Returns:
+            Shape ``(len(tensors),)``; the sum over processes is that of whole tensors. Waits for nothing.
+        """
+        known = {name: tensor.detach() for name, tensor in tensors.items() if self._knows(name, tensor)}
+        if not known:
+            return torch.zeros(len(tensors))
+        now = [local_part(tensor) for tensor in known.values()]
+        copies = [local_part(self._copies[name]) for name in known]
+        if move:
+            torch._foreach_sub_(copies, now)
+        steps = copies if move else torch._foreach_sub(now, copies)
+        sums = _powers(list(known.values()), steps, order)
+        if move:
+            torch._foreach_copy_(copies, now)
+        places = {name: i for i, name in enumerate(tensors)}
+        found = sums.new_zeros(len(tensors))
+        found[torch.tensor([places[name] for name in known], device=sums.device)] = sums
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The copies, whole and on the host. Collective."""
+        return {name: whole(copy).to("cpu", copy=True) for name, copy in self._copies.items()}
+
+    def _knows(self, name: str, tensor: Tensor) -> bool:
+        return name in self._copies and self._copies[name].shape == tensor.shape
+
+
+@torch.no_grad()
+def absolute_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """This process's part of the sums of absolute values, shape ``(len(tensors),)``; for no tensor a single 0."""
+    return _powers(tensors, [local_part(tensor.detach()) for tensor in tensors], 1) if tensors else torch.zeros(1)
+
+
+def _powers(tensors: Sequence[Tensor], parts: Sequence[Tensor], order: int) -> Tensor:
+    """Sums of ``|part| ** order``, weighed so that the sum over processes is that of the whole tensors."""
+    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    norms = torch._foreach_norm(list(parts), order, dtype=wide)
+    device = parts[0].device
+    total = torch.float32 if device.type == "mps" else torch.float64
+    shares = [shards_of(tensor) / world_size() for tensor in tensors]
+    sums = torch.stack([norm.to(device) for norm in norms]).to(total) ** order
+    return sums * torch.tensor(shares, dtype=total, device=device)

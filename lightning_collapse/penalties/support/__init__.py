@@ -1,0 +1,1 @@
+"""What several penalties share: per-sample gradients, passes over a loader, sharded state."""

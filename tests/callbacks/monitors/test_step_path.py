@@ -1,0 +1,54 @@
+"""Between points nobody is asked: a layer that does not run costs a step no more than one that does."""
+
+import pytest
+from torch import nn
+
+from lightning_collapse import (
+    CollapseMonitor,
+    GeometryPhaseMonitor,
+    IntrinsicDimensionMonitor,
+    NeuralCollapseMonitor,
+    RegressionCollapseMonitor,
+)
+from lightning_collapse.callbacks.monitors import (
+    collapse_monitor,
+    geometry_phase_monitor,
+    intrinsic_dimension_monitor,
+    regression_collapse_monitor,
+)
+from tests.toys import Toy, batches, fit
+
+MONITORS = {
+    "collapse": (collapse_monitor, lambda: CollapseMonitor(["unused"], every_n_steps=4)),
+    "geometry": (geometry_phase_monitor, lambda: GeometryPhaseMonitor("unused", every_n_steps=4)),
+    "intrinsic dimension": (intrinsic_dimension_monitor, lambda: IntrinsicDimensionMonitor(["unused"], 4)),
+    "regression": (regression_collapse_monitor, lambda: RegressionCollapseMonitor("unused", every_n_steps=4)),
+}
+
+
+def run(monitor):
+    model = Toy()
+    model.unused = nn.Linear(3, 2)
+    fit(model, [monitor], batches(12))
+
+
+@pytest.mark.filterwarnings("ignore:`.*Monitor`")  # they say that it does not run
+@pytest.mark.parametrize("name", MONITORS)
+def test_processes_agree_at_the_first_batch_and_at_points_only(name, monkeypatch):
+    module, monitor = MONITORS[name]
+    asked = []
+
+    def counted(numbers, device):
+        asked.append(numbers)
+        return list(numbers)
+
+    monkeypatch.setattr(module, "agree", counted)
+    run(monitor())
+    assert 1 < len(asked) <= 4  # of twelve steps three end in a point
+
+
+@pytest.mark.filterwarnings("ignore:`.*Monitor`")
+def test_labels_are_looked_for_at_the_first_batch_and_at_points_only():
+    asked = []
+    run(NeuralCollapseMonitor("unused", labels=asked.append, every_n_steps=4))
+    assert len(asked) == 4
