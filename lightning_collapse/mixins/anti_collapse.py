@@ -13,7 +13,7 @@ from lightning_collapse.losses.base import TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.schedule import Weight, require_weight, weighted
 from lightning_collapse.losses.support.state import recall, remembered
 from lightning_collapse.mixins.bases import check_order
-from lightning_collapse.reporting.loss_term_curves import publish_terms, term_curves, terms_are_due
+from lightning_collapse.reporting.loss_term_curves import Curve, publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.trainer import logging_step
 
 MEMORY = "anti_collapse_memory"
@@ -28,9 +28,9 @@ class AntiCollapseMixin:
     ``super()`` in them. Works with automatic and manual optimization, any precision, data-parallel training (where
     every process must call it alike), ``torch.compile``, and without a trainer.
 
-    At logging steps it publishes, for every regularizer, ``regularizer/{name}``, which is what was added to the loss,
-    and ``regularizer/{name}/{term}``, its terms without any weight. Of the micro-batches of an accumulated step the
-    last one is shown. To reach a module without changing its code use :class:`~lightning_collapse.Regularizer`.
+    At logging steps it publishes, for every regularizer, ``regularizer/{name}/value``, which is what was added to the
+    loss, and ``regularizer/{name}/{term}``, its terms without any weight. Of the micro-batches of an accumulated step
+    the last one is shown. To reach a module without changing its code use :class:`~lightning_collapse.Regularizer`.
 
     Without a trainer, as with Fabric, nobody tells the step: weights that change go by how often their regularizer was
     evaluated in training mode. So every micro-batch counts, and a resumed loop starts at 0 again, unless the weight
@@ -126,7 +126,7 @@ class AntiCollapseMixin:
         """
         views, labels = _split_labels(views)
         added: list[Tensor] = []
-        curves: dict[str, Tensor] = {}
+        curves: dict[Curve, Tensor] = {}
         for name, (weight, loss) in self._chosen(names, len(views), bool(labels)).items():
             _follow(loss, views[0])
             awake = _awake(loss, self)
@@ -207,7 +207,7 @@ def _weighted(pl_module: Any, name: str, weight: Weight, value: Tensor) -> Tenso
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _publish(pl_module: Any, curves: dict[str, Tensor]) -> None:
+def _publish(pl_module: Any, curves: dict[Curve, Tensor]) -> None:
     trainer = _trainer_of(pl_module)
     if trainer and terms_are_due(trainer):
         publish_terms(trainer, pl_module, curves)

@@ -121,14 +121,13 @@ def points_of(
             value = nan if flag in (Flag.NONFINITE, Flag.NOT_CALLED) else value
             drawn.setdefault(curve, []).append(value)
             if curve not in hidden:
-                key = f"{family}/{name}/{curve}"
-                points.append(Point(key, step, value, null=_null(curve, shapes[name]), flag=flag))
-        points.append(Point(f"{family}/{name}/flag", step, float(flag), flag=flag))
+                points.append(Point(family, name, curve, step, value, null=_null(curve, shapes[name]), flag=flag))
+        points.append(Point(family, name, "flag", step, float(flag), flag=flag))
     for curve, values in drawn.items():
         finite = [value for value in values if isfinite(value)]
         value = _TOGETHER.get(curve, mean)(finite) if finite else nan
-        points.append(Point(f"{family}/all/{curve}", step, value, flag=gravest))
-    return [*points, Point(f"{family}/all/flag", step, float(gravest), flag=gravest)]
+        points.append(Point(family, "all", curve, step, value, flag=gravest))
+    return [*points, Point(family, "all", "flag", step, float(gravest), flag=gravest)]
 
 
 def _flag(norm: float, spectral_norm: float) -> Flag:

@@ -8,8 +8,11 @@ from lightning_collapse.reporting.publish import publish
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.trainer import is_due, logging_step
 
+Curve = tuple[str, str, str]
+"""Family, name of the term's owner, measure."""
 
-def term_curves(name: str, total: Tensor, terms: dict[str, Tensor], family: str = "regularizer") -> dict[str, Tensor]:
+
+def term_curves(name: str, total: Tensor, terms: dict[str, Tensor], family: str = "regularizer") -> dict[Curve, Tensor]:
     """Curves of one regularizer or penalty, without graph.
 
     Args:
@@ -19,10 +22,9 @@ def term_curves(name: str, total: Tensor, terms: dict[str, Tensor], family: str 
         family: First part of the names.
 
     Returns:
-        ``{family}/{name}`` and ``{family}/{name}/{term}``.
+        ``{family}/{name}/value`` and ``{family}/{name}/{term}``.
     """
-    curves = {f"{family}/{name}": total} | {f"{family}/{name}/{term}": value for term, value in terms.items()}
-    return {key: value.detach() for key, value in curves.items()}
+    return {(family, name, term): value.detach() for term, value in {"value": total, **terms}.items()}
 
 
 def terms_are_due(trainer: Trainer) -> bool:
@@ -30,10 +32,10 @@ def terms_are_due(trainer: Trainer) -> bool:
     return trainer.training and is_due(trainer, trainer.log_every_n_steps)
 
 
-def publish_terms(trainer: Trainer, pl_module: LightningModule, curves: dict[str, Tensor]) -> None:
+def publish_terms(trainer: Trainer, pl_module: LightningModule, curves: dict[Curve, Tensor]) -> None:
     """Publish scalars that are the same on every process; the one wait for the device of a logging step."""
     if not curves:
         return
     values = torch.stack([value.float() for value in curves.values()]).tolist()
     step = logging_step(trainer)
-    publish(trainer, pl_module, [Point(key, step, value) for key, value in zip(curves, values, strict=True)])
+    publish(trainer, pl_module, [Point(*curve, step, value) for curve, value in zip(curves, values, strict=True)])

@@ -1,6 +1,8 @@
 """One reading of one curve: what a monitor publishes, and what loggers, the guard and the dashboard read."""
 
+import re
 from enum import IntEnum
+from functools import lru_cache
 from math import nan
 from typing import NamedTuple
 
@@ -30,17 +32,45 @@ class Point(NamedTuple):
     """One reading of one curve.
 
     Attributes:
-        key: Name of the curve, ``{family}/{layer}/{measure}``.
+        family: First part of the curve's name, such as ``"collapse"``, or ``"val/collapse"`` of validation batches.
+        layer: What was read; ``"all"`` for what sums up all layers of a family, empty for the run as a whole.
+        measure: Last part of the curve's name.
         step: Lightning's logging step, the x-axis of the curve.
         value: The reading; NaN where there is none.
         n: Number of rows behind it, over all processes; 0 where it does not apply.
         null: What isotropic noise with this ``n`` and width would read; NaN where there is no null.
         flag: Why the reading deserves doubt.
+        error: Standard error of the reading; NaN where it is not known.
     """
 
-    key: str
+    family: str
+    layer: str
+    measure: str
     step: int
     value: float
     n: int = 0
     null: float = nan
     flag: Flag = Flag.OK
+    error: float = nan
+
+    @property
+    def key(self) -> str:
+        """Name of the curve, ``{family}/{layer}/{measure}``, in characters that every logger keeps apart."""
+        return "/".join(part for part in (self.family, curve_part(self.layer), self.measure) if part)
+
+
+@lru_cache(maxsize=65536)
+def curve_part(layer: str) -> str:
+    """The name of a layer as a part of a curve's name: what loggers would replace is written as its code point.
+
+    TensorBoard turns every character that it does not know into the same underscore, MLflow refuses it, and a slash
+    would open a folder.
+
+    Example:
+        >>> curve_part("encoder.0"), curve_part("\u7de8\u78bc"), curve_part("a/b")
+        ('encoder.0', '-7de8-78bc-', 'a-2f-b')
+    """
+    return _FOREIGN.sub(lambda found: "".join(f"-{ord(c):x}" for c in found[0]) + "-", layer)
+
+
+_FOREIGN = re.compile(r"[^A-Za-z0-9_.: -]+")

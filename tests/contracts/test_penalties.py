@@ -223,7 +223,7 @@ def test_doors_are_bit_equal(name, precision, accumulate):
     assert seen == seen_inside
     rows, keys = seen
     assert [step for step, _ in rows] == list(range(6 // accumulate))
-    assert rows[-1][1]["penalty/it"] > 0
+    assert rows[-1][1]["penalty/it/value"] > 0
     assert rows[-1][1]["penalty/it/gradient_ratio"] > 0
     assert keys == list(Classifier().state_dict())
 

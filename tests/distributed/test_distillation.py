@@ -40,7 +40,7 @@ def _fit(callback, model, devices=1):
         settings["strategy"] = DDPStrategy(process_group_backend="gloo")
     trainer = Trainer(**settings, use_distributed_sampler=False)
     trainer.fit(model, batches(n=4, size=16))
-    return [value for _, value in logger.curve("regularizer/distillation")]
+    return [value for _, value in logger.curve("regularizer/distillation/value")]
 
 
 def _two_tasks(kind, devices=1):

@@ -35,7 +35,9 @@ class Script(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.before.append(_state(trainer))
         values = {**HEALTHY, "feature_std": SCRIPT[batch_idx]}
-        publish(trainer, pl_module, [Point(f"collapse/z/{name}", batch_idx, v, 64, 60.0) for name, v in values.items()])
+        publish(
+            trainer, pl_module, [Point("collapse", "z", name, batch_idx, v, 64, 60.0) for name, v in values.items()]
+        )
         self.after.append(_state(trainer))
 
 

@@ -35,7 +35,7 @@ def _check(rank):
     )
     trainer.fit(Shrinking(), batches(12, seed=rank))
     shares = torch.tensor([point.value for point in keeper.curve("guard/switch_on/variance")])
-    added = torch.tensor([point.value for point in keeper.curve("regularizer/variance")])
+    added = torch.tensor([point.value for point in keeper.curve("regularizer/variance/value")])
     assert len(guard.verdicts) == 1
     assert 0 in shares
     assert 1 in shares

@@ -45,7 +45,7 @@ def test_doors_are_bit_equal(precision: str, accumulate: int) -> None:
     assert not torch.equal(weights(callback), weights(plain))
     assert weights(callback).isfinite().all()
     assert callback_log.rows == mixin_log.rows
-    steps = [step for step, _ in curve(callback_log, "regularizer/vicreg")]
+    steps = [step for step, _ in curve(callback_log, "regularizer/vicreg/value")]
     assert steps == list(range(math.ceil(5 / accumulate)))
     assert "regularizer/vicreg/variance" in trainer.callback_metrics
 
@@ -102,9 +102,9 @@ def test_curves_are_total_and_unweighted_terms() -> None:
     assert [step for step, row in logger.rows] == [2, 5]
     row = logger.rows[0][1]
     terms = {name: row[f"regularizer/vicreg/{name}"] for name in ("invariance", "variance", "covariance")}
-    assert set(row) == {"regularizer/vicreg"} | {f"regularizer/vicreg/{name}" for name in terms}
+    assert set(row) == {"regularizer/vicreg/value"} | {f"regularizer/vicreg/{name}" for name in terms}
     expected = 0.5 * (25 * terms["invariance"] + 25 * terms["variance"] + terms["covariance"])
-    assert row["regularizer/vicreg"] == pytest.approx(expected, rel=1e-5)
+    assert row["regularizer/vicreg/value"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_nothing_waits_for_the_device_when_no_point_is_due() -> None:
@@ -181,7 +181,7 @@ def test_trainable_loss_becomes_part_of_the_model() -> None:
     model, logger, _ = fit(Lit)
     assert "trained_regularizers.learned.scale" in model.state_dict()
     assert not torch.equal(model.trained_regularizers["learned"].scale, torch.ones(8))
-    assert set(logger.rows[0][1]) == {"regularizer/learned"}
+    assert set(logger.rows[0][1]) == {"regularizer/learned/value"}
     with pytest.raises(MisconfigurationException, match=r"trainable parameters of Learned.*AntiCollapseMixin"):
         fit(Siamese, Regularizer(Learned(), on="projector"))
 
@@ -198,7 +198,7 @@ def test_schedule() -> None:
             c * row[f"regularizer/vicreg/{name}"]
             for name, c in {"invariance": 25, "variance": 25, "covariance": 1}.items()
         )
-        factors.append(row["regularizer/vicreg"] / unweighted)
+        factors.append(row["regularizer/vicreg/value"] / unweighted)
     assert factors == pytest.approx([0.0, 0.5, 1.0, 1.0], rel=1e-5)
 
 
@@ -219,7 +219,7 @@ def test_manual_optimization_is_for_the_mixin() -> None:
     manual, logger, _ = fit(Manual)
     automatic, _, _ = fit(MixedSiamese)
     assert torch.equal(weights(manual), weights(automatic))
-    assert len(curve(logger, "regularizer/vicreg")) == 4
+    assert len(curve(logger, "regularizer/vicreg/value")) == 4
 
 
 def test_too_few_rows_are_left_out_with_one_warning() -> None:
@@ -417,5 +417,5 @@ def test_in_the_other_lightning_package() -> None:
         callbacks=[Regularizer(VarianceLoss(), on="layer", name="again")],
     )
     trainer.fit(Lit(), DataLoader(torch.randn(32, 16), batch_size=16))
-    assert {"regularizer/variance", "regularizer/again"} <= set(trainer.callback_metrics)
+    assert {"regularizer/variance/value", "regularizer/again/value"} <= set(trainer.callback_metrics)
     assert not logger.rows

@@ -79,9 +79,9 @@ def test_class_means_are_trained_and_saved_with_the_model() -> None:
     model, logger, _ = fit(make)
     means = model.state_dict()["trained_regularizers.long_tail.means"]
     assert not torch.equal(means, made[1])
-    (*_, row) = (row for _, row in logger.rows if "regularizer/long_tail" in row)
+    (*_, row) = (row for _, row in logger.rows if "regularizer/long_tail/value" in row)
     expected = 0.01 * row["regularizer/long_tail/within"] + 0.1 * row["regularizer/long_tail/between"]
-    assert row["regularizer/long_tail"] == pytest.approx(expected, rel=1e-5)
+    assert row["regularizer/long_tail/value"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
@@ -90,7 +90,7 @@ def test_dot_regression_trains_a_fixed_classifier(precision: str) -> None:
     assert model.float().recall() > 0.85
     assert [name for name in model.state_dict() if "head" in name] == ["head.weight"]
     torch.testing.assert_close(model.head.weight, ETFClassifier(8, 3).to(model.head.weight).weight, atol=0.01, rtol=0)
-    assert set(logger.rows[0][1]) == {"regularizer/dr", "regularizer/dr/dot_regression"}
+    assert set(logger.rows[0][1]) == {"regularizer/dr/value", "regularizer/dr/dot_regression"}
     # a checkpoint with another simplex brings it along, for the loss too
     other = Rare("etf")
     other.head.weight.neg_()

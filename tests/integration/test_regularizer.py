@@ -128,7 +128,7 @@ def test_twins_need_names() -> None:
     with pytest.raises(MisconfigurationException, match="Two `Regularizer`s are called 'vicreg', on 'encoder'"):
         fit(Siamese, *pair())
     model, logger, _ = fit(Siamese, *pair(name="head"))
-    assert {"regularizer/vicreg", "regularizer/head"} <= {key for _, row in logger.rows for key in row}
+    assert {"regularizer/vicreg/value", "regularizer/head/value"} <= {key for _, row in logger.rows for key in row}
     assert "training_step" not in vars(model)
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -174,7 +174,7 @@ def test_callback_is_reusable_and_ignores_validation() -> None:
     trainer.validate(first, verbose=False)
     second, _, _ = fit(Validated, regularizer)
     assert torch.equal(weights(first), weights(second))
-    assert len(curve(logger, "regularizer/vicreg")) == 4
+    assert len(curve(logger, "regularizer/vicreg/value")) == 4
 
 
 def test_later_steps_that_do_not_fit_are_left_out() -> None:
@@ -185,7 +185,7 @@ def test_later_steps_that_do_not_fit_are_left_out() -> None:
 
     with pytest.warns(UserWarning, match=r"there were 3.*go without the term"):
         _, logger, _ = fit(Sometimes, Regularizer(VICReg(), on="projector"))
-    assert [step for step, _ in curve(logger, "regularizer/vicreg")] == [0, 1, 3]
+    assert [step for step, _ in curve(logger, "regularizer/vicreg/value")] == [0, 1, 3]
 
 
 def test_odd_rows_cannot_be_split() -> None:

@@ -84,7 +84,7 @@ def test_both_doors_to_a_layer_of_logits(make: type[nn.Module]) -> None:
         assert torch.equal(weights(mixed), weights(callback))
         assert mixed_log.rows == log.rows
     (term,) = make().coefficients
-    assert set(log.rows[0][1]) == {"regularizer/loss", f"regularizer/loss/{term}"}
+    assert set(log.rows[0][1]) == {"regularizer/loss/value", f"regularizer/loss/{term}"}
 
 
 def test_smaller_logits_with_it() -> None:

@@ -27,7 +27,7 @@ class Planted(Callback):
         points = []
         for layer, values in zip("abc", self.script[batch_idx], strict=True):
             flag = Flag.FEW_ROWS if values is LOST else Flag.OK
-            points += [Point(f"collapse/{layer}/{m}", batch_idx, v, 64, 60.0, flag) for m, v in values.items()]
+            points += [Point("collapse", layer, m, batch_idx, v, 64, 60.0, flag) for m, v in values.items()]
         publish(trainer, pl_module, points)
 
 

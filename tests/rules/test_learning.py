@@ -22,7 +22,7 @@ class Planted(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         value = self.values[batch_idx]
-        publish(trainer, pl_module, [Point(self.key, batch_idx, value, self.n, self.null)])
+        publish(trainer, pl_module, [Point(*self.key, batch_idx, value, self.n, self.null)])
 
 
 def judged(values, key, n=500, null=nan):
@@ -33,7 +33,7 @@ def judged(values, key, n=500, null=nan):
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`PlasticityMonitor`. the fit ended before")  # planted points instead
-UNITS, TASK = "plasticity/encoder.1/dormant_fraction", "continual/task0/accuracy"
+UNITS, TASK = "plasticity/encoder.1/dormant_fraction", ("continual", "task0", "accuracy")
 
 
 def test_half_of_the_active_units_gone():
@@ -76,7 +76,7 @@ def test_what_only_looks_like_forgetting(values, facts):
 
 
 def test_the_mean_over_tasks_is_no_task():
-    assert judged([0.95, 0.1], "continual/accuracy")[0].verdicts == []
+    assert judged([0.95, 0.1], ("continual", "", "accuracy"))[0].verdicts == []
 
 
 class Classifier(LightningModule):

@@ -28,7 +28,7 @@ class Planted(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         points = [
-            Point(f"{LAYER}/{name}", batch_idx, value, self.n, self.null if name == "nc1" else nan, self.flag)
+            Point(*LAYER.split("/"), name, batch_idx, value, self.n, self.null if name == "nc1" else nan, self.flag)
             for name, value in self.script[batch_idx].items()
         ]
         publish(trainer, pl_module, points)

@@ -24,7 +24,7 @@ class Planted(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         features, targets, n = self.script[batch_idx]
         values = {"intrinsic_dimension": features, "target_dimension": targets}
-        points = [Point(f"regression_collapse/head/{m}", batch_idx, v, n, flag=self.flag) for m, v in values.items()]
+        points = [Point("regression_collapse", "head", m, batch_idx, v, n, flag=self.flag) for m, v in values.items()]
         points[1] = points[1]._replace(n=int(self.distinct * n))
         publish(trainer, pl_module, points)
 

@@ -23,7 +23,7 @@ class Planted(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         points = [
-            Point(f"{self.family}/{layer}/{name}", batch_idx, value, self.n)
+            Point(self.family, layer, name, batch_idx, value, self.n)
             for layer, values in self.script[batch_idx].items()
             for name, value in values.items()
         ]

@@ -203,7 +203,7 @@ class ContinualMetrics(TaskAware):
             readings["forward_transfer"] = forward_transfer(learned, self._baseline)
         step = self._steps.step(trainer)
         points = self._points_of_tasks(trainer, evaluated, learned[-1], counts)
-        points += [Point(f"continual/{name}", step, value.item()) for name, value in readings.items()]
+        points += [Point("continual", "", name, step, value.item()) for name, value in readings.items()]
         if self.every_n_steps:
             points += self._points_of_gap(trainer, learned[-1])
         publish(trainer, pl_module, points)
@@ -270,7 +270,9 @@ class ContinualMetrics(TaskAware):
         step, numbers, untrained = self._steps.step(trainer), values.tolist(), self._baseline.tolist()
         return [
             Point(
-                f"continual/{self.names[task]}/accuracy",
+                "continual",
+                self.names[task],
+                "accuracy",
                 step,
                 numbers[task],
                 counts[task],
@@ -291,7 +293,7 @@ class ContinualMetrics(TaskAware):
             "min_accuracy": min_accuracy(lowest),
             "worst_case_accuracy": worst_case_accuracy(values[self.task], lowest),
         }
-        return [Point(f"continual/{name}", step, value.item()) for name, value in readings.items()]
+        return [Point("continual", "", name, step, value.item()) for name, value in readings.items()]
 
     def _draw(self, trainer: Trainer, step: int) -> None:
         ends = (0.0, 1.0) if self.metric is correct else (None, None)

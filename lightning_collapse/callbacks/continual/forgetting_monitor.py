@@ -166,7 +166,7 @@ class ForgettingMonitor(TaskAware):
             trainer,
             pl_module,
             [
-                Point(f"continual/{layer}/{kind}", step, value, flag=Flag.OK if isfinite(value) else Flag.NONFINITE)
+                Point("continual", layer, kind, step, value, flag=Flag.OK if isfinite(value) else Flag.NONFINITE)
                 for layer, value in self.changes[kind].items()
             ],
         )

@@ -223,10 +223,10 @@ class CollapseGuard(Callback):
         for kind in (key.partition("/")[0] for key in standing):
             if kind in counts:
                 counts[kind] += 1
-        curves = [Point(f"guard/{kind}", step, float(count)) for kind, count in counts.items()]
+        curves = [Point("guard", "", kind, step, float(count)) for kind, count in counts.items()]
         for switch in self._switches:
             switch.update(now, any(key.partition("/")[0] in switch.kinds for key in standing))
-            curves.append(Point(f"guard/switch_on/{switch.name}", step, switch.share(now)))
+            curves.append(Point("guard", "switch_on", switch.name, step, switch.share(now)))
         publish(trainer, pl_module, curves)
         if new:
             self._act(trainer, pl_module, new)
@@ -367,7 +367,5 @@ def _by_family(points: Sequence[Point]) -> dict[str, dict[str, dict[str, Point]]
     """Points by family, layer and measure."""
     families: dict[str, dict[str, dict[str, Point]]] = {}
     for point in points:
-        family, _, rest = point.key.partition("/")
-        layer, _, measure = rest.rpartition("/")
-        families.setdefault(family, {}).setdefault(layer, {})[measure] = point
+        families.setdefault(point.family, {}).setdefault(point.layer, {})[point.measure] = point
     return families

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_collapse.losses.schedule import Weight, require_weight, weighted
-from lightning_collapse.reporting.loss_term_curves import publish_terms, term_curves, terms_are_due
+from lightning_collapse.reporting.loss_term_curves import Curve, publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.modules import find_modules, let_hooks_be_seen
 from lightning_collapse.utilities.trainer import logging_step
 from lightning_collapse.utilities.training_step import wrap_training_step
@@ -41,7 +41,7 @@ class AddedTerm(Callback, ABC):
         self.name = name
         self._open = False
         self._detachers: list[Callable[[], None]] = []
-        self._curves: dict[str, Tensor] = {}
+        self._curves: dict[Curve, Tensor] = {}
         self._warned: set[str] = set()
 
     @abstractmethod

@@ -42,8 +42,8 @@ class Distillation(AddedTerm, TaskAware):
     ``self.head(self.encoder(x))`` with ``on="head"``, say with ``outputs`` how the answer to a batch is had. Tokens
     ``(N, L, D)`` are a row each, maps ``(N, C, *spatial)`` are averaged over space.
 
-    At logging steps it publishes ``regularizer/{name}``, which is what was added to the loss, and without the weight
-    ``regularizer/{name}/divergence`` or, of features, ``regularizer/{name}/cosine_distance``.
+    At logging steps it publishes ``regularizer/{name}/value``, which is what was added to the loss, and without the
+    weight ``regularizer/{name}/divergence`` or, of features, ``regularizer/{name}/cosine_distance``.
 
     Args:
         on: Name of the layer, or a glob that matches exactly one; ``None`` for ``forward`` of the module.

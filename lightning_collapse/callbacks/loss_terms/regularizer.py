@@ -26,7 +26,7 @@ class Regularizer(AddedTerm):
     a resumed run goes on as if it had not been interrupted. Vectors ``(N, D)`` are taken as they are, every token of
     ``(N, L, D)`` is a row, maps ``(N, C, *spatial)`` are averaged over space.
 
-    At logging steps it publishes ``regularizer/{name}``, which is what was added to the loss, and
+    At logging steps it publishes ``regularizer/{name}/value``, which is what was added to the loss, and
     ``regularizer/{name}/{term}``, the terms without any weight. Of the micro-batches of an accumulated step the last
     one is shown.
 

@@ -43,7 +43,7 @@ class WeightPenalty(TaskAware):
     from ``loader`` or the training data. One object goes through all tasks; its memory is in its state, so that a
     resumed run goes on as if it had not been interrupted, and nothing enters the model's ``state_dict``.
 
-    **Logged curves**, at logging steps: ``penalty/{name}``, its value, weight included, and
+    **Logged curves**, at logging steps: ``penalty/{name}/value``, its value, weight included, and
     ``penalty/{name}/gradient_ratio``, the norm of its gradient over that of the task.
 
     A checkpoint that a ``ModelCheckpoint`` saves during a fit does not know yet that the task has ended: save one

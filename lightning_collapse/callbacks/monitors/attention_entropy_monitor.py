@@ -198,7 +198,7 @@ class AttentionEntropyMonitor(Monitor):
         self._heard.clear()
         points, heads = [], []
         for name, of_layer in zip(watched, torch.split(numbers, [self._heads[name] for name in watched]), strict=True):
-            points += self._points_of(f"attention/{name}", step, of_layer)
+            points += self._points_of(("attention", name), step, of_layer)
             heads.append(of_layer[of_layer[:, 0] > 0])
             if points[-1].flag == Flag.NOT_CALLED:
                 self.warn_once(
@@ -285,7 +285,7 @@ class AttentionEntropyMonitor(Monitor):
             numbers = numbers[:-1]
         return numbers
 
-    def _points_of(self, key: str, step: int, numbers: Tensor) -> list[Point]:
+    def _points_of(self, key: tuple[str, str], step: int, numbers: Tensor) -> list[Point]:
         """Curves of one layer, from the numbers ``(H, 7)`` of its heads."""
         read = numbers[numbers[:, 0] > 0]
         n, lost = int(read[:, 0].mean()) if len(read) else 0, float(numbers[:, 4].sum())
@@ -296,7 +296,7 @@ class AttentionEntropyMonitor(Monitor):
             flag = Flag.NOT_CALLED
         values = self._values(read) if len(read) else dict.fromkeys(_CURVES, nan)
         values |= {"n": float(n), "flag": float(flag)}
-        return [Point(f"{key}/{name}", step, value, n, flag=flag) for name, value in values.items()]
+        return [Point(*key, name, step, value, n, flag=flag) for name, value in values.items()]
 
     def _values(self, heads: Tensor) -> dict[str, float]:
         """Curves of some heads, from their numbers, which are on the host already."""
@@ -317,7 +317,7 @@ class AttentionEntropyMonitor(Monitor):
         if len(heads):
             values["entropy_mean"] = float(torch.stack([(h[:, 1] / h[:, 0]).mean() for h in layers if len(h)]).mean())
         names = ("entropy_mean", "collapsed_share", "overloaded_share", "max_logit")
-        return [Point(f"attention/all/{name}", step, values[name]) for name in names]
+        return [Point("attention", "all", name, step, values[name]) for name in names]
 
 
 _CURVES = {

@@ -327,7 +327,7 @@ class CollapseMonitor(Monitor):
         readings, head = dict(zip(layers, numbers, strict=True)), 3 + len(self._measures)
         for tap in self._taps:
             reading = readings.get(tap.name, [])
-            points += self._points_of(f"{family}/{tap.name}", step, layers.get(tap.name), reading[:head])
+            points += self._points_of((family, tap.name), step, layers.get(tap.name), reading[:head])
             for logger in trainer.loggers if reading[head:] else ():
                 log_histogram(logger, f"{family}/{tap.name}/log10_std", reading[head:], LOG10_EDGES, step)
             if points[-1].flag == Flag.NOT_CALLED:
@@ -337,7 +337,7 @@ class CollapseMonitor(Monitor):
                 )
         return points
 
-    def _points_of(self, key: str, step: int, layer: LayerRows | None, numbers: list[float]) -> list[Point]:
+    def _points_of(self, key: tuple[str, str], step: int, layer: LayerRows | None, numbers: list[float]) -> list[Point]:
         finite, seen, top, *values = numbers or [0.0, 0.0, nan, *[nan] * len(self._measures)]
         n, width = int(finite), 0 if layer is None else layer.rows.shape[1]
         flag = flag_of(n, int(seen), top, layer is not None and layer.sketched)
@@ -348,19 +348,18 @@ class CollapseMonitor(Monitor):
             # corrected for the projection, a value is of the whole width, which the null would not be
             corrected = measure.record and layer is not None and layer.sketched
             null = nan if corrected else _null(measure, n, width)
-            points.append(Point(f"{key}/{measure.curve}", step, value, n, null, flag))
+            points.append(Point(*key, measure.curve, step, value, n, null, flag))
         lost = 1 - n / seen if seen else nan
         return [
             *points,
-            Point(f"{key}/n", step, float(n), n, flag=flag),
-            Point(f"{key}/nonfinite_fraction", step, lost, n, flag=flag),
-            Point(f"{key}/flag", step, float(flag), n, flag=flag),
+            Point(*key, "n", step, float(n), n, flag=flag),
+            Point(*key, "nonfinite_fraction", step, lost, n, flag=flag),
+            Point(*key, "flag", step, float(flag), n, flag=flag),
         ]
 
     def _remember(self, points: Sequence[Point], step: int) -> None:
         """Keep the first measure for the picture, as a share of what noise would read where there is such a null."""
-        last = f"/{self._measures[0].curve}"
-        shown = {p.key[len("collapse/") : -len(last)]: p for p in points if p.key.endswith(last)}
+        shown = {point.layer: point for point in points if point.measure == self._measures[0].curve}
         self._history.append(step, {k: p.value / p.null if p.null > 0 else p.value for k, p in shown.items()})
 
     def _draw(self, trainer: Trainer, step: int) -> None:

@@ -207,7 +207,7 @@ class GeometryPhaseMonitor(Monitor):
         if flag == Flag.NOT_CALLED:
             self.warn_once(f"layer `{self._name}` did not run before a point. Choose another `layer`.")
         points = [
-            Point(f"{FAMILY}/{self._name}/{m.curve}", step, value, n, _null(m, n, width), flag)
+            Point(FAMILY, self._name, m.curve, step, value, n, _null(m, n, width), flag)
             for m, value in zip(measures, values, strict=True)
         ]
         before = self.tracker.phase
@@ -218,9 +218,9 @@ class GeometryPhaseMonitor(Monitor):
             )
         return [
             *points,
-            Point(f"{FAMILY}/{self._name}/phase", step, float(phase), n, flag=flag),
-            Point(f"{FAMILY}/{self._name}/n", step, float(n), n, flag=flag),
-            Point(f"{FAMILY}/{self._name}/flag", step, float(flag), n, flag=flag),
+            Point(FAMILY, self._name, "phase", step, float(phase), n, flag=flag),
+            Point(FAMILY, self._name, "n", step, float(n), n, flag=flag),
+            Point(FAMILY, self._name, "flag", step, float(flag), n, flag=flag),
         ]
 
     def _choose(self, pl_module: LightningModule) -> Tap:

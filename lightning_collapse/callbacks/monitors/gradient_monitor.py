@@ -196,8 +196,8 @@ class GradientMonitor(Monitor):
             flag = Flag.NOT_CALLED
             self.warn_once(f"there was no gradient of `{name}` at a point; its curve reads NaN there.")
         norm = nan if flag else sqrt(square)
-        key = f"gradients/{name}"
-        return [Point(f"{key}/norm", step, norm, flag=flag), Point(f"{key}/flag", step, float(flag), flag=flag)]
+        key = "gradients", name
+        return [Point(*key, "norm", step, norm, flag=flag), Point(*key, "flag", step, float(flag), flag=flag)]
 
     def _points_of_noise(self, noise: Noise, step: int, flag: Flag) -> list[Point]:
         if flag == Flag.OK and isfinite(noise.trace) and isfinite(noise.signal):
@@ -214,7 +214,9 @@ class GradientMonitor(Monitor):
             "noise_scale": total / signal if signal > 0 else nan,
             "coherence": noise.coherence,
         }
-        return [Point(f"gradients/all/{name}", step, value, noise.samples, flag=flag) for name, value in curves.items()]
+        return [
+            Point("gradients", "all", name, step, value, noise.samples, flag=flag) for name, value in curves.items()
+        ]
 
     def _choose(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         if self.layers is None:

@@ -192,7 +192,7 @@ class IntrinsicDimensionMonitor(Monitor):
         points: list[Point] = []
         for tap in self._taps:
             wide = tap.name in self._plans and self._plans[tap.name].width > MAX_DIM
-            points += _points(f"{FAMILY}/{tap.name}", step, of_layers.get(tap.name, []), wide)
+            points += _points((FAMILY, tap.name), step, of_layers.get(tap.name, []), wide)
             if points[-1].flag == Flag.NOT_CALLED:
                 self.warn_once(
                     f"layer `{tap.name}` did not run before every point; its curves read NaN there. If it is one that"
@@ -237,11 +237,11 @@ def _read(rows: Tensor, mask: Tensor, k: int) -> Tensor:
     return torch.stack([dimension, local, n, ties, *(x.to(n) for x in (different, different + repeated, mask.sum()))])
 
 
-def _points(key: str, step: int, numbers: Sequence[float], sketched: bool) -> list[Point]:
+def _points(key: tuple[str, str], step: int, numbers: Sequence[float], sketched: bool) -> list[Point]:
     two, lid, n, ties, different, finite, seen = numbers or [nan, nan, 0.0, 0.0, 0.0, 0.0, 0.0]
     flag = _flag(int(different), int(finite), int(seen), sketched)
     values = {"two_nn": two, "lid": lid, "n": n, "ties": ties, "flag": float(flag)}
-    return [Point(f"{key}/{name}", step, value, int(n), flag=flag) for name, value in values.items()]
+    return [Point(*key, name, step, value, int(n), flag=flag) for name, value in values.items()]
 
 
 def _flag(different: int, finite: int, seen: int, sketched: bool) -> Flag:

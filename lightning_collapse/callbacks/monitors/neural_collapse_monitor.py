@@ -275,7 +275,7 @@ class NeuralCollapseMonitor(Monitor):
         readings["flag"] = float(flag)
         nulls = {"nc1": nc1_null(n, int(readings["classes"]), self._shape[1])}
         return [
-            Point(f"{FAMILY}/{layer}/{name}", step, readings[name], n, nulls.get(name, nan), flag)
+            Point(FAMILY, layer, name, step, readings[name], n, nulls.get(name, nan), flag)
             for name in _CURVES
             if name in readings
         ]

@@ -200,7 +200,7 @@ class PlasticityMonitor(Monitor):
         for name, mean, square in zip(self._groups, numbers[::2], numbers[1::2], strict=True):
             drawn = {"mean_weight": mean} | ({"init_distance": sqrt(square)} if self._start is not None else {})
             flag = Flag.OK if isfinite(mean) else Flag.NONFINITE
-            points += [Point(f"plasticity/{name}/{key}", step, value, flag=flag) for key, value in drawn.items()]
+            points += [Point("plasticity", name, key, step, value, flag=flag) for key, value in drawn.items()]
         self._sums.clear()
         self._points += 1
         return points
@@ -212,7 +212,7 @@ class PlasticityMonitor(Monitor):
 
     def _points_of(self, name: str, step: int, values: Sequence[float], n: int, flag: Flag) -> list[Point]:
         readings = {**dict(zip(UNITS, values, strict=True)), "flag": float(flag)}
-        return [Point(f"plasticity/{name}/{key}", step, value, n, flag=flag) for key, value in readings.items()]
+        return [Point("plasticity", name, key, step, value, n, flag=flag) for key, value in readings.items()]
 
     def _read_weights(self, device: torch.device) -> Tensor:
         """Mean absolute weight and squared distance of every group, one after the other, of all processes."""

@@ -221,11 +221,11 @@ class RegressionCollapseMonitor(Monitor):
             self.warn_once(
                 f"there were no rows of `{self._name}` with targets before a point; its curves read NaN there."
             )
-        key = f"{FAMILY}/{self._name}"
+        key = FAMILY, self._name
         values = {"nrc1": (first, n), "nrc2": (second, n), "nrc3": (third, n)}
         values |= {"intrinsic_dimension": (dimension, behind), "target_dimension": (of_targets, behind_targets)}
         values |= {"n": (n, n), "flag": (float(flag), n)}
-        return [Point(f"{key}/{name}", step, value, int(of), flag=flag) for name, (value, of) in values.items()]
+        return [Point(*key, name, step, value, int(of), flag=flag) for name, (value, of) in values.items()]
 
     def _choose(self, pl_module: LightningModule) -> Tap:
         if self.head is None:

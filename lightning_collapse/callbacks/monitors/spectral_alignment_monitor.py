@@ -298,10 +298,9 @@ def _points_of(name: str, step: int, reading: Sequence[float]) -> list[Point]:
     nulls = {"sign_diversity": balanced, "sign_diversity_centered": balanced, "alignment_mean": 0.0}
     nulls["mean_energy_share"] = 1 / n if n else nan
     points = [
-        Point(f"{FAMILY}/{name}/{curve}", step, value, n, nulls.get(curve, nan), flag)
-        for curve, value in values.items()
+        Point(FAMILY, name, curve, step, value, n, nulls.get(curve, nan), flag) for curve, value in values.items()
     ]
-    return [*points, Point(f"{FAMILY}/{name}/flag", step, float(flag), n, flag=flag)]
+    return [*points, Point(FAMILY, name, "flag", step, float(flag), n, flag=flag)]
 
 
 def _flag(reading: Sequence[float]) -> Flag:
@@ -316,7 +315,7 @@ def _flag(reading: Sequence[float]) -> Flag:
 
 def _aggregates(points: Sequence[Point], step: int, residuals: Sequence[float]) -> list[Point]:
     def values(curve: str) -> list[float]:
-        found = [point.value for point in points if point.key.endswith(f"/{curve}")]
+        found = [point.value for point in points if point.measure == curve]
         return [value for value in found if not isnan(value)] or [nan]
 
     n = min(point.n for point in points)
@@ -330,4 +329,4 @@ def _aggregates(points: Sequence[Point], step: int, residuals: Sequence[float]) 
         "residual": max([residual for residual in residuals if not isnan(residual)] or [nan]),
         "n": float(n),
     }
-    return [Point(f"{FAMILY}/all/{curve}", step, value, n) for curve, value in summary.items()]
+    return [Point(FAMILY, "all", curve, step, value, n) for curve, value in summary.items()]

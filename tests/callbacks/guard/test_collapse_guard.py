@@ -23,7 +23,7 @@ class Planted(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         values = {**HEALTHY, **self.script[batch_idx]}
-        points = [Point(f"collapse/z/{name}", batch_idx, v, 64, self.null, self.flag) for name, v in values.items()]
+        points = [Point("collapse", "z", name, batch_idx, v, 64, self.null, self.flag) for name, v in values.items()]
         publish(trainer, pl_module, points)
 
 
@@ -129,7 +129,7 @@ def test_directions_are_judged_where_they_are_drawn():
                 del values["direction_spread"]
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            points = [Point(f"collapse/z/{k}", batch_idx, v, 64, 60.0) for k, v in self.script[batch_idx].items()]
+            points = [Point("collapse", "z", k, batch_idx, v, 64, 60.0) for k, v in self.script[batch_idx].items()]
             publish(trainer, pl_module, points)
 
     guard = CollapseGuard(action="log")

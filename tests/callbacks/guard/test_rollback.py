@@ -63,7 +63,7 @@ class Script(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         before = state(trainer)
-        points = [Point(f"collapse/z/{name}", batch_idx, v, 64, 60.0) for name, v in self.script[batch_idx].items()]
+        points = [Point("collapse", "z", name, batch_idx, v, 64, 60.0) for name, v in self.script[batch_idx].items()]
         publish(trainer, pl_module, points)
         self.states.append((before, state(trainer)))
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
@@ -208,7 +208,7 @@ def test_a_state_that_already_looks_ill_to_another_rule_is_not_healthy(tmp_path)
     class Other(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             values = {"entropy_mean": 0.01 if batch_idx >= 3 else 0.8, "collapsed_share": 0.0, "max_logit": 9.0}
-            publish(trainer, pl_module, [Point(f"attention/a/{name}", batch_idx, v, 64) for name, v in values.items()])
+            publish(trainer, pl_module, [Point("attention", "a", name, batch_idx, v, 64) for name, v in values.items()])
 
     guard = CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path), patience=10)
     monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
@@ -220,7 +220,7 @@ def test_a_resumed_guard_knows_what_looked_ill(tmp_path):
     class Other(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             values = {"entropy_mean": 0.01 if batch_idx else 0.8, "collapsed_share": 0.0, "max_logit": 9.0}
-            publish(trainer, pl_module, [Point(f"attention/a/{name}", batch_idx, v, 64) for name, v in values.items()])
+            publish(trainer, pl_module, [Point("attention", "a", name, batch_idx, v, 64) for name, v in values.items()])
 
     def guard():
         return CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path), patience=10)

@@ -105,7 +105,7 @@ class Plant(Callback):
         step = trainer.global_step - 1
         ill = step >= self.since and self.switch.share(step) < self.needs
         values = {**HEALTHY, "feature_std": 1e-4 if ill else 1.0}
-        publish(trainer, pl_module, [Point(f"collapse/z/{name}", step, v, 64, 60.0) for name, v in values.items()])
+        publish(trainer, pl_module, [Point("collapse", "z", name, step, v, 64, 60.0) for name, v in values.items()])
         self.shares.append(float(trainer.callback_metrics[CURVE]))
 
 
@@ -155,7 +155,7 @@ def test_what_is_added_is_the_share_of_a_schedule():
 
     class Listen(Callback):
         def on_points(self, trainer, pl_module, points):
-            added.update({point.step: point.value for point in points if point.key == "regularizer/variance"})
+            added.update({point.step: point.value for point in points if point.key == "regularizer/variance/value"})
 
     class Constant(Toy):
         def __init__(self):

@@ -106,7 +106,7 @@ class Planted(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         values = {**HEALTHY, **dict.fromkeys(self.measures, self.values[batch_idx])}
-        points = [Point(f"collapse/{self.layer}/{m}", batch_idx, value, 64, 60.0) for m, value in values.items()]
+        points = [Point("collapse", self.layer, m, batch_idx, value, 64, 60.0) for m, value in values.items()]
         publish(trainer, pl_module, points)
 
 

@@ -238,7 +238,7 @@ def test_a_head_that_grows():
     with torch.no_grad():
         model.head.weight[:3], model.head.bias[:3] = old.weight, old.bias
     trainer = run(model, callback, index=1)
-    curve = trainer.logger.curve("regularizer/distillation")
+    curve = trainer.logger.curve("regularizer/distillation/value")
     assert [step for step, _ in curve] == [0, 1, 2, 3]
     assert callback._teacher.module.head.out_features == 5
     run(model, callback, index=2)
@@ -249,7 +249,7 @@ def test_curves():
     first = run(model, callback)
     assert not any(key.startswith("regularizer") for _, row in first.logger.rows for key in row)
     trainer = run(model, callback, index=1)
-    total, terms = trainer.logger.curve("regularizer/lwf"), trainer.logger.curve("regularizer/lwf/divergence")
+    total, terms = trainer.logger.curve("regularizer/lwf/value"), trainer.logger.curve("regularizer/lwf/divergence")
     assert len(total) == 4
     for (_, value), (_, term) in zip(total, terms, strict=True):
         assert value == pytest.approx(3 * term)
@@ -314,7 +314,7 @@ def test_a_task_may_end_within_a_fit():
 
     callback = Distillation()
     trainer = run(Net(), callback, Boundary(), max_epochs=2)
-    assert [step for step, _ in trainer.logger.curve("regularizer/distillation")] == [4, 5, 6, 7]
+    assert [step for step, _ in trainer.logger.curve("regularizer/distillation/value")] == [4, 5, 6, 7]
     assert callback.task == 2
 
 
@@ -427,7 +427,7 @@ def test_a_step_without_a_call_goes_without_the_term():
     run(model, callback)
     with pytest.warns(UserWarning, match="Steps like this one go without the term"):
         trainer = run(model, callback, index=1)
-    assert [step for step, _ in trainer.logger.curve("regularizer/distillation")] == [0, 1, 3]
+    assert [step for step, _ in trainer.logger.curve("regularizer/distillation/value")] == [0, 1, 3]
 
 
 @pytest.mark.parametrize(("arguments", "match"), [({"temperature": 0}, "positive, got 0"), ({"kind": "x"}, "'x'")])
