@@ -33,7 +33,7 @@ def judged(values, key, n=500, null=nan):
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`PlasticityMonitor`. the fit ended before")  # planted points instead
-UNITS, TASK = "plasticity/encoder.1/dormant_fraction", ("continual", "task0", "accuracy")
+UNITS, TASK = ("plasticity", "encoder.1", "dormant_fraction"), ("continual", "task0", "accuracy")
 
 
 def test_half_of_the_active_units_gone():
