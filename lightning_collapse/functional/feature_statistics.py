@@ -13,7 +13,7 @@ from lightning_collapse.utilities.registry import register_measure
 
 
 @register_measure(
-    of_record=lambda record: record.variance.sqrt().mean(dim=-1),
+    from_spectrum=lambda record: record.variance.sqrt().mean(dim=-1),
     kind="rows",
     range="0 to infinity",
     collapsed="near 0",
@@ -41,7 +41,7 @@ def feature_std(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @register_measure(
-    of_record=lambda record: record.variance.sqrt().amin(dim=-1),
+    from_spectrum=lambda record: record.variance.sqrt().amin(dim=-1),
     kind="rows",
     range="0 to infinity",
     collapsed="near 0",
@@ -67,7 +67,7 @@ def feature_std_floor(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @register_measure(
-    of_record=lambda record: _relative_spread(record),
+    from_spectrum=lambda record: _relative_spread(record),
     kind="rows",
     range="0 to 1",
     collapsed="near 0",
@@ -101,8 +101,8 @@ def relative_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @register_measure(
     kind="rows",
-    summand=lambda features, mask: _direction_sum(features, mask),
-    of_sum=lambda total: _direction_spread(total),
+    statistic=lambda features, mask: _direction_sum(features, mask),
+    from_statistic=lambda total: _direction_spread(total),
     range="0 to 1",
     collapsed="near 0",
     source="Chen & He, CVPR 2021, arXiv 2011.10566",
@@ -138,7 +138,7 @@ def direction_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @register_measure(
-    of_record=lambda record: _dead(record.variance.sqrt()),
+    from_spectrum=lambda record: _dead(record.variance.sqrt()),
     kind="rows",
     range="0 to 1",
     collapsed="near 1",

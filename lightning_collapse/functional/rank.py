@@ -107,7 +107,7 @@ def eigenvalue_effective_rank(singular_values: Tensor | Spectrum) -> Tensor:
 
 @register_measure(
     record=True,
-    of_gram=lambda gram, record: _participation(*_power_sums(gram), record),
+    from_gram=lambda gram, record: _participation(*_power_sums(gram), record),
     range="1 to min(n - 1, d)",
     collapsed="near 1",
     source="Gao & Ganguli 2015; Recanatesi et al. 2022",
@@ -137,7 +137,7 @@ def participation_ratio(singular_values: Tensor | Spectrum) -> Tensor:
 
 @register_measure(
     record=True,
-    of_gram=lambda gram, record: _unbiased_participation(*_power_sums(gram), record),
+    from_gram=lambda gram, record: _unbiased_participation(*_power_sums(gram), record),
     range="1 to d",
     collapsed="near 1",
     source="Himeno & Yamada, J. Multivariate Analysis 2014",

@@ -1,7 +1,7 @@
 """The engine under every monitor: hooks, sampling plan, feature buffer, evaluation of measures; no Lightning in it."""
 
-from lightning_collapse.monitoring.attention_hooks import AttentionTaps
-from lightning_collapse.monitoring.feature_hooks import RowTaps
+from lightning_collapse.monitoring.attention_hooks import AttentionHooks
+from lightning_collapse.monitoring.feature_hooks import FeatureHooks
 from lightning_collapse.monitoring.training_flops import TrainingFlops
 
-__all__ = ["AttentionTaps", "RowTaps", "TrainingFlops"]
+__all__ = ["AttentionHooks", "FeatureHooks", "TrainingFlops"]

@@ -26,7 +26,7 @@ from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, i
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """From a module and the arguments of its call to ``(query, key)`` or an :class:`AttentionCall`."""
-Heard = AttentionCall | Tensor
+Captured = AttentionCall | Tensor
 """Some rows of one call of attention: queries and keys, or the logits ``(B, H, L, S)`` that a softmax received."""
 
 _SOFTMAX = {F.softmax, torch.softmax, torch.special.softmax, torch.Tensor.softmax}
@@ -34,10 +34,10 @@ _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 _FUSED_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
-class AttentionTaps:
+class AttentionHooks:
     """Hands every call of attention inside :meth:`listening`, by layer, to ``hear``; costs nothing outside.
 
-    Heard are ``F.scaled_dot_product_attention``, ``nn.MultiheadAttention`` (``F.multi_head_attention_forward``), and
+    Captured are ``F.scaled_dot_product_attention``, ``nn.MultiheadAttention`` (``F.multi_head_attention_forward``), and
     softmax over the last of four dimensions (attention written out, before dropout). A call belongs to the innermost
     running layer. Results are not touched. Activation checkpointing's recomputation in the backward pass is not heard;
     neither are torch's transformer layers in evaluation mode, which run as one fused operation as long as nobody
@@ -58,7 +58,7 @@ class AttentionTaps:
     def __init__(
         self,
         layers: Sequence[Tap],
-        hear: Callable[[str, Heard], None],
+        hear: Callable[[str, Captured], None],
         failed: Callable[[str, Exception], None],
         rows: int,
         max_rows: int,
@@ -114,7 +114,7 @@ class AttentionTaps:
         except Exception as error:  # reading is ours, the call was the model's
             self._failed(layer, error)
 
-    def _read(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Heard | None:
+    def _read(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured | None:
         if func is F.multi_head_attention_forward:
             bound = _MULTI_HEAD.bind(*args, **kwargs)
             bound.apply_defaults()
@@ -143,8 +143,8 @@ class ReadTaps:
     Args:
         root: The model.
         readers: A reader for each name or glob pattern of modules.
-        hear: As in :class:`AttentionTaps`.
-        failed: As in :class:`AttentionTaps`.
+        hear: As in :class:`AttentionHooks`.
+        failed: As in :class:`AttentionHooks`.
         rows: Queries to read of each sequence.
         max_rows: Queries to read of all sequences of a call together.
 
@@ -160,7 +160,7 @@ class ReadTaps:
         self,
         root: nn.Module,
         readers: Mapping[str, Reader],
-        hear: Callable[[str, Heard], None],
+        hear: Callable[[str, Captured], None],
         failed: Callable[[str, Exception], None],
         rows: int,
         max_rows: int,

@@ -64,9 +64,9 @@ def read(
         then the value of every measure, in order; and per layer the centered singular values, if wanted.
     """
     kinds = {measure.spectrum for measure in measures if measure.kind == "spectrum"} | {"centered"}
-    solved = {measure.spectrum for measure in measures if measure.kind == "spectrum" and measure.of_gram is None}
+    solved = {measure.spectrum for measure in measures if measure.kind == "spectrum" and measure.from_gram is None}
     solved |= {"centered"} if spectra else set()
-    layers, shared = _share(layers, [m for m in measures if m.kind == "rows" and m.of_record is None])
+    layers, shared = _share(layers, [m for m in measures if m.kind == "rows" and m.from_spectrum is None])
     readings: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
     for members in _alike(layers, shared):
@@ -108,21 +108,21 @@ def _evaluate(
     nothing = layers[0].rows.new_full((), torch.nan)
     if layers[0].sketched and not measure.sketchable:
         return nothing.expand(len(layers))
-    if measure.of_gram is not None:
-        return measure.of_gram(*grams[measure.spectrum])
+    if measure.from_gram is not None:
+        return measure.from_gram(*grams[measure.spectrum])
     record = records[measure.spectrum]
-    if measure.kind == "spectrum" or measure.of_record is not None:
-        of_record = measure.of_record or measure.of_spectrum
+    if measure.kind == "spectrum" or measure.from_spectrum is not None:
+        from_spectrum = measure.from_spectrum or measure.of_spectrum
         if len(layers) != record.singular_values.shape[-1]:  # a value per axis must not pass for one per layer
             with suppress(Exception):
-                values = of_record(record)
+                values = from_spectrum(record)
                 if values.shape == (len(layers),):
                     return values
-        calls = [partial(of_record, _part(record, i)) for i in range(len(layers))]
+        calls = [partial(from_spectrum, _part(record, i)) for i in range(len(layers))]
     else:
         calls = [
-            partial(measure.of_sum, layer.sums[measure.name])
-            if measure.of_sum is not None and measure.name in layer.sums
+            partial(measure.from_statistic, layer.sums[measure.name])
+            if measure.from_statistic is not None and measure.name in layer.sums
             else partial(measure.fn, layer.rows, layer.mask)
             for layer in layers
         ]
@@ -148,8 +148,8 @@ def _share(layers: Sequence[LayerRows], of_rows: Sequence[Measure]) -> tuple[lis
         moments.append(Moments(layer.rows.shape[1], layer.rows.device))
         moments[-1].update(layer.rows, layer.mask)
     reduced = iter(reduce_moments(moments) if moments else [])
-    layers = _add_sums(layers, many, [measure for measure in of_rows if measure.of_sum is not None])
-    needs_rows = any(measure.of_sum is None for measure in of_rows)
+    layers = _add_sums(layers, many, [measure for measure in of_rows if measure.from_statistic is not None])
+    needs_rows = any(measure.from_statistic is None for measure in of_rows)
     gathered = []
     for layer, by_moments in zip(layers, many, strict=True):
         if by_moments and not needs_rows:
@@ -167,15 +167,15 @@ def _share(layers: Sequence[LayerRows], of_rows: Sequence[Measure]) -> tuple[lis
 def _add_sums(layers: Sequence[LayerRows], many: Sequence[bool], measures: Sequence[Measure]) -> list[LayerRows]:
     """The layers, those of many rows with the sums over all processes that measures ask for: one message."""
     asked = [
-        (i, measure.name, measure.summand(layers[i].rows, layers[i].mask))
+        (i, measure.name, measure.statistic(layers[i].rows, layers[i].mask))
         for i, by_sums in enumerate(many)
         for measure in measures
-        if by_sums and measure.summand is not None
+        if by_sums and measure.statistic is not None
     ]
     if not asked:
         return list(layers)
-    total = all_reduce_sum(torch.cat([summand for _, _, summand in asked]))
-    parts = torch.split(total, [len(summand) for _, _, summand in asked])
+    total = all_reduce_sum(torch.cat([statistic for _, _, statistic in asked]))
+    parts = torch.split(total, [len(statistic) for _, _, statistic in asked])
     sums: list[dict[str, Tensor]] = [{} for _ in layers]
     for (i, name, _), part in zip(asked, parts, strict=True):
         sums[i][name] = part

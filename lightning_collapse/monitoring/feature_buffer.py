@@ -12,7 +12,7 @@ from lightning_collapse.spectral.sketch import GaussianSketch
 from lightning_collapse.utilities.features import evenly
 
 
-class RowStore:
+class FeatureBuffer:
     """Keeps rows of layers until they are read, too wide ones as their random projection.
 
     Args:
@@ -28,10 +28,10 @@ class RowStore:
         """The most rows that a layer has here."""
         return max((sum(len(rows) for rows, _ in kept) for kept in self._rows.values()), default=0)
 
-    def add(self, layer: str, rows: Tensor, mask: Tensor, quota: int) -> None:
-        """Keep at most ``quota`` of these rows ``(n, D)``, spread, and their mask; if fewer, themselves."""
-        if len(rows) > quota:
-            rows, mask = evenly(rows, quota), evenly(mask, quota)
+    def add(self, layer: str, rows: Tensor, mask: Tensor, rows_per_batch: int) -> None:
+        """Keep at most ``rows_per_batch`` of these rows ``(n, D)``, spread, and their mask; if fewer, themselves."""
+        if len(rows) > rows_per_batch:
+            rows, mask = evenly(rows, rows_per_batch), evenly(mask, rows_per_batch)
         width = rows.shape[1]
         if width > self.max_dim:
             if width not in self._sketches:

@@ -11,7 +11,7 @@ from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly, 
 from lightning_collapse.utilities.modules import Tap, is_channels_first, is_to_be_ignored
 
 
-class Heard(NamedTuple):
+class Captured(NamedTuple):
     """What one tap brought in one batch.
 
     Attributes:
@@ -25,7 +25,7 @@ class Heard(NamedTuple):
     returned: int
 
 
-class RowTaps:
+class FeatureHooks:
     """Forward hooks that copy rows of features while :attr:`armed`, and cost one ``if`` while not.
 
     Every call of a layer counts (siamese models call it once per view), except activation checkpointing's
@@ -33,7 +33,7 @@ class RowTaps:
     would keep the whole activation alive. No graph is kept, and nothing waits for the device.
 
     Compiled with the model, a hook adds one graph for armed steps and one more per further call of its layer: it
-    depends on nothing that changes from step to step, if :meth:`drain` is called after every armed one.
+    depends on nothing that changes from step to step, if :meth:`pop` is called after every armed one.
 
     Args:
         taps: Where to listen.
@@ -56,7 +56,7 @@ class RowTaps:
         self._calls: dict[str, list[tuple[Tensor, Tensor | None, int]]] = {tap.name: [] for tap in taps}
         self._handles: list[RemovableHandle] = [self._listen(tap) for tap in taps]
 
-    def drain(self) -> dict[str, Heard]:
+    def pop(self) -> dict[str, Captured]:
         """Hand over what was heard since the last time, by tap name; taps that did not run are missing.
 
         Calls that returned another number of features than the last one are left out.
@@ -70,7 +70,7 @@ class RowTaps:
                     rows.new_ones(len(rows), dtype=torch.bool) if mask is None else mask for rows, mask, _ in alike
                 ]
                 rows = _cat([rows for rows, _, _ in alike])
-                heard[name] = Heard(rows, _cat(masks), sum(returned for _, _, returned in alike))
+                heard[name] = Captured(rows, _cat(masks), sum(returned for _, _, returned in alike))
             calls.clear()
         return heard
 
@@ -80,7 +80,7 @@ class RowTaps:
             handle.remove()
         self._handles.clear()
         self.armed = False
-        self.drain()
+        self.pop()
 
     def _listen(self, tap: Tap) -> RemovableHandle:
         hear = self._ear(tap)

@@ -66,7 +66,7 @@ class InputProjections:
 
     def arm(self, directions: Mapping[str, Tensor], mask: Tensor | None) -> None:
         """Project the inputs of the coming batch on these unit vectors ``(I,)``, by name of the matrix."""
-        self.drain()  # what was heard before a batch that was then left out
+        self.pop()  # what was heard before a batch that was then left out
         self._directions = [torch.stack([directions[name] for name in names], dim=1) for names in self._names]
         self._joint = {
             module: torch.cat([self._directions[i] for i in places], dim=1)
@@ -75,7 +75,7 @@ class InputProjections:
         }
         self.armed, self.mask = True, mask
 
-    def drain(self) -> dict[str, Projected]:
+    def pop(self) -> dict[str, Projected]:
         """Stop projecting and hand over what was heard, by name; matrices that did not run are missing."""
         self.armed, self.mask = False, None
         heard = {}
@@ -95,7 +95,7 @@ class InputProjections:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.drain()
+        self.pop()
         self._directions.clear()
         self._joint.clear()
 

@@ -14,7 +14,7 @@ from lightning_collapse.utilities.sharding import local
 from lightning_collapse.utilities.weight_matrices import whole
 
 
-class Anchor:
+class ParameterSnapshot:
     """A copy of tensors by name, sharded like them.
 
     Args:

@@ -5,32 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lightning_collapse.monitoring.feature_hooks import Heard
+from lightning_collapse.monitoring.feature_hooks import Captured
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.modules import Tap
 
 
-def shapes_heard(taps: Sequence[Tap], heard: Mapping[str, Heard]) -> list[int]:
+def captured_shapes(taps: Sequence[Tap], heard: Mapping[str, Captured]) -> list[int]:
     """Rows and features of every layer in one batch, one after the other; zeros where a layer did not run."""
     shapes = [heard[tap.name].rows.shape if tap.name in heard else (0, 0) for tap in taps]
     return [size for shape in shapes for size in shape]
 
 
-class Plan(NamedTuple):
+class SamplingPlan(NamedTuple):
     """How rows of one layer are collected; the same on every process.
 
     Attributes:
         width: Number of features the layer has.
-        quota: Rows to keep of every batch, on each process.
+        rows_per_batch: Rows to keep of every batch, on each process.
         batches: Training batches before a point to keep rows from.
     """
 
     width: int
-    quota: int
+    rows_per_batch: int
     batches: int
 
     @classmethod
-    def make(cls, rows: int, width: int, per_batch: int, between: int) -> Plan:
+    def make(cls, rows: int, width: int, per_batch: int, between: int) -> SamplingPlan:
         """Spread rows over as few batches as hold them.
 
         Args:
@@ -46,4 +46,4 @@ class Plan(NamedTuple):
     @property
     def rows(self) -> int:
         """Rows of a point on each process, at most."""
-        return self.quota * self.batches
+        return self.rows_per_batch * self.batches

@@ -2,7 +2,7 @@
 
 from lightning_collapse.rules.attention import AttentionEntropyCollapse, AttentionOverload
 from lightning_collapse.rules.base import ALL, HEALTHY, RULES, Rule, register_rule
-from lightning_collapse.rules.causes import Causes
+from lightning_collapse.rules.causes import VerdictGrouper
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
 from lightning_collapse.rules.explosion import LossExplosion
 from lightning_collapse.rules.forgetting import CatastrophicForgetting
@@ -21,7 +21,6 @@ __all__ = [
     "AttentionEntropyCollapse",
     "AttentionOverload",
     "CatastrophicForgetting",
-    "Causes",
     "CompleteCollapse",
     "DimensionalCollapse",
     "LossExplosion",
@@ -33,5 +32,6 @@ __all__ = [
     "Rule",
     "Task",
     "Verdict",
+    "VerdictGrouper",
     "register_rule",
 ]

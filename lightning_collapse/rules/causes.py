@@ -8,7 +8,7 @@ from lightning_collapse.rules.base import RULES
 from lightning_collapse.rules.verdict import Verdict
 
 
-class Causes:
+class VerdictGrouper:
     """Sorts verdicts into new ones and those that only show an earlier one in another place.
 
     Failures of one family have one cause if they fall at one point, or within ``patience`` points after the last of

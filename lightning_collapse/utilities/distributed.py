@@ -69,14 +69,14 @@ def all_reduce_sum_with_grad(tensor: Tensor, group: "ProcessGroup | None" = None
     return total
 
 
-def agree(numbers: Sequence[float], device: torch.device) -> list[float]:
+def max_over_processes(numbers: Sequence[float], device: torch.device) -> list[float]:
     """The largest that any process brings of each number, on the host: shapes, for a plan that all must share.
 
     Collective: every process must call it, with equally many numbers. Waits for the device if there are several
     processes, so it is not for every step.
 
     Example:
-        >>> agree([3, 0], torch.device("cpu"))
+        >>> max_over_processes([3, 0], torch.device("cpu"))
         [3, 0]
     """
     if world_size() == 1:

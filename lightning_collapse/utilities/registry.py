@@ -22,12 +22,12 @@ class Measure:
             ``kind="pairs"``: maps two feature matrices ``(N, D)`` to a scalar, and is not for monitors.
         kind: What ``fn`` reads.
         record: Whether ``fn`` wants the whole ``Spectrum`` record, which also knows n and d.
-        of_record: For ``kind="rows"``: the same value from the count, mean and variance of the ``Spectrum`` record of
-            centered features, where these are all there is to know; then monitors need no rows for it.
-        summand: For ``kind="rows"``: maps features and mask to a vector that adds up over disjoint sets of rows, as
+        from_spectrum: For ``kind="rows"``: the same value from the count, mean and variance of the ``Spectrum`` record
+            of centered features, where these are all there is to know; then monitors need no rows for it.
+        statistic: For ``kind="rows"``: maps features and mask to a vector that adds up over disjoint sets of rows, as
             long for any number of them; then several processes need not bring their rows together.
-        of_sum: The value from such a sum.
-        of_gram: For ``kind="spectrum"``: the same value from the Gram matrix ``(..., K, K)`` of the features and its
+        from_statistic: The value from such a sum.
+        from_gram: For ``kind="spectrum"``: the same value from the Gram matrix ``(..., K, K)`` of the features and its
             ``Spectrum`` record without singular values; then monitors need no decomposition for it.
         spectrum: Which singular values ``fn`` reads: of ``"centered"`` or of ``"raw"`` features.
         range: Smallest and largest value in words.
@@ -44,10 +44,10 @@ class Measure:
     fn: Callable[..., Tensor]
     kind: Literal["spectrum", "rows", "pairs"] = "spectrum"
     record: bool = False
-    of_record: Callable[[Any], Tensor] | None = None
-    summand: Callable[..., Tensor] | None = None
-    of_sum: Callable[[Tensor], Tensor] | None = None
-    of_gram: Callable[[Tensor, Any], Tensor] | None = None
+    from_spectrum: Callable[[Any], Tensor] | None = None
+    statistic: Callable[..., Tensor] | None = None
+    from_statistic: Callable[[Tensor], Tensor] | None = None
+    from_gram: Callable[[Tensor, Any], Tensor] | None = None
     spectrum: Literal["centered", "raw"] = "centered"
     range: str = ""
     collapsed: str = ""

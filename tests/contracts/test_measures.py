@@ -679,7 +679,7 @@ def test_records_of_one_shape_are_made_and_read_together(center: bool) -> None:
         together = finish_spectrum(eigenvalues(gram), record)
         alone = [spectrum_of(features, center, m) for features, m in zip(x, mask, strict=True)]
         for measure in MEASURES.values():
-            read = measure.of_spectrum if measure.kind == "spectrum" else measure.of_record
+            read = measure.of_spectrum if measure.kind == "spectrum" else measure.from_spectrum
             if read is None or ((measure.kind == "rows" or "unbiased" in measure.name) and not center):
                 continue
             expected = torch.stack([read(one) for one in alone])
@@ -688,14 +688,14 @@ def test_records_of_one_shape_are_made_and_read_together(center: bool) -> None:
             )
 
 
-@pytest.mark.parametrize("name", sorted(m.name for m in MEASURES.values() if m.of_record is not None))
+@pytest.mark.parametrize("name", sorted(m.name for m in MEASURES.values() if m.from_spectrum is not None))
 def test_value_of_a_record_is_that_of_its_rows(name: str) -> None:
     measure = MEASURES[name]
     for rows in (DATA | FAR).values():
         x = torch.from_numpy(rows)
         mask = torch.arange(len(x)) % 3 > 0
-        found = measure.of_record(spectrum_of(x, mask=mask)).item()
+        found = measure.from_spectrum(spectrum_of(x, mask=mask)).item()
         assert found == pytest.approx(measure.fn(x, mask).item(), rel=1e-9)
         moments = Moments(x.shape[1])
         moments.update(x, mask)
-        assert measure.of_record(moments.spectrum()).item() == pytest.approx(found, rel=1e-9)
+        assert measure.from_spectrum(moments.spectrum()).item() == pytest.approx(found, rel=1e-9)

@@ -52,8 +52,8 @@ def _check(rank, model, strategy, rows):
     assert everyone[0][0] == everyone[1][0]
     points = {point.key.rpartition("/")[2]: point for point in keeper.points}
     # each process keeps its half, from as few batches as hold it where they are largest
-    quota, last = rows // 2, -(-(rows // 2) // 8)
-    per_batch = -(-quota // last)
+    rows_per_batch, last = rows // 2, -(-(rows // 2) // 8)
+    per_batch = -(-rows_per_batch // last)
     pool = torch.cat([evenly(part, per_batch) for _, seen in everyone for part in seen[-last:]]).double()
     assert points["n"].value == len(pool)
     assert points["rankme"].value == pytest.approx(rankme(singular_values(pool, center=False)).item(), rel=1e-4)

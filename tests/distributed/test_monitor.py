@@ -66,7 +66,7 @@ def _check_ddp(rank):
         torch.distributed.all_gather_object(everyone, (repr((points, metrics)), model.seen))
         assert everyone[0][0] == everyone[1][0]  # the same numbers on both, bit by bit
         if rows == 104:
-            # 52 of each: both batches of process 0 hold 64, of process 1 40, taken down to the quota of 26
+            # 52 of each: both batches of process 0 hold 64, of process 1 40, taken down to the rows_per_batch of 26
             taken = [evenly(part, 26) for _, seen in everyone for part in seen[-2:]]
             pool = torch.cat(taken).double()
             assert points["n"].value == len(pool) == 92

@@ -29,14 +29,14 @@ def test_the_company_of_other_layers_changes_no_reading() -> None:
         torch.testing.assert_close(values, expected)
 
 
-@pytest.mark.parametrize("name", [name for name, measure in MEASURES.items() if measure.of_gram is not None])
+@pytest.mark.parametrize("name", [name for name, measure in MEASURES.items() if measure.from_gram is not None])
 @pytest.mark.parametrize("sketched", [False, True])
 def test_what_needs_no_decomposition_reads_the_same_as_with_one(name: str, sketched: bool) -> None:
     layers = [replace(of_layer, sketched=sketched) for of_layer in LAYERS]
     layers += [LayerRows(3e37 * of_layer.rows, of_layer.mask, of_layer.expected) for of_layer in LAYERS]
     layers += [LayerRows(torch.ones(9, 5), torch.ones(9, dtype=torch.bool), 9)]
     found, _ = read(layers, [MEASURES[name]])
-    expected, _ = read(layers, [replace(MEASURES[name], of_gram=None)])
+    expected, _ = read(layers, [replace(MEASURES[name], from_gram=None)])
     torch.testing.assert_close([v[3] for v in found], [v[3] for v in expected], rtol=1e-9, atol=0, equal_nan=True)
     assert [flag_of(*map(float, v[:3]), False) for v in found] == [flag_of(*map(float, v[:3]), False) for v in expected]
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_collapse.monitoring.feature_hooks import RowTaps
+from lightning_collapse.monitoring.feature_hooks import FeatureHooks
 from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.modules import Tap
 
 
-def listen(module: nn.Module, side: str = "output", **kwargs: Any) -> RowTaps:
-    taps = RowTaps([Tap("layer", module, side)], **kwargs)
+def listen(module: nn.Module, side: str = "output", **kwargs: Any) -> FeatureHooks:
+    taps = FeatureHooks([Tap("layer", module, side)], **kwargs)
     taps.armed = True
     return taps
 
@@ -36,21 +36,21 @@ def test_armed_or_not() -> None:
     taps = listen(layer)
     taps.armed = False
     layer(torch.zeros(4, 3))
-    assert taps.drain() == {}
+    assert taps.pop() == {}
     taps.armed = True
     y = layer(torch.randn(4, 3))
-    heard = taps.drain()["layer"]
+    heard = taps.pop()["layer"]
     assert torch.equal(heard.rows, y)
     assert heard.mask.tolist() == [True] * 4
     assert heard.returned == 4
-    assert taps.drain() == {}
+    assert taps.pop() == {}
 
 
 def test_every_call_is_kept_in_order() -> None:
     layer = nn.Linear(3, 2)
     taps = listen(layer)
     outputs = [layer(torch.randn(n, 3)) for n in (4, 1, 0, 2)]
-    heard = taps.drain()["layer"]
+    heard = taps.pop()["layer"]
     assert torch.equal(heard.rows, torch.cat(outputs))
     assert heard.returned == 7
     assert len(heard.mask) == 7
@@ -58,11 +58,11 @@ def test_every_call_is_kept_in_order() -> None:
 
 def test_several_taps_and_a_shared_module() -> None:
     layer, head = nn.Linear(3, 3), nn.Linear(3, 2)
-    taps = RowTaps([Tap("a", layer), Tap("b", head), Tap("b.input", head, "input"), Tap("never", nn.Linear(1, 1))])
+    taps = FeatureHooks([Tap("a", layer), Tap("b", head), Tap("b.input", head, "input"), Tap("never", nn.Linear(1, 1))])
     taps.armed = True
     hidden = layer(layer(torch.randn(5, 3)))
     out = head(hidden)
-    heard = taps.drain()
+    heard = taps.pop()
     assert set(heard) == {"a", "b", "b.input"}
     assert heard["a"].returned == 10
     assert torch.equal(heard["b"].rows, out)
@@ -76,7 +76,7 @@ def test_in_place_operations_afterwards_change_nothing() -> None:
     expected = before.clone()
     nn.ReLU(inplace=True)(before)
     assert (before != expected).any()
-    assert torch.equal(taps.drain()["layer"].rows, expected)
+    assert torch.equal(taps.pop()["layer"].rows, expected)
 
 
 @pytest.mark.parametrize("limit", [3, 1000])
@@ -86,7 +86,7 @@ def test_rows_do_not_pin_the_activation(limit: int) -> None:
     activation = torch.randn(64, 10, 16)
     reference = weakref.ref(activation)
     layer(activation[:, 0])  # a class token
-    rows = taps.drain()["layer"].rows
+    rows = taps.pop()["layer"].rows
     assert rows.untyped_storage().nbytes() == min(limit, 64) * 16 * 4
     del activation
     gc.collect()
@@ -99,7 +99,7 @@ def test_no_graph_is_kept() -> None:
     x = torch.randn(4, 3, requires_grad=True)
     reference = weakref.ref(x)  # the graph of the output holds it
     layer(x)
-    rows = taps.drain()["layer"].rows
+    rows = taps.pop()["layer"].rows
     assert not rows.requires_grad
     del x
     gc.collect()
@@ -109,11 +109,11 @@ def test_no_graph_is_kept() -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_recomputation_is_ignored(use_reentrant: bool) -> None:
     layer, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.randn(4, 3, requires_grad=True)
-    taps = RowTaps([Tap("layer", layer), Tap("layer.input", layer, "input")])
+    taps = FeatureHooks([Tap("layer", layer), Tap("layer.input", layer, "input")])
     taps.armed = True
     checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
     assert x.grad is not None  # it was recomputed
-    heard = taps.drain()
+    heard = taps.pop()
     assert heard["layer"].returned == heard["layer.input"].returned == 4
 
 
@@ -123,7 +123,7 @@ def test_a_call_inside_a_backward_hook_of_autograd_is_ignored_and_the_next_is_no
     x.register_hook(lambda grad: layer(grad).detach())
     layer(x).sum().backward()
     layer(x)
-    assert taps.drain()["layer"].returned == 8
+    assert taps.pop()["layer"].returned == 8
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     layer = Call(lambda *args, **kwargs: None)
     taps = listen(layer, "input")
     layer(*args, **kwargs)
-    assert torch.equal(taps.drain()["layer"].rows, torch.ones(4, 3))
+    assert torch.equal(taps.pop()["layer"].rows, torch.ones(4, 3))
 
 
 def test_what_has_no_features_is_not_a_call() -> None:
@@ -148,14 +148,14 @@ def test_what_has_no_features_is_not_a_call() -> None:
     taps = listen(layer)
     for output in (None, "a", torch.tensor(1.0), torch.tensor([1]), {}):
         layer(output)
-    assert taps.drain() == {}
+    assert taps.pop() == {}
 
 
 def test_tuples() -> None:
     layer = nn.LSTM(3, 2, batch_first=True)
     taps = listen(layer, limit=10)
     output, _ = layer(torch.randn(2, 5, 3))
-    assert torch.equal(taps.drain()["layer"].rows, output.reshape(10, 2))
+    assert torch.equal(taps.pop()["layer"].rows, output.reshape(10, 2))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_tuples() -> None:
 def test_sequences_of_channels_are_averaged(layer: nn.Module) -> None:
     taps = listen(layer)
     y = layer(torch.randn(4, 3, 10))
-    torch.testing.assert_close(taps.drain()["layer"].rows, y.mean(dim=2))
+    torch.testing.assert_close(taps.pop()["layer"].rows, y.mean(dim=2))
 
 
 @pytest.mark.parametrize("after", [nn.ReLU(), nn.Dropout(0.1), nn.MaxPool1d(2), nn.Identity()])
@@ -173,14 +173,14 @@ def test_sequences_of_channels_are_averaged_whatever_ends_the_block(after: nn.Mo
     taps = listen(layer)
     y = layer(torch.randn(4, 3, 10))
     assert y.shape[:2] == (4, 6)
-    torch.testing.assert_close(taps.drain()["layer"].rows, y.mean(dim=2))
+    torch.testing.assert_close(taps.pop()["layer"].rows, y.mean(dim=2))
 
 
 def test_inputs_of_convolutions_are_averaged_as_well() -> None:
     layer, x = nn.Conv1d(3, 6, 3), torch.randn(4, 3, 10)
     taps = listen(layer, "input")
     layer(x)
-    torch.testing.assert_close(taps.drain()["layer"].rows, x.mean(dim=2))
+    torch.testing.assert_close(taps.pop()["layer"].rows, x.mean(dim=2))
 
 
 def test_limits() -> None:
@@ -189,17 +189,17 @@ def test_limits() -> None:
     for limit, kept in ((7, 7), (None, 12), (5000, 1000)):
         taps = listen(layer, limit=limit)
         layer(x)
-        heard = taps.drain()["layer"]
+        heard = taps.pop()["layer"]
         assert len(heard.rows) == len(heard.mask) == kept
         assert heard.returned == 1000
         assert torch.equal(heard.rows, evenly(x, kept))
         taps.remove()
     taps = listen(layer)
     layer(torch.zeros(5000, 400))
-    assert len(taps.drain()["layer"].rows) == 1024
+    assert len(taps.pop()["layer"].rows) == 1024
     taps.limits = {"layer": 5, "other": 6}
     layer(x)
-    assert torch.equal(taps.drain()["layer"].rows, evenly(x, 5))
+    assert torch.equal(taps.pop()["layer"].rows, evenly(x, 5))
 
 
 def test_masks() -> None:
@@ -209,7 +209,7 @@ def test_masks() -> None:
     tokens = torch.arange(24.0).view(2, 6, 2)
     layer(tokens)
     layer(torch.arange(8.0).view(4, 2))  # vectors have no mask
-    heard = taps.drain()["layer"]
+    heard = taps.pop()["layer"]
     assert torch.equal(heard.rows[:6], evenly(tokens.flatten(0, 1), 6))
     assert heard.mask.tolist() == [position % 12 < 4 for position in heard.rows[:6, 0].tolist()] + [True] * 4
     assert 0 < heard.mask[:6].sum() < 6
@@ -222,7 +222,7 @@ def test_a_mask_that_only_looks_like_that_of_the_channels() -> None:
     taps = listen(layer)
     taps.mask = torch.ones(4, 7)
     layer(torch.randn(4, 5, 7))
-    heard = taps.drain()["layer"]
+    heard = taps.pop()["layer"]
     assert len(heard.rows) == len(heard.mask) == 4
 
 
@@ -231,7 +231,7 @@ def test_calls_of_another_width_are_left_out() -> None:
     taps = listen(layer)
     layer(torch.zeros(3, 5))
     layer(torch.ones(4, 2))
-    heard = taps.drain()["layer"]
+    heard = taps.pop()["layer"]
     assert torch.equal(heard.rows, torch.ones(4, 2))
     assert heard.returned == 4
 
@@ -241,7 +241,7 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
     layer = Call()
     taps = listen(layer)
     layer(torch.ones(3, 2, dtype=dtype))
-    assert taps.drain()["layer"].rows.dtype == dtype
+    assert taps.pop()["layer"].rows.dtype == dtype
 
 
 def test_inference_mode() -> None:
@@ -249,12 +249,12 @@ def test_inference_mode() -> None:
     taps = listen(layer)
     with torch.inference_mode():
         layer(torch.zeros(4, 3))
-    assert taps.drain()["layer"].returned == 4
+    assert taps.pop()["layer"].returned == 4
 
 
 def test_remove() -> None:
     layer = nn.Linear(3, 2)
-    taps = RowTaps([Tap("layer", layer), Tap("layer.input", layer, "input")])
+    taps = FeatureHooks([Tap("layer", layer), Tap("layer.input", layer, "input")])
     taps.armed = True
     layer(torch.zeros(4, 3))
     taps.remove()
@@ -262,13 +262,13 @@ def test_remove() -> None:
     assert not layer._forward_hooks
     assert not layer._forward_pre_hooks
     layer(torch.zeros(4, 3))
-    assert taps.drain() == {}
+    assert taps.pop() == {}
 
 
 def test_the_model_computes_what_it_did() -> None:
     layer, x = nn.Linear(3, 2), torch.randn(4, 3)
     expected: Tensor = layer(x)
-    taps = RowTaps([Tap("layer", layer), Tap("layer.input", layer, "input")])
+    taps = FeatureHooks([Tap("layer", layer), Tap("layer.input", layer, "input")])
     taps.armed = True
     assert torch.equal(layer(x), expected)
     assert not any("hook" in key for key in layer.state_dict())

@@ -25,7 +25,7 @@ from lightning_collapse.functional.continual import (
 )
 from lightning_collapse.functional.stability_gap import min_accuracy, worst_case_accuracy
 from lightning_collapse.reporting import heat_map, log_image, log_text, publish
-from lightning_collapse.utilities.distributed import agree, all_reduce_sum
+from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import curve_name
 from lightning_collapse.utilities.points import Flag, Point
@@ -257,7 +257,7 @@ class ContinualMetrics(TaskAware):
                     sums += torch.stack([scores.nansum(), (~scores.isnan()).sum().to(sums)])
         except Exception as error:  # of the user's loader or model: what is only watched goes on
             problem = f"{type(error).__name__}: {error}"
-        [failed] = agree([bool(problem)], sums.device)
+        [failed] = max_over_processes([bool(problem)], sums.device)
         if failed:
             self._warn_once(
                 f"the evaluation of `{self.names[task]}` failed and reads NaN: {problem or 'in another process'}."

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.monitors.monitor import check_layers
-from lightning_collapse.monitoring.parameter_snapshot import Anchor
+from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.modules import clean_name, curve_name, find_modules
@@ -72,8 +72,8 @@ class ForgettingMonitor(TaskAware):
         self._steps = ContinuedSteps()
         self._groups: dict[str, list[str]] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._of_epoch: Anchor | None = None
-        self._of_task: Anchor | None = None
+        self._of_epoch: ParameterSnapshot | None = None
+        self._of_task: ParameterSnapshot | None = None
         self._restored: dict[str, Any] = {}
         self._in_epoch = False
 
@@ -103,12 +103,12 @@ class ForgettingMonitor(TaskAware):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._steps.start(trainer)
-        self._of_epoch = Anchor(self._tensors, self._restored.get("of_epoch"))
+        self._of_epoch = ParameterSnapshot(self._tensors, self._restored.get("of_epoch"))
         if self.between_tasks:
             before = self._restored.get("of_task")
             if before is None and self._of_task is not None:  # a callback that goes through all tasks
                 before = self._of_task.state_dict()
-            self._of_task = Anchor(self._tensors, before)
+            self._of_task = ParameterSnapshot(self._tensors, before)
         self._restored = {}
 
     @override
@@ -150,10 +150,12 @@ class ForgettingMonitor(TaskAware):
         self._in_epoch, self.changes = state_dict["in_epoch"], state_dict["changes"]
         self._restored = state_dict
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, anchor: Anchor | None, kind: Kind) -> None:
-        if anchor is None or not self._tensors:
+    def _measure(
+        self, trainer: Trainer, pl_module: LightningModule, snapshot: ParameterSnapshot | None, kind: Kind
+    ) -> None:
+        if snapshot is None or not self._tensors:
             return
-        sums = anchor.change(self._tensors, order=1, move=True)
+        sums = snapshot.change(self._tensors, order=1, move=True)
         places = {name: i for i, name in enumerate(self._tensors)}
         belongs = torch.zeros(len(self._groups), len(places), dtype=sums.dtype)
         for row, names in zip(belongs, self._groups.values(), strict=True):

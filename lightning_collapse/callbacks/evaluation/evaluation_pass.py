@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lightning_collapse.callbacks.evaluation.preserved_fit import batches_on_device, undisturbed
 from lightning_collapse.functional.neural_collapse.nc4 import agreement_counts
-from lightning_collapse.monitoring.feature_hooks import Heard, RowTaps
+from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
 from lightning_collapse.spectral.class_moments import ClassMoments
-from lightning_collapse.utilities.distributed import agree, all_reduce_sum
+from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import Tap
@@ -64,14 +64,14 @@ class CleanPass:
         loader: Loader,
         inputs: Inputs | None,
         labels_of: Callable[[Any], Tensor | None],
-        match: Callable[[Heard, Tensor], Tensor | None],
+        match: Callable[[Captured, Tensor], Tensor | None],
         warn: Callable[[str], None],
     ) -> None:
         self.tap = tap
         self.loader = loader
         self.inputs = inputs or call_on
         self.labels_of, self.match, self.warn = labels_of, match, warn
-        self._taps = RowTaps([tap], limit=sys.maxsize)
+        self._taps = FeatureHooks([tap], limit=sys.maxsize)
 
     def remove(self) -> None:
         """Stop listening."""
@@ -110,8 +110,8 @@ class CleanPass:
             problem = f"{type(error).__name__}: {error}"
         finally:
             self._taps.armed = False
-            self._taps.drain()
-        [failed] = agree([bool(problem)], pl_module.device)
+            self._taps.pop()
+        [failed] = max_over_processes([bool(problem)], pl_module.device)
         if failed:
             self.warn(
                 f"a pass over `loader` failed, and what it was for is left out: {problem or 'in another process'}."
@@ -125,7 +125,7 @@ class CleanPass:
         with trainer.precision_plugin.forward_context():
             self.inputs(pl_module, batch)
         self._taps.armed = False
-        heard = self._taps.drain().get(self.tap.name)
+        heard = self._taps.pop().get(self.tap.name)
         if labels is None or heard is None:
             return None, None
         return heard.rows, self.match(heard, labels)

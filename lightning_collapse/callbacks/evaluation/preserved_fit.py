@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_collapse.utilities.distributed import agree, world_size
+from lightning_collapse.utilities.distributed import max_over_processes, world_size
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
 from lightning_collapse.utilities.trainer import to_device
 
@@ -71,7 +71,7 @@ def _together(batches: Iterator[Any], device: torch.device) -> Iterator[tuple[An
             fresh, problem = _END, error
         counts = fresh is not _END
         batch = fresh if counts else batch
-        more, failed = agree([counts, problem is not None or batch is _END], device)
+        more, failed = max_over_processes([counts, problem is not None or batch is _END], device)
         if problem is not None:
             raise problem
         if not more:

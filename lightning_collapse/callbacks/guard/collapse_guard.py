@@ -19,7 +19,7 @@ from lightning_collapse.callbacks.guard.rollback import Rollback
 from lightning_collapse.callbacks.guard.switch_on import SwitchOn
 from lightning_collapse.callbacks.guard.task_inference import infer_task
 from lightning_collapse.reporting import log_text, publish
-from lightning_collapse.rules import ALL, RULES, TASKS, Causes, Rule, Task, Verdict
+from lightning_collapse.rules import ALL, RULES, TASKS, Rule, Task, Verdict, VerdictGrouper
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.trainer import logging_step, save_checkpoint
 
@@ -46,8 +46,8 @@ class CollapseGuard(Callback):
 
     A verdict falls after ``patience`` points in a row on the wrong side of the line, and is lifted only by as many on
     the right side of twice the line, where a rule does not know better: a curve that trembles about the line says
-    nothing. What fails together, or soon
-    after, is one verdict that names the first layer and then the others, see :class:`~lightning_collapse.rules.Causes`.
+    nothing. What fails together, or soon after, is one verdict that names the first layer and then the others, see
+    :class:`~lightning_collapse.rules.VerdictGrouper`.
 
     The task decides which rules apply and what is expected: the last features of a classifier or of a regression may
     end in as few directions as there are classes less one, or targets, and that is news and no failure. It is told with
@@ -107,7 +107,7 @@ class CollapseGuard(Callback):
         self.news: list[Verdict] = []
         self._told = task
         self._actions: list[Action] = check_actions(action, list(self._rules))
-        self._causes = Causes(patience)
+        self._causes = VerdictGrouper(patience)
         self._restored = False
         self._inferred = False
         self._reset()

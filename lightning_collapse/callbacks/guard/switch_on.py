@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AddedTerm
+from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss
 from lightning_collapse.losses.schedule import Weight
 from lightning_collapse.rules import RULES
 
@@ -105,7 +105,7 @@ class SwitchOn:
             MisconfigurationException: If there is no regularizer of that name.
         """
         self.detach()
-        terms = {term.name: term for term in trainer.callbacks if isinstance(term, AddedTerm)}
+        terms = {term.name: term for term in trainer.callbacks if isinstance(term, AuxiliaryLoss)}
         within: MutableMapping[str, Any] = getattr(pl_module, "regularizers", None) or {}  # of `AntiCollapseMixin`
         if self.name in terms:
             term = terms[self.name]

@@ -18,7 +18,7 @@ from lightning_collapse.utilities.trainer import logging_step
 from lightning_collapse.utilities.training_step import wrap_training_step
 
 
-class AddedTerm(Callback, ABC):
+class AuxiliaryLoss(Callback, ABC):
     """Hears layers within one ``training_step`` and adds a term to the loss it returns.
 
     A subclass hooks layers in :meth:`listen`, keeps what they return while :attr:`_open` is true, and makes a term of
@@ -132,7 +132,7 @@ class AddedTerm(Callback, ABC):
                 f"`{who}` adds to the loss that `training_step` returns, but {type(pl_module).__name__} optimizes by"
                 f" hand. {self.remedy}"
             )
-        twins = [c for c in trainer.callbacks if isinstance(c, AddedTerm) and c.name == self.name and c is not self]
+        twins = [c for c in trainer.callbacks if isinstance(c, AuxiliaryLoss) and c.name == self.name and c is not self]
         if twins:
             raise MisconfigurationException(
                 f"Two `{who}`s are called {self.name!r}, on {self.on!r} and {twins[0].on!r}. Tell their curves"

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.evaluation.evaluation_pass import has_forward
-from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AddedTerm
+from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss
 from lightning_collapse.losses.base import TooFewRowsError, nothing
 from lightning_collapse.losses.distillation import distillation_loss, feature_distillation_loss
 from lightning_collapse.losses.schedule import Weight
@@ -25,7 +25,7 @@ from lightning_collapse.utilities.modules import find_modules, in_backward, is_c
 from lightning_collapse.utilities.trainer import is_sharded
 
 
-class Distillation(AddedTerm, TaskAware):
+class Distillation(AuxiliaryLoss, TaskAware):
     """Learning without forgetting: from the second task on, a frozen copy of the network before it is the teacher.
 
     When a task ends, the module is copied, in eval mode and without gradients. From then on every ``training_step``

@@ -9,14 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AddedTerm
+from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.support.state import recall, remembered
 from lightning_collapse.utilities.features import as_rows, sample_count
 from lightning_collapse.utilities.modules import in_backward, is_channels_first
 
 
-class Regularizer(AddedTerm):
+class Regularizer(AuxiliaryLoss):
     """Adds a loss on the output of a layer to what ``training_step`` returns.
 
     Collects what the layer returns within one ``training_step``, graph included, and adds ``weight * loss`` to the

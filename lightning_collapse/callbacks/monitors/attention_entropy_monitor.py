@@ -15,9 +15,9 @@ from typing_extensions import override
 from lightning_collapse.callbacks.monitors.monitor import Monitor, check_layers
 from lightning_collapse.functional.attention_entropy import entropy_sums
 from lightning_collapse.functional.attention_rows import rows_of_call, rows_of_masked_logits
-from lightning_collapse.monitoring.attention_hooks import AttentionTaps, Heard, Reader, ReadTaps
+from lightning_collapse.monitoring.attention_hooks import AttentionHooks, Captured, Reader, ReadTaps
 from lightning_collapse.spectral.precision import accumulation_dtype
-from lightning_collapse.utilities.distributed import agree, all_reduce_max, all_reduce_sum, world_size
+from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import Tap, find_taps, is_compiled, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -49,9 +49,9 @@ class AttentionEntropyMonitor(Monitor):
     - ``attention/all/...``: ``entropy_mean`` over layers, ``collapsed_share`` and ``overloaded_share`` of all heads,
       and the largest ``max_logit``.
 
-    A point rests on the training batch that ends in it. Heard are ``F.scaled_dot_product_attention``,
+    A point rests on the training batch that ends in it. Captured are ``F.scaled_dot_product_attention``,
     ``nn.MultiheadAttention`` and attention written out with a softmax over the last of four dimensions, whatever model
-    they are in (Hugging Face, timm, yours); see :class:`~lightning_collapse.monitoring.attention_hooks.AttentionTaps`
+    they are in (Hugging Face, timm, yours); see :class:`~lightning_collapse.monitoring.attention_hooks.AttentionHooks`
     for what is not. Queries that ``batch["attention_mask"]`` or a key padding mask calls padding do not count.
 
     In a compiled model, and for other kernels (flex attention, flash-attn), say how queries and keys are made::
@@ -113,7 +113,7 @@ class AttentionEntropyMonitor(Monitor):
         self.rows = rows
         self.collapsed_below = collapsed_below
         self.overloaded_above = overloaded_above
-        self._taps: AttentionTaps | None = None
+        self._taps: AttentionHooks | None = None
         self._readers: ReadTaps | None = None
         self._unwrap: Any = None
         self._names: list[str] = []
@@ -231,7 +231,7 @@ class AttentionEntropyMonitor(Monitor):
         if is_compiled(pl_module):
             self.warn_once(f"compiled code hides its attention. {_POINT_AT}")
             return taps
-        self._taps = AttentionTaps(taps, self._hear, self._failed, self.rows, MAX_ROWS, outermost)
+        self._taps = AttentionHooks(taps, self._hear, self._failed, self.rows, MAX_ROWS, outermost)
         self._unwrap = wrap_training_step(pl_module, self._around)
         return taps
 
@@ -241,7 +241,7 @@ class AttentionEntropyMonitor(Monitor):
         with self._taps.listening():
             return training_step(*args, **kwargs)
 
-    def _hear(self, name: str, heard: Heard) -> None:
+    def _hear(self, name: str, heard: Captured) -> None:
         readings = rows_of_masked_logits(heard) if isinstance(heard, Tensor) else rows_of_call(heard)
         sums, extremes = entropy_sums(readings)
         if name in self._heard:
@@ -258,7 +258,7 @@ class AttentionEntropyMonitor(Monitor):
         """Let every process know every layer that any has heard, and its heads. Collective."""
         found = {name: len(sums) for name, (sums, _) in self._heard.items()}
         if world_size() > 1 and self._news:  # at a point, and as a rule once: it waits for the device
-            heads = map(int, agree([found.get(name, 0) for name in self._names], device))
+            heads = map(int, max_over_processes([found.get(name, 0) for name in self._names], device))
             found = dict(zip(self._names, heads, strict=True))
         if world_size() == 1 or self._news:
             self._heads = {name: heads for name, heads in found.items() if heads} | self._heads

@@ -15,9 +15,9 @@ from typing_extensions import override
 from lightning_collapse.callbacks.monitors.monitor import Monitor, check_layers
 from lightning_collapse.functional.isotropic_null import expected_under_isotropy
 from lightning_collapse.monitoring.evaluate import LayerRows, flag_of, read
-from lightning_collapse.monitoring.feature_buffer import RowStore
-from lightning_collapse.monitoring.feature_hooks import Heard, RowTaps
-from lightning_collapse.monitoring.sampling_plan import Plan, shapes_heard
+from lightning_collapse.monitoring.feature_buffer import FeatureBuffer
+from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
+from lightning_collapse.monitoring.sampling_plan import SamplingPlan, captured_shapes
 from lightning_collapse.monitoring.training_flops import TrainingFlops
 from lightning_collapse.reporting import (
     LOG10_EDGES,
@@ -29,7 +29,7 @@ from lightning_collapse.reporting import (
     log_text,
 )
 from lightning_collapse.spectral.cost import rows_within
-from lightning_collapse.utilities.distributed import agree, world_size
+from lightning_collapse.utilities.distributed import max_over_processes, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import (
     Tap,
@@ -122,19 +122,19 @@ class CollapseMonitor(Monitor):
         self.validation = validation
         self._names = [measure.name for measure in _measures(measures)]
         self._taps: list[Tap] = []
-        self._heard: RowTaps | None = None
+        self._heard: FeatureHooks | None = None
         self._flops: TrainingFlops | None = None
         self._restored: dict[str, Any] = {}
         self._reset()
 
     def _reset(self) -> None:
-        self._plans: dict[str, Plan] = {}
-        self._quotas: dict[str, int] = {}
+        self._plans: dict[str, SamplingPlan] = {}
+        self._rows_per_batch: dict[str, int] = {}
         self._batch_flops = 0
         self._points = 0
         self._history = History()
-        self._store = RowStore(self.max_dim)
-        self._validation_store = RowStore(self.max_dim)
+        self._store = FeatureBuffer(self.max_dim)
+        self._validation_store = FeatureBuffer(self.max_dim)
 
     @property
     def _measures(self) -> list[Measure]:
@@ -171,12 +171,12 @@ class CollapseMonitor(Monitor):
         self._taps = self._choose(pl_module)
         names = [tap.name for tap in self._taps]
         let_hooks_be_seen(pl_module)
-        self._heard = RowTaps(self._taps, self.rows)
+        self._heard = FeatureHooks(self._taps, self.rows)
         self._flops = TrainingFlops(pl_module)
         self._reset()
         if state := self._restored:
             self._restored = {}
-            self._plans = {name: Plan(*plan) for name, plan in state["plans"].items() if name in names}
+            self._plans = {name: SamplingPlan(*plan) for name, plan in state["plans"].items() if name in names}
             self._batch_flops, self._points = state["batch_flops"], state["points"]
             self._history.load_state_dict(state["history"])
             if world_size() == 1:  # a checkpoint holds the rows of one process: with several the window starts anew
@@ -202,14 +202,14 @@ class CollapseMonitor(Monitor):
             self._flops.total = 0  # the sanity check has run through the model too
         # the first batch of a fit is heard for its shapes
         if self._flops is not None or batches_left < self._window():
-            self._listen(batch, self._quotas)
+            self._listen(batch, self._rows_per_batch)
 
     @override
     def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
         if self._heard is None or not self._heard.armed:
             return
         self._heard.armed = False
-        heard = self._heard.drain()
+        heard = self._heard.pop()
         if self._flops is not None:
             self._flops.remove()
             weights = sum(p.numel() for _, layer in weighted_layers(pl_module) for p in layer.parameters())
@@ -220,11 +220,11 @@ class CollapseMonitor(Monitor):
             self._flops = None
             self._plan(trainer, heard, pl_module.device)
             if not is_compiled(pl_module):  # a limit that changes would have it compiled anew
-                self._quotas = {name: plan.quota for name, plan in self._plans.items()}
+                self._rows_per_batch = {name: plan.rows_per_batch for name, plan in self._plans.items()}
         for name, of_layer in heard.items():
             plan = self._plans.get(name)
             if plan is not None and batches_left < plan.batches:
-                self._store.add(name, of_layer.rows, of_layer.mask, plan.quota)
+                self._store.add(name, of_layer.rows, of_layer.mask, plan.rows_per_batch)
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Point]:
@@ -257,10 +257,12 @@ class CollapseMonitor(Monitor):
             return
         self._heard.armed = False
         batches = sum(trainer.num_val_batches)
-        for name, heard in self._heard.drain().items():
+        for name, heard in self._heard.pop().items():
             if (plan := self._plans.get(name)) is not None and len(self._validation_store) < plan.rows:
-                quota = plan.quota if batches == float("inf") else -(-plan.rows // max(int(batches), 1))
-                self._validation_store.add(name, heard.rows, heard.mask, quota)
+                rows_per_batch = (
+                    plan.rows_per_batch if batches == float("inf") else -(-plan.rows // max(int(batches), 1))
+                )
+                self._validation_store.add(name, heard.rows, heard.mask, rows_per_batch)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -288,28 +290,30 @@ class CollapseMonitor(Monitor):
         if self._heard is not None:
             self._heard.armed = True
             self._heard.mask = padding_mask(batch)
-            if self._quotas:
+            if self._rows_per_batch:
                 self._heard.limits = limits
 
     def _window(self) -> int:
         return max((plan.batches for plan in self._plans.values()), default=1)
 
-    def _plan(self, trainer: Trainer, heard: Mapping[str, Heard], device: torch.device) -> None:
+    def _plan(self, trainer: Trainer, heard: Mapping[str, Captured], device: torch.device) -> None:
         """Decide how rows are collected, from what one batch brought.
 
         Collective: every process calls it after its first batch, and at points while a layer has not run yet.
         """
         # waits for the device off the step path: it happens once, as a rule
-        self._batch_flops, *numbers = map(int, agree([self._batch_flops, *shapes_heard(self._taps, heard)], device))
+        self._batch_flops, *numbers = map(
+            int, max_over_processes([self._batch_flops, *captured_shapes(self._taps, heard)], device)
+        )
         between = (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
         budget = self.max_overhead * self._batch_flops * between / max(len(self._taps), 1)
         for tap, per_batch, width in zip(self._taps, numbers[::2], numbers[1::2], strict=True):
             if per_batch and tap.name not in self._plans:
                 rows = self.rows or rows_within(budget, min(width, self.max_dim))
-                self._plans[tap.name] = Plan.make(rows, width, per_batch, between)
+                self._plans[tap.name] = SamplingPlan.make(rows, width, per_batch, between)
 
     def _read(
-        self, trainer: Trainer, device: torch.device, store: RowStore, step: int, family: str, pictures: bool
+        self, trainer: Trainer, device: torch.device, store: FeatureBuffer, step: int, family: str, pictures: bool
     ) -> list[Point]:
         """Points of all layers. Collective."""
         layers = {}

@@ -18,10 +18,10 @@ from lightning_collapse.functional.geometry_phase import PhaseTracker
 from lightning_collapse.functional.isotropic_null import expected_under_isotropy
 from lightning_collapse.functional.spectrum_shape import alpha_req
 from lightning_collapse.monitoring.evaluate import LayerRows, flag_of, read
-from lightning_collapse.monitoring.feature_buffer import RowStore
-from lightning_collapse.monitoring.feature_hooks import RowTaps
-from lightning_collapse.monitoring.sampling_plan import Plan
-from lightning_collapse.utilities.distributed import agree, world_size
+from lightning_collapse.monitoring.feature_buffer import FeatureBuffer
+from lightning_collapse.monitoring.feature_hooks import FeatureHooks
+from lightning_collapse.monitoring.sampling_plan import SamplingPlan
+from lightning_collapse.utilities.distributed import max_over_processes, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -121,11 +121,11 @@ class GeometryPhaseMonitor(Monitor):
         self.tracker = PhaseTracker(hysteresis, patience)
         self._fresh = self.tracker.state_dict()
         self._restored: dict[str, Any] = {}
-        self._taps: RowTaps | None = None
+        self._taps: FeatureHooks | None = None
         self._name = ""
-        self._plan: Plan | None = None
+        self._plan: SamplingPlan | None = None
         self._first = True
-        self._store = RowStore(MAX_ROWS)
+        self._store = FeatureBuffer(MAX_ROWS)
 
     @property
     @override
@@ -149,10 +149,10 @@ class GeometryPhaseMonitor(Monitor):
         tap = self._choose(pl_module)
         self._name = tap.name
         let_hooks_be_seen(pl_module)
-        self._taps = RowTaps([tap], self.rows or MAX_ROWS, self.position)
+        self._taps = FeatureHooks([tap], self.rows or MAX_ROWS, self.position)
         self.tracker.load_state_dict(self._restored.get("tracker", self._fresh))
         plan = self._restored.get("plan")
-        self._plan = Plan(*plan) if plan else None
+        self._plan = SamplingPlan(*plan) if plan else None
         self._first = self._plan is None
         if self._restored and world_size() == 1:  # a checkpoint holds the rows of one process
             self._store.load_state_dict(self._restored["rows"], [tap.name], pl_module.device)
@@ -179,16 +179,16 @@ class GeometryPhaseMonitor(Monitor):
         if self._taps is None or not self._taps.armed:
             return
         self._taps.armed = False
-        heard = self._taps.drain().get(self._name)
+        heard = self._taps.pop().get(self._name)
         if self._plan is None:
             # waits for the device off the step path: once, or at points while the layer has not run yet
             facts = [0, 0] if heard is None else list(heard.rows.shape)
-            per_batch, width = map(int, agree(facts, pl_module.device))
+            per_batch, width = map(int, max_over_processes(facts, pl_module.device))
             if per_batch:
                 between = (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
-                self._plan = Plan.make(self.rows or min(4 * width, MAX_ROWS), width, per_batch, between)
+                self._plan = SamplingPlan.make(self.rows or min(4 * width, MAX_ROWS), width, per_batch, between)
         if heard is not None and self._plan is not None and batches_left < self._plan.batches:
-            self._store.add(self._name, heard.rows, heard.mask, self._plan.quota)
+            self._store.add(self._name, heard.rows, heard.mask, self._plan.rows_per_batch)
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> Sequence[Point]:

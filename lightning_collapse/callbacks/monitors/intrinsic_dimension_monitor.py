@@ -14,12 +14,12 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.monitors.monitor import Monitor, check_layers
 from lightning_collapse.functional.intrinsic_dimension import local_dimension_of_distances, two_nn_of_distances
-from lightning_collapse.monitoring.feature_buffer import RowStore
-from lightning_collapse.monitoring.feature_hooks import Heard, RowTaps
-from lightning_collapse.monitoring.sampling_plan import Plan, shapes_heard
+from lightning_collapse.monitoring.feature_buffer import FeatureBuffer
+from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
+from lightning_collapse.monitoring.sampling_plan import SamplingPlan, captured_shapes
 from lightning_collapse.spectral.neighbors import nearest_distances
 from lightning_collapse.spectral.precision import accumulation_dtype
-from lightning_collapse.utilities.distributed import agree, all_gather_rows, world_size
+from lightning_collapse.utilities.distributed import all_gather_rows, max_over_processes, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -105,11 +105,11 @@ class IntrinsicDimensionMonitor(Monitor):
         self.k = k
         self._restored: dict[str, Any] = {}
         self._taps: list[Tap] = []
-        self._heard: RowTaps | None = None
-        self._plans: dict[str, Plan] = {}
+        self._heard: FeatureHooks | None = None
+        self._plans: dict[str, SamplingPlan] = {}
         self._planned = False
         self._points = 0
-        self._store = RowStore(MAX_DIM)
+        self._store = FeatureBuffer(MAX_DIM)
 
     @override
     def cadence(self, trainer: Trainer) -> int:
@@ -138,11 +138,11 @@ class IntrinsicDimensionMonitor(Monitor):
         self._taps = self._choose(pl_module)
         names = [tap.name for tap in self._taps]
         let_hooks_be_seen(pl_module)
-        self._heard = RowTaps(self._taps, self.rows)
+        self._heard = FeatureHooks(self._taps, self.rows)
         self._plans, self._planned, self._points = {}, False, 0
         if state := self._restored:
             self._restored = {}
-            self._plans = {name: Plan(*plan) for name, plan in state["plans"].items() if name in names}
+            self._plans = {name: SamplingPlan(*plan) for name, plan in state["plans"].items() if name in names}
             self._planned, self._points = bool(self._plans), state["points"]
             if world_size() == 1:  # a checkpoint holds the rows of one process: with several the window starts anew
                 self._store.load_state_dict(state["rows"], names, pl_module.device)
@@ -167,7 +167,7 @@ class IntrinsicDimensionMonitor(Monitor):
         if self._heard is None or not self._heard.armed:
             return
         self._heard.armed = False
-        heard = self._heard.drain()
+        heard = self._heard.pop()
         # a layer may run later than in the first batch
         if not self._planned or (batches_left == 0 and len(self._plans) < len(self._taps)):
             self._planned = True
@@ -175,7 +175,7 @@ class IntrinsicDimensionMonitor(Monitor):
         for name, of_layer in heard.items():
             plan = self._plans.get(name)
             if plan is not None and batches_left < plan.batches:
-                self._store.add(name, of_layer.rows, of_layer.mask, plan.quota)
+                self._store.add(name, of_layer.rows, of_layer.mask, plan.rows_per_batch)
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Point]:
@@ -215,17 +215,17 @@ class IntrinsicDimensionMonitor(Monitor):
                 f"`IntrinsicDimensionMonitor(layers={list(self.layers)!r})`: {error}"
             ) from error
 
-    def _plan(self, trainer: Trainer, heard: Mapping[str, Heard], device: torch.device) -> None:
+    def _plan(self, trainer: Trainer, heard: Mapping[str, Captured], device: torch.device) -> None:
         """Decide how rows are collected, from what one batch brought.
 
         Collective: every process calls it after its first batch, and at points while a layer has not run yet.
         """
         # waits for the device off the step path: it happens once, as a rule
-        numbers = [int(x) for x in agree(shapes_heard(self._taps, heard), device)]
+        numbers = [int(x) for x in max_over_processes(captured_shapes(self._taps, heard), device)]
         between = (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
         for tap, per_batch, width in zip(self._taps, numbers[::2], numbers[1::2], strict=True):
             if per_batch and tap.name not in self._plans:
-                self._plans[tap.name] = Plan.make(self.rows, width, per_batch, between)
+                self._plans[tap.name] = SamplingPlan.make(self.rows, width, per_batch, between)
 
 
 def _read(rows: Tensor, mask: Tensor, k: int) -> Tensor:

@@ -23,7 +23,7 @@ from lightning_collapse.callbacks.evaluation.evaluation_pass import (
 from lightning_collapse.callbacks.monitors.monitor import Monitor
 from lightning_collapse.functional.neural_collapse.nc1 import nc1_null
 from lightning_collapse.metrics.neural_collapse import measures
-from lightning_collapse.monitoring.feature_hooks import Heard, RowTaps
+from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
 from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.features import evenly, padding_mask
@@ -143,7 +143,7 @@ class NeuralCollapseMonitor(Monitor):
         self.epochs = epochs
         self.inputs = inputs
         self._tap: Tap | None = None
-        self._taps: RowTaps | None = None
+        self._taps: FeatureHooks | None = None
         self._moments: ClassMoments | None = None
         self._clean: CleanPass | None = None
         self._labels: Tensor | None = None
@@ -171,7 +171,7 @@ class NeuralCollapseMonitor(Monitor):
         self._tap = self._choose(pl_module)
         let_hooks_be_seen(pl_module)
         self._moments = self._empty(pl_module)
-        self._taps = RowTaps([self._tap], self._wanted)
+        self._taps = FeatureHooks([self._tap], self._wanted)
         if self.loader is not None:
             check_forward(pl_module, self.inputs)
             self._clean = CleanPass(
@@ -208,7 +208,7 @@ class NeuralCollapseMonitor(Monitor):
         if self._taps is None or self._labels is None or self._tap is None or self._moments is None:
             return
         self._taps.armed = False
-        heard, labels = self._taps.drain().get(self._tap.name), self._labels
+        heard, labels = self._taps.pop().get(self._tap.name), self._labels
         self._labels = None
         if heard is None:
             return
@@ -337,7 +337,7 @@ class NeuralCollapseMonitor(Monitor):
             return None
         return labels
 
-    def _labels_heard(self, heard: Heard, labels: Tensor) -> Tensor | None:
+    def _labels_heard(self, heard: Captured, labels: Tensor) -> Tensor | None:
         """The label of every row that was heard; -100 for padding."""
         if heard.returned != labels.numel():
             self.warn_once(

@@ -16,11 +16,11 @@ from typing_extensions import override
 from lightning_collapse.callbacks.monitors.monitor import Monitor, check_layers
 from lightning_collapse.functional.plasticity import dead_fraction, dormant_fraction
 from lightning_collapse.functional.rank import srank
-from lightning_collapse.monitoring.feature_hooks import Heard, RowTaps
-from lightning_collapse.monitoring.parameter_snapshot import Anchor, absolute_sums
+from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
+from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot, absolute_sums
 from lightning_collapse.spectral.moments import Moments
 from lightning_collapse.spectral.sketch import GaussianSketch
-from lightning_collapse.utilities.distributed import agree, all_reduce_sum
+from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import Tap, clean_name, default_taps, find_taps, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -96,12 +96,12 @@ class PlasticityMonitor(Monitor):
             raise ValueError(f"`max_dim` must be at least 2, got {max_dim}.")
         self.layers, self.batches, self.tau, self.max_dim, self.distance = layers, batches, tau, max_dim, distance
         self._taps: list[Tap] = []
-        self._heard: RowTaps | None = None
+        self._heard: FeatureHooks | None = None
         self._sums: dict[str, _Sums] = {}
         self._sketches: dict[int, GaussianSketch] = {}
         self._parameters: dict[str, Tensor] = {}
         self._groups: dict[str, list[str]] = {}
-        self._start: Anchor | None = None
+        self._start: ParameterSnapshot | None = None
         self._restored: dict[str, Tensor] | None = None
         self._points = 0
 
@@ -127,7 +127,7 @@ class PlasticityMonitor(Monitor):
             )
         self._taps = self._choose(pl_module)
         let_hooks_be_seen(pl_module)
-        self._heard = RowTaps(self._taps, ROWS)
+        self._heard = FeatureHooks(self._taps, ROWS)
         self._points = 0
         self._parameters = {
             name: parameter for name, parameter in pl_module.named_parameters() if not nn.parameter.is_lazy(parameter)
@@ -146,7 +146,7 @@ class PlasticityMonitor(Monitor):
             saved = self._restored
             if saved is None and self._start is not None:  # a callback that goes through several fits
                 saved = self._start.state_dict()
-            self._start, self._restored = Anchor(self._parameters, saved), None
+            self._start, self._restored = ParameterSnapshot(self._parameters, saved), None
 
     @override
     def stop(self) -> None:
@@ -165,7 +165,7 @@ class PlasticityMonitor(Monitor):
         if self._heard is None or not self._heard.armed:
             return
         self._heard.armed = False
-        for name, heard in self._heard.drain().items():
+        for name, heard in self._heard.pop().items():
             width = heard.rows.shape[1]
             if name not in self._sums or self._sums[name].width != width:
                 self._sums[name] = _Sums(width, min(width, self.max_dim), pl_module.device)
@@ -178,7 +178,7 @@ class PlasticityMonitor(Monitor):
         device, points = pl_module.device, []
         own = [self._sums[tap.name].width if tap.name in self._sums else 0 for tap in self._taps]
         readings, shown = [], []
-        for tap, size in zip(self._taps, agree(own, device), strict=True):
+        for tap, size in zip(self._taps, max_over_processes(own, device), strict=True):
             width = int(size)
             if not width:
                 points += self._points_of(tap.name, step, [nan] * len(UNITS), 0, Flag.NOT_CALLED)
@@ -254,7 +254,7 @@ class _Sums:
         self.moments = Moments(dim, device)
         self.units = torch.zeros(2, width, dtype=self.moments.count.dtype, device=device)
 
-    def add(self, heard: Heard, sketch: GaussianSketch | None) -> None:
+    def add(self, heard: Captured, sketch: GaussianSketch | None) -> None:
         rows = heard.rows
         self.moments.update(rows if sketch is None else sketch(rows), heard.mask)
         kept = (heard.mask & rows.isfinite().all(dim=1)).unsqueeze(1)

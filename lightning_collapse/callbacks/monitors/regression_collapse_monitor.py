@@ -15,12 +15,12 @@ from typing_extensions import override
 from lightning_collapse.callbacks.monitors.monitor import Monitor
 from lightning_collapse.functional.intrinsic_dimension import two_nn_of_distances
 from lightning_collapse.functional.regression_collapse import regression_collapse
-from lightning_collapse.monitoring.feature_buffer import RowStore
-from lightning_collapse.monitoring.feature_hooks import RowTaps
-from lightning_collapse.monitoring.sampling_plan import Plan
+from lightning_collapse.monitoring.feature_buffer import FeatureBuffer
+from lightning_collapse.monitoring.feature_hooks import FeatureHooks
+from lightning_collapse.monitoring.sampling_plan import SamplingPlan
 from lightning_collapse.spectral.neighbors import nearest_distances
 from lightning_collapse.spectral.precision import accumulation_dtype
-from lightning_collapse.utilities.distributed import agree, all_gather_rows, world_size
+from lightning_collapse.utilities.distributed import all_gather_rows, max_over_processes, world_size
 from lightning_collapse.utilities.features import evenly, padding_mask
 from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -110,13 +110,13 @@ class RegressionCollapseMonitor(Monitor):
         self.rows = rows
         self._restored: dict[str, Any] = {}
         self._name = ""
-        self._taps: RowTaps | None = None
+        self._taps: FeatureHooks | None = None
         self._weight: Callable[[], Tensor] | None = None
         self._target_rows: Tensor | None = None
-        self._plan: Plan | None = None
+        self._plan: SamplingPlan | None = None
         self._planned = False
         self._width = 0
-        self._store = RowStore(max_dim=1 << 31)
+        self._store = FeatureBuffer(max_dim=1 << 31)
 
     @property
     @override
@@ -143,11 +143,11 @@ class RegressionCollapseMonitor(Monitor):
             )
         self._name, self._weight = tap.name.removesuffix(".input"), matrices[0].read
         let_hooks_be_seen(pl_module)
-        self._taps = RowTaps([tap], self.rows)
+        self._taps = FeatureHooks([tap], self.rows)
         self._plan, self._planned, self._width = None, False, 0
         state, self._restored = self._restored, {}
         if state.get("plan"):
-            self._plan, self._planned, self._width = Plan(*state["plan"]), True, state["width"]
+            self._plan, self._planned, self._width = SamplingPlan(*state["plan"]), True, state["width"]
             if world_size() == 1:  # a checkpoint holds the rows of one process: with several the window starts anew
                 self._store.load_state_dict(state["rows"], [_ROWS], pl_module.device)
 
@@ -173,7 +173,7 @@ class RegressionCollapseMonitor(Monitor):
         if self._taps is None or not self._taps.armed:
             return
         self._taps.armed = False
-        heard = next(iter(self._taps.drain().values()), None)
+        heard = next(iter(self._taps.pop().values()), None)
         targets, self._target_rows = self._target_rows, None
         joint = mask = None
         if heard is not None and targets is not None:
@@ -190,12 +190,12 @@ class RegressionCollapseMonitor(Monitor):
             self._planned = True
             facts = [0, 0, 0] if heard is None or joint is None else [len(joint), joint.shape[1], heard.rows.shape[1]]
             # waits for the device off the step path: once, or at points while there were no rows yet
-            per_batch, width, self._width = map(int, agree(facts, pl_module.device))
+            per_batch, width, self._width = map(int, max_over_processes(facts, pl_module.device))
             if per_batch:
                 between = (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
-                self._plan = Plan.make(self.rows, width, per_batch, between)
+                self._plan = SamplingPlan.make(self.rows, width, per_batch, between)
         if joint is not None and mask is not None and self._plan is not None and batches_left < self._plan.batches:
-            self._store.add(_ROWS, joint, mask, self._plan.quota)
+            self._store.add(_ROWS, joint, mask, self._plan.rows_per_batch)
 
     @override
     def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> Sequence[Point]:

@@ -195,7 +195,7 @@ class SpectralAlignmentMonitor(Monitor):
         if self._heard is None or not self._pairs:
             return []
         histograms = bool(trainer.loggers) and self._points % HISTOGRAM_EVERY == 0
-        readings = _read(self._pairs, self._heard.drain(), histograms).tolist()  # the one transfer of a point
+        readings = _read(self._pairs, self._heard.pop(), histograms).tolist()  # the one transfer of a point
         self._pairs = {}
         self._points += 1
         points: list[Point] = []

@@ -26,7 +26,7 @@ from lightning_collapse.monitoring.weight_spectra import (
 )
 from lightning_collapse.spectral.cost import spectrum_flops
 from lightning_collapse.utilities.batch import batch_positions
-from lightning_collapse.utilities.distributed import agree, all_reduce_sum, world_size
+from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.modules import find_modules, weighted_layers
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import register_curve
@@ -246,7 +246,7 @@ class WeightSpectrumMonitor(Monitor):
             return
         weights = sum(p.numel() for _, layer in weighted_layers(pl_module) for p in layer.parameters())
         # waits for the device, once
-        [training] = agree([self._flops.total or 6 * weights * self._positions], pl_module.device)
+        [training] = max_over_processes([self._flops.total or 6 * weights * self._positions], pl_module.device)
         self._flops.remove()
         self._flops = None
         every = super().cadence(trainer)

@@ -16,7 +16,7 @@ from lightning_collapse.penalties.support.fisher_pass import Outputs
 from lightning_collapse.penalties.support.output_gradients import Estimator
 from lightning_collapse.penalties.support.preserved_state import evaluating
 from lightning_collapse.penalties.support.shards import Layout
-from lightning_collapse.utilities.distributed import agree
+from lightning_collapse.utilities.distributed import max_over_processes
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
 from lightning_collapse.utilities.modules import clean_name
 from lightning_collapse.utilities.sharding import unsharded
@@ -81,7 +81,7 @@ def is_finite(penalty: Penalty, parts: Iterable[Tensor]) -> bool:
     """Whether what was found for a task can be remembered, on every process; else there is a warning. Collective."""
     parts = list(parts)
     device = parts[0].device if parts else torch.device("cpu")
-    if agree([not all(part.isfinite().all() for part in parts)], device) != [True]:
+    if max_over_processes([not all(part.isfinite().all() for part in parts)], device) != [True]:
         return True
     warnings.warn(
         f"`{type(penalty).__name__}`: the importance of weights for the task that ends is not finite; the task is not"

@@ -18,7 +18,7 @@ from lightning_collapse.penalties.support.output_gradients import Columns
 from lightning_collapse.penalties.support.per_sample import METHODS, PerSampleGradients
 from lightning_collapse.penalties.support.preserved_state import evaluating
 from lightning_collapse.penalties.support.sample_gradients import Power
-from lightning_collapse.utilities.distributed import agree, all_reduce_sum, world_size
+from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
 from lightning_collapse.utilities.targets import call_on
 
@@ -135,7 +135,7 @@ class Pass:
 
     def agreed(self, methods: Mapping[str, str]) -> dict[str, str]:
         """Of each parameter the slowest method of any process: one without a sample knows of none. Collective."""
-        found = agree([METHODS.index(method) for method in methods.values()], self.device)
+        found = max_over_processes([METHODS.index(method) for method in methods.values()], self.device)
         return {name: METHODS[int(i)] for name, i in zip(methods, found, strict=True)}
 
     def reduced(self, values: Sequence[Tensor], *counts: int) -> tuple[list[Tensor], list[int]]:

@@ -511,6 +511,6 @@ def test_what_was_heard_before_a_batch_that_never_ended_is_forgotten():
     for rows in (5, 2):
         heard.arm(direction, None)
         layer(torch.ones(rows, 4))
-    [projected] = heard.drain().values()
+    [projected] = heard.pop().values()
     assert projected.projections.tolist() == [1.0, 1.0]
     heard.remove()

@@ -42,7 +42,7 @@ def test_processes_agree_at_the_first_batch_and_at_points_only(name, monkeypatch
         asked.append(numbers)
         return list(numbers)
 
-    monkeypatch.setattr(module, "agree", counted)
+    monkeypatch.setattr(module, "max_over_processes", counted)
     run(monitor())
     assert 1 < len(asked) <= 4  # of twelve steps three end in a point
 
