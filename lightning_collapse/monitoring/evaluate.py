@@ -1,10 +1,10 @@
-"""From rows of many layers to readings of many measures: batched, over all processes, in one piece of memory."""
+"""Evaluation of measures on layers: batched, over all processes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_collapse.monitoring.feature_buffer import LayerFeatures
 from lightning_collapse.spectral.eigenvalues import eigenvalues
 from lightning_collapse.spectral.moments import Moments, reduce_moments
 from lightning_collapse.spectral.precision import accumulation_dtype
@@ -25,28 +26,32 @@ MAX_GATHERED_ROWS = 2048
 
 
 @dataclass
-class LayerRows:
-    """What was heard of one layer.
+class Evaluation:
+    """Readings of one layer, on its device.
 
     Attributes:
-        rows: Shape ``(n, D)``, of this process.
-        mask: Boolean, shape ``(n,)``: rows that are not padding.
-        expected: How many rows all processes together hold at most; the same on every process.
-        sketched: Whether the rows are a random projection.
-        sums: What measures of rows need of the rows of all processes, by their names.
+        n: Finite rows of all processes, 0-dimensional.
+        seen: Considered rows of all processes.
+        top: The largest centered singular value or, where nothing needs one, the centered features' norm.
+        values: Of every measure, by the name of its curve.
+        singular_values: Of the centered features, descending.
     """
 
-    rows: Tensor
-    mask: Tensor
-    expected: int
-    sketched: bool = False
-    sums: Mapping[str, Tensor] = field(default_factory=dict)
+    n: Tensor
+    seen: Tensor
+    top: Tensor
+    values: dict[str, Tensor]
+    singular_values: Tensor
+
+    def readings(self) -> dict[str, Tensor]:
+        """All numbers by name: those of the curves, ``n``, ``seen`` and ``top``."""
+        return {**self.values, "n": self.n, "seen": self.seen, "top": self.top}
 
 
 @torch.no_grad()
-def read(
-    layers: Sequence[LayerRows], measures: Sequence[Measure], spectra: bool = False
-) -> tuple[list[Tensor], list[Tensor]]:
+def evaluate(
+    layers: Mapping[str, LayerFeatures], measures: Sequence[Measure], spectra: bool = False
+) -> dict[str, Evaluation]:
     """Evaluate measures on layers.
 
     Collective: every process must call it, with layers of the same widths in the same order. Where all processes
@@ -54,39 +59,38 @@ def read(
     moments are summed. Measures of rows read at most :data:`MAX_GATHERED_ROWS` rows of all processes.
 
     Args:
-        layers: What was heard.
+        layers: What was captured, by name.
         measures: What to evaluate; kinds ``"spectrum"`` and ``"rows"``.
         spectra: Whether the singular values are wanted themselves.
 
     Returns:
-        Per layer a ``float64`` vector (``float32`` on devices without) of ``3 + len(measures)`` numbers: finite rows,
-        considered rows, the largest centered singular value or, where nothing needs one, the centered features' norm,
-        then the value of every measure, in order; and per layer the centered singular values, if wanted.
+        By the names of the layers; values are ``float64`` (``float32`` on devices without).
     """
+    names, given = list(layers), list(layers.values())
     kinds = {measure.spectrum for measure in measures if measure.kind == "spectrum"} | {"centered"}
     solved = {measure.spectrum for measure in measures if measure.kind == "spectrum" and measure.from_gram is None}
     solved |= {"centered"} if spectra else set()
-    layers, shared = _share(layers, [m for m in measures if m.kind == "rows" and m.from_spectrum is None])
-    readings: dict[int, Tensor] = {}
-    values: dict[int, Tensor] = {}
-    for members in _alike(layers, shared):
-        group = [layers[i] for i in members]
+    given, shared = _share(given, [m for m in measures if m.kind == "rows" and m.from_spectrum is None])
+    found: dict[str, Evaluation] = {}
+    for members in _alike(given, shared):
+        group = [given[i] for i in members]
         grams = {kind: _gram(group, [shared[i] for i in members], kind) for kind in kinds}
         records = {kind: record for kind, (_, record) in grams.items()}
         records |= {kind: finish_spectrum(eigenvalues(grams[kind][0]), records[kind]) for kind in solved}
         centered = records["centered"]
-        top = grams["centered"][0].diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()
-        seen = [layers[i].mask.sum() if (moments := shared[i]) is None else moments.seen for i in members]
-        columns = [centered.count, torch.stack(seen), values_of(centered)[..., 0] if "centered" in solved else top]
-        columns += [_evaluate(measure, group, grams, records) for measure in measures]
-        rows = torch.stack([column.to(centered.count) for column in columns], dim=1)
-        readings.update(zip(members, rows, strict=True))
-        values.update(zip(members, centered.singular_values, strict=True))
-    return [readings[i] for i in range(len(layers))], [values[i] for i in range(len(layers) if spectra else 0)]
+        norm = grams["centered"][0].diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()
+        top = values_of(centered)[..., 0] if "centered" in solved else norm
+        seen = [given[i].mask.sum() if (moments := shared[i]) is None else moments.seen for i in members]
+        columns = {m.curve: _evaluate(m, group, grams, records).to(centered.count).unbind() for m in measures}
+        for j, i in enumerate(members):
+            values = {curve: column[j] for curve, column in columns.items()}
+            spectrum = centered.singular_values[j]
+            found[names[i]] = Evaluation(centered.count[j], seen[j], top[j], values, spectrum)
+    return {name: found[name] for name in names}
 
 
 def flag_of(n: int, seen: int, top: float, sketched: bool) -> Flag:
-    """Why a reading deserves doubt, from the first three numbers of :func:`read`."""
+    """Why a reading deserves doubt, from ``n``, ``seen`` and ``top`` of an :class:`Evaluation`."""
     if not seen:
         return Flag.NOT_CALLED
     if n < 2:
@@ -100,7 +104,7 @@ def flag_of(n: int, seen: int, top: float, sketched: bool) -> Flag:
 
 def _evaluate(
     measure: Measure,
-    layers: Sequence[LayerRows],
+    layers: Sequence[LayerFeatures],
     grams: Mapping[str, tuple[Tensor, Spectrum]],
     records: Mapping[str, Spectrum],
 ) -> Tensor:
@@ -137,7 +141,9 @@ def _one(measure: Measure, call: Callable[[], Tensor], nothing: Tensor) -> Tenso
         return nothing
 
 
-def _share(layers: Sequence[LayerRows], of_rows: Sequence[Measure]) -> tuple[list[LayerRows], list[Moments | None]]:
+def _share(
+    layers: Sequence[LayerFeatures], of_rows: Sequence[Measure]
+) -> tuple[list[LayerFeatures], list[Moments | None]]:
     """Let every process know the rows, or where they are many their moments, sums, and if need be some of the rows."""
     ranks = world_size()
     if ranks == 1:
@@ -164,7 +170,9 @@ def _share(layers: Sequence[LayerRows], of_rows: Sequence[Measure]) -> tuple[lis
     return gathered, [next(reduced) if by_moments else None for by_moments in many]
 
 
-def _add_sums(layers: Sequence[LayerRows], many: Sequence[bool], measures: Sequence[Measure]) -> list[LayerRows]:
+def _add_sums(
+    layers: Sequence[LayerFeatures], many: Sequence[bool], measures: Sequence[Measure]
+) -> list[LayerFeatures]:
     """The layers, those of many rows with the sums over all processes that measures ask for: one message."""
     asked = [
         (i, measure.name, measure.statistic(layers[i].rows, layers[i].mask))
@@ -182,7 +190,7 @@ def _add_sums(layers: Sequence[LayerRows], many: Sequence[bool], measures: Seque
     return [replace(layer, sums=of_layer) for layer, of_layer in zip(layers, sums, strict=True)]
 
 
-def _alike(layers: Sequence[LayerRows], shared: Sequence[Moments | None]) -> list[list[int]]:
+def _alike(layers: Sequence[LayerFeatures], shared: Sequence[Moments | None]) -> list[list[int]]:
     """Layers that can be taken together, by position: a device works through a few layers in the time of one."""
     groups: dict[Hashable, list[int]] = {}
     for i, (layer, moments) in enumerate(zip(layers, shared, strict=True)):
@@ -191,7 +199,7 @@ def _alike(layers: Sequence[LayerRows], shared: Sequence[Moments | None]) -> lis
     return list(groups.values())
 
 
-def _gram(layers: Sequence[LayerRows], shared: Sequence[Moments | None], kind: str) -> tuple[Tensor, Spectrum]:
+def _gram(layers: Sequence[LayerFeatures], shared: Sequence[Moments | None], kind: str) -> tuple[Tensor, Spectrum]:
     center = kind == "centered"
     moments = [m for m in shared if m is not None]
     if moments:

@@ -1,19 +1,10 @@
-"""How rows of a layer are collected before a point."""
+"""Sampling plan: how rows of a layer are collected before a point."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lightning_collapse.monitoring.feature_hooks import Captured
 from lightning_collapse.utilities.distributed import world_size
-from lightning_collapse.utilities.modules import Tap
-
-
-def captured_shapes(taps: Sequence[Tap], heard: Mapping[str, Captured]) -> list[int]:
-    """Rows and features of every layer in one batch, one after the other; zeros where a layer did not run."""
-    shapes = [heard[tap.name].rows.shape if tap.name in heard else (0, 0) for tap in taps]
-    return [size for shape in shapes for size in shape]
 
 
 class SamplingPlan(NamedTuple):
@@ -22,7 +13,7 @@ class SamplingPlan(NamedTuple):
     Attributes:
         width: Number of features the layer has.
         rows_per_batch: Rows to keep of every batch, on each process.
-        batches: Training batches before a point to keep rows from.
+        batches: Training batches before a point that hold as many rows as a point rests on.
     """
 
     width: int
@@ -47,3 +38,8 @@ class SamplingPlan(NamedTuple):
     def rows(self) -> int:
         """Rows of a point on each process, at most."""
         return self.rows_per_batch * self.batches
+
+    @property
+    def window(self) -> int:
+        """Batches to listen to: one more than full ones need, since an epoch's last batch may be a short one."""
+        return self.batches + 1

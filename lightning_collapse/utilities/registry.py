@@ -1,7 +1,7 @@
 """The tables of what the package knows: one decorated function is one curve, one decorated class is one loss."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, overload
 
 from torch import Tensor, nn
@@ -72,22 +72,31 @@ class Curve:
     """A curve that a monitor draws from something other than the features of a layer, and what its reader must know.
 
     Attributes:
-        family: First part of the curve's name, ``{family}/{layer}/{name}``.
-        name: Last part of it.
+        name: Last part of the curve's name, ``{family}/{layer}/{name}``.
         reads: What it is computed from, in a few words.
         range: Smallest and largest value in words.
         collapsed: What it reads when things go wrong.
         source: Authors, year, identifier.
+        family: First part of the name; empty for that of the monitor that declares it.
     """
 
-    family: str
     name: str
     reads: str = ""
     range: str = ""
     collapsed: str = ""
     source: str = ""
+    family: str = ""
+
+    @property
+    def line(self) -> str:
+        """The curve in one line of a docstring."""
+        facts = "; ".join(
+            fact for fact in (self.reads, self.range, self.collapsed and f"ill: {self.collapsed}") if fact
+        )
+        return f"- ``{self.name}``: {facts}."
 
 
+MONITORS: dict[str, type] = {}
 MEASURES: dict[str, Measure] = {}
 CURVES: dict[str, Curve] = {}
 LOSSES: dict[str, type[nn.Module]] = {}
@@ -138,7 +147,14 @@ def register_curve(family: str, name: str, **facts: str) -> None:
         name: Last part of it.
         facts: The other fields of :class:`Curve`.
     """
-    CURVES[f"{family}/{name}"] = Curve(family, name, **facts)
+    CURVES[f"{family}/{name}"] = Curve(name, family=family, **facts)
+
+
+def register_monitor(cls: type, family: str, curves: Iterable[Curve]) -> None:
+    """Make a monitor known to the contract tests and the tables, and its curves to the dashboard and to the legend."""
+    _add(MONITORS, cls.__name__, cls)
+    for curve in curves:
+        CURVES[f"{curve.family or family}/{curve.name}"] = replace(curve, family=curve.family or family)
 
 
 def register_loss(cls: LossClass) -> LossClass:

@@ -23,7 +23,7 @@ FACTS = {
     "alignment": Measure("alignment", torch.sum, kind="pairs"),
 }
 
-GLOW = Curve("tube", "glow", reads="a tube", range="0 to 1", collapsed="0", source="Crookes 1875")
+GLOW = Curve("glow", family="tube", reads="a tube", range="0 to 1", collapsed="0", source="Crookes 1875")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Curves of how sharply attention looks while the model trains."""
+"""Attention entropy monitor: entropy collapse and entropic overload of heads of attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, check_layers
+from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
 from lightning_collapse.functional.attention_entropy import entropy_sums
 from lightning_collapse.functional.attention_rows import rows_of_call, rows_of_masked_logits
 from lightning_collapse.monitoring.attention_hooks import AttentionHooks, Captured, Reader, ReadTaps
@@ -21,10 +21,21 @@ from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import Tap, find_taps, is_compiled, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
-from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.training_step import wrap_training_step
 
 MAX_ROWS = 512
+_ZHAI = "Zhai et al., arXiv 2303.06296"
+_VALUES = (
+    "entropy_mean",
+    "entropy_min",
+    "entropy_max",
+    "collapsed_share",
+    "overloaded_share",
+    "max_logit",
+    "entropy_bound",
+)
+_NEWS = "a layer that begins to run"
 _COLUMNS = 7  # five sums and two maxima of a head, see `entropy_sums`
 _POINT_AT = (
     'Point the monitor at them: `layers={"blocks.*.attn": read}` with `def read(module, args, kwargs)` that returns'
@@ -37,17 +48,13 @@ class AttentionEntropyMonitor(Monitor):
 
     The entropy of a query's attention weights, over its largest possible value (the logarithm of the number of keys
     the query sees, which causal and padding masks change), is 0 where one key has all the weight and 1 where all have
-    the same. **Logged metrics**, one curve per layer, to every logger and to ``trainer.callback_metrics``:
+    the same. **Logged metrics**, ``attention/{layer}/...``, to every logger and to ``trainer.callback_metrics``:
 
-    - ``attention/{layer}/entropy_mean``, ``entropy_min``, ``entropy_max``: over heads, of their mean over queries;
-    - ``attention/{layer}/collapsed_share``, ``overloaded_share``: shares of heads below and above the thresholds;
-    - ``attention/{layer}/max_logit``: the largest logit of any head;
-    - ``attention/{layer}/entropy_bound``: the least entropy that logits of this spread allow, mean over heads, see
-      :func:`~lightning_collapse.functional.entropy_bound`: while it is high no head can collapse;
-    - ``attention/{layer}/n``: queries per head behind them, over all processes;
-    - ``attention/{layer}/flag``: 0, or why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`;
-    - ``attention/all/...``: ``entropy_mean`` over layers, ``collapsed_share`` and ``overloaded_share`` of all heads,
-      and the largest ``max_logit``.
+    {curves}
+
+    The bound is the mean over heads of :func:`~lightning_collapse.functional.entropy_bound`. Under
+    ``attention/all/...`` stand ``entropy_mean`` over layers, ``collapsed_share`` and ``overloaded_share`` of all heads,
+    and the largest ``max_logit``.
 
     A point rests on the training batch that ends in it. Captured are ``F.scaled_dot_product_attention``,
     ``nn.MultiheadAttention`` and attention written out with a softmax over the last of four dimensions, whatever model
@@ -89,6 +96,36 @@ class AttentionEntropyMonitor(Monitor):
     """
 
     family = "attention"
+    declares = (
+        Curve(
+            "entropy_mean",
+            "attention weights, over their maximum, mean over heads",
+            "0 to 1",
+            "0; 1 is overload",
+            _ZHAI,
+        ),
+        Curve("entropy_min", "the head that looks most sharply, mean over its queries", "0 to 1", "0", _ZHAI),
+        Curve("entropy_max", "the head that looks least sharply", "0 to 1", "near 1: overload", _ZHAI),
+        Curve("collapsed_share", "heads below a threshold of entropy", "0 to 1", "1", _ZHAI),
+        Curve(
+            "overloaded_share",
+            "heads above a threshold of entropy",
+            "0 to 1",
+            "1: overload",
+            "Jha & Reagen, arXiv 2501.03489",
+        ),
+        Curve("max_logit", "the largest attention logit of any head", "any number", "grows without end", _ZHAI),
+        Curve(
+            "entropy_bound",
+            "least entropy that logits of this spread allow: while it is high no head can collapse",
+            "0 to 1, at most entropy",
+            "0",
+            _ZHAI,
+        ),
+        Curve("n", "queries per head behind the point, over all processes", "0 to infinity", "few: a rough reading"),
+        Curve("flag", "attention", "0 to 7", "above 0: why to doubt the point"),
+    )
+    identity = ("layers", "every_n_steps")
 
     def __init__(
         self,
@@ -117,28 +154,21 @@ class AttentionEntropyMonitor(Monitor):
         self._readers: ReadTaps | None = None
         self._unwrap: Any = None
         self._names: list[str] = []
-        self._restored: dict[str, int] = {}
         self._armed = False
         self._reset()
 
     def _reset(self) -> None:
         self._heads: dict[str, int] = {}
         self._news = True
-        self._heard: dict[str, tuple[Tensor, Tensor]] = {}
-
-    @property
-    @override
-    def state_key(self) -> str:
-        layers = list(self.layers) if self.layers is not None else None
-        return self._generate_state_key(layers=layers, every_n_steps=self.every_n_steps)
+        self._captured: dict[str, tuple[Tensor, Tensor]] = {}
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"heads": dict(self._heads)}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = dict(state_dict["heads"])
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._heads = {name: heads for name, heads in state["heads"].items() if name in self._names}
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,8 +180,6 @@ class AttentionEntropyMonitor(Monitor):
                 f"`AttentionEntropyMonitor(layers={list(self.layers or ())!r})`: {error}"
             ) from error
         self._names = [tap.name for tap in taps]
-        self._heads = {name: heads for name, heads in self._restored.items() if name in self._names}
-        self._restored = {}
 
     @override
     def stop(self) -> None:
@@ -161,13 +189,13 @@ class AttentionEntropyMonitor(Monitor):
             self._unwrap()
         self._taps = self._readers = self._unwrap = None
         self._armed = False
-        self._heard = {}
+        self._captured = {}
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
         self._armed = batches_left == 0
         if self._armed:
-            self._heard.clear()
+            self._captured.clear()
             mask = padding_mask(batch)
             for taps in (self._taps, self._readers):
                 if taps is not None:
@@ -184,30 +212,38 @@ class AttentionEntropyMonitor(Monitor):
                 taps.mask = None
 
     @override
-    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Point]:
+    def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
+        """Sums and maxima of the heads of every layer, seven numbers each, over all processes."""
         if not self._armed:  # an epoch ended inside an accumulation window: nobody could know, nobody listened
-            return []
+            return {}
         self._armed = False
         self._agree(pl_module.device)
         watched = [name for name in self._names if name in self._heads]
         if not watched:
             if not self._warned:  # else the reason has been told
                 self.warn_once(f"no attention was heard; its queries and keys are hidden. {_POINT_AT}")
-            return []
-        numbers = self._share(watched, pl_module.device)
-        self._heard.clear()
+            return {}
+        return self._share(watched, pl_module.device)
+
+    @override
+    def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
         points, heads = [], []
-        for name, of_layer in zip(watched, torch.split(numbers, [self._heads[name] for name in watched]), strict=True):
-            points += self._points_of(("attention", name), step, of_layer)
+        self._news = bool(numbers.get(("", _NEWS), 0))
+        for (name, kind), vector in numbers.items():
+            if kind == _NEWS:
+                continue
+            of_layer = torch.tensor(vector, dtype=torch.float64).view(-1, _COLUMNS)  # on the host
+            points += self._points_of(name, step, of_layer)
             heads.append(of_layer[of_layer[:, 0] > 0])
             if points[-1].flag == Flag.NOT_CALLED:
                 self.warn_once(
                     f"the attention of `{name}` was not heard before every point; its curves read NaN there."
                 )
-        return points + self._summary(step, heads)
+        return points + self._summary(step, heads) if points else []
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         for name in self._names if self._heads else ():
             # a pattern may well match more than attention; a name is meant
             meant = isinstance(self.layers, Mapping) or (self.layers is not None and name in self.layers)
@@ -217,7 +253,7 @@ class AttentionEntropyMonitor(Monitor):
     def _listen(self, pl_module: LightningModule) -> list[Tap]:
         if isinstance(self.layers, Mapping):
             let_hooks_be_seen(pl_module)
-            self._readers = ReadTaps(pl_module, self.layers, self._hear, self._failed, self.rows, MAX_ROWS)
+            self._readers = ReadTaps(pl_module, self.layers, self._capture, self._failed, self.rows, MAX_ROWS)
             return self._readers.taps
         outermost = None
         if self.layers is None:
@@ -231,7 +267,7 @@ class AttentionEntropyMonitor(Monitor):
         if is_compiled(pl_module):
             self.warn_once(f"compiled code hides its attention. {_POINT_AT}")
             return taps
-        self._taps = AttentionHooks(taps, self._hear, self._failed, self.rows, MAX_ROWS, outermost)
+        self._taps = AttentionHooks(taps, self._capture, self._failed, self.rows, MAX_ROWS, outermost)
         self._unwrap = wrap_training_step(pl_module, self._around)
         return taps
 
@@ -241,51 +277,51 @@ class AttentionEntropyMonitor(Monitor):
         with self._taps.listening():
             return training_step(*args, **kwargs)
 
-    def _hear(self, name: str, heard: Captured) -> None:
-        readings = rows_of_masked_logits(heard) if isinstance(heard, Tensor) else rows_of_call(heard)
+    def _capture(self, name: str, captured: Captured) -> None:
+        readings = rows_of_masked_logits(captured) if isinstance(captured, Tensor) else rows_of_call(captured)
         sums, extremes = entropy_sums(readings)
-        if name in self._heard:
-            before, highest = self._heard[name]
+        if name in self._captured:
+            before, highest = self._captured[name]
             if len(before) != len(sums):
                 return
             sums, extremes = before + sums, torch.maximum(highest, extremes)
-        self._heard[name] = sums.to(accumulation_dtype(sums.device)), extremes
+        self._captured[name] = sums.to(accumulation_dtype(sums.device)), extremes
 
     def _failed(self, name: str, error: Exception) -> None:
         self.warn_once(f"the attention of `{name}` could not be read: {type(error).__name__}: {error}")
 
     def _agree(self, device: torch.device) -> None:
         """Let every process know every layer that any has heard, and its heads. Collective."""
-        found = {name: len(sums) for name, (sums, _) in self._heard.items()}
+        found = {name: len(sums) for name, (sums, _) in self._captured.items()}
         if world_size() > 1 and self._news:  # at a point, and as a rule once: it waits for the device
             heads = map(int, max_over_processes([found.get(name, 0) for name in self._names], device))
             found = dict(zip(self._names, heads, strict=True))
         if world_size() == 1 or self._news:
             self._heads = {name: heads for name, heads in found.items() if heads} | self._heads
 
-    def _share(self, watched: Sequence[str], device: torch.device) -> Tensor:
-        """Sums and maxima of all heads of all layers, over all processes, on the host. Collective."""
+    def _share(self, watched: Sequence[str], device: torch.device) -> dict[Name, Tensor]:
+        """Sums and maxima of all heads of all layers, over all processes. Collective."""
+        dtype = accumulation_dtype(device)
         sums, extremes = [], []
         for name in watched:
             heads = self._heads[name]
-            of_layer = self._heard.get(name)
+            of_layer = self._captured.get(name)
             if of_layer is None or len(of_layer[0]) != heads:
                 of_layer = torch.zeros(heads, _COLUMNS - 2), torch.full((heads, 2), -torch.inf)
-            sums.append(of_layer[0].to(device, accumulation_dtype(device)))
-            extremes.append(of_layer[1].to(device, accumulation_dtype(device)))
-        total, highest = torch.cat(sums), torch.cat(extremes)
+            sums.append(of_layer[0].to(device, dtype))
+            extremes.append(of_layer[1].to(device, dtype))
+        total, highest, news = torch.cat(sums), torch.cat(extremes), {}
         if world_size() > 1:
             # a layer that only now begins to run: told with the sums, agreed on at the next point
-            news = torch.full_like(total[:1], float(any(name not in self._heads for name in self._heard)))
-            total = all_reduce_sum(torch.cat([total, news]))
-            highest = torch.cat([all_reduce_max(highest), torch.zeros_like(highest[:1])])
-        numbers = torch.cat([total, highest], dim=1).cpu()  # the one transfer of a point
-        if world_size() > 1:
-            self._news = bool(numbers[-1, 0] > 0)
-            numbers = numbers[:-1]
-        return numbers
+            late = torch.full_like(total[:1], float(any(name not in self._heads for name in self._captured)))
+            total, highest = all_reduce_sum(torch.cat([total, late])), all_reduce_max(highest)
+            news, total = {("", _NEWS): total[-1, 0]}, total[:-1]
+        self._captured.clear()
+        table = torch.cat([total, highest], dim=1)
+        parts = torch.split(table, [self._heads[name] for name in watched])
+        return {(name, "heads"): part.flatten() for name, part in zip(watched, parts, strict=True)} | news
 
-    def _points_of(self, key: tuple[str, str], step: int, numbers: Tensor) -> list[Point]:
+    def _points_of(self, name: str, step: int, numbers: Tensor) -> list[Point]:
         """Curves of one layer, from the numbers ``(H, 7)`` of its heads."""
         read = numbers[numbers[:, 0] > 0]
         n, lost = int(read[:, 0].mean()) if len(read) else 0, float(numbers[:, 4].sum())
@@ -294,9 +330,9 @@ class AttentionEntropyMonitor(Monitor):
             flag = Flag.NONFINITE
         elif not len(read):
             flag = Flag.NOT_CALLED
-        values = self._values(read) if len(read) else dict.fromkeys(_CURVES, nan)
+        values = self._values(read) if len(read) else dict.fromkeys(_VALUES, nan)
         values |= {"n": float(n), "flag": float(flag)}
-        return [Point(*key, name, step, value, n, flag=flag) for name, value in values.items()]
+        return [Point(self.family, name, key, step, value, n, flag=flag) for key, value in values.items()]
 
     def _values(self, heads: Tensor) -> dict[str, float]:
         """Curves of some heads, from their numbers, which are on the host already."""
@@ -313,24 +349,8 @@ class AttentionEntropyMonitor(Monitor):
 
     def _summary(self, step: int, layers: Sequence[Tensor]) -> list[Point]:
         heads = torch.cat(list(layers))
-        values = self._values(heads) if len(heads) else dict.fromkeys(_CURVES, nan)
+        values = self._values(heads) if len(heads) else dict.fromkeys(_VALUES, nan)
         if len(heads):
             values["entropy_mean"] = float(torch.stack([(h[:, 1] / h[:, 0]).mean() for h in layers if len(h)]).mean())
         names = ("entropy_mean", "collapsed_share", "overloaded_share", "max_logit")
-        return [Point("attention", "all", name, step, values[name]) for name in names]
-
-
-_CURVES = {
-    "entropy_mean": ("attention weights, over their maximum", "0 to 1", "0; 1 is overload"),
-    "entropy_min": ("the head that looks most sharply", "0 to 1", "0"),
-    "entropy_max": ("the head that looks least sharply", "0 to 1", "near 1: overload"),
-    "collapsed_share": ("heads below a threshold of entropy", "0 to 1", "1"),
-    "overloaded_share": ("heads above a threshold of entropy", "0 to 1", "1: overload"),
-    "max_logit": ("the largest attention logit", "any number", "grows without end"),
-    "entropy_bound": ("spread of the attention logits", "0 to 1, at most entropy", "0"),
-}
-for _name, (_reads, _range, _collapsed) in _CURVES.items():
-    _source = "Jha & Reagen, arXiv 2501.03489" if "overload" in _name else "Zhai et al., arXiv 2303.06296"
-    register_curve("attention", _name, reads=_reads, range=_range, collapsed=_collapsed, source=_source)
-register_curve("attention", "n", reads="queries per head", range="0 to infinity", collapsed="few: a rough reading")
-register_curve("attention", "flag", reads="attention", range="0 to 7", collapsed="above 0: why to doubt the point")
+        return [Point(self.family, "all", name, step, values[name]) for name in names]

@@ -1,8 +1,8 @@
-"""Curves of the size and of the noise of gradients."""
+"""Gradient monitor: gradient norms, gradient noise scale and coherence of micro-batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite, nan, sqrt
 from typing import Any
 
@@ -15,32 +15,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, check_layers
+from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
 from lightning_collapse.monitoring.gradient_noise_window import MicroBatches, Noise
 from lightning_collapse.utilities.batch import batch_size
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.gradients import gradients_of, squared_norms
 from lightning_collapse.utilities.modules import default_taps, find_taps
 from lightning_collapse.utilities.points import Flag, Point
-from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.trainer import ends_step, is_due, loss_scale, synchronizes_last
+
+_MICRO, _NOISE = "micro-batch gradients", "McCandlish et al. 2018, arXiv 1812.06162"
 
 
 class GradientMonitor(Monitor):
     """Log gradient norms per layer and, where gradients are accumulated, how noisy they are.
 
-    **Logged metrics**, to every logger and to ``trainer.callback_metrics``:
+    **Logged metrics**, ``gradients/{layer}/...``, to every logger and to ``trainer.callback_metrics``:
 
-    - ``gradients/{layer}/norm``: Euclidean norm of the gradient of all parameters of a layer, before clipping and with
-      the loss scale of 16-bit training taken out;
-    - ``gradients/all/norm``: the same of the whole model;
-    - ``gradients/{layer}/flag``: 0, or why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`:
-      ``NONFINITE`` if the gradient holds NaN or infinity (the norm reads NaN), ``NOT_CALLED`` if there was none;
-    - with ``Trainer(accumulate_grad_batches)`` of 2 or more, because then the gradients of micro-batches can be told
-      apart: ``gradients/all/noise_trace`` and ``gradients/all/noise_signal``, averages over points of the estimates of
-      :func:`~lightning_collapse.functional.gradient_noise_scale`; ``gradients/all/noise_scale``, their ratio in
-      samples; and ``gradients/all/coherence``,
-      see :func:`~lightning_collapse.functional.gradient_coherence`.
+    {curves}
+
+    Norms are drawn of every layer and, as ``all``, of the whole model. The noise is drawn of the whole model with
+    ``Trainer(accumulate_grad_batches)`` of 2 or more, because then the gradients of micro-batches can be told apart:
+    averages over points of the estimates of :func:`~lightning_collapse.functional.gradient_noise_scale`, and
+    :func:`~lightning_collapse.functional.gradient_coherence`. The flag is ``NONFINITE`` if the gradient holds NaN or
+    infinity (the norm reads NaN), ``NOT_CALLED`` if there was none.
 
     Norms are taken when Lightning announces an optimizer step: under manual optimization step the optimizers that
     ``self.optimizers()`` returns. With several optimizers each counts with the parameters it updates, and the last of
@@ -67,6 +66,22 @@ class GradientMonitor(Monitor):
     """
 
     family = "gradients"
+    declares = (
+        Curve(
+            "norm",
+            "Euclidean norm of the gradient, before clipping and without loss scale",
+            "0 to infinity",
+            "near 0, or growing",
+        ),
+        Curve("flag", "gradient", "0 to 6", "above 0: why to doubt the point"),
+        Curve("noise_trace", _MICRO, "0 to infinity", "does not tell", _NOISE),
+        Curve("noise_signal", _MICRO, "0 to infinity, below in noise", "near 0", _NOISE),
+        Curve("noise_scale", _MICRO, "0 to infinity, in samples", "far above the batch size", _NOISE),
+        Curve(
+            "coherence", _MICRO, "-1 / (K - 1) to 1", "near 0", "mean cosine of micro-batches, weighted by their norms"
+        ),
+    )
+    identity = ("layers", "every_n_steps")
 
     def __init__(
         self,
@@ -89,29 +104,23 @@ class GradientMonitor(Monitor):
         self.smoothing = smoothing
         self.micro_batch_size = micro_batch_size
         self._averages = [0.0, 0.0, 0.0]  # of the trace, of the signal, and of one: the last corrects the start
-        self._restored: list[float] | None = None
         self._forget()
 
     def _forget(self) -> None:
         self._parameters: list[nn.Parameter] = []
         self._names: list[str] = []
         self._belongs = torch.zeros(0, 0)  # which parameters are inside which of them
-        self._heard: list[tuple[list[int], list[float], Tensor]] = []
+        self._norms: list[tuple[list[int], list[float], Tensor]] = []
         self._window: MicroBatches | None = None
-        self._size = 1
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(layers=self.layers, every_n_steps=self.every_n_steps)
+        self._size = self._accumulated = 1
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"averages": list(self._averages)}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = list(state_dict["averages"])
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._averages = list(state["averages"])
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,7 +129,7 @@ class GradientMonitor(Monitor):
                 "`GradientMonitor` cannot read the flattened gradients of `strategy='fsdp'`."
                 " Use `ModelParallelStrategy` with `fully_shard`."
             )
-        self._averages, self._restored = self._restored or [0.0, 0.0, 0.0], None
+        self._averages = [0.0, 0.0, 0.0]
         self._parameters = list(pl_module.parameters())
         index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
         modules = self._choose(pl_module) | {"all": pl_module}
@@ -140,18 +149,24 @@ class GradientMonitor(Monitor):
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
-        self._heard.clear()
+        self._norms.clear()
         if not self.noise or batches_left >= trainer.accumulate_grad_batches or trainer.accumulate_grad_batches < 2:
             return
         if self._window is None:
             self._window = MicroBatches(self._parameters, trainer.lightning_module.device)
         self._size = self.micro_batch_size or batch_size(batch)
+        self._accumulated = trainer.accumulate_grad_batches
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._window is not None:
             last = ends_step(trainer)
             self._window.add(self._size, last and synchronizes_last(trainer), loss_scale(trainer), last)
+
+    @override
+    def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
+        if batches_left and ends_step(trainer):  # the end of an epoch has cut the accumulation short
+            self._window = None
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -164,29 +179,36 @@ class GradientMonitor(Monitor):
         scale = loss_scale(trainer, optimizer)
         if scale is not None:
             squares = squares / scale.to(squares).square()
-        self._heard.append(([mine[i] for i in found.indices], found.shares, squares))
+        self._norms.append(([mine[i] for i in found.indices], found.shares, squares))
 
     @override
     @torch.no_grad()
-    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Point]:
+    def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
+        """Squared norms and numbers of gradients, one for every layer; statistics of the noise."""
         squares = squared_norms([], pl_module.device).new_zeros(len(self._parameters))
         shares = torch.zeros(len(self._parameters), dtype=squares.dtype)
-        for indices, of_shard, values in self._heard:  # the last of several steps counts
+        for indices, of_shard, values in self._norms:  # the last of several steps counts
             squares[torch.tensor(indices, device=squares.device, dtype=torch.long)] = values
             shares[indices] = torch.tensor(of_shard, dtype=squares.dtype)
-        self._heard.clear()
-        heard = (self._belongs @ (shares > 0).to(self._belongs)).to(squares)
+        self._norms.clear()
+        known = (self._belongs @ (shares > 0).to(self._belongs)).to(squares)
         # 0 * nan: a bad gradient must not reach layers it is not in
         each = torch.where(self._belongs.to(squares) > 0, squares * shares.to(squares), 0.0).sum(dim=1)
-        window, self._window = self._window, None
-        parts = [each, heard] if window is None else [each, heard, window.statistics()]
-        numbers = all_reduce_sum(torch.cat(parts)).tolist()  # the one transfer of a point
-        size = len(self._belongs)
+        parts = {"square": each, "gradients": known}
+        if self._window is not None:
+            parts["noise"] = self._window.statistics()
+        total = all_reduce_sum(torch.cat(list(parts.values())))
+        split = torch.split(total, [len(part) for part in parts.values()])
+        return {("", name): part for name, part in zip(parts, split, strict=True)}
+
+    @override
+    def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
         points: list[Point] = []
-        for name, square, count in zip(self._names, numbers[:size], numbers[size : 2 * size], strict=True):
+        for name, square, count in zip(self._names, numbers["", "square"], numbers["", "gradients"], strict=True):
             points += self._points_of(name, step, square, count)
+        window, self._window = self._window, None
         if window is not None:
-            noise = window.noise(numbers[2 * size :], trainer.accumulate_grad_batches)
+            noise = window.noise(numbers["", "noise"], self._accumulated)
             points += self._points_of_noise(noise, step, points[-1].flag)
         return points
 
@@ -196,8 +218,8 @@ class GradientMonitor(Monitor):
             flag = Flag.NOT_CALLED
             self.warn_once(f"there was no gradient of `{name}` at a point; its curve reads NaN there.")
         norm = nan if flag else sqrt(square)
-        key = "gradients", name
-        return [Point(*key, "norm", step, norm, flag=flag), Point(*key, "flag", step, float(flag), flag=flag)]
+        values = {"norm": norm, "flag": float(flag)}
+        return [Point(self.family, name, key, step, value, flag=flag) for key, value in values.items()]
 
     def _points_of_noise(self, noise: Noise, step: int, flag: Flag) -> list[Point]:
         if flag == Flag.OK and isfinite(noise.trace) and isfinite(noise.signal):
@@ -229,19 +251,3 @@ class GradientMonitor(Monitor):
         first = {id(tap.module): tap for tap in reversed(taps)}  # of the input and the output of a module one
         kept = [tap for tap in taps if first[id(tap.module)] is tap]
         return {tap.name.removesuffix(".input") if tap.side == "input" else tap.name: tap.module for tap in kept}
-
-
-def _register() -> None:
-    micro, paper = "micro-batch gradients", "McCandlish et al. 2018, arXiv 1812.06162"
-    for name, reads, span, collapsed, source in (
-        ("norm", "gradient", "0 to infinity", "near 0, or growing", "Euclidean norm"),
-        ("flag", "gradient", "0 to 6", "above 0", "why to doubt the point"),
-        ("noise_trace", micro, "0 to infinity", "does not tell", paper),
-        ("noise_signal", micro, "0 to infinity, below in noise", "near 0", paper),
-        ("noise_scale", micro, "0 to infinity, in samples", "far above the batch size", paper),
-        ("coherence", micro, "-1 / (K - 1) to 1", "near 0", "mean cosine of micro-batches, weighted by their norms"),
-    ):
-        register_curve("gradients", name, reads=reads, range=span, collapsed=collapsed, source=source)
-
-
-_register()

@@ -1,39 +1,65 @@
-"""What every monitor shares: cadence, lifecycle, publication and a promise never to end a run."""
+"""Monitor: the cadence, lifecycle and publication that all monitors share, and the promise never to end a run."""
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
+from lightning_collapse.monitoring.feature_window import FeatureWindow
+from lightning_collapse.monitoring.to_host import Number, to_host
 from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish
+from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.points import Point
-from lightning_collapse.utilities.registry import CURVES
+from lightning_collapse.utilities.registry import CURVES, Curve, register_monitor
 from lightning_collapse.utilities.trainer import batches_until, is_due, lighten_results, logging_step
+
+Name = tuple[str, str]
+"""Of a reading: the layer and the measure."""
 
 
 class Monitor(Callback, ABC):
     """Watches a fit and publishes points at a cadence; subclass it to watch something new.
 
-    A subclass listens in :meth:`start`, stops in :meth:`stop`, and turns what it heard into points in :meth:`measure`;
-    the rest of the lifecycle is here. It listens from ``on_fit_start``, when the model is built, moved and sharded, to
-    the end or the failure of the fit; ``trainer.validate``, ``test`` and ``predict`` do not concern it. Points reach
-    every logger, ``trainer.callback_metrics`` and every callback with ``on_points``
-    (:class:`~lightning_collapse.reporting.PointReader`).
+    A subclass declares its curves, chooses what to watch in :meth:`start`, says in :meth:`read` what there is to read
+    and in :meth:`points` what becomes of the numbers. If it sets :attr:`window` the rest is here: hooks, the batches
+    that a point rests on, the state in checkpoints. It watches from ``on_fit_start``, when the model is built, moved
+    and sharded, to the end or the failure of the fit; ``trainer.validate``, ``test`` and ``predict`` do not concern it.
+
+    The first optimizer step of a run ends in a point, of the network as it was made; further ones follow at the
+    cadence. What all monitors of a trainer read in a step leaves the device in one transfer, and reaches every logger,
+    ``trainer.callback_metrics`` and every callback with ``on_points``
+    (:class:`~lightning_collapse.reporting.PointReader`). Only construction and :meth:`start` raise; what fails later is
+    a warning, once.
 
     Args:
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
 
     Attributes:
         family: First part of the names of the curves it draws.
+        declares: The curves; ``{curves}`` in the docstring of the class stands for their list.
+        identity: Names of the arguments that tell two monitors of one trainer apart.
+        window: The rows of the layers it watches, if :meth:`start` has made one.
 
     Raises:
         ValueError: If ``every_n_steps`` is not positive.
     """
 
     family: ClassVar[str] = ""
+    declares: ClassVar[tuple[Curve, ...]] = ()
+    identity: ClassVar[tuple[str, ...]] = ("every_n_steps",)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.family:
+            register_monitor(cls, cls.family, cls.declares)
+            lines = (curve.line for curve in cls.declares)
+            cls.__doc__ = (cls.__doc__ or "").replace("    {curves}", "\n".join(f"    {line}" for line in lines))
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
@@ -42,8 +68,14 @@ class Monitor(Callback, ABC):
                 f" {every_n_steps!r}."
             )
         self.every_n_steps = every_n_steps
-        self._left = -1
+        self.window: FeatureWindow | None = None
+        self.contained = Containment(type(self).__name__)
+        self._left = self._every = -1
+        self._due = self._publishes = False
+        self._points = 0
         self._warned: set[str] = set()
+        self._restored: dict[str, Any] = {}
+        self._state_key = ""
 
     @property
     def curves(self) -> list[str]:
@@ -52,65 +84,138 @@ class Monitor(Callback, ABC):
 
     @abstractmethod
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to listen. The only place that may raise."""
+        """Begin to watch. The only place that may raise."""
 
-    @abstractmethod
     def stop(self) -> None:
-        """Cease to listen and forget what was heard; called more than once."""
+        """Cease to watch whatever :attr:`window` does not; called more than once."""
 
-    @abstractmethod
-    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> Sequence[Point]:
-        """Turn what was heard into points of ``step``.
+    def read(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[Name, Tensor]:
+        """What there is to read, on its device: 0-dimensional tensors, or vectors, by layer and measure.
 
-        Collective: every process calls it, and every process must return the same points.
+        Collective: every process calls it, and every process must return the same.
         """
+        return {}
+
+    def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
+        """Points of ``step`` from what :meth:`read` returned, which is on the host now."""
+        return [Point(self.family, layer, measure, step, value) for (layer, measure), value in numbers.items()]
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> Sequence[Point]:
+        """Points of ``step``: :meth:`points` of :meth:`read`. Collective."""
+        return self.points(step, to_host(self.read(trainer, pl_module)))
+
+    def draw(self, trainer: Trainer, step: int) -> None:
+        """Called after points were published, for pictures and text."""
 
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
         """Called before every training batch; ``batches_left`` is 0 if it ends in a point."""
+        if self.window is not None:
+            self.window.before_batch(batch, batches_left)
 
     def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
-        """Called after every training batch, before :meth:`measure` if it ends in a point."""
+        """Called after every training batch, before :meth:`read` if it ends in a point."""
+        if self.window is not None:
+            self.window.after_batch(batches_left, self.between(trainer))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the window: tensors, numbers, strings, lists and dicts."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state` returned; called after :meth:`start`."""
 
     def cadence(self, trainer: Trainer) -> int:
         """Optimizer steps between two points; 0 for never."""
         return trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
 
+    def between(self, trainer: Trainer) -> int:
+        """Training batches from one point to the next."""
+        return (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
+
+    @property
+    @override
+    def state_key(self) -> str:
+        if not self._state_key:  # Lightning asks for it at every hook
+            values = {name: getattr(self, name) for name in self.identity}
+            lists = {
+                name: list(v) for name, v in values.items() if isinstance(v, Collection) and not isinstance(v, str)
+            }
+            self._state_key = self._generate_state_key(**values | lists)
+        return self._state_key
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self.window is None and not self._points:
+            return dict(self._restored)  # saved before it has begun
+        return {
+            "points": self._points,
+            "window": {} if self.window is None else self.window.state_dict(),
+            "state": self.state(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not in `setup`: `configure_model` and sharding come later, and SWA deep-copies hooks registered there
-        self.stop()
+        self._stop()
+        self.contained = Containment(type(self).__name__)
+        self._points, self._due = 0, False
         self.start(trainer, pl_module)
-        if next(c for c in trainer.callbacks if isinstance(c, Monitor)) is self:  # a run has one dashboard
+        state, self._restored = self._restored, {}
+        if state:
+            with self.contained("the state in the checkpoint", "its curves go on without what came before"):
+                self._points = state["points"]
+                if self.window is not None and state["window"]:
+                    self.window.load_state_dict(state["window"])
+                self.restore(state["state"])
+        monitors = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]
+        self._publishes = monitors[-1] is self
+        if monitors[0] is self:  # a run has one dashboard
             for logger in trainer.loggers:
                 log_dashboard(logger, dashboard_layout())
                 log_text(logger, "collapse/legend", legend(), step=0)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._left = -1
-        if every := self.cadence(trainer):
-            self._left = batches_until(trainer, every)
+        self._left, self._due = -1, False
+        every = self.cadence(trainer)
+        if not every:
+            return
+        self._every = every if logging_step(trainer) else 1  # the first step of a run ends in a point
+        self._left = batches_until(trainer, self._every)
+        with self.contained("what it does before a batch"):
             self.before_batch(trainer, batch, self._left)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._left < 0:
-            return
-        # that it was an epoch's last batch can be known only now, and only where that ends an accumulation early
-        due = is_due(trainer, self.cadence(trainer)) if trainer.accumulate_grad_batches > 1 else self._left == 0
-        self.after_batch(trainer, pl_module, 0 if due else self._left)
-        if due:
-            self.publish(trainer, pl_module, self.measure(trainer, pl_module, logging_step(trainer)))
+        if self._left >= 0:
+            # that it was an epoch's last batch can be known only now, and only where that ends an accumulation early
+            self._due = is_due(trainer, self._every) if trainer.accumulate_grad_batches > 1 else self._left == 0
+            with self.contained("what it does after a batch"):
+                self.after_batch(trainer, pl_module, 0 if self._due else self._left)
+        if self._publishes:
+            due = [callback for callback in trainer.callbacks if isinstance(callback, Monitor) and callback._due]
+            if due:
+                _publish_together(due, trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # the point of the first step does not count
+        if self._points < (1 if self.cadence(trainer) == 1 else 2):
+            self.warn_of_no_point(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.stop()  # `teardown` is not called when the trainer fails
+        self._stop()  # `teardown` is not called when the trainer fails
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.stop()
+        self._stop()
         if stage == "fit" and lighten_results(trainer, _is_detail):
             rank_zero_info(
                 "`callback_metrics` leave out the curves of single layers in the main process: a spawned process cannot"
@@ -136,6 +241,13 @@ class Monitor(Callback, ABC):
             self._warned.add(message)
             rank_zero_warn(f"`{type(self).__name__}`: {message}")
 
+    def _stop(self) -> None:
+        with self.contained("what it does at the end"):
+            self.stop()
+        if self.window is not None:
+            self.window.close()
+        self.window = None
+
 
 def check_layers(layers: Any, everything: str) -> None:
     """Refuse what cannot be names of layers; ``everything`` says what is watched without them.
@@ -151,6 +263,33 @@ def check_layers(layers: Any, everything: str) -> None:
         raise ValueError(f"`layers` takes a list of names of submodules, got {layers!r}.")
     if not layers:
         raise ValueError(f"`layers` is empty. Leave it out to watch {everything}.")
+
+
+def _publish_together(monitors: Sequence[Monitor], trainer: Trainer, pl_module: LightningModule) -> None:
+    """Read what all monitors have, bring it to the host at once, and publish it. Collective."""
+    step = logging_step(trainer)
+    readings: dict[tuple[Monitor, Name], Tensor] = {}
+    numbers: dict[Monitor, dict[Name, Number]] = {}
+    points: list[Point] = []
+    for monitor in monitors:
+        monitor._due = False
+        with monitor.contained("reading a point", "the point is left out"):
+            if type(monitor).measure is not Monitor.measure:
+                points += monitor.measure(trainer, pl_module, step)
+            else:
+                found = monitor.read(trainer, pl_module)
+                readings.update({(monitor, name): tensor for name, tensor in found.items()})
+                numbers[monitor] = {}
+    for (monitor, name), number in to_host(readings).items():  # the one transfer of a step
+        numbers[monitor][name] = number
+    for monitor, own in numbers.items():
+        with monitor.contained("making points", "the point is left out"):
+            points += monitor.points(step, own)
+    publish(trainer, pl_module, points)
+    for monitor in monitors:
+        with monitor.contained("drawing", "the picture is left out"):
+            monitor.draw(trainer, step)
+        monitor._points += 1
 
 
 def _is_detail(name: str) -> bool:

@@ -1,8 +1,8 @@
-"""Curves of neural collapse: how far a classifier's features have folded onto their class means."""
+"""Neural collapse monitor: how far a classifier's features have folded onto their class means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
 from math import nan
 from typing import Any
 
@@ -20,47 +20,26 @@ from lightning_collapse.callbacks.evaluation.evaluation_pass import (
     check_pass,
     is_pass_due,
 )
-from lightning_collapse.callbacks.monitors.monitor import Monitor
+from lightning_collapse.callbacks.monitors.monitor import Monitor, Name
 from lightning_collapse.functional.neural_collapse.nc1 import nc1_null
 from lightning_collapse.metrics.neural_collapse import measures
-from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
+from lightning_collapse.monitoring.feature_hooks import Captured
+from lightning_collapse.monitoring.feature_window import FeatureWindow
+from lightning_collapse.monitoring.to_host import to_host
 from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.utilities.distributed import world_size
-from lightning_collapse.utilities.features import evenly, padding_mask
-from lightning_collapse.utilities.modules import Tap, default_taps, find_taps, let_hooks_be_seen
+from lightning_collapse.utilities.features import evenly
+from lightning_collapse.utilities.modules import Tap, default_taps, find_taps
 from lightning_collapse.utilities.points import Flag, Point
-from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.targets import targets_of
 from lightning_collapse.utilities.trainer import logging_step
 from lightning_collapse.utilities.weight_matrices import whole
 
-FAMILY = "neural_collapse"
 MAX_DIM = 4096
 _PAPER = "Papyan, Han & Donoho 2020, arXiv 2008.08186"
-_CURVES = {
-    "nc1": ("within- over between-class scatter", "0 to infinity", "near 0", _PAPER),
-    "nc2_equinorm": ("norms of the centered class means", "0 to infinity", "near 0", _PAPER),
-    "nc2_equiangular": ("angles between the centered class means", "0 to 2", "near 0", _PAPER),
-    "nc2_etf": ("class means against a simplex frame", "0 to 2", "near 0", _PAPER),
-    "nc3": ("class means against the classifier's rows", "0 to 4", "near 0", _PAPER),
-    "cdnv": ("variance of classes over their squared distance", "0 to infinity", "near 0", "arXiv 2112.15121"),
-    "vci": ("scatter of all that is not between classes", "0 to 1", "near 0", "arXiv 2306.03440"),
-    "minority_cosine": (
-        "classifier rows of the rare classes",
-        "-1 to 1",
-        "near 1",
-        "Fang et al. 2021, arXiv 2101.12699",
-    ),
-    "minority_norm": ("lengths of rare over other classifier rows", "0 to infinity", "near 0", "arXiv 2301.00437"),
-    "nc4": ("classifier against the nearest class mean", "0 to 1", "near 0", _PAPER),
-    "classes": ("classes that the window held", "0 to the number of classes", "does not tell", ""),
-    "n": ("labelled rows", "0 to infinity", "few: do not read the others", ""),
-    "flag": ("features and labels", "0 to 7", "above 0: why to doubt the point", ""),
-}
-for _name, (_reads, _range, _collapsed, _source) in _CURVES.items():
-    register_curve(FAMILY, _name, reads=_reads, range=_range, collapsed=_collapsed, source=_source)
+_ZERO = ("0 to infinity", "near 0")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_VALUES = [name for name in _CURVES if name not in ("nc4", "classes", "n", "flag")]
 
 
 class NeuralCollapseMonitor(Monitor):
@@ -69,25 +48,18 @@ class NeuralCollapseMonitor(Monitor):
     In the terminal phase of training for classification this is expected and no failure. **Logged metrics**, to every
     logger and to ``trainer.callback_metrics``, of the inputs of the classifier, ``neural_collapse/{layer}/...``:
 
-    - ``nc1``: variability, :func:`~lightning_collapse.functional.nc1`;
-    - ``nc2_equinorm``, ``nc2_equiangular``, ``nc2_etf``: the class means become a simplex frame;
-    - ``nc3``: they align with the rows of the classifier's weight;
-    - ``cdnv``, ``vci``: class-distance normalized variance, variability collapse index;
-    - ``minority_cosine``, ``minority_norm``: directions and lengths of the classifier's rows of rare classes, see
-      :func:`~lightning_collapse.functional.minority_cosine`; NaN unless two classes or more have had less than half of
-      the rows of the largest, in all points so far;
-    - ``classes``, ``n``: classes and labelled rows behind the point; classes without rows are left out;
-    - ``flag``: 0, or why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`.
+    {curves}
+
+    Classes without rows are left out; the minority curves are NaN unless two classes or more have had less than half of
+    the rows of the largest, in all points so far.
 
     A point rests on the training batches right before it: as many as hold ``rows`` rows, if the cadence has them, with
     the features of the training forward, dropout and augmentation included. Statistics are summed in one pass,
     ``O(C d + d^2)`` numbers; ranks sum theirs.
 
     The papers measure in eval mode on clean data. With a ``loader`` of such data the same is drawn of all of its rows
-    at the end of some epochs, as ``neural_collapse/{layer}.eval/...``, and from a second pass over it
-
-    - ``nc4``: how often the classifier does not choose the class whose mean is nearest,
-      :func:`~lightning_collapse.functional.nc4`; NaN if the loader can be gone through only once.
+    at the end of some epochs, as ``neural_collapse/{layer}.eval/...``, and ``nc4`` from a second pass over it,
+    which is NaN if the loader can be gone through only once.
 
     Training does not notice: modes, random states and buffers are as before. Each process goes through what the loader
     gives it, so give it a ``DistributedSampler`` (which repeats some rows if they do not divide evenly); without one
@@ -116,7 +88,29 @@ class NeuralCollapseMonitor(Monitor):
         trainer = Trainer(callbacks=[NeuralCollapseMonitor()])
     """
 
-    family = FAMILY
+    family = "neural_collapse"
+    declares = (
+        Curve("nc1", "within- over between-class scatter", *_ZERO, _PAPER),
+        Curve("nc2_equinorm", "norms of the centered class means", *_ZERO, _PAPER),
+        Curve("nc2_equiangular", "angles between the centered class means", "0 to 2", "near 0", _PAPER),
+        Curve("nc2_etf", "class means against a simplex frame", "0 to 2", "near 0", _PAPER),
+        Curve("nc3", "class means against the classifier's rows", "0 to 4", "near 0", _PAPER),
+        Curve("cdnv", "variance of classes over their squared distance", *_ZERO, "arXiv 2112.15121"),
+        Curve("vci", "scatter of all that is not between classes", "0 to 1", "near 0", "arXiv 2306.03440"),
+        Curve(
+            "minority_cosine",
+            "classifier rows of the rare classes",
+            "-1 to 1",
+            "near 1",
+            "Fang et al. 2021, arXiv 2101.12699",
+        ),
+        Curve("minority_norm", "lengths of rare over other classifier rows", *_ZERO, "arXiv 2301.00437"),
+        Curve("nc4", "classifier against the nearest class mean", "0 to 1", "near 0", _PAPER),
+        Curve("classes", "classes that the window held", "0 to the number of classes", "does not tell"),
+        Curve("n", "labelled rows", "0 to infinity", "few: do not read the others"),
+        Curve("flag", "features and labels", "0 to 7", "above 0: why to doubt the point"),
+    )
+    identity = ("layer", "every_n_steps")
 
     def __init__(
         self,
@@ -143,142 +137,136 @@ class NeuralCollapseMonitor(Monitor):
         self.epochs = epochs
         self.inputs = inputs
         self._tap: Tap | None = None
-        self._taps: FeatureHooks | None = None
-        self._moments: ClassMoments | None = None
         self._clean: CleanPass | None = None
-        self._labels: Tensor | None = None
-        self._batches: int | None = None  # not known before the first one that was heard
-        self._first = True
+        self._moments: ClassMoments | None = None
         self._seen: Tensor | None = None
-        self._restored: dict[str, Any] = {}
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(layer=self.layer, every_n_steps=self.every_n_steps)
+        self._taken = 0
+        self._latest: list[Tensor] = []
+        self._filler: list[Tensor] = []
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        moments = {} if self._moments is None or world_size() > 1 else self._moments.states()
-        return {"batches": self._batches, "moments": moments} | ({} if self._seen is None else {"seen": self._seen})
+    def state(self) -> dict[str, Any]:
+        if self._moments is None or world_size() > 1:  # a checkpoint holds what one process has seen
+            return {} if self._seen is None else {"seen": self._seen}
+        window = {"moments": self._moments.states(), "taken": self._taken}
+        return window | {"latest": self._latest, "filler": self._filler, "seen": self._seen}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+    def restore(self, state: Mapping[str, Any]) -> None:
+        assert self._moments is not None  # `start` has made them
+        device = self._moments.count.device
+        if (seen := state.get("seen")) is not None:
+            self._seen = seen.to(self._moments.count)
+        if states := state.get("moments"):
+            self._moments = ClassMoments.from_states({key: x.to(device) for key, x in states.items()})
+            self._taken = state["taken"]
+            self._latest, self._filler = ([x.to(device) for x in state[key]] for key in ("latest", "filler"))
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tap = self._choose(pl_module)
-        let_hooks_be_seen(pl_module)
         self._moments = self._empty(pl_module)
-        self._taps = FeatureHooks([self._tap], self._wanted)
+        self._seen = torch.zeros_like(self._moments.count)
+        self._taken, self._latest, self._filler = 0, [], []
+        wanted = self._wanted
+        self.window = FeatureWindow(
+            pl_module, [self._tap], pl_module.device, wanted * world_size(), limit=wanted, paired=True, take=self._take
+        )
         if self.loader is not None:
             check_forward(pl_module, self.inputs)
             self._clean = CleanPass(
-                self._tap, self.loader, self.inputs, self._labels_of, self._labels_heard, self.warn_once
+                self._tap, self.loader, self.inputs, self._labels_of, self._labels_captured, self.warn_once
             )
-        self._batches = self._restored.get("batches")
-        self._first = self._batches is None
-        if states := self._restored.get("moments"):
-            self._moments = ClassMoments.from_states({key: x.to(pl_module.device) for key, x in states.items()})
-        seen = self._restored.get("seen")
-        self._seen = torch.zeros_like(self._moments.count) if seen is None else seen.to(self._moments.count)
-        self._restored = {}
 
     @override
     def stop(self) -> None:
-        if self._taps is not None:
-            self._taps.remove()
         if self._clean is not None:
             self._clean.remove()
-        self._taps = self._clean = self._labels = None
+        self._clean, self._latest, self._filler = None, [], []
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
-        # the first batch of a fit is heard for its shape
-        if self._taps is None or not (self._first or batches_left < (self._batches or 1)):
-            return
-        self._first = False
-        self._labels = self._labels_of(batch)
-        self._taps.armed = self._labels is not None
-        self._taps.mask = padding_mask(batch)
+        if self.window is not None and self.window.wants(batches_left):
+            labels = self._labels_of(batch)
+            beside = None if labels is None else labels.reshape(-1, 1)
+            self.window.before_batch(batch, batches_left, beside)
 
     @override
     def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
-        if self._taps is None or self._labels is None or self._tap is None or self._moments is None:
-            return
-        self._taps.armed = False
-        heard, labels = self._taps.pop().get(self._tap.name), self._labels
-        self._labels = None
-        if heard is None:
-            return
-        own = self._labels_heard(heard, labels)
-        if own is None:
-            return
-        if self._batches is None:
-            self._batches = min(-(-self._wanted // max(heard.returned, 1)), self._between(trainer))
-        if batches_left < self._batches:
-            self._moments.update(heard.rows, own)
+        super().after_batch(trainer, pl_module, batches_left)
+        if self.window is not None and self.window.unpaired is not None:
+            self._warn_unpaired(*self.window.unpaired)
 
     @override
-    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> Sequence[Point]:
-        assert self._tap is not None and self._moments is not None  # noqa: PT018  # `start` has made them
+    def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
+        assert self._tap is not None and self._moments is not None and self.window is not None  # noqa: PT018
+        plan = self.window.plans.get(self._tap.name)
+        if plan is not None and self._taken < plan.rows and self._filler:  # the point fell on a short batch
+            self._moments.update(*self._filler)
         moments = self._moments.reduce() if world_size() > 1 else self._moments
-        self._moments = self._empty(pl_module)
+        self._moments, self._taken = self._empty(pl_module), 0
+        self._filler, self._latest = self._latest, []
         self._seen = moments.count if self._seen is None else self._seen + moments.count
-        return self._points(self._tap, self._tap.name, step, moments, self._seen)
+        return self._readings(self._tap, self._tap.name, moments, self._seen)
+
+    @override
+    def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
+        found = {name: number for (_, name), number in numbers.items()}
+        [layer] = {layer for layer, _ in numbers}
+        n, lost = int(found["n"]), found.pop("nonfinite")
+        flag = Flag.NONFINITE if lost else Flag.OK
+        if not n:
+            flag = Flag.FEW_ROWS if lost else Flag.NOT_CALLED
+            self.warn_once(f"`{layer}` received no labelled rows before a point; its curves read NaN there.")
+            found = {name: value if name in ("n", "classes") else nan for name, value in found.items()}
+        found["flag"] = float(flag)
+        nulls = {"nc1": nc1_null(n, int(found["classes"]), self._shape[1])}
+        return [
+            Point(self.family, layer, curve.name, step, found[curve.name], n, nulls.get(curve.name, nan), flag)
+            for curve in self.declares
+            if curve.name in found
+        ]
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._clean is None or not is_pass_due(trainer, self.epochs):
             return
-        reading = self._clean.run(trainer, pl_module, self._empty(pl_module))
-        if reading is None:
-            return
-        step = max(logging_step(trainer) - 1, 0)  # that of the epoch's last batch
-        tap = self._clean.tap
-        self.publish(
-            trainer, pl_module, self._points(tap, f"{tap.name}.eval", step, reading.moments, None, reading.agreement)
-        )
-
-    def _points(
-        self,
-        tap: Tap,
-        layer: str,
-        step: int,
-        moments: ClassMoments,
-        seen: Tensor | None,
-        agreement: Tensor | None = None,
-    ) -> list[Point]:
-        """Points of statistics that all processes share."""
-        classifier: Any = tap.module
-        weight = whole(classifier.weight)
-        found = measures(moments, weight.to(moments.shift), seen=seen)
-        names = [*_VALUES, "classes", "n"]
-        numbers = [*(found[name] for name in names), moments.nonfinite]
-        if agreement is not None:
-            numbers += [1 - agreement[0] / agreement[1].clamp_min(1), agreement[1]]
-        values = torch.stack([number.to(found["n"]) for number in numbers]).tolist()  # the one transfer of a point
-        readings, [lost, *nc4] = dict(zip(names, values, strict=False)), values[len(names) :]
-        n = int(readings["n"])
-        flag = Flag.NONFINITE if lost else Flag.OK
-        if nc4:
-            readings["nc4"] = nc4[0] if nc4[1] else nan
-            if n and not nc4[1]:
+        with self.contained("the pass over `loader`", "its point is left out"):
+            found = self._clean.run(trainer, pl_module, self._empty(pl_module))
+            if found is None:
+                return
+            tap = self._clean.tap
+            readings = self._readings(tap, f"{tap.name}.eval", found.moments, None)
+            same, compared = found.agreement
+            readings[f"{tap.name}.eval", "nc4"] = torch.where(compared > 0, 1 - same / compared, nan)
+            step = max(logging_step(trainer) - 1, 0)  # that of the epoch's last batch
+            points = self.points(step, to_host(readings))
+            if any(point.measure == "nc4" and point.n and point.value != point.value for point in points):
                 self.warn_once(
                     "`loader` could not be gone through twice; NC4 reads NaN. Pass a function that makes it."
                 )
-        if not n:
-            flag = Flag.FEW_ROWS if lost else Flag.NOT_CALLED
-            self.warn_once(f"`{layer}` received no labelled rows before a point; its curves read NaN there.")
-            readings |= dict.fromkeys(_VALUES, nan)
-        readings["flag"] = float(flag)
-        nulls = {"nc1": nc1_null(n, int(readings["classes"]), self._shape[1])}
-        return [
-            Point(FAMILY, layer, name, step, readings[name], n, nulls.get(name, nan), flag)
-            for name in _CURVES
-            if name in readings
-        ]
+            self.publish(trainer, pl_module, points)
+
+    def _take(self, captured: Captured, labels: Tensor | None, batches_left: int) -> None:
+        """Add the rows of a batch, or keep them for a point that falls on a short one."""
+        assert self._tap is not None and self._moments is not None and self.window is not None  # noqa: PT018
+        if labels is None:
+            return
+        batch = [captured.rows, torch.where(captured.mask, labels[:, 0].long(), -100)]
+        if batches_left >= self.window.plans[self._tap.name].batches:
+            self._filler = batch
+            return
+        self._moments.update(*batch)
+        self._taken, self._latest = self._taken + len(captured.rows), batch
+
+    def _readings(self, tap: Tap, layer: str, moments: ClassMoments, seen: Tensor | None) -> dict[Name, Tensor]:
+        """What statistics that all processes share come to."""
+        classifier: Any = tap.module
+        weight = whole(classifier.weight)
+        found = measures(moments, weight.to(moments.shift), seen=seen)
+        drawn = {curve.name for curve in self.declares} - {"nc4", "flag"}
+        readings = {(layer, name): value for name, value in found.items() if name in drawn}
+        return readings | {(layer, "nonfinite"): moments.nonfinite}
 
     def _choose(self, pl_module: LightningModule) -> Tap:
         call = f"`NeuralCollapseMonitor(layer={self.layer!r})`"
@@ -320,9 +308,6 @@ class NeuralCollapseMonitor(Monitor):
         classes, dim = self._shape
         return self.rows or max(2 * dim, 16 * classes)
 
-    def _between(self, trainer: Trainer) -> int:
-        return (self.cadence(trainer) or 1) * trainer.accumulate_grad_batches
-
     def _labels_of(self, batch: Any) -> Tensor | None:
         try:
             labels = targets_of(batch) if self.labels is None else self.labels(batch)
@@ -337,13 +322,16 @@ class NeuralCollapseMonitor(Monitor):
             return None
         return labels
 
-    def _labels_heard(self, heard: Captured, labels: Tensor) -> Tensor | None:
-        """The label of every row that was heard; -100 for padding."""
-        if heard.returned != labels.numel():
-            self.warn_once(
-                f"the classifier received {heard.returned} rows and the batch has {labels.numel()} labels; such batches"
-                " are left out. Say which labels belong to its rows with `labels=`."
-            )
+    def _labels_captured(self, captured: Captured, labels: Tensor) -> Tensor | None:
+        """The label of every row that was captured; -100 for padding."""
+        if captured.returned != labels.numel():
+            self._warn_unpaired(captured.returned, labels.numel())
             return None
-        labels = evenly(labels.flatten().to(heard.rows.device).long(), len(heard.rows))
-        return torch.where(heard.mask, labels, -100)
+        labels = evenly(labels.flatten().to(captured.rows.device).long(), len(captured.rows))
+        return torch.where(captured.mask, labels, -100)
+
+    def _warn_unpaired(self, rows: int, labels: int) -> None:
+        self.warn_once(
+            f"the classifier received {rows} rows and the batch has {labels} labels; such batches are left out. Say"
+            " which labels belong to its rows with `labels=`."
+        )

@@ -1,4 +1,4 @@
-"""Curves of how the inputs of weight matrices lie to the matrices' top singular vectors."""
+"""Spectral alignment monitor: how inputs of weight matrices lie to the matrices' top singular vectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, check_layers
+from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
 from lightning_collapse.functional.spectral_alignment import (
     cosines,
     diversity_of_counts,
@@ -30,10 +30,9 @@ from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import find_modules, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
-from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.weight_matrices import WeightMatrix, weight_matrices
 
-FAMILY = "spectral_alignment"
 UNCONVERGED_ABOVE = 0.2
 """A direction is doubted where ``residual / gap``, which bounds the sine of its error, is this or more; our choice."""
 COLLAPSED_BELOW = 0.1
@@ -42,50 +41,6 @@ MOST_ITERATIONS = 10
 HISTOGRAM_EVERY = 10
 _EDGES = tuple(2 * i / BINS - 1 for i in range(BINS + 1))
 _PAPER = "Qiu et al. 2025, arXiv:2510.04202"
-
-for _name, _facts in {
-    "sign_diversity": {
-        "reads": "signs of <x, v1> over the inputs x of a matrix, v1 its top right singular vector",
-        "range": "0 to 1",
-        "collapsed": "0: all inputs on one side; compare with the same matrix earlier",
-        "source": f"{_PAPER} (the scalar is ours)",
-    },
-    "sign_diversity_centered": {
-        "reads": "the same of the inputs less their mean",
-        "range": "0 to 1",
-        "collapsed": "towards 0",
-    },
-    "alignment_mean": {
-        "reads": "mean cosine between inputs and v1",
-        "range": "-1 to 1",
-        "collapsed": "towards -1 or 1",
-        "source": _PAPER,
-    },
-    "spectral_norm": {
-        "reads": "largest singular value of the matrix; under `all` the largest of all matrices",
-        "range": "0 to infinity",
-        "collapsed": "explodes with one-sided alignment",
-        "source": _PAPER,
-    },
-    "mean_energy_share": {
-        "reads": "squared norm of the mean input over the mean squared norm",
-        "range": "0 to 1",
-        "collapsed": "1: all inputs equal",
-    },
-    "collapsed_share": {
-        "reads": f"share of the matrices with a sign diversity below {COLLAPSED_BELOW}; under `all`",
-        "range": "0 to 1",
-        "collapsed": "rises",
-    },
-    "residual": {
-        "reads": "|W'W v - s^2 v| / s^2 of the power iteration, the largest of all matrices; under `all`",
-        "range": "0 to infinity",
-        "collapsed": "does not tell",
-    },
-    "n": {"reads": "rows behind a matrix, the fewest; under `all`", "range": "0 to infinity", "collapsed": "few"},
-    "flag": {"reads": "a matrix", "range": "0 to 7", "collapsed": "above 0: why to doubt the point"},
-}.items():
-    register_curve(FAMILY, _name, **_facts)
 
 
 class SpectralAlignmentMonitor(Monitor):
@@ -98,12 +53,7 @@ class SpectralAlignmentMonitor(Monitor):
     **Logged metrics** to every logger and to ``trainer.callback_metrics``; per matrix
     ``spectral_alignment/{matrix}/...``:
 
-    - ``sign_diversity``, ``sign_diversity_centered``: 0 (all inputs on one side) to 1 (balanced), of the inputs and of
-      the inputs less their mean;
-    - ``alignment_mean``: mean cosine; its sign is kept from point to point;
-    - ``spectral_norm``: the largest singular value;
-    - ``mean_energy_share``: how much of the inputs' energy is their mean; NaN if a row was not finite;
-    - ``flag``: 0, or why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`.
+    {curves}
 
     Over all matrices, ``spectral_alignment/all/...``: the mean ``sign_diversity``, ``collapsed_share`` (matrices with a
     diversity below 0.1), the mean ``mean_energy_share``, the largest ``spectral_norm``, the largest ``residual`` of
@@ -134,7 +84,46 @@ class SpectralAlignmentMonitor(Monitor):
         trainer = Trainer(callbacks=[SpectralAlignmentMonitor()])
     """
 
-    family = FAMILY
+    family = "spectral_alignment"
+    declares = (
+        Curve(
+            "sign_diversity",
+            "signs of <x, v1> over the inputs x of a matrix, v1 its top right singular vector",
+            "0 to 1",
+            "0: all inputs on one side; compare with the same matrix earlier",
+            f"{_PAPER} (the scalar is ours)",
+        ),
+        Curve("sign_diversity_centered", "the same of the inputs less their mean", "0 to 1", "towards 0"),
+        Curve("alignment_mean", "mean cosine between inputs and v1", "-1 to 1", "towards -1 or 1", _PAPER),
+        Curve(
+            "spectral_norm",
+            "largest singular value of the matrix; under `all` the largest of all matrices",
+            "0 to infinity",
+            "explodes with one-sided alignment",
+            _PAPER,
+        ),
+        Curve(
+            "mean_energy_share",
+            "squared norm of the mean input over the mean squared norm; NaN if a row was not finite",
+            "0 to 1",
+            "1: all inputs equal",
+        ),
+        Curve(
+            "collapsed_share",
+            f"share of the matrices with a sign diversity below {COLLAPSED_BELOW}; under `all`",
+            "0 to 1",
+            "rises",
+        ),
+        Curve(
+            "residual",
+            "|W'W v - s^2 v| / s^2 of the power iteration, the largest of all matrices; under `all`",
+            "0 to infinity",
+            "does not tell",
+        ),
+        Curve("n", "rows behind a matrix, the fewest; under `all`", "0 to infinity", "few"),
+        Curve("flag", "a matrix", "0 to 7", "above 0: why to doubt the point"),
+    )
+    identity = ("layers", "every_n_steps")
 
     def __init__(self, layers: Sequence[str] | None = None, every_n_steps: int | None = None, rows: int = 256) -> None:
         super().__init__(every_n_steps)
@@ -144,71 +133,74 @@ class SpectralAlignmentMonitor(Monitor):
         self.layers = layers
         self.rows = rows
         self._matrices: list[WeightMatrix] = []
-        self._heard: InputProjections | None = None
+        self._projections: InputProjections | None = None
         self._power = PowerIteration()
         self._pairs: dict[str, TopSingularPair] = {}
-        self._points = 0
-        self._restored: dict[str, Any] = {}
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(layers=self.layers, every_n_steps=self.every_n_steps)
+        self._histograms: list[float] = []
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"blocks": self._power.state_dict(), "points": self._points}
+    def state(self) -> dict[str, Any]:
+        return {"blocks": self._power.state_dict()}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._power.load_state_dict(state["blocks"])
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._matrices = self._choose(pl_module)
         let_hooks_be_seen(pl_module)
-        self._heard = InputProjections(self._matrices, self.rows)
+        self._projections = InputProjections(self._matrices, self.rows)
         self._power = PowerIteration()
-        self._points = 0
-        if state := self._restored:
-            self._restored = {}
-            self._power.load_state_dict(state["blocks"])
-            self._points = state["points"]
 
     @override
     def stop(self) -> None:
-        if self._heard is not None:
-            self._heard.remove()
-        self._heard = None
-        self._pairs = {}
+        if self._projections is not None:
+            self._projections.remove()
+        self._projections = None
+        self._pairs, self._histograms = {}, []
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
-        if batches_left or self._heard is None or not self._matrices:
+        if batches_left or self._projections is None or not self._matrices:
             return
         weights = {matrix.name: matrix.read() for matrix in self._matrices}
         self._pairs = self._power.step(weights, min(self.cadence(trainer), MOST_ITERATIONS))
-        self._heard.arm({name: pair.direction for name, pair in self._pairs.items()}, padding_mask(batch))
+        self._projections.arm({name: pair.direction for name, pair in self._pairs.items()}, padding_mask(batch))
 
     @override
-    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Point]:
-        if self._heard is None or not self._pairs:
-            return []
+    def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
+        """Curves by name, each with a number for every matrix."""
+        if self._projections is None or not self._pairs:
+            return {}
         histograms = bool(trainer.loggers) and self._points % HISTOGRAM_EVERY == 0
-        readings = _read(self._pairs, self._heard.pop(), histograms).tolist()  # the one transfer of a point
+        columns = _evaluate(self._pairs, self._projections.pop(), histograms)
         self._pairs = {}
-        self._points += 1
+        return {("", name): column for name, column in columns.items()}
+
+    @override
+    def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
+        if not numbers:
+            return []
+        columns = {name: column for (_, name), column in numbers.items()}
+        self._histograms = columns.pop("histogram", [])
         points: list[Point] = []
-        for matrix, reading in zip(self._matrices, readings, strict=True):
-            points += _points_of(matrix.name, step, reading)
-            for logger in trainer.loggers if histograms else ():
-                log_histogram(logger, f"{FAMILY}/{matrix.name}/alignment", reading[-BINS:], _EDGES, step)
+        for i, matrix in enumerate(self._matrices):
+            points += self._points_of(matrix.name, step, {name: column[i] for name, column in columns.items()})
             if points[-1].flag == Flag.NOT_CALLED:
                 self.warn_once(
                     f"the inputs of `{matrix.name}` were not seen before every point; its curves read NaN there. If it"
                     " never runs choose other `layers`."
                 )
-        return points + _aggregates(points, step, [reading[_RESIDUAL] for reading in readings])
+        return points + self._aggregates(points, step, columns["residual"])
+
+    @override
+    def draw(self, trainer: Trainer, step: int) -> None:
+        counts, self._histograms = self._histograms, []
+        for i, matrix in enumerate(self._matrices if counts else ()):
+            for logger in trainer.loggers:
+                own = counts[i * BINS : (i + 1) * BINS]
+                log_histogram(logger, f"{self.family}/{matrix.name}/alignment", own, _EDGES, step)
 
     def _choose(self, pl_module: LightningModule) -> list[WeightMatrix]:
         matrices = weight_matrices(pl_module)
@@ -238,22 +230,55 @@ class SpectralAlignmentMonitor(Monitor):
     def _call(self) -> str:
         return f"`{type(self).__name__}(layers={list(self.layers or ())!r})`"
 
+    def _points_of(self, name: str, step: int, found: Mapping[str, float]) -> list[Point]:
+        n, flag = int(found["n"]), _flag(found)
+        values = {curve: found[curve] for curve in _CURVES}
+        if flag in (Flag.NOT_CALLED, Flag.FEW_ROWS) or isnan(found["residual"]):
+            values = {curve: value if curve == "spectral_norm" else nan for curve, value in values.items()}
+        balanced = 2 - 2 * expected_majority_fraction(n) if n else nan
+        nulls = {"sign_diversity": balanced, "sign_diversity_centered": balanced, "alignment_mean": 0.0}
+        nulls["mean_energy_share"] = 1 / n if n else nan
+        values["flag"] = float(flag)
+        return [
+            Point(self.family, name, curve, step, value, n, nulls.get(curve, nan), flag)
+            for curve, value in values.items()
+        ]
 
-_SEEN, _N, _RESIDUAL, _GAP, _VALUES = 0, 1, 2, 3, 4
+    def _aggregates(self, points: Sequence[Point], step: int, residuals: Sequence[float]) -> list[Point]:
+        def values(curve: str) -> list[float]:
+            found = [point.value for point in points if point.measure == curve]
+            return [value for value in found if not isnan(value)] or [nan]
+
+        n = min(point.n for point in points)
+        diversities, shares = values("sign_diversity"), values("mean_energy_share")
+        collapsed = sum(value < COLLAPSED_BELOW for value in diversities) / len(diversities)
+        summary = {
+            "sign_diversity": sum(diversities) / len(diversities),
+            "collapsed_share": nan if isnan(diversities[0]) else collapsed,
+            "mean_energy_share": sum(shares) / len(shares),
+            "spectral_norm": max(values("spectral_norm")),
+            "residual": max([residual for residual in residuals if not isnan(residual)] or [nan]),
+            "n": float(n),
+        }
+        return [Point(self.family, "all", curve, step, value, n) for curve, value in summary.items()]
+
+
 _CURVES = ("spectral_norm", "sign_diversity", "sign_diversity_centered", "alignment_mean", "mean_energy_share")
 
 
 @torch.no_grad()
-def _read(pairs: Mapping[str, TopSingularPair], heard: Mapping[str, Projected], histograms: bool) -> Tensor:
-    """One row of numbers per matrix: seen and finite rows, residual, gap, the values of the curves, the histogram.
+def _evaluate(
+    pairs: Mapping[str, TopSingularPair], captured: Mapping[str, Projected], histograms: bool
+) -> dict[str, Tensor]:
+    """Numbers of every matrix, by name: seen and finite rows, residual, gap, and the values of the curves.
 
     Collective: every process calls it with the same matrices; one may have heard nothing.
     """
     weights = torch.stack([x for pair in pairs.values() for x in (pair.residual, pair.gap, pair.norm)]).view(-1, 3)
-    heard = {name: heard.get(name) or _silence(pair.direction) for name, pair in pairs.items()}
+    captured = {name: captured.get(name) or _silence(pair.direction) for name, pair in pairs.items()}
     dtype = accumulation_dtype(weights.device)
-    norms = _padded([of_one.norms for of_one in heard.values()])
-    projections = _padded([of_one.projections for of_one in heard.values()])
+    norms = _padded([of_one.norms for of_one in captured.values()])
+    projections = _padded([of_one.projections for of_one in captured.values()])
     finite = norms.isfinite() & (norms >= 0)
     norms, seen = torch.where(finite, norms, nan), (~(norms < 0)).sum(dim=1)
     projections = torch.where(finite, projections, nan)
@@ -263,7 +288,7 @@ def _read(pairs: Mapping[str, TopSingularPair], heard: Mapping[str, Projected], 
     table = torch.cat([torch.stack([column.to(dtype) for column in sums], dim=1), weights.to(dtype)], dim=1)
     if histograms:
         table = torch.cat([table, alignment_histogram(alignment).to(dtype)], dim=1)
-    totals = torch.cat([of_one.total for of_one in heard.values()]).to(dtype)
+    totals = torch.cat([of_one.total for of_one in captured.values()]).to(dtype)
     message = all_reduce_sum(torch.cat([table.flatten(), totals]))
     table = message[: table.numel()].view_as(table)
     seen, n, positive, negative, cosine, projection, energy, *weight = table[:, :10].unbind(dim=1)
@@ -271,12 +296,14 @@ def _read(pairs: Mapping[str, TopSingularPair], heard: Mapping[str, Projected], 
     residual, gap, norm = (value / world_size() for value in weight)
     mean = (projection / n).to(projections)
     centered = all_reduce_sum(torch.stack(sign_counts(cosines(projections - mean[:, None], norms))))
-    widths = torch.tensor([len(of_one.total) for of_one in heard.values()], device=n.device)
+    widths = torch.tensor([len(of_one.total) for of_one in captured.values()], device=n.device)
     owners = torch.arange(len(widths), device=n.device).repeat_interleave(widths, output_size=len(totals))
     mean_energy = torch.zeros_like(n).index_add_(0, owners, message[table.numel() :].square())
-    columns = [seen, n, residual, gap, norm, diversity_of_counts(positive, negative)]
-    columns += [diversity_of_counts(*centered).to(dtype), cosine / n, mean_energy / (n * energy)]
-    return torch.cat([torch.stack(columns, dim=1), table[:, 10:]], dim=1)
+    columns = {"seen": seen, "n": n, "residual": residual, "gap": gap, "spectral_norm": norm}
+    columns |= {"sign_diversity": diversity_of_counts(positive, negative)}
+    columns |= {"sign_diversity_centered": diversity_of_counts(*centered).to(dtype), "alignment_mean": cosine / n}
+    columns |= {"mean_energy_share": mean_energy / (n * energy)}
+    return columns | ({"histogram": table[:, 10:].flatten()} if histograms else {})
 
 
 def _padded(vectors: Sequence[Tensor]) -> Tensor:
@@ -289,44 +316,11 @@ def _silence(direction: Tensor) -> Projected:
     return Projected(direction[:0], direction[:0], torch.zeros_like(direction))
 
 
-def _points_of(name: str, step: int, reading: Sequence[float]) -> list[Point]:
-    n, flag = int(reading[_N]), _flag(reading)
-    values = dict(zip(_CURVES, reading[_VALUES:], strict=False))
-    if flag in (Flag.NOT_CALLED, Flag.FEW_ROWS) or isnan(reading[_RESIDUAL]):
-        values = {curve: value if curve == "spectral_norm" else nan for curve, value in values.items()}
-    balanced = 2 - 2 * expected_majority_fraction(n) if n else nan
-    nulls = {"sign_diversity": balanced, "sign_diversity_centered": balanced, "alignment_mean": 0.0}
-    nulls["mean_energy_share"] = 1 / n if n else nan
-    points = [
-        Point(FAMILY, name, curve, step, value, n, nulls.get(curve, nan), flag) for curve, value in values.items()
-    ]
-    return [*points, Point(FAMILY, name, "flag", step, float(flag), n, flag=flag)]
-
-
-def _flag(reading: Sequence[float]) -> Flag:
-    if not reading[_SEEN]:
+def _flag(found: Mapping[str, float]) -> Flag:
+    if not found["seen"]:
         return Flag.NOT_CALLED
-    if reading[_N] < 2:
+    if found["n"] < 2:
         return Flag.FEW_ROWS
-    if not reading[_RESIDUAL] < UNCONVERGED_ABOVE * reading[_GAP]:
+    if not found["residual"] < UNCONVERGED_ABOVE * found["gap"]:
         return Flag.UNCONVERGED
-    return Flag.NONFINITE if reading[_N] < reading[_SEEN] else Flag.OK
-
-
-def _aggregates(points: Sequence[Point], step: int, residuals: Sequence[float]) -> list[Point]:
-    def values(curve: str) -> list[float]:
-        found = [point.value for point in points if point.measure == curve]
-        return [value for value in found if not isnan(value)] or [nan]
-
-    n = min(point.n for point in points)
-    diversities, shares = values("sign_diversity"), values("mean_energy_share")
-    collapsed = sum(value < COLLAPSED_BELOW for value in diversities) / len(diversities)
-    summary = {
-        "sign_diversity": sum(diversities) / len(diversities),
-        "collapsed_share": nan if isnan(diversities[0]) else collapsed,
-        "mean_energy_share": sum(shares) / len(shares),
-        "spectral_norm": max(values("spectral_norm")),
-        "residual": max([residual for residual in residuals if not isnan(residual)] or [nan]),
-        "n": float(n),
-    }
-    return [Point(FAMILY, "all", curve, step, value, n) for curve, value in summary.items()]
+    return Flag.NONFINITE if found["n"] < found["seen"] else Flag.OK

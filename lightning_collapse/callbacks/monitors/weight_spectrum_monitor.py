@@ -1,8 +1,8 @@
-"""Curves of the spectra of weights and of what the optimizer does to them."""
+"""Weight spectrum monitor: spectra of weight matrices and of what the optimizer does to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from math import ceil, nan
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, check_layers
+from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
 from lightning_collapse.monitoring.training_flops import TrainingFlops
 from lightning_collapse.monitoring.weight_spectra import (
     ONLY_WEIGHTS,
@@ -29,28 +29,42 @@ from lightning_collapse.utilities.batch import batch_positions
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.modules import find_modules, weighted_layers
 from lightning_collapse.utilities.points import Point
-from lightning_collapse.utilities.registry import register_curve
-from lightning_collapse.utilities.trainer import is_due
+from lightning_collapse.utilities.registry import Curve
+from lightning_collapse.utilities.trainer import is_due, logging_step
 from lightning_collapse.utilities.weight_matrices import WeightMatrix, weight_matrices
 
 MAX_DEFAULT_MATRICES = 32
 DEFAULT_MEASURES = ("spectral_norm", "stable_rank", "svd_entropy", "outliers")
+_LAW, _MUON = "Marchenko & Pastur 1967, Johnstone 2001", "arXiv 2509.26030"
+_FACTS = {
+    "norm": ("0 to infinity", "near 0, or growing", "Frobenius norm"),
+    "spectral_norm": ("0 to infinity", "growing", "largest singular value"),
+    "stable_rank": ("1 to the smaller side", "near 1", "Rudelson & Vershynin 2007, arXiv math/0503442"),
+    "svd_entropy": ("0 to 1", "near 0", _MUON),
+    "outlier_share": ("0 to 1", "0 is untrained", _LAW),
+    "noise_distance": ("0 to 1", "near 0 is untrained", _LAW),
+    "power_law_alpha": ("1 to infinity", "below 2, or as of noise", "Martin & Mahoney 2021, arXiv 1810.01075"),
+    "power_law_distance": ("0 to 1", "large: no power law", "Clauset et al. 2009, arXiv 0706.1062"),
+    "power_law_tail": ("0 to the smaller side", "few: do not read alpha", "eigenvalues behind the exponent"),
+    "relative_norm": ("0 to infinity", "near 0, or growing", "norm of the update over that of the weight"),
+    "flag": ("0 to 6", "above 0", "why to doubt the point"),
+}
 
 
 class WeightSpectrumMonitor(Monitor):
     """Log the spectrum of weight matrices, and of the update that one optimizer step makes to them.
 
-    **Logged metrics**, to every logger and to ``trainer.callback_metrics``, per matrix:
+    **Logged metrics**, ``weights/{matrix}/...`` and ``updates/{matrix}/...``, to every logger and to
+    ``trainer.callback_metrics``:
 
-    - ``weights/{matrix}/{name}``: ``spectral_norm``, ``stable_rank``, ``svd_entropy``, ``outlier_share`` (singular
-      values that noise cannot explain: 0 at initialisation) and ``noise_distance`` by default;
-    - ``updates/{matrix}/{name}``: the same, the last two apart, of the weights after the step minus before it, and
-      ``relative_norm``, the Frobenius norm of the update over that of the weights;
-    - ``weights/{matrix}/flag`` and ``updates/{matrix}/flag``: 0, or why to doubt the point, see
-      :class:`~lightning_collapse.utilities.Flag`: a matrix of zeros (a step that was skipped) is ``CONSTANT``, one with
-      NaN or infinity ``NONFINITE``, an update no optimizer announced to Lightning ``NOT_CALLED``;
-    - ``weights/all/...`` and ``updates/all/...``: the largest ``spectral_norm``, the ``norm`` of all together, and the
-      mean of every other curve over the matrices that have one.
+    {curves}
+
+    ``weights/...`` are drawn of the weights, ``updates/...`` of the weights after the step minus before it. By default
+    these are ``spectral_norm``, ``stable_rank``, ``svd_entropy``, and of weights ``outlier_share`` (singular values
+    that noise cannot explain: 0 at initialisation) and ``noise_distance``. ``weights/all/...`` and ``updates/all/...`` are
+    the largest ``spectral_norm``, the ``norm`` of all together, and the mean of every other curve over the matrices
+    that have one. A matrix of zeros (a step that was skipped) is flagged ``CONSTANT``, one with NaN or infinity
+    ``NONFINITE``, an update no optimizer announced to Lightning ``NOT_CALLED``.
 
     The null of a point is what a matrix of independent random elements of that shape reads.
 
@@ -83,6 +97,15 @@ class WeightSpectrumMonitor(Monitor):
     """
 
     family = "weights"
+    declares = (
+        *(Curve(name, "weight", *facts) for name, facts in _FACTS.items() if name != "relative_norm"),
+        *(
+            Curve(name, "optimizer step", *facts, family="updates")
+            for name, facts in _FACTS.items()
+            if not name.startswith(("outlier", "noise", "power_law"))
+        ),
+    )
+    identity = ("layers", "measures", "every_n_steps")
 
     def __init__(
         self,
@@ -109,7 +132,6 @@ class WeightSpectrumMonitor(Monitor):
         self.max_dim = max_dim
         self.embeddings = embeddings
         self._names = check_measures(measures)
-        self._restored = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -119,20 +141,16 @@ class WeightSpectrumMonitor(Monitor):
         self._flops: TrainingFlops | None = None
         self._positions = 0
         self._multiple = 0
-        self._points = 0
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(layers=self.layers, measures=self.measures, every_n_steps=self.every_n_steps)
+        self._stepped = False
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"multiple": self._multiple}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict["multiple"]
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._multiple = state["multiple"]
+        self._forget_flops()
 
     @override
     def cadence(self, trainer: Trainer) -> int:
@@ -141,7 +159,6 @@ class WeightSpectrumMonitor(Monitor):
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reset()
-        self._multiple, self._restored = self._restored, 0
         chosen = {matrix.name: matrix for matrix in self._choose(pl_module)}
         shapes = {name: (shape[0], shape[1]) for name, shape in ((n, m.read().shape) for n, m in chosen.items())}
         if wide := [name for name, shape in shapes.items() if min(shape) > self.max_dim]:
@@ -155,14 +172,13 @@ class WeightSpectrumMonitor(Monitor):
             names = [names[round(i * last / (MAX_DEFAULT_MATRICES - 1))] for i in range(MAX_DEFAULT_MATRICES)]
         self._matrices = [chosen[name] for name in names]
         self._shapes = {name: shapes[name] for name in names}
-        if self.every_n_steps is None and not self._multiple:
+        if self.every_n_steps is None:
             self._flops = TrainingFlops(pl_module)
 
     @override
     def stop(self) -> None:
-        if self._flops is not None:
-            self._flops.remove()
-        self._flops = self._before = None
+        self._forget_flops()
+        self._before = None
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
@@ -174,7 +190,7 @@ class WeightSpectrumMonitor(Monitor):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # the batch's first step: gradients are ready, weights are not yet changed, activations are already freed
-        if self.updates and self._before is None and is_due(trainer, self.cadence(trainer)):
+        if self.updates and self._before is None and is_due(trainer, self._every):
             self._before = [_copy(matrix.read()) for matrix in self._matrices]
 
     @override
@@ -184,42 +200,49 @@ class WeightSpectrumMonitor(Monitor):
 
     @override
     @torch.no_grad()
-    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> list[Point]:
+    def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
+        """Curves by family and name, each with a number for every matrix."""
         if not self._matrices:
-            return []
-        self._points += 1
+            return {}
         after = [matrix.read() for matrix in self._matrices]
-        readings = {"weights": read_matrices(after, self._names)}
-        stepped = self._before is not None
+        before, self._before, self._stepped = self._before, None, self._before is not None
+        # the first point of a run is of the weights as they were made
+        first = before is not None and not logging_step(trainer)
+        families = {"weights": read_matrices(before if first and before is not None else after, self._names)}
         if self.updates:
-            updates = self._before or [torch.full_like(matrix, nan) for matrix in after]
-            self._before = None
-            if stepped:
-                for update, matrix in zip(updates, after, strict=True):
-                    update.sub_(matrix)  # its sign is nobody's business
-            else:
+            if before is None:
                 self.warn_once(
                     "no optimizer step was announced before a point, so there is no update to read. Under manual"
                     " optimization step the optimizers that `self.optimizers()` returns."
                 )
-            readings["updates"] = read_matrices(updates, [name for name in self._names if name not in ONLY_WEIGHTS])
-        read = {
-            family: dict(zip(self._shapes, numbers, strict=True))
-            for family, numbers in zip(readings, _fetch(list(readings.values()), pl_module.device), strict=True)
+            updates = before or [torch.full_like(matrix, nan) for matrix in after]
+            for update, matrix in zip(updates, after, strict=True):
+                update.sub_(matrix)  # its sign is nobody's business
+            families["updates"] = read_matrices(updates, [name for name in self._names if name not in ONLY_WEIGHTS])
+        readings = {
+            (family, curve): torch.stack([of_matrix[curve].to(pl_module.device) for of_matrix in found])
+            for family, found in families.items()
+            for curve in found[0]
         }
-        hidden = {"norm", "spectral_norm"} - set(self._names)
-        points = points_of("weights", read["weights"], self._shapes, hidden, step)
-        if self.updates:
-            for name, curves in read["updates"].items():
-                size = read["weights"][name]["norm"]
-                curves["relative_norm"] = curves["norm"] / size if size else nan
-            points += points_of("updates", read["updates"], self._shapes, hidden, step, stepped)
-        return points
+        if world_size() > 1:  # every process has read the same; on unlike devices they need not agree to the last bit
+            mean = all_reduce_sum(torch.stack(list(readings.values()))) / world_size()
+            readings = dict(zip(readings, mean, strict=True))
+        return readings
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._matrices and not self._points:
-            self.warn_of_no_point(trainer)
+    def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for (family, curve), column in numbers.items():
+            for name, value in zip(self._shapes, column, strict=True):
+                found.setdefault(family, {}).setdefault(name, {})[curve] = value
+        for name, curves in found.get("updates", {}).items():
+            size = found["weights"][name]["norm"]
+            curves["relative_norm"] = curves["norm"] / size if size else nan
+        hidden = {"norm", "spectral_norm"} - set(self._names)
+        points: list[Point] = []
+        for family, of_family in found.items():
+            points += points_of(family, of_family, self._shapes, hidden, step, family == "weights" or self._stepped)
+        return points
 
     def _choose(self, pl_module: LightningModule) -> list[WeightMatrix]:
         found = weight_matrices(pl_module, self.embeddings)
@@ -247,8 +270,7 @@ class WeightSpectrumMonitor(Monitor):
         weights = sum(p.numel() for _, layer in weighted_layers(pl_module) for p in layer.parameters())
         # waits for the device, once
         [training] = max_over_processes([self._flops.total or 6 * weights * self._positions], pl_module.device)
-        self._flops.remove()
-        self._flops = None
+        self._forget_flops()
         every = super().cadence(trainer)
         budget = self.max_overhead * training * every * trainer.accumulate_grad_batches
         cost = sum(spectrum_flops(max(shape), min(shape)) for shape in self._shapes.values()) * (1 + self.updates)
@@ -258,40 +280,11 @@ class WeightSpectrumMonitor(Monitor):
             " Choose with `layers=[...]` and `every_n_steps`."
         )
 
-
-def _fetch(families: list[list[dict[str, Tensor]]], device: torch.device) -> list[list[dict[str, float]]]:
-    """The same readings as numbers, by the one transfer of a point. Collective."""
-    vector = torch.stack([value.to(device) for family in families for reading in family for value in reading.values()])
-    # every process has read the same weights; on unlike devices they need not agree to the last bit
-    numbers = iter((all_reduce_sum(vector) / world_size()).tolist())  # the one transfer of a point
-    return [[{curve: next(numbers) for curve in reading} for reading in family] for family in families]
+    def _forget_flops(self) -> None:
+        if self._flops is not None:
+            self._flops.remove()
+        self._flops = None
 
 
 def _copy(matrix: Tensor) -> Tensor:
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
-
-
-def _register() -> None:
-    noise, muon = "Marchenko & Pastur 1967, Johnstone 2001", "arXiv 2509.26030"
-    facts = {
-        "norm": ("0 to infinity", "near 0, or growing", "Frobenius norm"),
-        "spectral_norm": ("0 to infinity", "growing", "largest singular value"),
-        "stable_rank": ("1 to the smaller side", "near 1", "Rudelson & Vershynin 2007, arXiv math/0503442"),
-        "svd_entropy": ("0 to 1", "near 0", muon),
-        "outlier_share": ("0 to 1", "0 is untrained", noise),
-        "noise_distance": ("0 to 1", "near 0 is untrained", noise),
-        "power_law_alpha": ("1 to infinity", "below 2, or as of noise", "Martin & Mahoney 2021, arXiv 1810.01075"),
-        "power_law_distance": ("0 to 1", "large: no power law", "Clauset et al. 2009, arXiv 0706.1062"),
-        "power_law_tail": ("0 to the smaller side", "few: do not read alpha", "eigenvalues behind the exponent"),
-        "relative_norm": ("0 to infinity", "near 0, or growing", "norm of the update over that of the weight"),
-        "flag": ("0 to 6", "above 0", "why to doubt the point"),
-    }
-    of_weights = [name for name in facts if name != "relative_norm"]
-    of_updates = [name for name in facts if not name.startswith(("outlier", "noise", "power_law"))]
-    for family, reads, names in (("weights", "weight", of_weights), ("updates", "optimizer step", of_updates)):
-        for name in names:
-            span, collapsed, source = facts[name]
-            register_curve(family, name, reads=reads, range=span, collapsed=collapsed, source=source)
-
-
-_register()

@@ -1,0 +1,221 @@
+"""Feature window: the rows of chosen layers in the training batches right before a point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_collapse.monitoring.feature_buffer import Batch, FeatureBuffer, LayerFeatures
+from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
+from lightning_collapse.monitoring.sampling_plan import SamplingPlan
+from lightning_collapse.monitoring.training_flops import TrainingFlops
+from lightning_collapse.spectral.cost import rows_within
+from lightning_collapse.utilities.distributed import max_over_processes, world_size
+from lightning_collapse.utilities.features import evenly, padding_mask
+from lightning_collapse.utilities.modules import Tap, is_compiled, let_hooks_be_seen, weighted_layers
+
+EVERYTHING = 1 << 31
+
+
+class FeatureWindow:
+    """Hooks, sampling plan and buffer of some layers, from the first batch of a fit to its end.
+
+    The first batch shows what a layer returns; from then on rows are copied in the batches that a point rests on, as
+    few as hold the wanted number, and one more. A point that falls on a short batch is filled up from the ones before
+    it, whether the end of an epoch lies between them or not. Between points a forward pass costs one ``if`` per layer.
+
+    Args:
+        root: The model, for what a training step costs.
+        taps: Where to look.
+        device: Where rows of layers that have not run are said to be.
+        rows: Rows of a point, on all processes together; a function of the layer's width; or ``None`` for four per
+            feature, as far as ``max_overhead`` allows.
+        max_overhead: Share of the floating-point operations of training that a spectrum of these rows may cost.
+        max_dim: Layers with more features are kept as a random projection to this many.
+        limit: Rows to copy per call of a layer; ``None`` for four per feature, but 1024 at most.
+        position: Copy this token of every sequence only.
+        paired: Leave out rows that nothing lies beside.
+        take: Is given the rows of every batch of the window, what lies beside them, and the batches left, instead of
+            the buffer; for sums that need no rows.
+
+    Attributes:
+        hooks: The hooks.
+        plans: How rows of each layer are collected, of those that have run.
+        unpaired: Rows that a layer returned and what was given beside them, if the latest batch had unlike numbers.
+        beside_width: Numbers that lie beside a row; 0 before there were any.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        taps: Sequence[Tap],
+        device: torch.device,
+        rows: int | Callable[[int], int] | None = None,
+        max_overhead: float = 0.0,
+        max_dim: int = EVERYTHING,
+        limit: int | None = None,
+        position: int | None = None,
+        paired: bool = False,
+        take: Callable[[Captured, Tensor | None, int], None] | None = None,
+    ) -> None:
+        let_hooks_be_seen(root)
+        self.taps = list(taps)
+        self.rows = rows
+        self.max_overhead = max_overhead
+        self.max_dim = max_dim
+        self.plans: dict[str, SamplingPlan] = {}
+        self._root, self._device = root, device
+        self.hooks = FeatureHooks(self.taps, limit, position)
+        self._flops = TrainingFlops(root) if rows is None else None
+        self._batch_flops = 0
+        self._buffer = FeatureBuffer(max_dim)
+        self._time = 0
+        self._negotiated = False
+        self._beside: Tensor | None = None
+        self._paired, self._take = paired, take
+        self.unpaired: tuple[int, int] | None = None
+        self.beside_width = 0
+
+    @property
+    def window(self) -> int:
+        """Batches before a point to listen to."""
+        return max((plan.window for plan in self.plans.values()), default=1)
+
+    def wants(self, batches_left: int) -> bool:
+        """Whether the batch that is followed by ``batches_left`` others before a point is listened to."""
+        return not self._negotiated or batches_left < self.window
+
+    def before_batch(self, batch: Any, batches_left: int, beside: Tensor | None = None) -> None:
+        """Listen to the coming batch, if a point will rest on it.
+
+        Args:
+            batch: For its padding mask.
+            batches_left: Batches between this one and the one that ends in a point.
+            beside: What belongs to each row that a layer returns, shape ``(n, k)``, such as targets: kept with it.
+        """
+        if self._flops is not None:
+            self._flops.total = 0  # the sanity check has run through the model too
+        if self.wants(batches_left):
+            self.listen(batch)
+            self._beside = beside
+
+    def after_batch(self, batches_left: int, between: int) -> None:
+        """Take in what was heard.
+
+        Collective after the first batch, and at points while a layer has not run yet.
+
+        Args:
+            batches_left: As in :meth:`before_batch`.
+            between: Batches from one point to the next.
+        """
+        self._time += 1
+        if not self.hooks.armed:
+            return
+        captured = self.pop()
+        beside = self._pair(captured)
+        if not self._negotiated or (batches_left == 0 and len(self.plans) < len(self.taps)):
+            self._negotiate(captured, beside, between)
+        for name, of_layer in captured.items():
+            plan = self.plans.get(name)
+            if plan is None or batches_left >= plan.window or (self._paired and name not in beside):
+                continue
+            if self._take is not None:
+                self._take(of_layer, beside.get(name), batches_left)
+                continue
+            batch = Batch(self._time, of_layer.rows, of_layer.mask, beside.get(name))
+            self._buffer.add(name, batch.spread(plan.rows_per_batch), plan.rows)
+
+    def listen(self, batch: Any, limits: Mapping[str, int] | None = None) -> None:
+        """Copy rows from now on, until :meth:`pop`."""
+        self.hooks.armed, self.hooks.mask = True, padding_mask(batch)
+        if limits is not None:
+            self.hooks.limits = limits
+
+    def pop(self) -> dict[str, Captured]:
+        """Cease to copy, and hand over what was heard."""
+        self.hooks.armed = False
+        return self.hooks.pop()
+
+    def features(self) -> dict[str, LayerFeatures]:
+        """What the latest batches brought, of every layer that has ever run on any process."""
+        found = {}
+        for name, plan in self.plans.items():
+            width = min(plan.width, self.max_dim)
+            layer = self._buffer.read(name, width, plan.rows, self._time - plan.window + 1, self._device)
+            layer.expected, layer.width = plan.rows * world_size(), plan.width
+            found[name] = layer
+        return found
+
+    def close(self) -> None:
+        """Remove the hooks and forget the rows; may be called twice."""
+        self.hooks.remove()
+        if self._flops is not None:
+            self._flops.remove()
+        self._buffer.clear()
+        self._beside = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plans and rows, as numbers, lists and tensors."""
+        return {
+            "plans": {name: list(plan) for name, plan in self.plans.items()},
+            "batch_flops": self._batch_flops,
+            "time": self._time,
+            "beside_width": self.beside_width,
+            "rows": self._buffer.state_dict() if world_size() == 1 else {},  # a checkpoint holds those of one process
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was called; with several processes the rows start anew."""
+        names = [tap.name for tap in self.taps]
+        self.plans = {name: SamplingPlan(*plan) for name, plan in state["plans"].items() if name in names}
+        self._negotiated = bool(self.plans)
+        self._batch_flops, self._time = state["batch_flops"], state["time"]
+        self.beside_width = state["beside_width"]
+        if world_size() == 1:
+            self._buffer.load_state_dict(state["rows"], names, self._device)
+        if self._negotiated:
+            self._settle()
+
+    def _pair(self, captured: Mapping[str, Captured]) -> dict[str, Tensor]:
+        """What lies beside the rows of each layer, as far as there is one for each."""
+        given, self._beside, self.unpaired = self._beside, None, None
+        if given is None:
+            return {}
+        pairs = {}
+        for name, of_layer in captured.items():
+            if len(given) == of_layer.returned:
+                pairs[name] = evenly(given, len(of_layer.rows)).to(of_layer.rows.device)
+            else:
+                self.unpaired = of_layer.returned, len(given)
+        return pairs
+
+    def _negotiate(self, captured: Mapping[str, Captured], beside: Mapping[str, Tensor], between: int) -> None:
+        """Decide how rows are collected, from what one batch brought. Collective."""
+        if self._flops is not None:
+            weights = sum(p.numel() for _, layer in weighted_layers(self._root) for p in layer.parameters())
+            positions = max((of_layer.returned for of_layer in captured.values()), default=0)
+            self._batch_flops = self._batch_flops or self._flops.total or 6 * weights * positions
+        known = beside if self._paired else captured
+        shapes = [captured[tap.name].rows.shape if tap.name in known else (0, 0) for tap in self.taps]
+        width = max((pair.shape[1] for pair in beside.values()), default=0)
+        own = [self._batch_flops, width, *(size for shape in shapes for size in shape)]
+        # waits for the device off the step path: it happens once, as a rule
+        self._batch_flops, self.beside_width, *numbers = map(int, max_over_processes(own, self._device))
+        budget = self.max_overhead * self._batch_flops * between / max(len(self.taps), 1)
+        for tap, per_batch, width in zip(self.taps, numbers[::2], numbers[1::2], strict=True):
+            if per_batch and tap.name not in self.plans:
+                rows = self.rows(width) if callable(self.rows) else self.rows
+                rows = rows or rows_within(budget, min(width, self.max_dim))
+                self.plans[tap.name] = SamplingPlan.make(rows, width, per_batch, between)
+        self._negotiated = True
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._flops is not None:
+            self._flops.remove()
+            self._flops = None
+        if self._take is None and not is_compiled(self._root):  # a limit that changes would have it compiled anew
+            self.hooks.limits = {name: plan.rows_per_batch for name, plan in self.plans.items()}
