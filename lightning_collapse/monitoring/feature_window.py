@@ -72,6 +72,8 @@ class FeatureWindow:
         self._flops = TrainingFlops(root) if rows is None else None
         self._batch_flops = 0
         self._buffer = FeatureBuffer(max_dim)
+        self._usual: dict[str, int] = {}
+        self._limits: dict[str, int] = {}
         self._time = 0
         self._negotiated = False
         self._beside: Tensor | None = None
@@ -125,14 +127,14 @@ class FeatureWindow:
             if self._take is not None:
                 self._take(of_layer, beside.get(name), batches_left)
                 continue
-            batch = Batch(self._time, of_layer.rows, of_layer.mask, beside.get(name))
-            self._buffer.add(name, batch.spread(plan.rows_per_batch), plan.rows)
+            batch = Batch(self._time, of_layer.rows, of_layer.mask, beside.get(name)).spread(plan.rows_per_batch)
+            self._usual[name] = max(self._usual.get(name, 0), len(batch.rows))
+            self._buffer.add(name, batch, self._capacity(name))
 
-    def listen(self, batch: Any, limits: Mapping[str, int] | None = None) -> None:
-        """Copy rows from now on, until :meth:`pop`."""
+    def listen(self, batch: Any, planned: bool = True) -> None:
+        """Copy rows from now on, until :meth:`pop`: as many as planned of every call, or as the layer's limit allows."""
         self.hooks.armed, self.hooks.mask = True, padding_mask(batch)
-        if limits is not None:
-            self.hooks.limits = limits
+        self.hooks.limits = self._limits if planned else {}
 
     def pop(self) -> dict[str, Captured]:
         """Cease to copy, and hand over what was heard."""
@@ -144,7 +146,8 @@ class FeatureWindow:
         found = {}
         for name, plan in self.plans.items():
             width = min(plan.width, self.max_dim)
-            layer = self._buffer.read(name, width, plan.rows, self._time - plan.window + 1, self._device)
+            since = self._time - plan.window + 1
+            layer = self._buffer.read(name, width, self._capacity(name), since, self._device)
             layer.expected, layer.width = plan.rows * world_size(), plan.width
             found[name] = layer
         return found
@@ -164,6 +167,7 @@ class FeatureWindow:
             "batch_flops": self._batch_flops,
             "time": self._time,
             "beside_width": self.beside_width,
+            "usual": dict(self._usual),
             "rows": self._buffer.state_dict() if world_size() == 1 else {},  # a checkpoint holds those of one process
         }
 
@@ -173,11 +177,16 @@ class FeatureWindow:
         self.plans = {name: SamplingPlan(*plan) for name, plan in state["plans"].items() if name in names}
         self._negotiated = bool(self.plans)
         self._batch_flops, self._time = state["batch_flops"], state["time"]
-        self.beside_width = state["beside_width"]
+        self.beside_width, self._usual = state["beside_width"], dict(state["usual"])
         if world_size() == 1:
             self._buffer.load_state_dict(state["rows"], names, self._device)
         if self._negotiated:
             self._settle()
+
+    def _capacity(self, name: str) -> int:
+        """Rows of a point on this process: what as many full batches bring as the plan has, or less if it says so."""
+        plan = self.plans[name]
+        return min(plan.rows, plan.batches * self._usual.get(name, 0))
 
     def _pair(self, captured: Mapping[str, Captured]) -> dict[str, Tensor]:
         """What lies beside the rows of each layer, as far as there is one for each."""
@@ -218,4 +227,4 @@ class FeatureWindow:
             self._flops.remove()
             self._flops = None
         if self._take is None and not is_compiled(self._root):  # a limit that changes would have it compiled anew
-            self.hooks.limits = {name: plan.rows_per_batch for name, plan in self.plans.items()}
+            self._limits = {name: plan.rows_per_batch for name, plan in self.plans.items()}

@@ -187,7 +187,7 @@ class CollapseMonitor(Monitor):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.validation and self.window is not None and not trainer.sanity_checking:
-            self.window.listen(batch)
+            self.window.listen(batch, planned=False)
 
     @override
     def on_validation_batch_end(

@@ -170,7 +170,7 @@ class GradientMonitor(Monitor):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not is_due(trainer, self.cadence(trainer)):
+        if not is_due(trainer, self._every):
             return
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         mine = [i for i, parameter in enumerate(self._parameters) if id(parameter) in own]

@@ -30,7 +30,7 @@ from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_pr
 from lightning_collapse.utilities.modules import find_modules, weighted_layers
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import Curve
-from lightning_collapse.utilities.trainer import is_due, logging_step
+from lightning_collapse.utilities.trainer import is_due
 from lightning_collapse.utilities.weight_matrices import WeightMatrix, weight_matrices
 
 MAX_DEFAULT_MATRICES = 32
@@ -206,9 +206,9 @@ class WeightSpectrumMonitor(Monitor):
             return {}
         after = [matrix.read() for matrix in self._matrices]
         before, self._before, self._stepped = self._before, None, self._before is not None
-        # the first point of a run is of the weights as they were made
-        first = before is not None and not logging_step(trainer)
-        families = {"weights": read_matrices(before if first and before is not None else after, self._names)}
+        # the point before the first one that is due is of the weights as they were made
+        made = before is not None and not is_due(trainer, self.cadence(trainer))
+        families = {"weights": read_matrices(before if made and before is not None else after, self._names)}
         if self.updates:
             if before is None:
                 self.warn_once(

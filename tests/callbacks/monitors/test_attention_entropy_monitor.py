@@ -69,8 +69,8 @@ def test_reads_what_the_model_computes_however_it_is_written(how):
         ("flag", lambda e: torch.zeros(())),
     ):
         curve = trainer.logger.curve(f"attention/blocks.0.attn/{name}")
-        assert [step for step, _ in curve] == [1, 3, 5]
-        found, expected = [value for _, value in curve], [float(read(dense.expected[i])) for i in (1, 3, 5)]
+        assert [step for step, _ in curve] == [0, 1, 3, 5]
+        found, expected = [value for _, value in curve], [float(read(dense.expected[i])) for i in (0, 1, 3, 5)]
         if name == "max_logit" and how != "fused":  # the first row sees one key: it does not count
             continue
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), name
@@ -129,7 +129,7 @@ def test_multi_head_attention(masked):
     _, trainer = fitted(Masked, [watch(), Keep()])
     assert layers_of(trainer) == ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
     curve = trainer.logger.curve("attention/encoder.layers.0.self_attn/entropy_mean")
-    assert [value for _, value in curve] == pytest.approx([float(expected[i].normalized.mean()) for i in (1, 3, 5)])
+    assert [value for _, value in curve] == pytest.approx([float(expected[i].normalized.mean()) for i in (0, 1, 3, 5)])
     assert trainer.callback_metrics["attention/encoder.layers.0.self_attn/n"] == expected[5].rows[0]
 
 
@@ -206,7 +206,7 @@ def test_nothing_changes_and_every_point_comes(model, precision):
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(value, weights(watched)[name]) for name, value in weights(plain).items())
     for layer in layers_of(trainer):
-        assert [step for step, _ in trainer.logger.curve(f"attention/{layer}/entropy_mean")] == [1, 3, 5]
+        assert [step for step, _ in trainer.logger.curve(f"attention/{layer}/entropy_mean")] == [0, 1, 3, 5]
         assert all(0 < value <= 1 + 1e-6 for _, value in trainer.logger.curve(f"attention/{layer}/entropy_mean"))
     assert len(layers_of(trainer)) == 2
 
@@ -335,9 +335,9 @@ def test_nan_is_flagged_and_left_out():
     keeper = PointKeeper()
     fitted(Broken, [watch(), keeper])
     entropy, n = keeper.curve("attention/blocks.0.attn/entropy_mean"), keeper.curve("attention/blocks.0.attn/n")
-    assert [point.flag for point in entropy] == [Flag.OK, Flag.NONFINITE, Flag.NONFINITE]
-    assert [math.isnan(point.value) for point in entropy] == [False, False, True]
-    assert [point.value for point in n] == [8 * 23, 7 * 23, 0]
+    assert [point.flag for point in entropy] == [Flag.OK, Flag.OK, Flag.NONFINITE, Flag.NONFINITE]
+    assert [math.isnan(point.value) for point in entropy] == [False, False, False, True]
+    assert [point.value for point in n] == [8 * 23, 8 * 23, 7 * 23, 0]
 
 
 def test_a_layer_that_rests():
@@ -404,7 +404,7 @@ def test_compiled(place):
     assert all(torch.equal(value, weights(watched)[name]) for name, value in weights(plain).items())
     watched, trainer, few = run([watch(layers={"blocks.*.attn": read_qkv}, every_n_steps=6)])
     assert all(torch.equal(value, weights(watched)[name]) for name, value in weights(plain).items())
-    assert [n for _, n in trainer.logger.curve("attention/blocks.1.attn/n")] == [8 * 23] * 2
+    assert [n for _, n in trainer.logger.curve("attention/blocks.1.attn/n")] == [8 * 23] * 3
     _, trainer, many = run([watch(layers={"blocks.*.attn": read_qkv}, every_n_steps=1)])
     assert len(trainer.logger.curve("attention/blocks.1.attn/n")) == 12
     assert many <= few  # no point costs a graph of its own

@@ -25,7 +25,7 @@ def monitor(**kwargs):
 
 
 @pytest.mark.parametrize(
-    ("toy", "accumulate", "steps"), [(Toy, 1, [1, 3, 5]), (ManualToy, 1, [1, 3, 5]), (Toy, 2, [1])]
+    ("toy", "accumulate", "steps"), [(Toy, 1, [0, 1, 3, 5]), (ManualToy, 1, [0, 1, 3, 5]), (Toy, 2, [0, 1])]
 )
 def test_points_land_at_the_logging_steps_of_lightning(toy, accumulate, steps):
     trainer = fit(toy(), [monitor()], accumulate_grad_batches=accumulate)
@@ -40,7 +40,7 @@ def test_odd_accumulation_window_at_the_end_of_an_epoch_ends_in_a_point():
 
 def test_default_cadence_is_the_trainers():
     trainer = fit(Toy(), [CollapseMonitor(layers=["encoder"])], log_every_n_steps=3)
-    assert [step for step, _ in trainer.logger.curve(ENCODER)] == [2, 5]
+    assert [step for step, _ in trainer.logger.curve(ENCODER)] == [0, 2, 5]
 
 
 def test_values_are_those_of_the_rows_before_the_point():
@@ -54,20 +54,21 @@ def test_values_are_those_of_the_rows_before_the_point():
 
     trainer = fit(Spy(), [monitor(rows=64, every_n_steps=6)])
     rows = torch.cat(seen[-2:])
-    [(_, value)], [(_, n)] = trainer.logger.curve(ENCODER), trainer.logger.curve("collapse/encoder/n")
+    [_, (_, value)], [_, (_, n)] = trainer.logger.curve(ENCODER), trainer.logger.curve("collapse/encoder/n")
     assert n == 64
     assert value == pytest.approx(effective_rank(singular_values(rows.double())).item(), rel=1e-6)
-    [(_, std)] = trainer.logger.curve("collapse/encoder/feature_std")
+    [_, (_, std)] = trainer.logger.curve("collapse/encoder/feature_std")
     assert std == pytest.approx(feature_std(rows).item(), rel=1e-5)
 
 
 def test_points_tell_n_null_and_flag():
     keeper = PointKeeper()
     fit(Toy(), [monitor(rows=64), keeper])
-    [point, *_] = keeper.curve(ENCODER)
+    [first, point, *_] = keeper.curve(ENCODER)
+    assert (first.step, first.n, first.flag) == (0, 32, Flag.OK)
     assert (point.step, point.n, point.flag) == (1, 64, Flag.OK)
     assert point.null == pytest.approx(expected_under_isotropy("effective_rank", 64, 8))
-    assert len(keeper.curve(ENCODER)) == 3
+    assert len(keeper.curve(ENCODER)) == 4
 
 
 def test_default_layers_work_without_an_argument():
@@ -87,7 +88,7 @@ def test_every_call_of_a_siamese_encoder_counts():
             return (self.encoder(batch) - self.encoder(-batch)).pow(2).mean() + self.head(self.encoder(batch)).mean()
 
     trainer = fit(Siamese(), [monitor(every_n_steps=6, rows=96)])
-    assert [n for _, n in trainer.logger.curve("collapse/encoder/n")] == [96]
+    assert [n for _, n in trainer.logger.curve("collapse/encoder/n")] == [96, 96]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -139,7 +140,7 @@ def test_validation_curves_on_request():
     [(step, value)] = logger.curve("val/collapse/encoder/effective_rank")
     assert step == 5
     assert 1 < value <= 8
-    assert [step for step, _ in logger.curve(ENCODER)] == [1, 3, 5]
+    assert [step for step, _ in logger.curve(ENCODER)] == [0, 1, 3, 5]
     assert "val/collapse/encoder/n" in trainer.callback_metrics
 
 
@@ -199,8 +200,8 @@ def test_one_callback_can_watch_one_model_after_another():
 
 def test_two_monitors_of_one_trainer():
     trainer = fit(Toy(), [monitor(), monitor(layers=["head"], every_n_steps=3)])
-    assert [step for step, _ in trainer.logger.curve("collapse/head/effective_rank")] == [2, 5]
-    assert [step for step, _ in trainer.logger.curve(ENCODER)] == [1, 3, 5]
+    assert [step for step, _ in trainer.logger.curve("collapse/head/effective_rank")] == [0, 2, 5]
+    assert [step for step, _ in trainer.logger.curve(ENCODER)] == [0, 1, 3, 5]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # it is the point
@@ -217,7 +218,7 @@ def test_resumed_run_continues_its_curves(tmp_path, accumulate):
         return keeper.curve(ENCODER)
 
     whole = run(max_epochs=3, accumulate_grad_batches=accumulate)
-    assert len(whole) == 6 // accumulate
+    assert len(whole) == 6 // accumulate + 1
     keeper, save = (
         PointKeeper(),
         ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="again-{step}"),
@@ -274,8 +275,8 @@ def test_degenerate_features_are_flagged(fill, flag):
     keeper = PointKeeper()
     trainer = fit(Constant(), [monitor(every_n_steps=6, rows=32, measures="all"), keeper])
     assert {point.flag for point in keeper.points} == {flag}
-    assert trainer.logger.curve("collapse/encoder/flag") == [(5, float(flag))]
-    [point] = keeper.curve(ENCODER)
+    assert trainer.logger.curve("collapse/encoder/flag") == [(0, float(flag)), (5, float(flag))]
+    [_, point] = keeper.curve(ENCODER)
     assert point.value == 0 if flag == Flag.CONSTANT else math.isnan(point.value)
 
 
@@ -295,8 +296,8 @@ def test_layer_that_never_runs_is_flagged_with_one_warning():
     with pytest.warns(UserWarning, match="layer `idle` did not run before every point") as caught:
         fit(Idle(), [monitor(layers=["encoder", "idle"]), keeper])
     assert len([w for w in caught if "did not run" in str(w.message)]) == 1
-    assert [point.flag for point in keeper.curve("collapse/idle/effective_rank")] == [Flag.NOT_CALLED] * 3
-    assert [point.flag for point in keeper.curve(ENCODER)] == [Flag.OK] * 3
+    assert [point.flag for point in keeper.curve("collapse/idle/effective_rank")] == [Flag.NOT_CALLED] * 4
+    assert [point.flag for point in keeper.curve(ENCODER)] == [Flag.OK] * 4
 
 
 def test_layer_that_runs_later():
@@ -309,7 +310,7 @@ def test_layer_that_runs_later():
     with pytest.warns(UserWarning, match="layer `head` did not run"):
         fit(Late(), [monitor(layers=["head"]), keeper])
     flags = [point.flag for point in keeper.curve("collapse/head/effective_rank")]
-    assert flags == [Flag.NOT_CALLED, Flag.OK, Flag.OK]
+    assert flags == [Flag.NOT_CALLED, Flag.NOT_CALLED, Flag.OK, Flag.OK]
 
 
 def test_tuple_integer_and_odd_outputs():
@@ -367,7 +368,7 @@ def test_failing_measure_of_the_users_own_reads_nan():
     finally:
         del MEASURES["broken"]
     assert all(math.isnan(value) for _, value in trainer.logger.curve("collapse/encoder/broken"))
-    assert len(trainer.logger.curve(ENCODER)) == 3
+    assert len(trainer.logger.curve(ENCODER)) == 4
 
 
 def test_fit_shorter_than_the_cadence_says_so():

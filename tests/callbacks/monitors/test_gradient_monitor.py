@@ -134,7 +134,7 @@ def test_only_norms_where_nothing_is_accumulated(caplog):
     with caplog.at_level("INFO"):
         trainer = fit(Toy(), [GradientMonitor(every_n_steps=2)])
     assert caplog.text.count("draws norms only") == 1
-    assert [step for step, _ in trainer.logger.curve(ALL)] == [1, 3, 5]
+    assert [step for step, _ in trainer.logger.curve(ALL)] == [0, 1, 3, 5]
     assert not any("noise" in key for key in trainer.callback_metrics)
     assert {key.split("/")[1] for key in trainer.callback_metrics} == {"encoder.0", "encoder.2", "head", "all"}
 
@@ -200,8 +200,8 @@ def test_layer_without_a_gradient_is_flagged_with_one_warning():
     with pytest.warns(UserWarning, match="no gradient of `idle`") as caught:
         fit(Idle(), [GradientMonitor(["idle", "head"], every_n_steps=2), keeper])
     assert len([w for w in caught if "no gradient" in str(w.message)]) == 1
-    assert [point.flag for point in keeper.curve("gradients/idle/norm")] == [Flag.NOT_CALLED] * 3
-    assert [point.flag for point in keeper.curve("gradients/head/norm")] == [Flag.OK] * 3
+    assert [point.flag for point in keeper.curve("gradients/idle/norm")] == [Flag.NOT_CALLED] * 4
+    assert [point.flag for point in keeper.curve("gradients/head/norm")] == [Flag.OK] * 4
 
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
@@ -303,8 +303,8 @@ def test_nothing_is_kept_and_nothing_waits_between_points(monkeypatch):
 
         monkeypatch.setattr(callback, hook, counted)
     fit(Toy(), [callback], batches(8), logger=False)
-    assert seen == [(3, "on_train_batch_end", "tolist"), (7, "on_train_batch_end", "tolist")]
-    assert callback._heard == []
+    assert seen == [(step, "on_train_batch_end", "tolist") for step in (0, 3, 7)]
+    assert callback._norms == []
     assert callback._window is None
 
 

@@ -43,7 +43,7 @@ def test_values_are_those_of_the_last_rows(precision: str) -> None:
         assert points["n"].value == points["two_nn"].n == expected.n
         assert points["ties"].value == expected.ties
         assert points["flag"].flag == Flag.OK
-    assert {point.step for point in keeper.points} == {3, 7}
+    assert {point.step for point in keeper.points} == {0, 3, 7}
     assert trainer.callback_metrics["intrinsic_dimension/encoder.0.input/lid"].item() == pytest.approx(
         points["lid"].value
     )
@@ -202,6 +202,6 @@ def test_a_layer_that_is_not_there_is_refused_at_the_start() -> None:
 def test_by_default_points_are_seldom() -> None:
     keeper = PointKeeper()
     fit(Toy(), [IntrinsicDimensionMonitor(["encoder"], rows=64), keeper], batches(24), log_every_n_steps=1)
-    assert [point.step for point in keeper.curve("intrinsic_dimension/encoder/two_nn")] == [9, 19]
+    assert [point.step for point in keeper.curve("intrinsic_dimension/encoder/two_nn")] == [0, 9, 19]
     with pytest.warns(UserWarning, match="ended before the first point, due after 30 steps. Set `every_n_steps`"):
         fit(Toy(), [IntrinsicDimensionMonitor(["encoder"])], batches(4), log_every_n_steps=3)

@@ -211,6 +211,7 @@ def test_compiled_model_reads_the_same() -> None:
     assert [p.value for p in compiled.points] == pytest.approx([p.value for p in plain.points], rel=1e-5, nan_ok=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*the fit ended before the first point")
 def test_resumed_window_goes_on(tmp_path) -> None:
     first = NeuralCollapseMonitor(every_n_steps=4)
     save = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=3)

@@ -96,7 +96,7 @@ def test_a_compiled_model_reads_the_same_and_compiles_few_graphs() -> None:
     model = torch.compile(model, backend=backend)
     fit(model, [RegressionCollapseMonitor(every_n_steps=3, rows=60), compiled], loader())
     assert len(graphs) <= 3
-    assert len(plain.points) == 4 * len(NAMES)
+    assert len(plain.points) == 5 * len(NAMES)
     for expected, found in zip(plain.points, compiled.points, strict=True):
         assert (found.key, found.step, found.n) == (expected.key, expected.step, expected.n)
         assert found.value == pytest.approx(expected.value, rel=1e-5)
@@ -177,6 +177,7 @@ def test_targets_of_mappings_and_of_a_function(key: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*there were no rows of `head` with targets")
+@pytest.mark.filterwarnings("ignore:.*the fit ended before the first point")
 def test_targets_that_are_not_found_are_said_at_the_first_batch() -> None:
     model, keeper = Mapped(), PointKeeper()
     model.key = "progression"

@@ -10,19 +10,14 @@ from lightning_collapse import (
     NeuralCollapseMonitor,
     RegressionCollapseMonitor,
 )
-from lightning_collapse.callbacks.monitors import (
-    collapse_monitor,
-    geometry_phase_monitor,
-    intrinsic_dimension_monitor,
-    regression_collapse_monitor,
-)
+from lightning_collapse.monitoring import feature_window
 from tests.toys import Toy, batches, fit
 
 MONITORS = {
-    "collapse": (collapse_monitor, lambda: CollapseMonitor(["unused"], every_n_steps=4)),
-    "geometry": (geometry_phase_monitor, lambda: GeometryPhaseMonitor("unused", every_n_steps=4)),
-    "intrinsic dimension": (intrinsic_dimension_monitor, lambda: IntrinsicDimensionMonitor(["unused"], 4)),
-    "regression": (regression_collapse_monitor, lambda: RegressionCollapseMonitor("unused", every_n_steps=4)),
+    "collapse": lambda: CollapseMonitor(["unused"], every_n_steps=4),
+    "geometry": lambda: GeometryPhaseMonitor("unused", every_n_steps=4),
+    "intrinsic dimension": lambda: IntrinsicDimensionMonitor(["unused"], 4),
+    "regression": lambda: RegressionCollapseMonitor("unused", every_n_steps=4),
 }
 
 
@@ -35,15 +30,14 @@ def run(monitor):
 @pytest.mark.filterwarnings("ignore:`.*Monitor`")  # they say that it does not run
 @pytest.mark.parametrize("name", MONITORS)
 def test_processes_agree_at_the_first_batch_and_at_points_only(name, monkeypatch):
-    module, monitor = MONITORS[name]
     asked = []
 
     def counted(numbers, device):
         asked.append(numbers)
         return list(numbers)
 
-    monkeypatch.setattr(module, "max_over_processes", counted)
-    run(monitor())
+    monkeypatch.setattr(feature_window, "max_over_processes", counted)
+    run(MONITORS[name]())
     assert 1 < len(asked) <= 4  # of twelve steps three end in a point
 
 
