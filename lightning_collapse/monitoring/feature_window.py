@@ -132,7 +132,7 @@ class FeatureWindow:
             self._buffer.add(name, batch, self._capacity(name))
 
     def listen(self, batch: Any, planned: bool = True) -> None:
-        """Copy rows from now on, until :meth:`pop`: as many as planned of every call, or as the layer's limit allows."""
+        """Copy rows until :meth:`pop`: as many as planned of every call of a layer, or as its limit allows."""
         self.hooks.armed, self.hooks.mask = True, padding_mask(batch)
         self.hooks.limits = self._limits if planned else {}
 

@@ -241,9 +241,9 @@ def test_nobody_listens_between_points():
     heard = []
 
     class Spy(AttentionEntropyMonitor):
-        def _hear(self, name, heard_call):
+        def _capture(self, name, captured):
             heard.append(name)
-            super()._hear(name, heard_call)
+            super()._capture(name, captured)
 
     class Modes(PointKeeper):
         def __init__(self):
@@ -255,7 +255,7 @@ def test_nobody_listens_between_points():
 
     modes = Modes()
     fitted(GPT, [Spy(every_n_steps=3), modes])
-    assert len(heard) == 2 * 2
+    assert len(heard) == 3 * 2
     assert not any(modes.seen)
     assert not torch.overrides.has_torch_function((torch.zeros(1),))
 
@@ -352,8 +352,8 @@ def test_a_layer_that_rests():
     with pytest.warns(UserWarning, match=r"attention of `blocks.1.attn` was not heard before every point"):
         fitted(Resting, [watch(), keeper])
     points = keeper.curve("attention/blocks.1.attn/entropy_mean")
-    assert [point.flag for point in points] == [Flag.OK, Flag.NOT_CALLED, Flag.OK]
-    assert [math.isnan(point.value) for point in points] == [False, True, False]
+    assert [point.flag for point in points] == [Flag.OK, Flag.OK, Flag.NOT_CALLED, Flag.OK]
+    assert [math.isnan(point.value) for point in points] == [False, False, True, False]
 
 
 def test_resumed_run_continues_its_curves(tmp_path):

@@ -130,7 +130,7 @@ def test_padding_does_not_count():
 
 def test_window_holds_four_rows_per_feature_where_the_budget_allows():
     trainer = fit(Toy(), [monitor(every_n_steps=6, layers=["encoder.0"], max_overhead=1e9)])
-    assert trainer.logger.curve("collapse/encoder.0/n") == [(5, 128.0)]
+    assert trainer.logger.curve("collapse/encoder.0/n") == [(0, 32.0), (5, 128.0)]
 
 
 def test_validation_curves_on_request():
@@ -195,7 +195,7 @@ def test_one_callback_can_watch_one_model_after_another():
     callback, keeper = monitor(rows=32), PointKeeper()
     fit(Toy(), [callback, keeper])
     fit(Wide(), [callback, keeper])
-    assert [point.flag for point in keeper.curve(ENCODER)] == [Flag.OK] * 6
+    assert [point.flag for point in keeper.curve(ENCODER)] == [Flag.OK] * 8
 
 
 def test_two_monitors_of_one_trainer():

@@ -143,7 +143,7 @@ def test_resumed_phase_goes_on(tmp_path) -> None:
     again, keeper = GeometryPhaseMonitor(every_n_steps=2), PointKeeper()
     again.load_state_dict(state)
     watch(Language(), sequences(6), keeper, again)
-    assert [point.value for point in keeper.curve("geometry/head.input/phase")] == [2.0] * 4
+    assert [point.value for point in keeper.curve("geometry/head.input/phase")] == [2.0, 2.0, 3.0, 3.0]
 
 
 @pytest.mark.filterwarnings("ignore:.*the fit ended before the first point")

@@ -261,8 +261,8 @@ def test_resumed_run_continues_its_averages(tmp_path):
     again = Trainer(**{**QUIET, **options, "callbacks": callbacks})
     again.fit(Toy(), loader, ckpt_path=str(tmp_path / "epoch=0.ckpt"))
     rest = keeper.curve("gradients/all/noise_scale")
-    assert len(whole) == 4
-    assert [point.value for point in rest] == [point.value for point in whole[2:]]
+    assert len(whole) == 5
+    assert [point.value for point in rest] == [point.value for point in whole[3:]]
     torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
 
 
