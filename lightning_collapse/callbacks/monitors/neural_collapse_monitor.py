@@ -182,7 +182,8 @@ class NeuralCollapseMonitor(Monitor):
     def stop(self) -> None:
         if self._clean is not None:
             self._clean.remove()
-        self._clean, self._latest, self._filler = None, [], []
+        self._clean = self._tap = None
+        self._latest, self._filler = [], []
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:

@@ -157,6 +157,10 @@ class PlasticityMonitor(Monitor):
         self._groups = {name: members for name, members in groups.items() if members} | {"all": list(self._parameters)}
 
     @override
+    def stop(self) -> None:
+        self._parameters, self._groups = {}, {}
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.distance:
             saved, self._saved = self._saved, None

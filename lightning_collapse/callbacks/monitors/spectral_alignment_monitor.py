@@ -158,7 +158,7 @@ class SpectralAlignmentMonitor(Monitor):
         if self._projections is not None:
             self._projections.remove()
         self._projections = None
-        self._pairs, self._histograms = {}, []
+        self._matrices, self._pairs, self._histograms = [], {}, []
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:

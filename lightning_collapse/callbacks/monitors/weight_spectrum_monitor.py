@@ -61,10 +61,10 @@ class WeightSpectrumMonitor(Monitor):
 
     ``weights/...`` are drawn of the weights, ``updates/...`` of the weights after the step minus before it. By default
     these are ``spectral_norm``, ``stable_rank``, ``svd_entropy``, and of weights ``outlier_share`` (singular values
-    that noise cannot explain: 0 at initialisation) and ``noise_distance``. ``weights/all/...`` and ``updates/all/...`` are
-    the largest ``spectral_norm``, the ``norm`` of all together, and the mean of every other curve over the matrices
-    that have one. A matrix of zeros (a step that was skipped) is flagged ``CONSTANT``, one with NaN or infinity
-    ``NONFINITE``, an update no optimizer announced to Lightning ``NOT_CALLED``.
+    that noise cannot explain: 0 at initialisation) and ``noise_distance``. Under ``all`` stand the largest
+    ``spectral_norm``, the ``norm`` of all together, and the mean of every other curve over the matrices that have one.
+    A matrix of zeros (a step that was skipped) is flagged ``CONSTANT``, one with NaN or infinity ``NONFINITE``, an
+    update no optimizer announced to Lightning ``NOT_CALLED``.
 
     The null of a point is what a matrix of independent random elements of that shape reads.
 
@@ -178,7 +178,7 @@ class WeightSpectrumMonitor(Monitor):
     @override
     def stop(self) -> None:
         self._forget_flops()
-        self._before = None
+        self._matrices, self._before = [], None
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
