@@ -118,7 +118,8 @@ class FeatureWindow:
             return
         captured = self.pop()
         beside = self._pair(captured)
-        if not self._negotiated or (batches_left == 0 and len(self.plans) < len(self.taps)):
+        first = not self._negotiated
+        if first or (batches_left == 0 and len(self.plans) < len(self.taps)):
             self._negotiate(captured, beside, between)
         for name, of_layer in captured.items():
             plan = self.plans.get(name)
@@ -127,7 +128,8 @@ class FeatureWindow:
             if self._take is not None:
                 self._take(of_layer, beside.get(name), batches_left)
                 continue
-            batch = Batch(self._time, of_layer.rows, of_layer.mask, beside.get(name)).spread(plan.rows_per_batch)
+            batch = Batch(self._time, of_layer.rows, of_layer.mask, beside.get(name))
+            batch = batch.spread(plan.rows if first else plan.rows_per_batch)  # the first point rests on it alone
             self._usual[name] = max(self._usual.get(name, 0), len(batch.rows))
             self._buffer.add(name, batch, self._capacity(name))
 

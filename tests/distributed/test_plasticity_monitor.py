@@ -67,7 +67,7 @@ def _check(rank):
         then = torch.cat([value.flatten() for _, value in sorted(before.items())])
         assert found["all/mean_weight"].value == pytest.approx(after.abs().mean().item(), rel=1e-5)
         assert 0 < found["all/init_distance"].value == pytest.approx((after - then).norm().item(), rel=1e-4)
-        state = monitor.state_dict()["start"]
+        state = monitor.state_dict()["state"]["start"]
         assert all(torch.equal(state[name], before[name]) for name in before)
         torch.distributed.barrier()
 
