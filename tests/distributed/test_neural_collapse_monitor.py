@@ -81,7 +81,7 @@ def _clean(rank, model, strategy, loader, points):
     everyone = [None, None]
     torch.distributed.all_gather_object(everyone, repr(keeper.points))
     assert everyone[0] == everyone[1]
-    found = {point.key.partition(".eval/")[2]: point.value for point in keeper.points}
+    found = {point.measure: point.value for point in keeper.points if point.layer.endswith(".eval")}
     if not points:
         assert not found
         return
