@@ -12,8 +12,11 @@ from lightning_collapse.penalties.mas_importance import MASImportance, mas_impor
 from lightning_collapse.penalties.rank_one_ewc import RankOneEWC
 from lightning_collapse.penalties.rank_one_fisher import RankOneFisher, rank_one_fisher
 from lightning_collapse.penalties.rwalk import RWalk
-from lightning_collapse.penalties.support.preserved_state import evaluating
 from lightning_collapse.penalties.synaptic_intelligence import SynapticIntelligence
+from lightning_collapse.utilities.preserved_state import preserved_state
+
+evaluating = preserved_state
+"""The name of :func:`preserved_state` in version 0.1.0."""
 
 __all__ = [
     "EWC",
@@ -34,5 +37,6 @@ __all__ = [
     "evaluating",
     "kronecker_factors",
     "mas_importance",
+    "preserved_state",
     "rank_one_fisher",
 ]

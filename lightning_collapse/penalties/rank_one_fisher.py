@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_collapse.penalties.support.fisher_pass import Outputs, Pass
 from lightning_collapse.penalties.support.output_gradients import Likelihood, check_estimator, output_columns
 from lightning_collapse.penalties.support.per_sample import check_outputs
-from lightning_collapse.penalties.support.preserved_state import evaluating
 from lightning_collapse.penalties.support.sample_gradients import wide
 from lightning_collapse.penalties.support.vmap_gradients import Called
 from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.preserved_state import preserved_state
 from lightning_collapse.utilities.sharding import on_whole_weights
 from lightning_collapse.utilities.targets import targets_of
 
@@ -109,7 +109,7 @@ def rank_one_fisher(
     norm = torch.stack([torch.linalg.vector_norm(value) for value in mean.values()]).norm()
     tangents = _Tangents(over, {name: value / norm.clamp_min(_tiny(norm)) for name, value in mean.items()})
     second = torch.zeros_like(norm)
-    with evaluating(model):
+    with preserved_state(model):
         for batch, both, rows in over.each(tangents):
             values, change = both.unbind(dim=1)
             along = (change * column_of(batch, values))[:rows]  # the gradient of each loss along the mean, in parts
@@ -168,7 +168,7 @@ def _mean(over: Pass, column_of: Callable[[Any, Tensor], Tensor]) -> tuple[dict[
         check_outputs(values)
         return values
 
-    with evaluating(over.model):
+    with preserved_state(over.model):
         totals = over.zeros()
         for batch, values, rows in over.each(forward):
             column = column_of(batch, values)

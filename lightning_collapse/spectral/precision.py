@@ -7,9 +7,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_collapse.utilities.preserved_state import AUTOCAST_DEVICES
+
 P = ParamSpec("P")
 T = TypeVar("T")
-AUTOCAST_DEVICES = ("cuda", "xpu", "mps", "cpu")
 
 
 def full_precision(fn: Callable[P, T]) -> Callable[P, T]:

@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_collapse.penalties import diagonal_fisher, importances, mas_importance
+from lightning_collapse.penalties import diagonal_fisher, mas_importance
+from lightning_collapse.penalties.support import fisher_pass
 from tests.penalties.models import CASES, Tokens, batched, by_loop, case, exact_losses, perceptron, tokens
 
 LOSSES = {
@@ -356,7 +357,7 @@ def test_a_long_pass_says_how_far_it_is(monkeypatch, caplog):
     with caplog.at_level("INFO"):
         diagonal_fisher(model, batched(data, 4))
         assert not caplog.messages
-        monkeypatch.setattr(importances, "PATIENCE", -1.0)
+        monkeypatch.setattr(fisher_pass, "PATIENCE", -1.0)
         diagonal_fisher(model, batched(data, 4))
     assert [message.partition(" after")[0] for message in caplog.messages] == [
         f"Importances of weights: {n} samples" for n in (4, 8, 9)

@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forward
-from lightning_collapse.callbacks.evaluation.preserved_fit import batches_on_device, undisturbed
+from lightning_collapse.callbacks.evaluation.preserved_fit import batches_on_device, preserved_fit
 from lightning_collapse.functional.continual import (
     average_accuracy,
     backward_transfer,
@@ -233,7 +233,7 @@ class ContinualMetrics(TaskAware):
         """Mean score of every task, ``(T,)``, NaN for those not asked for, and the numbers of samples. Collective."""
         wide = torch.float32 if pl_module.device.type == "mps" else torch.float64
         sums = torch.zeros(len(self.names), 2, dtype=wide, device=pl_module.device)
-        with undisturbed(trainer, pl_module):
+        with preserved_fit(trainer, pl_module):
             for task in tasks:
                 if not self._add_up(trainer, pl_module, task, sums[task]):
                     sums[task] = nan

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_collapse.callbacks.evaluation.preserved_fit import batches_on_device, undisturbed
+from lightning_collapse.callbacks.evaluation.preserved_fit import batches_on_device, preserved_fit
 from lightning_collapse.functional.neural_collapse.nc4 import agreement_counts
 from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
 from lightning_collapse.spectral.class_moments import ClassMoments
@@ -79,7 +79,7 @@ class CleanPass:
 
     def run(self, trainer: Trainer, pl_module: LightningModule, moments: ClassMoments) -> CleanReading | None:
         """Fill ``moments`` and compare with their means; ``None`` if that failed on any process. Collective."""
-        with undisturbed(trainer, pl_module):
+        with preserved_fit(trainer, pl_module):
             if not self._each(trainer, pl_module, moments.update):
                 return None
             moments = moments.reduce()

@@ -1,4 +1,4 @@
-"""The model on data of its own, in the middle of a fit that must not notice."""
+"""Preserved fit: the model on data of its own, in the middle of a fit that must not notice."""
 
 from __future__ import annotations
 
@@ -10,42 +10,57 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_collapse.utilities.distributed import max_over_processes, world_size
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
+from lightning_collapse.utilities.optimizers import has_modes
+from lightning_collapse.utilities.preserved_state import preserved_state
 from lightning_collapse.utilities.trainer import to_device
 
 _END = object()
 
 
 @contextmanager
-def unnoticed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Put random states, the trainer's stage, training flags and gradients back as they were."""
-    flags = [(module, module.training) for module in pl_module.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in pl_module.parameters()]
+def preserved_fit(trainer: Trainer, pl_module: LightningModule, gradients: bool = False) -> Iterator[None]:
+    """A pass over data in the middle of a fit: :func:`preserved_state`, while the trainer says that it validates.
+
+    Optimizers that keep other weights for training than for use (those with ``train()`` and ``eval()``, such as
+    schedule-free ones) put the latter in place meanwhile, and the training goes on from exactly those it had.
+
+    Args:
+        trainer: Whose stage is put back.
+        pl_module: Whose state is put back.
+        gradients: Whether a graph is built.
+    """
     stage = trainer.state.stage
     try:
-        with isolate_rng():
+        with (
+            preserved_state(pl_module, gradients=gradients, autocast=True),
+            _weights_for_use(trainer, pl_module),
+        ):
             trainer.state.stage = RunningStage.VALIDATING  # hooks that augment a batch ask `trainer.training`
-            for parameter, _ in gradients:
-                parameter.grad = None  # a backward pass would add to what is there
             yield
     finally:
         trainer.state.stage = stage
-        for module, flag in flags:
-            module.training = flag
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 @contextmanager
-def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Eval mode without gradients, and all as it was afterwards."""
-    with unnoticed(trainer, pl_module), torch.no_grad():
-        for module in pl_module.modules():
-            module.training = False  # not by `eval()`: a `train` that changes weights could not be taken back
+def _weights_for_use(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Of optimizers that tell weights for training from weights for use the latter."""
+    switching: list[Any] = [optimizer for optimizer in trainer.optimizers if has_modes(optimizer)]
+    trained = [(p, p.detach().clone()) for o in switching for group in o.param_groups for p in group["params"]]
+    with torch.no_grad():
+        for optimizer in switching:
+            optimizer.eval()
+        moved = any(not torch.equal(parameter, value) for parameter, value in trained)
+    try:
         yield
+    finally:
+        with torch.no_grad():
+            for optimizer in switching if moved else ():
+                optimizer.train()
+            for parameter, value in trained:
+                parameter.copy_(value)  # a way there and back is not exact
 
 
 def batches_on_device(loader: Loader, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Any, bool]]:

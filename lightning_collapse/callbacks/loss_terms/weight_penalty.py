@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forward, check_pass
-from lightning_collapse.callbacks.evaluation.preserved_fit import unnoticed
+from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
 from lightning_collapse.callbacks.evaluation.task_batches import TaskBatches, check_training_data
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.support.consolidation import check_gathers
@@ -171,7 +171,7 @@ class WeightPenalty(TaskAware):
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
         problem = ""
         try:
-            with unnoticed(trainer, pl_module):
+            with preserved_fit(trainer, pl_module, gradients=True):
                 self.penalty.consolidate(pl_module, TaskBatches(trainer, self.loader))
         except Exception as error:  # of the user's loader or model: what was trained is not lost
             problem = f"{type(error).__name__}: {error}"

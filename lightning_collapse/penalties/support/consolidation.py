@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lightning_collapse.penalties.base import Parameters, Penalty
 from lightning_collapse.penalties.support.fisher_pass import Outputs
 from lightning_collapse.penalties.support.output_gradients import Estimator
-from lightning_collapse.penalties.support.preserved_state import evaluating
 from lightning_collapse.penalties.support.shards import Layout
 from lightning_collapse.utilities.distributed import max_over_processes
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
 from lightning_collapse.utilities.modules import clean_name
+from lightning_collapse.utilities.preserved_state import preserved_state
 from lightning_collapse.utilities.sharding import unsharded
 from lightning_collapse.utilities.targets import call_on
 
@@ -94,7 +94,7 @@ def is_finite(penalty: Penalty, parts: Iterable[Tensor]) -> bool:
 def choose_estimator(model: nn.Module, loader: Loader, outputs: Outputs | None) -> tuple[Estimator, Loader]:
     """The estimator for the number of outputs, and the batches, of which one was looked at. Collective."""
     batches = batches_of(loader)
-    with unsharded(model), evaluating(model), torch.no_grad(), rewound(batches):
+    with unsharded(model), preserved_state(model), torch.no_grad(), rewound(batches):
         device = next(model.parameters()).device
         iterator = iter(batches)
         first = list(islice(iterator, 1))

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lightning_collapse.penalties.support.output_gradients import Columns
 from lightning_collapse.penalties.support.per_sample import METHODS, PerSampleGradients
-from lightning_collapse.penalties.support.preserved_state import evaluating
 from lightning_collapse.penalties.support.sample_gradients import Power
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
+from lightning_collapse.utilities.preserved_state import preserved_state
 from lightning_collapse.utilities.targets import call_on
 
 Outputs = Callable[[Any, Any], Tensor]
@@ -88,7 +88,7 @@ class Pass:
     def engine(self) -> Iterator[PerSampleGradients]:
         """The model, ready for :meth:`each`."""
         with (
-            evaluating(self.model),
+            preserved_state(self.model),
             PerSampleGradients(self.model, self.outputs, self.parameters, self.chunk_size) as engine,
         ):
             yield engine
