@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_collapse.penalties.support.fisher_pass import Outputs, Pass, Sums
+from lightning_collapse.penalties.support.fisher_pass import FisherPass, Outputs, Sums
 from lightning_collapse.penalties.support.output_gradients import (
     Columns,
     Estimator,
@@ -110,7 +110,7 @@ def diagonal_fisher(
                 [1.0000, 0.2500]])
     """
     check_estimator(estimator, likelihood)
-    over = Pass(model, loader, outputs, parameters, n_samples, chunk_size)
+    over = FisherPass(model, loader, outputs, parameters, n_samples, chunk_size)
     rank = dist.get_rank() if world_size() > 1 else 0
     generator = torch.Generator(over.device).manual_seed(seed + rank)
     labels_of = labels or targets_of
@@ -128,20 +128,15 @@ def diagonal_fisher(
     return DiagonalFisher(_divided(sums.values, sums.samples), sums.samples, sums.methods)
 
 
-def _of_batches(over: Pass, columns_of: Callable[[Any, Tensor], Columns]) -> Sums:
-    count, batches = 0, 0
-    with over.engine() as engine:
-        totals = over.zeros()
-        for batch, outputs, rows in over.each(engine.forward):
-            column = columns_of(batch, outputs).make(0) / rows
-            column[rows:] = 0
-            leaves = list(over.parameters.values())
-            found = torch.autograd.grad(outputs, leaves, column.to(outputs.dtype), allow_unused=True)
-            for total, gradient in zip(totals.values(), found, strict=True):
-                if gradient is not None:
-                    total += gradient.to(total).square()
-            count, batches = count + rows, batches + 1
-    return over.summed(totals, count, batches, engine.methods)
+def _of_batches(over: FisherPass, columns_of: Callable[[Any, Tensor], Columns]) -> Sums:
+    count, batches, totals = 0, 0, over.zeros()
+    methods = dict.fromkeys(totals, "unused")
+    for found, rows in over.batch_gradients(lambda batch, outputs: columns_of(batch, outputs).make(0)):
+        for name, gradient in found.items():
+            totals[name] += (gradient / rows).square()
+            methods[name] = "rule"
+        count, batches = count + rows, batches + 1
+    return over.summed(totals, count, batches, methods)
 
 
 def _divided(values: dict[str, Tensor], by: int) -> dict[str, Tensor]:

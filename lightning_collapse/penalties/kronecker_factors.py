@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lightning_collapse.penalties.support.fisher_pass import Outputs, Pass
+from lightning_collapse.penalties.support.fisher_pass import FisherPass, Outputs
 from lightning_collapse.penalties.support.output_gradients import Estimator, Likelihood, check_estimator, output_columns
 from lightning_collapse.penalties.support.per_sample import Layer, PerSampleGradients
 from lightning_collapse.penalties.support.sample_gradients import Outer, Patches, SampleGradients
@@ -113,7 +113,7 @@ def kronecker_factors(
     check_estimator(estimator, likelihood)
     if estimator == "batched":
         raise ValueError("`estimator='batched'` is of the diagonal only; the others are of single samples.")
-    over = Pass(model, loader, outputs, parameters, n_samples)
+    over = FisherPass(model, loader, outputs, parameters, n_samples)
     rank = dist.get_rank() if world_size() > 1 else 0
     generator = torch.Generator(over.device).manual_seed(seed + rank)
     labels_of = labels or targets_of
@@ -124,8 +124,8 @@ def kronecker_factors(
             given = labels_of(batch)
             given = given.to(over.device) if isinstance(given, Tensor) else None
             columns = output_columns(values, given, estimator, likelihood, generator)
-            for k, sent in enumerate(engine.backward(values, columns, rows)):
-                for name, gradients in engine.gradients(sent):
+            for k, found in enumerate(engine.by_rule(values, columns, rows)):
+                for name, gradients in found:
                     if name in sums:
                         sums[name].add(gradients, rows, first=k == 0)
             count += rows
@@ -135,7 +135,7 @@ def kronecker_factors(
 class _Sums:
     """Sums over samples and positions of one layer."""
 
-    def __init__(self, layer: Layer, over: Pass) -> None:
+    def __init__(self, layer: Layer, over: FisherPass) -> None:
         weight = over.parameters[layer.names["weight"]]
         outputs, inputs = len(weight), weight[0].numel()
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -155,7 +155,7 @@ class _Sums:
             self.gradients.addmm_(g.T, g)
 
 
-def _weight(layer: Layer, over: Pass) -> str | None:
+def _weight(layer: Layer, over: FisherPass) -> str | None:
     """Name of the weight, if it is a matrix or a kernel that has factors."""
     module: Any = layer.module
     name = layer.names.get("weight")
@@ -165,7 +165,7 @@ def _weight(layer: Layer, over: Pass) -> str | None:
     return None if grouped or transposed or table or hasattr(module, "normalized_shape") else name
 
 
-def _divided(over: Pass, engine: PerSampleGradients, sums: dict[str, _Sums], count: int) -> KroneckerFactors:
+def _divided(over: FisherPass, engine: PerSampleGradients, sums: dict[str, _Sums], count: int) -> KroneckerFactors:
     parts = [part for found in sums.values() for part in (found.inputs, found.gradients)]
     totals, [samples] = over.reduced(parts, count)
     methods = over.agreed(engine.methods)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_collapse.penalties.support.fisher_pass import Outputs, Pass
+from lightning_collapse.penalties.support.fisher_pass import FisherPass, Outputs
 from lightning_collapse.penalties.support.output_gradients import norm_columns
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.sharding import on_whole_weights
@@ -70,7 +70,7 @@ def mas_importance(
         >>> mas_importance(model, [torch.tensor([[1.0, 2.0], [0.0, -1.0]])]).values["weight"]  # mean of |2 (w'x) x|
         tensor([[3., 7.]])
     """
-    over = Pass(model, loader, outputs, parameters, n_samples, chunk_size)
+    over = FisherPass(model, loader, outputs, parameters, n_samples, chunk_size)
     sums = over.sums(lambda _, outputs: norm_columns(outputs), "absolute")
     return MASImportance(
         {name: value / sums.samples for name, value in sums.values.items()}, sums.samples, sums.methods

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_collapse.penalties.support.fisher_pass import Outputs, Pass
+from lightning_collapse.penalties.support.fisher_pass import FisherPass, Outputs
 from lightning_collapse.penalties.support.output_gradients import Likelihood, check_estimator, output_columns
-from lightning_collapse.penalties.support.per_sample import check_outputs
 from lightning_collapse.penalties.support.sample_gradients import wide
 from lightning_collapse.penalties.support.vmap_gradients import Called
 from lightning_collapse.utilities.loaders import Loader
@@ -93,7 +92,7 @@ def rank_one_fisher(
     check_estimator("empirical", likelihood)
     if isinstance(loader, Iterator):
         raise ValueError("`loader` is read twice, and an iterator cannot be. Pass a function that returns the batches.")
-    over = Pass(model, loader, losses or outputs, parameters, n_samples)
+    over = FisherPass(model, loader, losses or outputs, parameters, n_samples)
     labels_of = labels or targets_of
 
     def column_of(batch: Any, values: Tensor) -> Tensor:
@@ -122,7 +121,7 @@ def rank_one_fisher(
 class _Tangents:
     """Outputs of a batch and their change along a direction in the space of parameters, ``(B, 2, ...)``."""
 
-    def __init__(self, over: Pass, direction: Mapping[str, Tensor]) -> None:
+    def __init__(self, over: FisherPass, direction: Mapping[str, Tensor]) -> None:
         self.model, self.outputs = over.model, over.outputs
         self.parameters = over.parameters
         self.direction = {name: value.to(over.parameters[name].dtype) for name, value in direction.items()}
@@ -160,25 +159,12 @@ class _Tangents:
         return torch.stack([wide(values.detach()), wide(change)], dim=1)
 
 
-def _mean(over: Pass, column_of: Callable[[Any, Tensor], Tensor]) -> tuple[dict[str, Tensor], int]:
-    count = 0
-
-    def forward(batch: Any) -> Tensor:
-        values = over.outputs(over.model, batch)
-        check_outputs(values)
-        return values
-
-    with preserved_state(over.model):
-        totals = over.zeros()
-        for batch, values, rows in over.each(forward):
-            column = column_of(batch, values)
-            column[rows:] = 0
-            leaves = list(over.parameters.values())
-            found = torch.autograd.grad(values, leaves, column.to(values.dtype), allow_unused=True)
-            for total, gradient in zip(totals.values(), found, strict=True):
-                if gradient is not None:
-                    total += gradient.to(total)
-            count += rows
+def _mean(over: FisherPass, column_of: Callable[[Any, Tensor], Tensor]) -> tuple[dict[str, Tensor], int]:
+    count, totals = 0, over.zeros()
+    for found, rows in over.batch_gradients(column_of):
+        for name, gradient in found.items():
+            totals[name] += gradient
+        count += rows
     sums, [samples] = over.reduced(list(totals.values()), count)
     return {name: value / samples for name, value in zip(totals, sums, strict=True)}, samples
 

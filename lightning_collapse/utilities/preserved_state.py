@@ -68,16 +68,16 @@ class _ModelState:
     def evaluate(self, gradients: bool) -> None:
         for module, *_ in self.modules:
             module.training = False  # not by `eval()`: a `train` that changes weights could not be taken back
-        for module, _ in self.recurrent if gradients else ():
-            module.training = any(p.is_cuda for p in module.parameters())
-            module.dropout = 0.0
+        for recurrent, _ in self.recurrent if gradients else ():
+            recurrent.training = any(p.is_cuda for p in recurrent.parameters())
+            recurrent.dropout = 0.0
         for parameter, *_ in self.parameters:
             parameter.grad = None  # a backward pass of the body would add to what is there
 
     @torch.no_grad()
     def restore(self) -> None:
-        for module, dropout in self.recurrent:
-            module.dropout = dropout
+        for recurrent, dropout in self.recurrent:
+            recurrent.dropout = dropout
         for module, training, buffers in self.modules:
             module.training = training
             now = dict(module._buffers.items())

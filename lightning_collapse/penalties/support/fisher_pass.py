@@ -1,4 +1,4 @@
-"""One pass over a loader that sums something over the gradients of its samples."""
+"""Fisher pass: one over a loader that sums something over the gradients of its samples."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_collapse.penalties.support.output_gradients import Columns
-from lightning_collapse.penalties.support.per_sample import METHODS, PerSampleGradients
-from lightning_collapse.penalties.support.sample_gradients import Power
+from lightning_collapse.penalties.support.per_sample import METHODS, PerSampleGradients, check_outputs
+from lightning_collapse.penalties.support.sample_gradients import Power, dense
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
 from lightning_collapse.utilities.preserved_state import preserved_state
@@ -43,7 +43,7 @@ class Sums(NamedTuple):
     methods: dict[str, str]
 
 
-class Pass:
+class FisherPass:
     """A pass over a loader in eval mode that the model, the loader and the random states do not notice.
 
     Args:
@@ -120,6 +120,27 @@ class Pass:
                 self._tell(done)
                 if left is not None and (left := left - rows) == 0:
                     break
+
+    def batch_gradients(self, column_of: Callable[[Any, Tensor], Tensor]) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """Of every batch the gradients that autograd sums over its samples, at least ``float32``, and their number.
+
+        Args:
+            column_of: What is sent back, of a batch and what the model returns on it.
+        """
+
+        def forward(batch: Any) -> Tensor:
+            outputs = self.outputs(self.model, batch)
+            check_outputs(outputs)
+            return outputs
+
+        with preserved_state(self.model):
+            for batch, outputs, rows in self.each(forward):
+                column = column_of(batch, outputs)
+                column[rows:] = 0
+                leaves = list(self.parameters.values())
+                found = torch.autograd.grad(outputs, leaves, column.to(outputs.dtype), allow_unused=True)
+                pairs = zip(self.parameters, found, strict=True)
+                yield {name: dense(gradient) for name, gradient in pairs if gradient is not None}, rows
 
     def _tell(self, done: int) -> None:
         now = time.monotonic()

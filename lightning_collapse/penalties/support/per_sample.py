@@ -1,8 +1,8 @@
-"""The engine of all importances: gradients of every sample of a batch, from one forward pass of the batch."""
+"""Gradients of single samples: of every sample of a batch, from one forward pass of the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,16 +11,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_collapse.penalties.support.grad_samplers import Rule, rule_of
 from lightning_collapse.penalties.support.output_gradients import Columns
-from lightning_collapse.penalties.support.sample_gradients import Power, SampleGradients, concatenated, wide
+from lightning_collapse.penalties.support.sample_gradients import Power, SampleGradients, concatenated, dense, wide
+from lightning_collapse.penalties.support.sample_sums import is_near, mixed_column, sample_weights
 from lightning_collapse.penalties.support.vmap_gradients import OneByOne
 from lightning_collapse.utilities.modules import is_to_be_ignored
 
 METHODS = ("unused", "rule", "vmap", "loop")
 """How the gradients of a parameter were found, the later the slower."""
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""How far a rule may be from autograd, in norm; what is wrong is wrong by far more."""
-COARSE = 0.05
-"""The same in 16 bits."""
 
 
 class Call(NamedTuple):
@@ -38,18 +35,25 @@ class Layer(NamedTuple):
     names: Mapping[str, str]
 
 
+Sent = dict[nn.Module, list[Tensor | None]]
+"""What a backward pass has brought to each call of each layer."""
+
+
 class PerSampleGradients:
     """Gradients of every sample, layer by layer, without a gradient of any weight.
 
     Forward hooks keep what each layer receives and the gradient edge of what it returns: the place in the graph, which
     no later in-place operation moves. A backward pass to these edges gives the rest, see
-    :func:`~lightning_collapse.penalties.layer_rules.rule_of`.
+    :func:`~lightning_collapse.penalties.support.grad_samplers.rule_of`.
 
-    Before a rule is used it is compared with autograd on the first batch that a parameter takes part in: the gradient
-    of random numbers at the even samples must reach the even rows of a layer only, that at the odd ones the odd rows
-    only, and the samples' gradients must sum to autograd's. Parameters that fail (tied or used in a function, packed
-    projections of attention, recurrent weights, tables that are looked up once for all samples) are computed sample by
-    sample, see :class:`~lightning_collapse.penalties.one_by_one.OneByOne`.
+    Nothing is taken for granted. On every batch a second backward pass, in which each sample has a weight of its own,
+    must bring each row of a layer times the weight of the sample it is taken for, along the first axis or the second:
+    else rows are another sample's (of experts that choose their tokens), or depend on several (of statistics of the
+    batch, or a table that is looked up once for all). And the samples' gradients must sum to autograd's, on the first
+    batch and whenever the graph has another structure. What fails (also parameters that are tied or used in a
+    function, packed projections of attention, recurrent weights) is computed sample by sample, see
+    :class:`~lightning_collapse.penalties.support.vmap_gradients.OneByOne`, which refuses samples that depend on each
+    other.
 
     Use it as a context: hooks are removed at its end.
 
@@ -69,17 +73,16 @@ class PerSampleGradients:
     ) -> None:
         self.model, self.outputs, self.parameters = model, outputs, parameters
         self.layers = _layers(model, parameters)
-        self.one_by_one = OneByOne(model, outputs, chunk_size)
-        self._axes: dict[nn.Module, int] = {}
-        self._ruled: set[str] = set()
-        self._known: set[str] = set()
-        self._slow: list[str] = []
+        self.one_by_one = OneByOne(model, outputs, parameters, chunk_size)
+        self._holds: dict[tuple[str, int], bool] = {}  # whether a rule does, of a parameter, in a kind of graph
+        self._used: dict[str, set[str]] = {"rule": set(), "slow": set()}
+        self._slow: list[str] = []  # of the running batch
         self._calls: dict[nn.Module, list[Call]] = {}
         self._batch: Any = None
         self._samples = 0
 
     def __enter__(self) -> PerSampleGradients:
-        self._handles = [layer.module.register_forward_hook(self._hear, with_kwargs=True) for layer in self.layers]
+        self._handles = [layer.module.register_forward_hook(self._capture, with_kwargs=True) for layer in self.layers]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -91,8 +94,7 @@ class PerSampleGradients:
     @property
     def methods(self) -> dict[str, str]:
         """How the gradients of each parameter were found, one of :data:`METHODS`."""
-        slow = self.one_by_one.method
-        found = dict.fromkeys(self._ruled, "rule") | dict.fromkeys(self._slow, slow)
+        found = dict.fromkeys(self._used["rule"], "rule") | dict.fromkeys(self._used["slow"], self.one_by_one.method)
         return {name: found.get(name, "unused") for name in self.parameters}
 
     def forward(self, batch: Any) -> Tensor:
@@ -106,90 +108,116 @@ class PerSampleGradients:
         outputs = self.outputs(self.model, batch)
         check_outputs(outputs)
         self._samples = len(outputs)
-        self._learn(outputs)
         return outputs
 
     def add_to(self, totals: Mapping[str, Tensor], outputs: Tensor, columns: Columns, rows: int, power: Power) -> None:
-        """Add sums over the first ``rows`` samples and all columns to ``totals``; the graph is gone then."""
-        for sent in self.backward(outputs, columns, rows):
-            for name, gradients in self.gradients(sent):
+        """Add sums over the first ``rows`` samples and all columns to ``totals``; the graph is gone then.
+
+        Raises:
+            ValueError: If samples are not independent.
+        """
+        for found in self.by_rule(outputs, columns, rows):
+            for name, gradients in found:
                 gradients.add_to(totals[name], power)
-        if self._slow and rows:
-            slow = {name: self.parameters[name] for name in self._slow}
-            for found in self.one_by_one(slow, self._batch, columns, self._samples, rows, power):
-                for name, value in found.items():
-                    totals[name] += value
         self._calls.clear()
+        if self._slow:
+            for name, value in self.one_by_one(self._slow, self._batch, columns, self._samples, rows, power).items():
+                totals[name] += value
+            self._calls.clear()
 
-    def backward(self, outputs: Tensor, columns: Columns, rows: int) -> Iterator[dict[nn.Module, list[Tensor | None]]]:
-        """What arrives at each call of each layer, column by column; the graph is gone then."""
-        heard = {module: calls for module, calls in self._calls.items() if module in self._axes}
-        if not heard:
-            return
-        for k in range(columns.number):
-            column = columns.make(k)
-            column[rows:] = 0
-            yield _backward(outputs, heard, column, retain_graph=k + 1 < columns.number)
+    def by_rule(self, outputs: Tensor, columns: Columns, rows: int) -> Iterator[Iterator[tuple[str, SampleGradients]]]:
+        """Column by column the gradients of samples of those parameters that a rule holds for; the graph is gone then.
 
-    def gradients(self, sent: Mapping[nn.Module, list[Tensor | None]]) -> Iterator[tuple[str, SampleGradients]]:
-        """Gradients of samples of the parameters that a rule holds for, from what arrived at each call."""
-        for layer in self.layers:
-            if layer.module in sent:
-                found = self._apply(layer, sent[layer.module], self._axes[layer.module])
-                yield from ((name, gradients) for name, gradients in found.items() if name in self._ruled)
+        Args:
+            outputs: What :meth:`forward` has returned.
+            columns: What is sent back.
+            rows: How many samples count.
+        """
+        mixed = mixed_column(columns, rows)
+        more = columns.number > 1
+        axes, ruled, sent = self._examine(outputs, mixed, retain_graph=more)
+        calls = {module: self._calls[module] for module in axes}
+        for k in range(columns.number if axes else 0):
+            if more:
+                column = columns.make(k)
+                column[rows:] = 0
+                sent = _backward(outputs, calls, column, retain_graph=k + 1 < columns.number)[0]
+            yield (
+                (name, gradients)
+                for layer in self.layers
+                if layer.module in axes
+                for name, gradients in self._apply(layer, sent[layer.module], axes[layer.module]).items()
+                if name in ruled
+            )
 
-    def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         received = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if is_to_be_ignored() or received is None or not isinstance(output, Tensor) or not output.requires_grad:
             return
         self._calls.setdefault(module, []).append(Call(received.detach(), get_gradient_edge(output)))
 
-    def _learn(self, outputs: Tensor) -> None:
-        """Compare the rules with autograd for parameters that take part for the first time."""
-        new = [name for name in self.parameters if name not in self._known]
-        reached = _reached(outputs) if new else set()
-        new = [name for name in new if id(self.parameters[name]) in reached]
-        if not new:
-            return
-        generator = torch.Generator().manual_seed(0)
-        column = torch.randn(outputs.shape, generator=generator).to(outputs)
-        even = (torch.arange(len(outputs), device=outputs.device) % 2 == 0).view(-1, *[1] * (outputs.ndim - 1))
-        sent = [_backward(outputs, self._calls, torch.where(side, column, 0)) for side in (even, ~even)]
-        expected = torch.autograd.grad(
-            outputs, [self.parameters[name] for name in new], torch.where(even, column, 0), retain_graph=True
-        )
-        truth = dict(zip(new, expected, strict=True))
-        ruled: set[str] = set()
+    def _examine(
+        self, outputs: Tensor, column: Tensor, retain_graph: bool
+    ) -> tuple[dict[nn.Module, int], set[str], Sent]:
+        """Layers whose rows are those of samples, with the axis; parameters that a rule holds for; what has arrived."""
+        reached, structure = _graph(outputs)
+        weights = sample_weights(outputs)
+        names = [name for name, parameter in self.parameters.items() if id(parameter) in reached]
+        unknown = [name for name in names if (name, structure) not in self._holds]
+        sent, truth = _backward(outputs, self._calls, column, [self.parameters[name] for name in unknown])
+        expected = dict(zip(unknown, truth, strict=True))
+        weighted, _ = _backward(outputs, self._calls, column * weights, retain_graph=retain_graph)
         axes: dict[nn.Module, int] = {}
+        ruled: set[str] = set()
         for layer in self.layers:
-            if layer.module in self._calls and not truth.keys().isdisjoint(layer.names.values()):
-                axis, names = self._compare(layer, [s[layer.module] for s in sent], truth, even.flatten())
-                ruled |= names
-                axes |= {layer.module: axis} if names else {}
-        self._ruled = (self._ruled - set(new)) | ruled
-        self._axes |= axes
-        self._slow = [name for name in self.parameters if name in {*self._slow, *new} - self._ruled]
-        # of a single sample every axis is that of the samples, and zero gradients tell nothing
-        if len(outputs) > 1:
-            self._known |= {name for name in new if name in self._slow or truth[name].any()}
-
-    def _compare(
-        self, layer: Layer, sent: list[list[Tensor | None]], truth: Mapping[str, Tensor], even: Tensor
-    ) -> tuple[int, set[str]]:
-        """The axis of the samples, and of which parameters the rule finds the gradients."""
-        names = layer.names.values() & truth.keys()
-        scale = torch.stack([torch.linalg.vector_norm(_dense(truth[name])) for name in names]).norm()
-        for axis in (0, 1):
-            try:
-                if not all(self._stays(s, mask, axis) for s, mask in zip(sent, (even, ~even), strict=True)):
+            for axis in (0, 1) if layer.module in self._calls else ():
+                if not self._is_apart(sent[layer.module], weighted[layer.module], weights.flatten(), axis):
                     continue
-                found = self._apply(layer, sent[0], axis)
-                agree = {name for name in names & found.keys() if _agrees(found[name], truth[name], scale)}
-            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
-                continue  # the layer is not what the rule takes it for
-            if agree:
-                return axis, agree
-        return 0, set()
+                agreeing = self._agreeing(layer, sent[layer.module], axis, expected, structure)
+                if agreeing:
+                    axes[layer.module] = axis
+                    ruled |= agreeing
+                    break
+        self._slow = [name for name in names if name not in ruled]
+        self._used["rule"] |= ruled
+        self._used["slow"] |= set(self._slow)
+        return axes, ruled, sent
+
+    def _is_apart(self, sent: list[Tensor | None], weighted: list[Tensor | None], weights: Tensor, axis: int) -> bool:
+        """Whether each row has received what its sample sends, and nothing else."""
+        for gradient, times in zip(sent, weighted, strict=True):
+            if gradient is None or times is None:
+                if gradient is not times:
+                    return False
+                continue
+            try:
+                rows, found = (wide(_arranged(part, self._samples, axis)) for part in (gradient, times))
+            except (RuntimeError, ValueError):
+                return False
+            found = found / weights.view(-1, *[1] * (found.ndim - 1)).to(found)
+            if not is_near(found, rows, torch.zeros_like(weights[0]), gradient.dtype):
+                return False
+        return True
+
+    def _agreeing(
+        self, layer: Layer, sent: list[Tensor | None], axis: int, truth: Mapping[str, Tensor | None], structure: int
+    ) -> set[str]:
+        """Of which parameters the rule finds the gradients: compared with autograd once in every kind of graph."""
+        expected = {name: g for name in layer.names.values() if (g := truth.get(name)) is not None}
+        agreeing = {name for name in layer.names.values() if self._holds.get((name, structure))}
+        if not expected:
+            return agreeing
+        try:
+            found = self._apply(layer, sent, axis)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+            found = {}  # the layer is not what the rule takes it for
+        scale = torch.stack([torch.linalg.vector_norm(dense(gradient)) for gradient in expected.values()]).norm()
+        for name, gradient in expected.items():
+            agrees = name in found and _agrees(found[name], gradient, scale)
+            if not agrees or gradient.any():  # zero proves nothing
+                self._holds[name, structure] = agrees
+            agreeing |= {name} if agrees else set()
+        return agreeing
 
     def _apply(self, layer: Layer, sent: list[Tensor | None], axis: int) -> dict[str, SampleGradients]:
         calls = zip(self._calls[layer.module], sent, strict=True)
@@ -203,10 +231,6 @@ class PerSampleGradients:
             for local, name in layer.names.items()
             if found and local in found[0]
         }
-
-    def _stays(self, sent: list[Tensor | None], mask: Tensor, axis: int) -> bool:
-        """Whether what was sent to some samples has arrived at their rows only."""
-        return not any(_arranged(g, self._samples, axis)[~mask].any() for g in sent if g is not None)
 
 
 def check_outputs(outputs: Any) -> None:
@@ -247,29 +271,41 @@ def _layers(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Layer]:
 
 
 def _backward(
-    outputs: Tensor, calls: Mapping[nn.Module, list[Call]], column: Tensor, retain_graph: bool = True
-) -> dict[nn.Module, list[Tensor | None]]:
+    outputs: Tensor,
+    calls: Mapping[nn.Module, list[Call]],
+    column: Tensor,
+    parameters: Sequence[Tensor] = (),
+    retain_graph: bool = True,
+) -> tuple[Sent, list[Tensor | None]]:
+    """What arrives at each call of each layer, and at parameters."""
     edges = [call.edge for heard in calls.values() for call in heard]
-    if not edges:
-        return {}
-    arrived = iter(
-        torch.autograd.grad(outputs, edges, column.to(outputs.dtype), retain_graph=retain_graph, allow_unused=True)
-    )
-    return {module: [next(arrived) for _ in heard] for module, heard in calls.items()}
+    ends: list[Any] = [*edges, *parameters]
+    if not ends:
+        return {}, []
+    found = torch.autograd.grad(outputs, ends, column.to(outputs.dtype), retain_graph=retain_graph, allow_unused=True)
+    arrived = iter(found)
+    return {module: [next(arrived) for _ in heard] for module, heard in calls.items()}, list(arrived)
 
 
-def _reached(outputs: Tensor) -> set[int]:
-    """Identities of the leaves that a graph ends in."""
-    leaves, seen, waiting = set(), set(), [outputs.grad_fn]
-    while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+def _graph(outputs: Tensor) -> tuple[set[int], int]:
+    """Identities of the leaves that a graph ends in, and a number for its structure: kinds of nodes and their edges."""
+    if outputs.grad_fn is None:
+        return {id(outputs)}, 0
+    leaves: set[int] = set()
+    places: dict[Any, int] = {outputs.grad_fn: 0}
+    waiting: list[Any] = [outputs.grad_fn]
+    structure: list[object] = []
+    for node in waiting:
+        structure.append(node.name())
         if hasattr(node, "variable"):
             leaves.add(id(node.variable))
-        waiting += [following for following, _ in node.next_functions]
-    return leaves if outputs.grad_fn is not None else {id(outputs)}
+            structure.append(id(node.variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in places:
+                places[following] = len(places)
+                waiting.append(following)
+            structure.append(places.get(following))
+    return leaves, hash(tuple(structure))
 
 
 def _arranged(tensor: Tensor, samples: int, axis: int) -> Tensor:
@@ -283,13 +319,7 @@ def _arranged(tensor: Tensor, samples: int, axis: int) -> Tensor:
 
 def _agrees(gradients: SampleGradients, truth: Tensor, scale: Tensor) -> bool:
     """Whether samples add up to autograd; ``scale`` is that of the layer, beside which what cancels is rounding."""
-    expected = _dense(truth)
+    expected = dense(truth)
     total = torch.zeros_like(expected)
     gradients.add_to(total, "signed")
-    tolerance = TOLERANCE.get(truth.dtype, COARSE)
-    error = torch.linalg.vector_norm(total - expected)
-    return bool(error <= tolerance * (torch.linalg.vector_norm(expected) + 0.01 * scale))
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return wide(gradient.to_dense() if gradient.is_sparse else gradient)
+    return is_near(total, expected, scale, truth.dtype)

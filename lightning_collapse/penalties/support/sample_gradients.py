@@ -229,6 +229,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
+def dense(gradient: Tensor) -> Tensor:
+    """At least ``float32``, and not sparse."""
+    return wide(gradient.to_dense() if gradient.is_sparse else gradient)
+
+
 def concatenated(parts: Sequence[SampleGradients]) -> SampleGradients:
     """Of a parameter that was used several times: the sum, one form for all."""
     first: Any = parts[0]

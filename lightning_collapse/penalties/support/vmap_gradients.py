@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, product
+from typing import Any, NamedTuple
 
 import torch
 from lightning_utilities import apply_to_collection
@@ -14,77 +15,188 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from lightning_collapse.penalties.support.output_gradients import Columns
-from lightning_collapse.penalties.support.sample_gradients import Power, apply_power, wide
+from lightning_collapse.penalties.support.sample_gradients import Power, apply_power, dense
+from lightning_collapse.penalties.support.sample_sums import column_weight, is_near, mixed_column, sample_weights
+
+TRIALS = 64
+"""How many ways to take a batch apart are tried."""
+Axes = tuple[int | None, ...]
+"""Of each tensor of a batch the axis of the samples; ``None`` of what all samples share, such as a table."""
+
+
+class _Sums(NamedTuple):
+    """Over samples and columns, by name: of a power, and of the gradients themselves, weighted."""
+
+    powers: dict[str, Tensor]
+    weighted: dict[str, Tensor]
 
 
 class OneByOne:
     """Every sample a batch of its own: several at a time by ``torch.func.vmap``, or in a loop where that fails.
 
+    Of the tensors of a batch those with as many rows as there are samples, or columns, are cut; but a table may have
+    as many rows by accident. So the sum over samples, each with a weight of its own, is compared with autograd on
+    every batch, and other ways to cut are tried before samples are found to depend on each other.
+
     Args:
         model: In eval mode.
         outputs: How it is called on a batch.
+        parameters: All whose gradients are wanted from one method or another, by name.
         chunk_size: Samples at a time.
 
     Attributes:
         method: ``"vmap"`` or ``"loop"``.
     """
 
-    def __init__(self, model: nn.Module, outputs: Callable[[Any, Any], Tensor], chunk_size: int) -> None:
-        self.model, self.outputs, self.chunk_size = model, outputs, chunk_size
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: Callable[[Any, Any], Tensor],
+        parameters: Mapping[str, Tensor],
+        chunk_size: int,
+    ) -> None:
+        self.model, self.outputs, self.parameters, self.chunk_size = model, outputs, parameters, chunk_size
         self.method = "vmap"
         self._called = Called(model, outputs)
+        self._axes: Axes = ()
 
     def __call__(
-        self, parameters: Mapping[str, Tensor], batch: Any, columns: Columns, samples: int, rows: int, power: Power
-    ) -> Iterator[dict[str, Tensor]]:
-        """Sums over columns and a few of the first ``rows`` of ``samples`` at a time, by name of the parameter."""
-        for start in range(0, rows, self.chunk_size):
-            stop = min(start + self.chunk_size, rows)
-            cut = torch.stack([columns.make(k)[start:stop] for k in range(columns.number)], dim=1)
-            if self.method == "vmap":
-                try:
-                    found = self._vmapped(parameters, batch, samples, slice(start, stop), cut, power)
-                except (RuntimeError, NotImplementedError, ValueError, TypeError):
-                    self.method = "loop"  # recurrent kernels, control flow that depends on data, and the like
-                else:
-                    yield found
-                    continue
-            rest = (_cut(batch, samples, slice(start + i, start + i + 1)) for i in range(len(cut)))
-            yield self._looped(parameters, rest, cut, power)
-
-    def _vmapped(
-        self, parameters: Mapping[str, Tensor], batch: Any, samples: int, rows: slice, cut: Tensor, power: Power
+        self, names: Sequence[str], batch: Any, columns: Columns, samples: int, rows: int, power: Power
     ) -> dict[str, Tensor]:
+        """Sums over columns and the first ``rows`` of ``samples``, by name of the parameter.
+
+        Raises:
+            ValueError: If samples are not independent.
+        """
+        truth = self._truth(batch, columns, rows)
+        scale = torch.stack([torch.linalg.vector_norm(gradient) for gradient in truth.values()]).norm()
+        refusal: ValueError | None = None
+        for axes in self._ways(batch, samples):
+            try:
+                sums, method = self._sums(names, batch, axes, columns, rows, power)
+            except Exception as error:  # of the user's model, on what is no batch
+                refusal = refusal or self._refusal(names, f" (on a sample alone the model raises {error!r:.200})")
+                continue
+            zeros = {name: torch.zeros_like(truth[name]) for name in names}
+            found = zeros | sums.weighted
+            wrong = [n for n in names if not is_near(found[n], truth[n], scale, self.parameters[n].dtype)]
+            if not wrong:
+                self._axes, self.method = axes, method
+                return sums.powers
+            refusal = refusal or self._refusal(wrong)
+        assert refusal is not None  # a batch can be taken in one way at least
+        raise refusal
+
+    def _truth(self, batch: Any, columns: Columns, rows: int) -> dict[str, Tensor]:
+        """What autograd says of the whole batch."""
+        outputs = self.outputs(self.model, batch)
+        column = (mixed_column(columns, rows) * sample_weights(outputs)).to(outputs.dtype)
+        found = torch.autograd.grad(outputs, list(self.parameters.values()), column, allow_unused=True)
+        pairs = zip(self.parameters.items(), found, strict=True)
+        return {n: dense(torch.zeros_like(p, requires_grad=False) if g is None else g) for (n, p), g in pairs}
+
+    def _ways(self, batch: Any, samples: int) -> Iterator[Axes]:
+        """Ways to take a batch apart, the likely ones first."""
         tensors: list[Tensor] = []
         apply_to_collection(batch, Tensor, tensors.append)
-        apart = [_is_apart(tensor, samples) for tensor in tensors]
-        tensors = [tensor[rows] if own else tensor for tensor, own in zip(tensors, apart, strict=True)]
+        options = [
+            [*(axis for axis in range(min(tensor.ndim, 2)) if tensor.shape[axis] == samples), None]
+            for tensor in tensors
+        ]
+        ways = list(islice(product(*options), TRIALS))
+        return iter(sorted(ways, key=lambda axes: axes != self._axes))
+
+    def _sums(
+        self, names: Sequence[str], batch: Any, axes: Axes, columns: Columns, rows: int, power: Power
+    ) -> tuple[_Sums, str]:
+        parameters = {name: self.parameters[name] for name in names}
+        if self.method == "vmap":
+            try:
+                return self._summed(self._vmapped, parameters, batch, axes, columns, rows, power), "vmap"
+            except (RuntimeError, NotImplementedError, ValueError, TypeError):
+                pass  # recurrent kernels, control flow that depends on data, and the like
+        return self._summed(self._looped, parameters, batch, axes, columns, rows, power), "loop"
+
+    def _summed(
+        self,
+        method: Callable[..., _Sums],
+        parameters: Mapping[str, Tensor],
+        batch: Any,
+        axes: Axes,
+        columns: Columns,
+        rows: int,
+        power: Power,
+    ) -> _Sums:
+        totals = _Sums({}, {})
+        weights = sample_weights(columns.make(0)).flatten()
+        for start in range(0, rows, self.chunk_size):
+            part = slice(start, min(start + self.chunk_size, rows))
+            cut = torch.stack([columns.make(k)[part] for k in range(columns.number)], dim=1)
+            for total, found in zip(
+                totals, method(parameters, batch, axes, part, cut, weights[part], power), strict=True
+            ):
+                _add(total, found)
+        return totals
+
+    def _vmapped(
+        self,
+        parameters: Mapping[str, Tensor],
+        batch: Any,
+        axes: Axes,
+        part: slice,
+        cut: Tensor,
+        weights: Tensor,
+        power: Power,
+    ) -> _Sums:
+        tensors: list[Tensor] = []
+        apply_to_collection(_cut(batch, axes, part), Tensor, tensors.append)
         leaves = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
 
-        def one(columns: Tensor, *values: Tensor) -> dict[str, Tensor]:
-            given = iter([value.unsqueeze(0) if own else value for value, own in zip(values, apart, strict=True)])
+        def one(columns: Tensor, weight: Tensor, *values: Tensor) -> _Sums:
+            given = iter([v if axis is None else v.unsqueeze(axis) for v, axis in zip(values, axes, strict=True)])
             sample = apply_to_collection(batch, Tensor, lambda _: next(given))
             output, pull, *_ = vjp(lambda weights: functional_call(self._called, weights, (sample,)), leaves)
-            return _reduced((pull(column)[0] for column in columns.to(output.dtype).unsqueeze(1)), power)
+            return _reduced((pull(column)[0] for column in columns.to(output.dtype).unsqueeze(1)), weight, power)
 
-        in_dims = (0, *(0 if own else None for own in apart))
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.filterwarnings("ignore", "There is a performance drop")
-            found = vmap(one, in_dims=in_dims, randomness="different")(cut, *tensors)
-        return {name.removeprefix("model."): value.sum(dim=0) for name, value in found.items()}
+            found = vmap(one, in_dims=(0, 0, *axes), randomness="different")(cut, weights, *tensors)
+        powers, weighted = (
+            {name.removeprefix("model."): value.sum(dim=0) for name, value in sums.items()} for sums in found
+        )
+        return _Sums(powers, weighted)
 
     def _looped(
-        self, parameters: Mapping[str, Tensor], batches: Iterable[Any], cut: Tensor, power: Power
-    ) -> dict[str, Tensor]:
-        found = []
-        for batch, columns in zip(batches, cut, strict=True):
-            output = self.outputs(self.model, batch)
+        self,
+        parameters: Mapping[str, Tensor],
+        batch: Any,
+        axes: Axes,
+        part: slice,
+        cut: Tensor,
+        weights: Tensor,
+        power: Power,
+    ) -> _Sums:
+        totals = _Sums({}, {})
+        leaves = list(parameters.values())
+        for i, (columns, weight) in enumerate(zip(cut, weights, strict=True), part.start):
+            output = self.outputs(self.model, _cut(batch, axes, slice(i, i + 1)))
+            pulled = []
             for k, column in enumerate(columns.to(output.dtype)):
                 keep = k + 1 < len(columns)
-                leaves = list(parameters.values())
                 gradients = torch.autograd.grad(output, leaves, column[None], retain_graph=keep, allow_unused=True)
-                found.append({n: g for n, g in zip(parameters, gradients, strict=True) if g is not None})
-        return _reduced(found, power)
+                pulled.append({n: g for n, g in zip(parameters, gradients, strict=True) if g is not None})
+            for total, found in zip(totals, _reduced(pulled, weight, power), strict=True):
+                _add(total, found)
+        return totals
+
+    def _refusal(self, names: Sequence[str], cause: str = "") -> ValueError:
+        modules = dict.fromkeys(f"`{name.rpartition('.')[0] or type(self.model).__name__}`" for name in names)
+        return ValueError(
+            f"samples are not independent: gradients of {', '.join(modules)} on a batch are not the sum of those of its"
+            f" samples, each alone{cause}. Statistics of a batch, edges between samples and random numbers do that."
+            " Choose an output that depends on one sample with `outputs=`; for the diagonal `estimator='batched'` takes"
+            " batches as they are, and `SynapticIntelligence` and `RWalk` read no data at all."
+        )
 
 
 class Called(nn.Module):
@@ -99,19 +211,27 @@ class Called(nn.Module):
         return self.outputs(self.model, batch)
 
 
-def _reduced(gradients: Iterable[Mapping[str, Tensor]], power: Power) -> dict[str, Tensor]:
-    totals: dict[str, Tensor] = {}
-    for found in gradients:
-        for name, gradient in found.items():
-            value = apply_power(wide(gradient.to_dense() if gradient.is_sparse else gradient), power)
-            totals[name] = totals[name] + value if name in totals else value
+def _reduced(gradients: Iterable[Mapping[str, Tensor]], weight: Tensor, power: Power) -> _Sums:
+    """Sums over the columns of a sample."""
+    totals = _Sums({}, {})
+    for k, found in enumerate(gradients):
+        own = {name: dense(gradient) for name, gradient in found.items()}
+        _add(totals.powers, {name: apply_power(gradient, power) for name, gradient in own.items()})
+        _add(totals.weighted, {name: gradient * (weight * column_weight(k)) for name, gradient in own.items()})
     return totals
 
 
-def _is_apart(tensor: Tensor, samples: int) -> bool:
-    """Whether a tensor of a batch has a row for every sample."""
-    return tensor.ndim > 0 and len(tensor) == samples
+def _add(totals: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    for name, value in found.items():
+        totals[name] = totals[name] + value if name in totals else value
 
 
-def _cut(batch: Any, samples: int, rows: slice) -> Any:
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor[rows] if _is_apart(tensor, samples) else tensor)
+def _cut(batch: Any, axes: Axes, part: slice) -> Any:
+    """The same of some samples only."""
+    given = iter(axes)
+
+    def own(tensor: Tensor) -> Tensor:
+        axis = next(given)
+        return tensor if axis is None else tensor.narrow(axis, part.start, part.stop - part.start)
+
+    return apply_to_collection(batch, Tensor, own)
