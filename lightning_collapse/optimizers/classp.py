@@ -1,4 +1,4 @@
-"""CLASSP: a gradient moves a weight only if it is large, and less the more has moved that weight before."""
+"""Adjustment suppression and sparsity promotion (CLASSP): a gradient moves a weight only if it is large, and less the more has moved that weight before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every penalty on weights is: a pull toward where they were, as a gradient in closed form."""
+"""Weight penalties: a pull toward where weights were, as a gradient in closed form."""
 
 from __future__ import annotations
 
@@ -77,6 +77,9 @@ class Penalty(ABC):
     def after_step(self, parameters: Parameters) -> None:  # noqa: B027 -- few need it
         """See where an optimizer step has led."""
 
+    def skip_step(self) -> None:  # noqa: B027 -- few need it
+        """No step came of what :meth:`observe` saw last, as a gradient scaler decides."""
+
     @abstractmethod
     def consolidate(self, model: nn.Module, loader: Loader | None = None) -> None:
         """Learn from the task that ends now; from the next step on its weights are remembered. Collective."""
@@ -87,6 +90,13 @@ class Penalty(ABC):
 
         Differentiable where nothing is sharded; collective where anything is.
         """
+
+    def curvature(self, parameters: Parameters) -> Tensor | None:
+        """The largest second derivative, 0-dimensional; ``None`` where nothing is pulled. Collective if any is sharded.
+
+        Plain gradient descent at a learning rate above two over it diverges.
+        """
+        return None
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

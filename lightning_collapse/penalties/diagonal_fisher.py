@@ -1,4 +1,4 @@
-"""How much the likelihood of a model needs each of its weights."""
+"""Diagonal Fisher information: how much the likelihood of a model needs each of its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A penalty on weights that the outputs on old tasks depend on, by the Fisher information."""
+"""Elastic weight consolidation (EWC): a penalty on weights by the diagonal of the Fisher information."""
 
 from __future__ import annotations
 

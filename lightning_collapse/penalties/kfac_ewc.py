@@ -1,4 +1,4 @@
-"""A penalty on weights that the outputs on old tasks depend on, layer by layer, together with one another."""
+"""Online structured Laplace (KFAC-EWC): elastic weight consolidation with Kronecker factors of whole layers."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.registry import register_penalty
 
 Pair = tuple[Tensor, Tensor]
+ITERATIONS = 50
+"""Of the power iteration: it is short of the largest eigenvalue by percents at most, which a warning may be."""
 
 
 class _Layer(NamedTuple):
@@ -190,11 +192,21 @@ class KFACEWC(Penalty):
         terms = []
         for name, layer in self._layers_of(parameters):
             distance = self._distance(name, layer, parameters)
-            terms.append((distance * _curved(distance, layer.pairs)).sum())
+            terms.append((distance * _curved(distance, layer.pairs)).sum().clamp_min(0))  # but for rounding
         if not terms:
             parameter = next(iter(parameters.values()))
             return torch.zeros((), dtype=wide(parameter), device=parameter.device)
         return self.weight / 2 * torch.stack(terms).sum()
+
+    @override
+    @torch.no_grad()
+    def curvature(self, parameters: Parameters) -> Tensor | None:
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        found = [
+            _largest_eigenvalue(layer.pairs, name in trained, layer.bias in trained)
+            for name, layer in self._layers_of({name: parameters[name] for name in trained})
+        ]
+        return self.weight * torch.stack(found).max() if found else None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -237,6 +249,22 @@ class KFACEWC(Penalty):
 def _curved(distance: Tensor, pairs: list[Pair]) -> Tensor:
     terms = [gradients @ (distance @ inputs) for inputs, gradients in pairs]
     return torch.stack(terms).sum(dim=0) if len(terms) > 1 else terms[0]
+
+
+@full_precision
+def _largest_eigenvalue(pairs: list[Pair], weight: bool, bias: bool) -> Tensor:
+    """Of the sum of Kronecker products, over changes of the weight, the bias or both; by power iteration."""
+    inputs, gradients = pairs[0]
+    columns = inputs.new_full((len(inputs),), float(weight))
+    columns[-1] = float(bias)
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(len(gradients), len(inputs), generator=generator).to(inputs) * columns
+    norm = change.new_ones(())
+    for _ in range(ITERATIONS):
+        change = _curved(change / torch.linalg.vector_norm(change).clamp_min(torch.finfo(change.dtype).tiny), pairs)
+        change = change * columns
+        norm = torch.linalg.vector_norm(change)
+    return norm
 
 
 def _grown(pair: Pair, old: tuple[int, ...], parameter: Tensor) -> Pair:

@@ -1,4 +1,4 @@
-"""The Fisher information of whole layers, as a Kronecker product."""
+"""Kronecker factors (K-FAC): the Fisher information of whole layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pull toward the initial weights, which keeps a network able to learn."""
+"""Regenerative regularization (L2 Init): a pull toward the initial weights, which keeps a network able to learn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pull toward pretrained weights while they are fine-tuned."""
+"""L2 starting point (L2-SP): a pull toward pretrained weights while they are fine-tuned."""
 
 from __future__ import annotations
 

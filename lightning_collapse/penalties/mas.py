@@ -1,4 +1,4 @@
-"""A penalty on weights that the outputs on old tasks depend on, without labels."""
+"""Memory aware synapses (MAS): a penalty on weights that the outputs on old tasks depend on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much the output of a model needs each of its weights, without labels."""
+"""Importance of memory aware synapses (MAS): how much the output of a model needs each of its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A penalty on the one direction per old task along which its gradients point."""
+"""Rank-one elastic weight consolidation: a penalty on one direction per old task, its mean gradient."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lightning_collapse.penalties.support.fisher_pass import Outputs
 from lightning_collapse.penalties.support.output_gradients import Likelihood
 from lightning_collapse.penalties.support.shards import add_to_gradients, copy_of, total, wide
 from lightning_collapse.penalties.support.state import Memory
+from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import clean_name
@@ -143,6 +144,20 @@ class RankOneEWC(Penalty):
             parameter = next(iter(parameters.values()))
             return torch.zeros((), dtype=torch.promote_types(parameter.dtype, torch.float32), device=parameter.device)
         return self.weight / 2 * torch.stack(terms).sum()
+
+    @override
+    @torch.no_grad()
+    def curvature(self, parameters: Parameters) -> Tensor | None:
+        known = [n for n, p in parameters.items() if n in self.memory["anchor"] and p.requires_grad]
+        if not known or not self._coefficients:
+            return None
+        tables = [self.memory[f"direction{k}"] for k in range(len(self._coefficients))]
+        stacks = [torch.stack([table[name].flatten() for table in tables]) for name in known]
+        gram = total([full_precision(torch.mm)(stack, stack.T) for stack in stacks], [parameters[n] for n in known])
+        roots = torch.stack(self._coefficients).sqrt()
+        # its largest eigenvalue is that of the sum of c_k times the outer product of a direction with itself
+        largest: Tensor = torch.linalg.eigvalsh(gram * roots * roots.unsqueeze(1))[-1]
+        return self.weight * largest
 
     @override
     def state_dict(self) -> dict[str, Any]:

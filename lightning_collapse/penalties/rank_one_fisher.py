@@ -1,4 +1,4 @@
-"""A Fisher information along one direction: that of the mean gradient."""
+"""Rank-one Fisher information: along the mean gradient."""
 
 from __future__ import annotations
 

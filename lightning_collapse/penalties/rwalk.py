@@ -1,4 +1,4 @@
-"""A penalty on weights by the Fisher information and by what they did for the loss, from the training itself."""
+"""Riemannian walk (RWalk): importance by Fisher information and path integral, from the training itself."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ class RWalk(PathPenalty):
 
         trainer = Trainer(callbacks=[WeightPenalty(RWalk(weight=1.0))])
     """
+
+    counts_steps = True
 
     def __init__(self, weight: float = 1.0, alpha: float = 0.9, every_n_steps: int = 10, epsilon: float = 1e-3) -> None:
         super().__init__(weight)

@@ -1,4 +1,4 @@
-"""A penalty on weights that have lowered the loss of old tasks, from the training itself."""
+"""Synaptic intelligence (SI): a penalty on weights that have lowered the loss of old tasks."""
 
 from __future__ import annotations
 

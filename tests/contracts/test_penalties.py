@@ -59,6 +59,11 @@ def trained(name, door, precision="32-true", accumulate=1):
     return flat(model), trainer.logger.rows, list(model.state_dict())
 
 
+def shift(parameter):
+    """Of every class another: the same for all changes no probability, and so no Fisher information sees it."""
+    return 0.1 * torch.arange(1.0, len(parameter) + 1).to(parameter).view(-1, *[1] * (parameter.ndim - 1)) ** 2
+
+
 def train(name, tasks, check):
     """Train by hand beside the reference; ``check(penalty, reference, model)`` before each step and after each end."""
     model, penalty = softmax_regression(), build(name)
@@ -123,6 +128,38 @@ def test_gradient_is_the_derivative_of_the_value(name):
 
 
 @every_penalty
+def test_curvature_is_the_largest_eigenvalue_of_the_hessian(name):
+    """Of all parameters, and of those alone that an optimizer has."""
+    penalty, _, model = train(name, 2, lambda *_: None)
+    for names in (["weight", "bias"], ["weight"], ["bias"]):
+        own = {n: model.get_parameter(n) for n in names}
+        others = {n: p.detach() for n, p in model.named_parameters() if n not in names}
+
+        def value(flat, own=own, others=others):
+            parts = torch.split(flat, [p.numel() for p in own.values()])
+            return penalty.value(others | {n: part.view_as(own[n]) for n, part in zip(own, parts, strict=True)})
+
+        point = torch.cat([p.detach().flatten() for p in own.values()])
+        hessian = torch.autograd.functional.hessian(value, point + 0.1 * torch.randn_like(point))
+        expected = torch.linalg.eigvalsh(hessian)[-1]
+        torch.testing.assert_close(penalty.curvature(own), expected, rtol=0.02, atol=0)
+        assert expected > 0
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    assert penalty.curvature(dict(model.named_parameters())) is None
+
+
+@every_penalty
+def test_steps_that_would_diverge_are_told(name):
+    """When a task has been learned, or at the start, before a step is taken."""
+    torch.manual_seed(0)
+    model, penalty = Classifier(), WeightPenalty(build_toy(name))
+    penalty.penalty.weight *= 1e6
+    with pytest.warns(UserWarning, match="overshoot ever more, unless its weight is below"):
+        fit(model, [penalty], loader(0))
+
+
+@every_penalty
 def test_zero_until_a_task_ends_and_right_after(name):
     if not CASES[name].consolidates:
         pytest.skip("acts from the first step")
@@ -146,10 +183,11 @@ def test_state_goes_through_a_safe_file(name):
     other.load_state_dict(torch.load(file, weights_only=True))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1
+            parameter += shift(parameter)
     parameters = dict(model.named_parameters())
     other.start(parameters)
     assert torch.equal(penalty.value(parameters), other.value(parameters))
+    assert other.value(parameters) > 1e-6
 
 
 @every_penalty
@@ -168,7 +206,7 @@ def test_half_precision_weights_are_remembered_in_single(name):
 def test_autocast_changes_nothing(name):
     """Optimizers that are stepped by hand do so within a training step, where autocast is on."""
     penalty, _, model = train(name, 1, lambda *_: None)
-    parameters = {n: (p.detach() + 0.1).float().requires_grad_() for n, p in model.named_parameters()}
+    parameters = {n: (p.detach() + shift(p)).float().requires_grad_() for n, p in model.named_parameters()}
     penalty.load_state_dict(penalty.state_dict())
     penalty.start(parameters)
     found = []
@@ -179,7 +217,7 @@ def test_autocast_changes_nothing(name):
         for parameter in parameters.values():
             parameter.grad = None
     torch.testing.assert_close(*found, rtol=0, atol=0)
-    assert found[0][0] > 0
+    assert found[0][0] > 1e-6
 
 
 @every_penalty

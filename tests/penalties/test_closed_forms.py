@@ -11,6 +11,7 @@ from lightning_collapse.penalties import (
     MAS,
     L2Init,
     RankOneEWC,
+    RWalk,
     SynapticIntelligence,
     kronecker_factors,
 )
@@ -287,6 +288,33 @@ def test_weights_that_have_raised_the_loss_are_not_pushed_away():
     penalty.after_step({"theta": theta})
     penalty.consolidate(nn.ParameterDict({"theta": theta}))
     assert penalty.memory["importance"]["theta"].item() == 0.0
+
+
+@pytest.mark.parametrize("told", ["by the caller", "by the scale"])
+def test_a_step_that_was_skipped_is_none_of_the_walk(told):
+    """A scaler leaves it out, or an optimizer that takes the scale out itself does, on the device."""
+    scale = torch.tensor(8.0) if told == "by the scale" else None
+    importances = []
+    for skipped in ([], [1, 3]):
+        theta = torch.ones(3, requires_grad=True)
+        penalty = RWalk(every_n_steps=3)
+        penalty.start({"theta": theta})
+        for step in range(7 + len(skipped)):
+            theta.grad = theta.detach() * torch.tensor([1.0, 2.0, 4.0]) * (1 if scale is None else scale)
+            if step in skipped:
+                theta.grad[0] = torch.inf
+            penalty.observe({"theta": theta}, scale)
+            if step not in skipped:
+                with torch.no_grad():
+                    theta -= 0.1 * theta.grad / (1 if scale is None else scale)
+            elif scale is None:
+                penalty.skip_step()
+                continue
+            penalty.after_step({"theta": theta})
+        penalty.consolidate(nn.ParameterDict({"theta": theta}))
+        importances.append(penalty.memory["importance"]["theta"])
+    torch.testing.assert_close(*importances, rtol=0, atol=0)
+    assert importances[0].any()
 
 
 @pytest.mark.parametrize("make", [EWC, KFACEWC, MAS, RankOneEWC])

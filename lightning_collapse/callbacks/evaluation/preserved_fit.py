@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import RunningStage
 
 from lightning_collapse.utilities.distributed import max_over_processes, world_size
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
-from lightning_collapse.utilities.optimizers import has_modes
+from lightning_collapse.utilities.optimizers import evaluation_weights
 from lightning_collapse.utilities.preserved_state import preserved_state
 from lightning_collapse.utilities.trainer import to_device
 
@@ -36,31 +36,12 @@ def preserved_fit(trainer: Trainer, pl_module: LightningModule, gradients: bool 
     try:
         with (
             preserved_state(pl_module, gradients=gradients, autocast=True),
-            _weights_for_use(trainer, pl_module),
+            evaluation_weights(trainer.optimizers),
         ):
             trainer.state.stage = RunningStage.VALIDATING  # hooks that augment a batch ask `trainer.training`
             yield
     finally:
         trainer.state.stage = stage
-
-
-@contextmanager
-def _weights_for_use(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Of optimizers that tell weights for training from weights for use the latter."""
-    switching: list[Any] = [optimizer for optimizer in trainer.optimizers if has_modes(optimizer)]
-    trained = [(p, p.detach().clone()) for o in switching for group in o.param_groups for p in group["params"]]
-    with torch.no_grad():
-        for optimizer in switching:
-            optimizer.eval()
-        moved = any(not torch.equal(parameter, value) for parameter, value in trained)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for optimizer in switching if moved else ():
-                optimizer.train()
-            for parameter, value in trained:
-                parameter.copy_(value)  # a way there and back is not exact
 
 
 def batches_on_device(loader: Loader, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[Any, bool]]:

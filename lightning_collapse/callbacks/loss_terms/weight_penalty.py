@@ -23,7 +23,6 @@ from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
 from lightning_collapse.callbacks.evaluation.task_batches import TaskBatches, check_training_data
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.support.consolidation import check_gathers
-from lightning_collapse.penalties.support.quadratic import QuadraticPenalty
 from lightning_collapse.reporting.loss_term_curves import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.gradients import gradients_of, squared_norms
@@ -207,7 +206,7 @@ class WeightPenalty(TaskAware):
 
     def _warn_of_overshoot(self, trainer: Trainer) -> None:
         """Say so where steps along the penalty alone would diverge, which is known of SGD; no clipping, no task."""
-        if not isinstance(self.penalty, QuadraticPenalty) or trainer.gradient_clip_val:
+        if trainer.gradient_clip_val:
             return
         for optimizer in trainer.optimizers:
             curvature = self.penalty.curvature(self._of(optimizer))

@@ -1,4 +1,4 @@
-"""What penalties share that read a model's output on data."""
+"""Consolidation: what penalties share that learn from a model's output on data when a task ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a layer received and what is sent back to it, to gradients of single samples: one rule per kind."""
+"""Gradient samplers: from what a layer received and is sent back to gradients of samples, one rule per kind."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

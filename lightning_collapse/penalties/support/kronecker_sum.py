@@ -1,4 +1,4 @@
-"""A sum of two Kronecker products, as one."""
+"""Nearest Kronecker product: a sum of two of them, as one."""
 
 import torch
 from torch import Tensor

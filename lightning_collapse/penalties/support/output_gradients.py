@@ -1,4 +1,4 @@
-"""What is sent back through a model, per sample: gradients with respect to its output."""
+"""Output gradients: what is sent back through a model, per sample."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args

@@ -1,10 +1,10 @@
-"""Which weights have lowered the loss on the way: the gradient of the task, along the steps that were taken."""
+"""Path integral: which weights have lowered the loss, by the gradient of the task along the steps that were taken."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,17 @@ class PathPenalty(QuadraticPenalty):
 
     The gradient is that of the task alone, seen before any penalty adds to it and before clipping; a step that a
     gradient scaler skips, because the gradient is not finite, counts as no step.
+
+    Attributes:
+        counts_steps: Whether one in which no weight has moved matters.
     """
+
+    counts_steps: ClassVar[bool] = False
 
     def __init__(self, weight: float) -> None:
         super().__init__(weight)
         self._pending: _Step | None = None
+        self._doubtful = False  # whether the optimizer decides within its step, on the device, if it makes one
         self._buffers: dict[tuple[str, ...], _Step] = {}
 
     @override
@@ -50,11 +56,15 @@ class PathPenalty(QuadraticPenalty):
         step.all_gradients.nan_to_num_(0.0, 0.0, 0.0)
         if scale is not None:
             step.all_gradients.div_(scale.to(step.all_gradients))
-        self._pending = step
+        self._pending, self._doubtful = step, scale is not None
 
     @override
     def after_step(self, parameters: Parameters) -> None:
         self._settle()
+
+    @override
+    def skip_step(self) -> None:
+        self._pending = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -79,6 +89,8 @@ class PathPenalty(QuadraticPenalty):
         if step is None:
             return
         torch._foreach_sub_(step.before, [local(parameter) for parameter in step.parameters.values()])
+        if self.counts_steps and self._doubtful and not step.all_changes.any():  # waits for the device
+            return
         self._advance(step.parameters, step.gradients, step.before)
 
 
@@ -87,6 +99,7 @@ class _Step(NamedTuple):
 
     parameters: Parameters
     all_gradients: Tensor
+    all_changes: Tensor
     gradients: list[Tensor]
     before: list[Tensor]
 
@@ -97,7 +110,7 @@ class _Step(NamedTuple):
         dtype = max((wide(part) for part in parts), key=lambda kind: kind.itemsize)
         gradients, before = (torch.zeros(size, dtype=dtype, device=parts[0].device) for _ in range(2))
         shapes = [part.shape for part in parts]
-        return cls(parameters, gradients, _split(gradients, shapes), _split(before, shapes))
+        return cls(parameters, gradients, before, _split(gradients, shapes), _split(before, shapes))
 
 
 def _dense(gradient: Tensor) -> Tensor:

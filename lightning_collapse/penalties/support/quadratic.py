@@ -1,4 +1,4 @@
-"""A pull of each weight toward where it was, as strong as it matters."""
+"""Quadratic penalty: a pull of each weight toward where it was, as strong as it matters."""
 
 from __future__ import annotations
 
@@ -85,14 +85,11 @@ class QuadraticPenalty(Penalty):
         offsets = [self._offsets[name] for name in known if name in self._offsets]
         if offsets:
             value = value + torch.stack(offsets).sum().to(value)
-        return self.strength * value
+        return self.strength * value.clamp_min(0)  # a sum of squares, but for rounding
 
+    @override
     @torch.no_grad()
     def curvature(self, parameters: Parameters) -> Tensor | None:
-        """The largest second derivative, 0-dimensional; ``None`` where nothing is pulled. Collective if any is sharded.
-
-        Plain gradient descent at a learning rate above two over it diverges.
-        """
         table = self.memory[self.known_by]
         pulled = {name: p for name, p in parameters.items() if name in table and p.requires_grad}
         if not pulled:

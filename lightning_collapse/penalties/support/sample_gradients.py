@@ -1,4 +1,4 @@
-"""Gradients of single samples in the form that layers leave them: sums over samples without one tensor per sample."""
+"""Sample gradients in the form that layers leave them: sums over samples without one tensor per sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that lie beside parameters: on their devices, cut as they are cut, at least in single precision."""
+"""Sharded state: tensors that lie beside parameters, cut as they are cut, at least in single precision."""
 
 from __future__ import annotations
 

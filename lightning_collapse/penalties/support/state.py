@@ -1,4 +1,4 @@
-"""What a penalty remembers of parameters, through growth, new machines and checkpoints."""
+"""State of a penalty: what it keeps of parameters, through growth, new machines and checkpoints."""
 
 from __future__ import annotations
 

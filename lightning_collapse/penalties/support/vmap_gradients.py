@@ -1,4 +1,4 @@
-"""Gradients of single samples of any model: each sample is a batch of its own."""
+"""Gradients by vmap: of single samples of any model, each a batch of its own."""
 
 from __future__ import annotations
 
