@@ -1,4 +1,4 @@
-"""Adjustment suppression and sparsity promotion (CLASSP): a gradient moves a weight only if it is large, and less the more has moved that weight before."""
+"""Adjustment suppression and sparsity promotion (CLASSP): only large gradients move a weight, less the more have."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class KFACEWC(Penalty):
     def start(self, parameters: Parameters) -> None:
         check_unsharded(self, parameters)
         shapes = {name: self.memory.layouts[name].shape for name in self.memory["anchor"]}
-        self.memory.place(parameters, follow=("anchor",))
+        parameters = self.memory.place(parameters, follow=("anchor",))
         layers = {name: layer for name, layer in self._layers.items() if name in parameters}
         self._layers = {}
         for name, (bias, pairs) in layers.items():
@@ -132,7 +132,7 @@ class KFACEWC(Penalty):
             self._layers[name] = _Layer(bias, placed) if bias in parameters else _Layer("", _without_bias(placed))
         covered = {*self._layers, *(layer.bias for layer in self._layers.values())}
         self.memory.tables["anchor"] = {n: a for n, a in self.memory["anchor"].items() if n in covered}
-        self._everything = dict(parameters)
+        self._everything = parameters
 
     @override
     @torch.no_grad()

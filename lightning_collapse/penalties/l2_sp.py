@@ -69,7 +69,7 @@ class L2SP(QuadraticPenalty):
         first = not self.memory["pretrained"]
         if first:
             self._check(parameters)
-        self.memory.place(parameters)  # zero where it has grown: not pretrained, and pulled to zero
+        parameters = self.memory.place(parameters)  # zero where it has grown: not pretrained, and pulled to zero
         anchors, pretrained = self.memory["anchor"], self.memory["pretrained"]
         for name, parameter in parameters.items():
             if name not in pretrained:

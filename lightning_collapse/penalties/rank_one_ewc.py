@@ -82,13 +82,13 @@ class RankOneEWC(Penalty):
 
     @override
     def start(self, parameters: Parameters) -> None:
-        self.memory.place(parameters, follow=("anchor",))
+        parameters = self.memory.place(parameters, follow=("anchor",))
         first = next(iter(parameters.values()))
         self._coefficients, self._offsets = (
             [number.to(first.device, wide(first)) for number in numbers]
             for numbers in (self._coefficients, self._offsets)
         )
-        self._everything = dict(parameters)
+        self._everything = parameters
 
     @override
     @torch.no_grad()

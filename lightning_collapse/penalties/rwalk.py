@@ -71,6 +71,7 @@ class RWalk(PathPenalty):
     @override
     def start(self, parameters: Parameters) -> None:
         super().start(parameters)
+        parameters = {name: parameter for name, parameter in parameters.items() if name in self.memory.layouts}
         self._steps = {name: self._steps.get(name, 0) for name in parameters}
         for kind in ("squares", "drop", "score"):
             table = self.memory[kind]

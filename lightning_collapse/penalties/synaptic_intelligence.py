@@ -51,7 +51,7 @@ class SynapticIntelligence(PathPenalty):
     def start(self, parameters: Parameters) -> None:
         super().start(parameters)
         paths, anchors = self.memory["path"], self.memory["anchor"]
-        paths.update({name: torch.zeros_like(anchors[name]) for name in parameters if name not in paths})
+        paths.update({name: torch.zeros_like(anchors[name]) for name in anchors if name not in paths})
 
     @override
     @torch.no_grad()

@@ -13,6 +13,7 @@ from lightning_collapse.penalties import (
     RankOneEWC,
     RWalk,
     SynapticIntelligence,
+    diagonal_fisher,
     kronecker_factors,
 )
 from lightning_collapse.penalties.support.kronecker_sum import nearest_kronecker_product
@@ -335,3 +336,53 @@ def test_importance_that_is_not_finite_is_left_out(make):
 def test_penalties_that_were_not_started_know_nothing():
     with pytest.raises(ValueError, match="knows no parameter"):
         EWC().consolidate(softmax_regression(), [task(0)])
+
+
+class Odd(nn.Module):
+    """One trained weight that is complex, and a frozen one of bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = nn.Parameter(torch.ones(6, dtype=torch.cfloat))
+        self.codes = nn.Parameter(torch.ones(6, dtype=torch.uint8), requires_grad=False)
+        self.lin = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.lin((x * self.turn).real * self.codes)
+
+
+@pytest.mark.parametrize("make", [EWC, KFACEWC, MAS, RankOneEWC, L2Init, L2SP, SynapticIntelligence, RWalk])
+def test_weights_that_are_no_real_numbers_are_left_out_by_name(make):
+    torch.manual_seed(0)
+    model, data, penalty = Odd(), task(0, 16, torch.float32), make()
+    parameters = dict(model.named_parameters())
+    told = r"no real numbers: `turn` \(torch.complex64\), `codes` \(torch.uint8\)\."
+    with pytest.warns(UserWarning, match=told):
+        penalty.start(parameters)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(12):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data[0]), data[1]).backward()
+        penalty.observe(parameters)
+        penalty.add_gradients(parameters)
+        optimizer.step()
+        penalty.after_step(parameters)
+    penalty.consolidate(model, [data])
+    with torch.no_grad():
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter += torch.randn_like(parameter)
+    assert penalty.value(parameters).dtype == torch.float32
+    assert penalty.value(parameters) > 0
+    model.zero_grad()
+    penalty.add_gradients(parameters)
+    assert [name for name, p in parameters.items() if p.grad is not None and p.grad.any()] == ["lin.weight", "lin.bias"]
+
+
+@pytest.mark.filterwarnings("ignore:No penalty holds")
+def test_importance_of_real_weights_beside_others():
+    torch.manual_seed(0)
+    model, data = Odd(), task(0, 16, torch.float32)
+    found = diagonal_fisher(model, [data], "empirical").values
+    assert list(found) == ["lin.weight", "lin.bias"]
+    p = model(data[0]).softmax(dim=1).detach() - nn.functional.one_hot(data[1], 3)
+    torch.testing.assert_close(found["lin.bias"], p.square().mean(dim=0))

@@ -23,6 +23,7 @@ from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
 from lightning_collapse.callbacks.evaluation.task_batches import TaskBatches, check_training_data
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.support.consolidation import check_gathers
+from lightning_collapse.penalties.support.real_parameters import real_ones
 from lightning_collapse.reporting.loss_term_curves import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.gradients import gradients_of, squared_norms
@@ -238,7 +239,7 @@ class WeightPenalty(TaskAware):
 
     def _choose(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
         named = {clean_name(name): parameter for name, parameter in pl_module.named_parameters()}
-        named = {n: p for n, p in named.items() if not nn.parameter.is_lazy(p) and p.is_floating_point()}
+        named = real_ones(named)
         patterns = ["*"] if self.patterns is None else self.patterns
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in named):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_collapse.penalties.support.output_gradients import Columns
 from lightning_collapse.penalties.support.per_sample import METHODS, PerSampleGradients, check_outputs
+from lightning_collapse.penalties.support.real_parameters import real_ones
 from lightning_collapse.penalties.support.sample_gradients import Power, dense
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
@@ -183,14 +184,12 @@ class FisherPass:
 
 
 def trainable(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Parameters that require a gradient, tied ones once, by name.
+    """Real parameters that require a gradient, tied ones once, by name.
 
     Raises:
         ValueError: If a pattern matches no parameter, or nothing is left.
     """
-    names: dict[str, Tensor] = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    names: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for pattern in patterns or ():
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
@@ -199,6 +198,7 @@ def trainable(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[s
             )
     if patterns is not None:
         names = {name: value for name, value in names.items() if any(fnmatchcase(name, p) for p in patterns)}
+    names = real_ones(names)
     if not names:
         raise ValueError(f"`model`: {type(model).__name__} has no parameter that requires a gradient.")
     return names

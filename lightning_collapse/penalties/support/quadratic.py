@@ -172,7 +172,8 @@ class QuadraticPenalty(Penalty):
     def _take_anchors(self, parameters: Parameters) -> None:
         """Anchor where they are now those that have no anchor yet."""
         anchors = self.memory["anchor"]
-        anchors.update({name: copy_of(parameter) for name, parameter in parameters.items() if name not in anchors})
+        new = {name: p for name, p in parameters.items() if name in self.memory.layouts and name not in anchors}
+        anchors.update({name: copy_of(parameter) for name, parameter in new.items()})
 
     def _parts(self, kind: str, parameters: Parameters) -> list[Tensor]:
         table = self.memory[kind]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_collapse.penalties.support.real_parameters import real_ones
 from lightning_collapse.penalties.support.shards import Layout, wide
 from lightning_collapse.utilities.sharding import local
 
@@ -29,16 +30,20 @@ class Memory:
         return self.tables.setdefault(kind, {})
 
     @torch.no_grad()
-    def place(self, parameters: Mapping[str, Tensor], follow: Collection[str] = ()) -> None:
+    def place(self, parameters: Mapping[str, Tensor], follow: Collection[str] = ()) -> dict[str, Tensor]:
         """Move everything to the parameters; what they have grown by is zero. Collective if any is sharded.
 
         Args:
             parameters: All there are, by name; what is remembered of others is dropped, with a warning.
             follow: Kinds that take the values of a parameter where it has grown.
 
+        Returns:
+            The parameters that can be remembered; those that are no real numbers are left out, with a warning.
+
         Raises:
             ValueError: If a parameter has shrunk or has another number of dimensions.
         """
+        parameters = real_ones(parameters)
         for name, parameter in parameters.items():
             if any(name in table for table in self.tables.values()):
                 _check_growth(name, self.layouts[name].shape, tuple(parameter.shape))
@@ -54,6 +59,7 @@ class Memory:
                 if name in table:
                     table[name] = self._placed(name, table[name], parameter, kind in follow)
         self.layouts = {name: Layout.of(parameter) for name, parameter in parameters.items()}
+        return parameters
 
     def whole(self) -> dict[str, dict[str, Tensor]]:
         """A copy in which nothing is sharded. Collective if anything is."""
