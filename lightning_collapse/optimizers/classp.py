@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_collapse.utilities.parameters import as_real
 from lightning_collapse.utilities.sharding import local
 
 
@@ -31,7 +32,7 @@ class CLASSP(Optimizer):
     ``torch.optim.Adagrad(params, lr, initial_accumulator_value=eps, eps=0)``.
 
     Nothing waits for the device. A NaN is not above any threshold. Sums over weights of half precision are ``float32``;
-    shards (``DTensor``) are updated where they lie.
+    shards (``DTensor``) are updated where they lie; of a complex weight real and imaginary part are weights each.
 
     Args:
         params: Parameters, or groups of them, each with any of the following of its own.
@@ -127,8 +128,8 @@ class CLASSP(Optimizer):
 
     def _update(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
         sums = [local(self._sum_of(p, group["eps"])) for p in params]
-        weights = [local(p).detach() for p in params]
-        grads = [local(p.grad).detach().to(total.dtype) for p, total in zip(params, sums, strict=True)]
+        weights = [as_real(local(p).detach()) for p in params]
+        grads = [as_real(local(p.grad).detach()).to(total.dtype) for p, total in zip(params, sums, strict=True)]
         least, power = sqrt(group["threshold"]), group["power"]
         # |g| and not its square, which would underflow
         grads = [torch.where(g.abs() > least, g, 0.0) for g in grads]
@@ -152,10 +153,10 @@ class CLASSP(Optimizer):
     def _sum_of(self, parameter: nn.Parameter, eps: float) -> Tensor:
         state = self.state[parameter]
         if not state:
-            state["sum"] = torch.full_like(parameter, eps, dtype=_sum_dtype(parameter))
+            state["sum"] = torch.full_like(as_real(parameter), eps, dtype=_sum_dtype(parameter))
         total: Tensor = state["sum"]
         return total
 
 
 def _sum_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
+    return torch.promote_types(as_real(parameter).dtype, torch.float32)

@@ -71,6 +71,18 @@ def test_with_a_power_of_two_and_no_threshold_it_is_adagrad():
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.5])
+def test_the_parts_of_a_complex_weight_are_weights(power):
+    torch.manual_seed(0)
+    weight, grads = torch.randn(5, 2), list(torch.randn(4, 5, 2))
+    wanted, total = run(weight, grads, lr=0.3, threshold=0.2, eps=1e-3, power=power)
+    pairs = [torch.view_as_complex(grad) for grad in grads]
+    found, sums = run(torch.view_as_complex(weight), pairs, lr=0.3, threshold=0.2, eps=1e-3, power=power)
+    torch.testing.assert_close(torch.view_as_real(found), wanted)
+    torch.testing.assert_close(sums, total)
+    assert not torch.equal(wanted, weight)
+
+
 def test_groups_have_their_own_and_may_change_between_tasks():
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     optimizer = CLASSP([{"params": [a], "threshold": 0.0}, {"params": [b], "lr": 1.0}], lr=0.1, apply_decay=False)
