@@ -191,6 +191,32 @@ def test_state_goes_through_a_safe_file(name):
 
 
 @every_penalty
+def test_sparse_gradients_are_taken_as_dense_ones(name):
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 6, sparse=sparse), nn.Flatten(), nn.Linear(12, 3)).double()
+        penalty, parameters = build_toy(name), dict(model.named_parameters())
+        if name == "L2SP":
+            penalty.new = ["2.*"]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        x, y = torch.randint(5, (16, 2)), torch.randint(3, (16,))  # two rows of the table are never looked up
+        for _ in range(2):
+            penalty.start(parameters)
+            for _ in range(6):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                assert model[0].weight.grad.is_sparse == sparse
+                penalty.observe(parameters)
+                penalty.add_gradients(parameters)
+                optimizer.step()
+                penalty.after_step(parameters)
+            penalty.consolidate(model, [(x, y)])
+        found.append((flat(model), penalty.value(parameters).detach(), penalty.state_dict()))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+
+
+@every_penalty
 def test_half_precision_weights_are_remembered_in_single(name):
     penalty, _, model = train(name, 1, lambda *_: None)
     state = penalty.state_dict()
