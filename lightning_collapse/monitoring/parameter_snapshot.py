@@ -1,4 +1,4 @@
-"""Where tensors of a model were at some time, and how far they have gone since."""
+"""Parameter snapshot: where tensors of a model were at some time, and how far they have gone since."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_collapse.penalties.support.shards import Layout
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.gradients import local_part, shards_of
+from lightning_collapse.utilities.parameters import why_no_number
 from lightning_collapse.utilities.sharding import local
 from lightning_collapse.utilities.weight_matrices import whole
 
@@ -17,13 +18,15 @@ from lightning_collapse.utilities.weight_matrices import whole
 class ParameterSnapshot:
     """A copy of tensors by name, sharded like them.
 
+    The parts of a complex tensor count as numbers each; codes of quantized weights are no numbers, and left out.
+
     Args:
         tensors: Parameters and buffers as they are now.
         saved: What :meth:`state_dict` returned, to be taken for the copy of those it has in the same shape.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None) -> None:
-        self._copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self._copies = {name: t.detach().clone() for name, t in tensors.items() if not why_no_number(t)}
         for name, copy in self._copies.items():
             value = (saved or {}).get(name)
             if value is not None and value.shape == copy.shape:
@@ -52,10 +55,7 @@ class ParameterSnapshot:
         sums = _powers(list(known.values()), steps, order)
         if move:
             torch._foreach_copy_(copies, now)
-        places = {name: i for i, name in enumerate(tensors)}
-        found = sums.new_zeros(len(tensors))
-        found[torch.tensor([places[name] for name in known], device=sums.device)] = sums
-        return found
+        return _placed(sums, [i for i, name in enumerate(tensors) if name in known], len(tensors))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The copies, whole and on the host. Collective."""
@@ -67,8 +67,22 @@ class ParameterSnapshot:
 
 @torch.no_grad()
 def absolute_sums(tensors: Sequence[Tensor]) -> Tensor:
-    """This process's part of the sums of absolute values, shape ``(len(tensors),)``; for no tensor a single 0."""
-    return _powers(tensors, [local_part(tensor.detach()) for tensor in tensors], 1) if tensors else torch.zeros(1)
+    """This process's part of the sums of absolute values, shape ``(len(tensors),)``; 0 of what is no number.
+
+    For no tensor a single 0.
+    """
+    places = [i for i, tensor in enumerate(tensors) if not why_no_number(tensor)]
+    if not places:
+        return torch.zeros(len(tensors) or 1)
+    known = [tensors[i].detach() for i in places]
+    return _placed(_powers(known, [local_part(tensor) for tensor in known], 1), places, len(tensors))
+
+
+def _placed(sums: Tensor, places: Sequence[int], number: int) -> Tensor:
+    """Sums at their places among ``number``, and 0 at others."""
+    found = sums.new_zeros(number)
+    found[torch.tensor(places, device=sums.device)] = sums
+    return found
 
 
 def _powers(tensors: Sequence[Tensor], parts: Sequence[Tensor], order: int) -> Tensor:

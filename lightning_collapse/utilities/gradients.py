@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.utilities.distributed import world_size
+from lightning_collapse.utilities.parameters import as_real
 from lightning_collapse.utilities.sharding import local
 
 
@@ -49,9 +50,9 @@ def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def local_part(gradient: Any) -> Tensor:
-    """This process's part of a tensor, of a sparse one its values."""
+    """This process's part of a tensor: of a sparse one its values, of a complex one its real and imaginary parts."""
     part = local(gradient)
-    return part.coalesce().values() if part.is_sparse else part
+    return as_real(part.coalesce().values() if part.is_sparse else part)
 
 
 def shards_of(tensor: Any) -> int:
