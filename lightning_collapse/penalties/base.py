@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lightning_collapse.penalties.support.state import ParameterState
 from lightning_collapse.utilities.loaders import Loader
 
 Parameters = Mapping[str, Tensor]
@@ -37,17 +38,26 @@ class Penalty(ABC):
 
     Attributes:
         needs_data: Whether :meth:`consolidate` reads a model's output on data.
+        follows_steps: Whether what is learned comes from the steps of the training.
+        state: Tables of tensors by kind and name of a parameter, each as large as the parameter.
 
     Raises:
         ValueError: If ``weight`` is negative or not finite.
     """
 
     needs_data: ClassVar[bool] = False
+    follows_steps: ClassVar[bool] = False
 
     def __init__(self, weight: float) -> None:
         if not isinstance(weight, float | int) or not 0 <= weight < inf:
             raise ValueError(f"`weight` must be a number, finite and not negative, got {weight!r}.")
         self.weight = weight
+        self.state = ParameterState()
+
+    @property
+    def memory(self) -> ParameterState:
+        """The name of :attr:`state` in version 0.1.0."""
+        return self.state
 
     @abstractmethod
     def start(self, parameters: Parameters) -> None:

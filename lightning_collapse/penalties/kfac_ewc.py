@@ -25,7 +25,6 @@ from lightning_collapse.penalties.support.fisher_pass import Outputs
 from lightning_collapse.penalties.support.kronecker_sum import nearest_kronecker_product
 from lightning_collapse.penalties.support.output_gradients import Estimator, Likelihood, check_estimator
 from lightning_collapse.penalties.support.shards import add_to_gradients, copy_of, wide
-from lightning_collapse.penalties.support.state import Memory
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
@@ -115,7 +114,6 @@ class KFACEWC(Penalty):
         self.likelihood = likelihood
         self.outputs = outputs
         self.labels = labels
-        self.memory = Memory()
         self._layers: dict[str, _Layer] = {}
         self._everything: Parameters = {}
         self._left_out: list[str] = []
@@ -123,15 +121,15 @@ class KFACEWC(Penalty):
     @override
     def start(self, parameters: Parameters) -> None:
         check_unsharded(self, parameters)
-        shapes = {name: self.memory.layouts[name].shape for name in self.memory["anchor"]}
-        parameters = self.memory.place(parameters, follow=("anchor",))
+        shapes = {name: self.state.layouts[name].shape for name in self.state["anchor"]}
+        parameters = self.state.place(parameters, follow=("anchor",))
         layers = {name: layer for name, layer in self._layers.items() if name in parameters}
         self._layers = {}
         for name, (bias, pairs) in layers.items():
             placed = [_grown(pair, shapes[name], parameters[name]) for pair in pairs]
             self._layers[name] = _Layer(bias, placed) if bias in parameters else _Layer("", _without_bias(placed))
         covered = {*self._layers, *(layer.bias for layer in self._layers.values())}
-        self.memory.tables["anchor"] = {n: a for n, a in self.memory["anchor"].items() if n in covered}
+        self.state.tables["anchor"] = {n: a for n, a in self.state["anchor"].items() if n in covered}
         self._everything = parameters
 
     @override
@@ -185,7 +183,7 @@ class KFACEWC(Penalty):
                 pairs[:2] = [nearest_kronecker_product(*pairs[:2])]
             self._layers[name] = _Layer(known.bias or bias, pairs)
         covered = {*self._layers, *(layer.bias for layer in self._layers.values() if layer.bias)}
-        self.memory.tables["anchor"] = {name: copy_of(self._everything[name]) for name in covered}
+        self.state.tables["anchor"] = {name: copy_of(self._everything[name]) for name in covered}
 
     @override
     def value(self, parameters: Parameters) -> Tensor:
@@ -214,11 +212,11 @@ class KFACEWC(Penalty):
             name: {layer.bias: [[part.clone() for part in pair] for pair in layer.pairs]}
             for name, layer in self._layers.items()
         }
-        return {"memory": self.memory.whole(), "layers": layers}
+        return {"memory": self.state.whole(), "layers": layers}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.memory.load(state_dict["memory"])
+        self.state.load(state_dict["memory"])
         self._layers = {
             name: _Layer(bias, [(a.clone(), g.clone()) for a, g in pairs])
             for name, layer in state_dict["layers"].items()
@@ -230,7 +228,7 @@ class KFACEWC(Penalty):
 
     def _distance(self, name: str, layer: _Layer, parameters: Parameters) -> Tensor:
         """Of weight and bias from their anchor, ``(O, I + 1)``; one of them may be another optimizer's."""
-        anchors = self.memory["anchor"]
+        anchors = self.state["anchor"]
         parts = {n: parameters.get(n, self._everything[n]) - anchors[n] for n in (name, layer.bias) if n}
         weight = parts[name].flatten(1)
         bias = parts[layer.bias].unsqueeze(1) if layer.bias else weight.new_zeros(len(weight), 1)

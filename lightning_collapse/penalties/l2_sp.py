@@ -66,11 +66,11 @@ class L2SP(QuadraticPenalty):
 
     @override
     def start(self, parameters: Parameters) -> None:
-        first = not self.memory["pretrained"]
+        first = not self.state["pretrained"]
         if first:
             self._check(parameters)
-        parameters = self.memory.place(parameters)  # zero where it has grown: not pretrained, and pulled to zero
-        anchors, pretrained = self.memory["anchor"], self.memory["pretrained"]
+        parameters = self.state.place(parameters)  # zero where it has grown: not pretrained, and pulled to zero
+        anchors, pretrained = self.state["anchor"], self.state["pretrained"]
         for name, parameter in parameters.items():
             if name not in pretrained:
                 old = first and not any(fnmatchcase(name, pattern) for pattern in self.new)

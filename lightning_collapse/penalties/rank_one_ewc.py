@@ -15,7 +15,6 @@ from lightning_collapse.penalties.support.consolidation import check_loader, is_
 from lightning_collapse.penalties.support.fisher_pass import Outputs
 from lightning_collapse.penalties.support.output_gradients import Likelihood
 from lightning_collapse.penalties.support.shards import add_to_gradients, copy_of, total, wide
-from lightning_collapse.penalties.support.state import Memory
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
@@ -75,14 +74,13 @@ class RankOneEWC(Penalty):
         self.n_samples = n_samples
         self.outputs = outputs
         self.labels = labels
-        self.memory = Memory()
         self._coefficients: list[Tensor] = []
         self._offsets: list[Tensor] = []  # how far the latest anchor is from each, along its direction
         self._everything: Parameters = {}
 
     @override
     def start(self, parameters: Parameters) -> None:
-        parameters = self.memory.place(parameters, follow=("anchor",))
+        parameters = self.state.place(parameters, follow=("anchor",))
         first = next(iter(parameters.values()))
         self._coefficients, self._offsets = (
             [number.to(first.device, wide(first)) for number in numbers]
@@ -93,13 +91,13 @@ class RankOneEWC(Penalty):
     @override
     @torch.no_grad()
     def add_gradients(self, parameters: Parameters, scale: Tensor | None = None) -> None:
-        anchors = self.memory["anchor"]
+        anchors = self.state["anchor"]
         pulled = {name: p for name, p in parameters.items() if name in anchors and p.requires_grad}
         if not pulled or not self.weight:
             return
         pulls = [torch.zeros_like(anchors[name]) for name in pulled]
         for k, along in enumerate(self._along()):  # of all parameters, whichever the optimizer has
-            directions = [self.memory[f"direction{k}"][name] for name in pulled]
+            directions = [self.state[f"direction{k}"][name] for name in pulled]
             torch._foreach_add_(pulls, torch._foreach_mul(directions, self._coefficients[k] * along))
         add_to_gradients(list(pulled.values()), pulls, self.weight, scale)
 
@@ -126,14 +124,14 @@ class RankOneEWC(Penalty):
         with torch.no_grad():
             directions = parts_of({names[name]: value for name, value in found.mean.items()}, self._everything)
             self._offsets = self._along()
-            for table in list(self.memory.tables.values()):  # of parameters that were frozen before
+            for table in list(self.state.tables.values()):  # of parameters that were frozen before
                 table.update({name: torch.zeros_like(v) for name, v in directions.items() if name not in table})
             named = {clean_name(name): parameter for name, parameter in model.named_parameters()}
-            kept = self.memory["anchor"].keys() | directions.keys()
+            kept = self.state["anchor"].keys() | directions.keys()
             anchors = {name: copy_of(parameter) for name, parameter in named.items() if name in kept}
-            self.memory.tables["anchor"] = anchors
+            self.state.tables["anchor"] = anchors
             zeros = {name: torch.zeros_like(anchor) for name, anchor in anchors.items()}
-            self.memory.tables[f"direction{len(self._coefficients)}"] = zeros | directions
+            self.state.tables[f"direction{len(self._coefficients)}"] = zeros | directions
             self._coefficients.append(found.coefficient)
             self._offsets.append(torch.zeros_like(found.coefficient))
 
@@ -148,10 +146,10 @@ class RankOneEWC(Penalty):
     @override
     @torch.no_grad()
     def curvature(self, parameters: Parameters) -> Tensor | None:
-        known = [n for n, p in parameters.items() if n in self.memory["anchor"] and p.requires_grad]
+        known = [n for n, p in parameters.items() if n in self.state["anchor"] and p.requires_grad]
         if not known or not self._coefficients:
             return None
-        tables = [self.memory[f"direction{k}"] for k in range(len(self._coefficients))]
+        tables = [self.state[f"direction{k}"] for k in range(len(self._coefficients))]
         stacks = [torch.stack([table[name].flatten() for table in tables]) for name in known]
         gram = total([full_precision(torch.mm)(stack, stack.T) for stack in stacks], [parameters[n] for n in known])
         roots = torch.stack(self._coefficients).sqrt()
@@ -162,23 +160,23 @@ class RankOneEWC(Penalty):
     @override
     def state_dict(self) -> dict[str, Any]:
         numbers = {"coefficients": self._coefficients, "offsets": self._offsets}
-        return {"memory": self.memory.whole()} | {kind: [n.clone() for n in found] for kind, found in numbers.items()}
+        return {"memory": self.state.whole()} | {kind: [n.clone() for n in found] for kind, found in numbers.items()}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.memory.load(state_dict["memory"])
+        self.state.load(state_dict["memory"])
         self._coefficients = [number.clone() for number in state_dict["coefficients"]]
         self._offsets = [number.clone() for number in state_dict["offsets"]]
 
     def _along(self, parameters: Parameters | None = None) -> list[Tensor]:
         """How far the parameters are from the anchor of every task, along its direction."""
-        everything, anchors = self._everything if parameters is None else parameters, self.memory["anchor"]
+        everything, anchors = self._everything if parameters is None else parameters, self.state["anchor"]
         known = [name for name in everything if name in anchors]
         if not known:
             return []
         here = [local(everything[name]) for name in known]
         distances = torch._foreach_sub(here, [anchors[name] for name in known])
-        directions = [self.memory[f"direction{k}"] for k in range(len(self._offsets))]
+        directions = [self.state[f"direction{k}"] for k in range(len(self._offsets))]
         products = [  # no matrix product: autocast would run it in half precision
             torch.stack([(direction[name] * distance).sum() for direction in directions])
             for name, distance in zip(known, distances, strict=True)

@@ -71,12 +71,12 @@ class RWalk(PathPenalty):
     @override
     def start(self, parameters: Parameters) -> None:
         super().start(parameters)
-        parameters = {name: parameter for name, parameter in parameters.items() if name in self.memory.layouts}
+        parameters = {name: parameter for name, parameter in parameters.items() if name in self.state.layouts}
         self._steps = {name: self._steps.get(name, 0) for name in parameters}
         for kind in ("squares", "drop", "score"):
-            table = self.memory[kind]
+            table = self.state[kind]
             table.update({n: torch.zeros_like(copy_of(p)) for n, p in parameters.items() if n not in table})
-        marks = self.memory["mark"]
+        marks = self.state["mark"]
         marks.update({name: copy_of(parameter) for name, parameter in parameters.items() if name not in marks})
 
     @override
@@ -86,8 +86,8 @@ class RWalk(PathPenalty):
         self._buffers.clear()
         parameters = self._parameters_of(model)
         self._close_window({name: parameter for name, parameter in parameters.items() if self._steps[name]})
-        seen = {name: parameter for name, parameter in parameters.items() if name in self.memory["fisher"]}
-        past, scores = self.memory["past"], self.memory["score"]
+        seen = {name: parameter for name, parameter in parameters.items() if name in self.state["fisher"]}
+        past, scores = self.state["past"], self.state["score"]
         past.update({name: (past.get(name, scores[name]) + scores[name]) / 2 for name in seen})
         fishers, scored = (self._ranged(kind, seen) for kind in ("fisher", "past"))
         self._remember(parameters, {name: fishers[name] + scored[name] for name in seen}, kept=0.0)
@@ -115,7 +115,7 @@ class RWalk(PathPenalty):
             return
         squares, drops, scores, marks = (self._parts(kind, parameters) for kind in ("squares", "drop", "score", "mark"))
         torch._foreach_div_(squares, [float(self._steps[name]) for name in parameters])
-        fishers = self.memory["fisher"]
+        fishers = self.state["fisher"]
         # where there is none yet it begins with the first squares, as in the authors' code
         fishers.update({name: squares[i].clone() for i, name in enumerate(parameters) if name not in fishers})
         running = self._parts("fisher", parameters)

@@ -50,7 +50,7 @@ class SynapticIntelligence(PathPenalty):
     @override
     def start(self, parameters: Parameters) -> None:
         super().start(parameters)
-        paths, anchors = self.memory["path"], self.memory["anchor"]
+        paths, anchors = self.state["path"], self.state["anchor"]
         paths.update({name: torch.zeros_like(anchors[name]) for name in anchors if name not in paths})
 
     @override
@@ -58,8 +58,8 @@ class SynapticIntelligence(PathPenalty):
     def consolidate(self, model: nn.Module, loader: Loader | None = None) -> None:
         self._settle()
         self._buffers.clear()
-        parameters, anchors = self._parameters_of(model), self.memory["anchor"]
-        paths = self.memory["path"]
+        parameters, anchors = self._parameters_of(model), self.state["anchor"]
+        paths = self.state["path"]
         self._remember(
             parameters,
             {

@@ -102,7 +102,7 @@ def penalty_step(name: str, model: nn.Module, batch: tuple[Tensor, Tensor], budg
     penalty.start(parameters)
     penalty.consolidate(model, [batch])
     anchors = {n: p.detach().clone() for n, p in parameters.items()}
-    fisher = {n: part.clone() for n, part in penalty.memory["importance"].items()}
+    fisher = {n: part.clone() for n, part in penalty.state["importance"].items()}
     plain(model, [batch])
     moved(parameters)
 

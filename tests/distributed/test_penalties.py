@@ -141,7 +141,7 @@ def _check_sharded(rank, folder):
             trainer = fit_two(model, [WeightPenalty(penalty, name="it")], strategy, 2, 4)
             found.append((flat(model), penalty.state_dict(), trainer.logger.rows[-1][1]))
             parts = {n: parameter.to_local() for n, parameter in model.named_parameters() if model_class is Sharded}
-            for table in penalty.memory.tables.values():  # no process keeps more than its own part
+            for table in penalty.state.tables.values():  # no process keeps more than its own part
                 assert all(table[n].shape == part.shape for n, part in parts.items() if n in table)
         (weights, state, row), (expected, expected_state, expected_row) = found
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)

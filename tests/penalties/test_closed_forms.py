@@ -230,7 +230,7 @@ def test_normalized_fisher(normalize, read):
     for penalty in (plain, normed):
         penalty.start(dict(model.named_parameters()))
         penalty.consolidate(model, [(x, y)])
-        tables.append(torch.cat([part.flatten() for part in penalty.memory["importance"].values()]))
+        tables.append(torch.cat([part.flatten() for part in penalty.state["importance"].values()]))
     torch.testing.assert_close(tables[1], tables[0] / read(tables[0]))
 
 
@@ -244,7 +244,7 @@ def test_estimator_follows_the_number_of_outputs():
             penalty = EWC(estimator=chosen)
             penalty.start(dict(model.named_parameters()))
             penalty.consolidate(model, (batch for batch in ((x[:8], None), (x[8:], None))))  # each batch once
-            found.append(penalty.memory["importance"]["weight"])
+            found.append(penalty.state["importance"]["weight"])
         assert torch.equal(*found)
 
 
@@ -272,10 +272,10 @@ def test_path_integral_is_the_drop_of_the_loss():
     penalty = SynapticIntelligence(weight=1.0, damping=1e-12)
     # half the sum of a theta^2: all of it, 7.5, is lost on the way to zero
     minimize({"theta": theta}, lambda: (a * theta**2).sum() / 2, [penalty], steps=7000, lr=1e-3)
-    assert penalty.memory["path"]["theta"].sum().item() == pytest.approx(7.5, rel=5e-3)
+    assert penalty.state["path"]["theta"].sum().item() == pytest.approx(7.5, rel=5e-3)
     holder = nn.ParameterDict({"theta": theta})
     penalty.consolidate(holder)
-    torch.testing.assert_close(penalty.memory["importance"]["theta"], a / 2, rtol=5e-3, atol=0)
+    torch.testing.assert_close(penalty.state["importance"]["theta"], a / 2, rtol=5e-3, atol=0)
 
 
 def test_weights_that_have_raised_the_loss_are_not_pushed_away():
@@ -288,7 +288,7 @@ def test_weights_that_have_raised_the_loss_are_not_pushed_away():
         theta += 1.0  # uphill
     penalty.after_step({"theta": theta})
     penalty.consolidate(nn.ParameterDict({"theta": theta}))
-    assert penalty.memory["importance"]["theta"].item() == 0.0
+    assert penalty.state["importance"]["theta"].item() == 0.0
 
 
 @pytest.mark.parametrize("told", ["by the caller", "by the scale"])
@@ -313,7 +313,7 @@ def test_a_step_that_was_skipped_is_none_of_the_walk(told):
                 continue
             penalty.after_step({"theta": theta})
         penalty.consolidate(nn.ParameterDict({"theta": theta}))
-        importances.append(penalty.memory["importance"]["theta"])
+        importances.append(penalty.state["importance"]["theta"])
     torch.testing.assert_close(*importances, rtol=0, atol=0)
     assert importances[0].any()
 
@@ -328,7 +328,7 @@ def test_importance_that_is_not_finite_is_left_out(make):
     with pytest.warns(UserWarning, match="not finite; the task is not remembered"):
         penalty.consolidate(model, [task(0)])
     assert penalty.value(parameters).item() == 0.0
-    assert not penalty.memory["anchor"]
+    assert not penalty.state["anchor"]
     with pytest.raises(ValueError, match="Pass it a loader"):
         penalty.consolidate(model)
 

@@ -114,7 +114,7 @@ def test_a_refusal_says_what_fits_and_that_fits():
     penalty = EWC(estimator="batched")
     penalty.start(dict(model.named_parameters()))
     penalty.consolidate(model, [data])
-    torch.testing.assert_close(penalty.memory["importance"]["lin.weight"], expected)
+    torch.testing.assert_close(penalty.state["importance"]["lin.weight"], expected)
 
 
 class Looked(nn.Module):

@@ -5,10 +5,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch import nn
 
+from lightning_collapse import WeightPenalty
 from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
+from lightning_collapse.penalties import MAS, RWalk, SynapticIntelligence
 from lightning_collapse.utilities.preserved_state import preserved_state
 from tests.toys import Toy, fit
 
@@ -141,3 +144,27 @@ def test_a_fit_is_preserved_and_the_weights_for_use_are_in_place(training):
     seen = []
     fit(Model(), [Looks()])
     assert seen
+
+
+@pytest.mark.parametrize("penalty", [SynapticIntelligence(), RWalk()])
+def test_a_penalty_that_follows_steps_refuses_weights_that_are_replaced(penalty):
+    class Model(Toy):
+        def configure_optimizers(self):
+            return Averaged(self.parameters(), lr=0.01)
+
+    with pytest.raises(MisconfigurationException, match=f"{type(penalty).__name__}.*Averaged replaces them"):
+        fit(Model(), [WeightPenalty(penalty)])
+
+
+def test_a_penalty_anchors_the_weights_for_use():
+    class Model(Toy):
+        def forward(self, x):
+            return self.head(self.encoder(x))
+
+        def configure_optimizers(self):
+            return Averaged(self.parameters(), lr=0.01)
+
+    model, penalty = Model(), MAS()
+    fit(model, [WeightPenalty(penalty)])
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(penalty.state["anchor"][name], parameter.detach() + 1 / 3)

@@ -22,7 +22,7 @@ from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forwar
 from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
 from lightning_collapse.callbacks.evaluation.task_batches import TaskBatches, check_training_data
 from lightning_collapse.penalties.base import Penalty
-from lightning_collapse.penalties.support.consolidation import check_gathers
+from lightning_collapse.penalties.support.consolidation import check_gathers, check_optimizers
 from lightning_collapse.penalties.support.real_parameters import real_ones
 from lightning_collapse.reporting.loss_term_curves import publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.distributed import all_reduce_sum
@@ -128,6 +128,7 @@ class WeightPenalty(TaskAware):
         try:
             if self.penalty.needs_data:
                 check_gathers(pl_module)
+            check_optimizers(self.penalty, trainer.optimizers)
             self.penalty.start(self._parameters)
         except ValueError as error:
             raise MisconfigurationException(f"`WeightPenalty`, {self.name!r}: {error}") from error

@@ -51,6 +51,20 @@ def check_unsharded(penalty: Penalty, parameters: Parameters) -> None:
             )
 
 
+def check_optimizers(penalty: Penalty, optimizers: Iterable[Any]) -> None:
+    """Refuse optimizers whose steps do not lead to the weights that are used in the end.
+
+    Raises:
+        ValueError: If the penalty follows steps, and an optimizer has ``train()`` and ``eval()``.
+    """
+    for optimizer in optimizers if penalty.follows_steps else ():
+        if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+            raise ValueError(
+                f"`{type(penalty).__name__}` follows weights from step to step, and {type(optimizer).__name__} replaces"
+                " them by others when training ends. Use `EWC` or `MAS`, which read data then."
+            )
+
+
 def check_gathers(model: nn.Module) -> None:
     """Refuse shards that cannot be gathered, at the start and not only when a task has been trained. Collective.
 

@@ -26,6 +26,7 @@ class PathPenalty(QuadraticPenalty):
         counts_steps: Whether one in which no weight has moved matters.
     """
 
+    follows_steps = True
     counts_steps: ClassVar[bool] = False
 
     def __init__(self, weight: float) -> None:
@@ -45,7 +46,7 @@ class PathPenalty(QuadraticPenalty):
     @torch.no_grad()
     def observe(self, parameters: Parameters, scale: Tensor | None = None) -> None:
         self._settle()  # of several optimizer steps in a batch the one before
-        moving = {name: p for name, p in parameters.items() if p.grad is not None and name in self.memory["anchor"]}
+        moving = {name: p for name, p in parameters.items() if p.grad is not None and name in self.state["anchor"]}
         if not moving:
             return
         step = self._buffers.get(tuple(moving))

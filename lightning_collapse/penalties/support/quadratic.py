@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_collapse.penalties.base import Parameters, Penalty
 from lightning_collapse.penalties.support.consolidation import is_finite
 from lightning_collapse.penalties.support.shards import add_to_gradients, copy_of, largest, total
-from lightning_collapse.penalties.support.state import Memory
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.modules import clean_name
 from lightning_collapse.utilities.sharding import local
@@ -41,7 +40,6 @@ class QuadraticPenalty(Penalty):
 
     def __init__(self, weight: float) -> None:
         super().__init__(weight)
-        self.memory = Memory()
         self._offsets: dict[str, Tensor] = {}
 
     @property
@@ -51,7 +49,7 @@ class QuadraticPenalty(Penalty):
 
     @override
     def start(self, parameters: Parameters) -> None:
-        self.memory.place(parameters, follow=("anchor", "mark"))
+        self.state.place(parameters, follow=("anchor", "mark"))
         self._offsets = {
             name: q.to(local(parameters[name]).device) for name, q in self._offsets.items() if name in parameters
         }
@@ -59,7 +57,7 @@ class QuadraticPenalty(Penalty):
     @override
     @torch.no_grad()
     def add_gradients(self, parameters: Parameters, scale: Tensor | None = None) -> None:
-        table = self.memory[self.known_by]
+        table = self.state[self.known_by]
         pulled = {name: p for name, p in parameters.items() if name in table and p.requires_grad}
         if not pulled or not self.strength:
             return
@@ -67,19 +65,19 @@ class QuadraticPenalty(Penalty):
         importances = self._importances(pulled)
         if importances is not None:
             torch._foreach_mul_(pulls, importances)
-        if self.memory["moment"]:
+        if self.state["moment"]:
             torch._foreach_sub_(pulls, self._parts("moment", pulled))
         add_to_gradients(list(pulled.values()), pulls, 2 * self.strength, scale)
 
     @override
     def value(self, parameters: Parameters) -> Tensor:
-        known = {name: parameter for name, parameter in parameters.items() if name in self.memory[self.known_by]}
+        known = {name: parameter for name, parameter in parameters.items() if name in self.state[self.known_by]}
         if not known:
             return _nothing(parameters)
         distances = self._distances(known)
         importances = self._importances(known)
         terms = distances if importances is None else list(torch._foreach_mul(distances, importances))
-        if self.memory["moment"]:
+        if self.state["moment"]:
             terms = list(torch._foreach_sub(terms, torch._foreach_mul(self._parts("moment", known), 2.0)))
         value = total([product.sum() for product in torch._foreach_mul(terms, distances)], known.values())
         offsets = [self._offsets[name] for name in known if name in self._offsets]
@@ -90,7 +88,7 @@ class QuadraticPenalty(Penalty):
     @override
     @torch.no_grad()
     def curvature(self, parameters: Parameters) -> Tensor | None:
-        table = self.memory[self.known_by]
+        table = self.state[self.known_by]
         pulled = {name: p for name, p in parameters.items() if name in table and p.requires_grad}
         if not pulled:
             return None
@@ -100,11 +98,11 @@ class QuadraticPenalty(Penalty):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"memory": self.memory.whole(), "offsets": {name: q.clone() for name, q in self._offsets.items()}}
+        return {"memory": self.state.whole(), "offsets": {name: q.clone() for name, q in self._offsets.items()}}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.memory.load(state_dict["memory"])
+        self.state.load(state_dict["memory"])
         self._offsets = {name: q.clone() for name, q in state_dict["offsets"].items()}
 
     def _parameters_of(self, model: nn.Module) -> dict[str, Tensor]:
@@ -114,7 +112,7 @@ class QuadraticPenalty(Penalty):
             ValueError: If it was not called.
         """
         named = {clean_name(name): parameter for name, parameter in model.named_parameters()}
-        known: dict[str, Tensor] = {name: p for name, p in named.items() if name in self.memory.layouts}
+        known: dict[str, Tensor] = {name: p for name, p in named.items() if name in self.state.layouts}
         if not known:
             raise ValueError(
                 f"`{type(self).__name__}` knows no parameter of {type(model).__name__}. Call"
@@ -138,7 +136,7 @@ class QuadraticPenalty(Penalty):
         """
         if not is_finite(self, importance.values()):
             return
-        anchors, importances, moments = (self.memory[kind] for kind in ("anchor", "importance", "moment"))
+        anchors, importances, moments = (self.state[kind] for kind in ("anchor", "importance", "moment"))
         for name, parameter in parameters.items():
             if name not in importance and name not in importances:
                 continue
@@ -156,10 +154,10 @@ class QuadraticPenalty(Penalty):
             anchors[name] = now
 
     def _move(self, name: str, parameter: Tensor, by: Tensor, importance: Tensor) -> None:
-        moment = self.memory["moment"][name]
+        moment = self.state["moment"][name]
         change = (by * (importance * by - 2 * moment)).to(accumulation_dtype(by.device)).sum()
         self._offsets[name] = self._offsets.get(name, change.new_zeros(())) + total([change], [parameter])
-        self.memory["moment"][name] = moment - importance * by
+        self.state["moment"][name] = moment - importance * by
 
     def _distances(self, parameters: Parameters) -> list[Tensor]:
         here = [local(parameter) for parameter in parameters.values()]
@@ -171,12 +169,12 @@ class QuadraticPenalty(Penalty):
 
     def _take_anchors(self, parameters: Parameters) -> None:
         """Anchor where they are now those that have no anchor yet."""
-        anchors = self.memory["anchor"]
-        new = {name: p for name, p in parameters.items() if name in self.memory.layouts and name not in anchors}
+        anchors = self.state["anchor"]
+        new = {name: p for name, p in parameters.items() if name in self.state.layouts and name not in anchors}
         anchors.update({name: copy_of(parameter) for name, parameter in new.items()})
 
     def _parts(self, kind: str, parameters: Parameters) -> list[Tensor]:
-        table = self.memory[kind]
+        table = self.state[kind]
         return [table[name] for name in parameters]
 
 

@@ -14,7 +14,7 @@ from lightning_collapse.penalties.support.shards import Layout, wide
 from lightning_collapse.utilities.sharding import local
 
 
-class Memory:
+class ParameterState:
     """Tables of tensors by kind and name of a parameter, each as large as the parameter and where it lies.
 
     Attributes:
