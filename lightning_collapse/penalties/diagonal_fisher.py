@@ -68,8 +68,8 @@ def diagonal_fisher(
     - ``"logits_reversal"``: the given label, and :math:`-z` in place of the logits (EWC-DR [2]). Per sample, as the
       paper's expectation is; its reference code squares the gradient of a batch, and cuts at 1e-4.
 
-    One forward pass per batch in eval mode, and one backward pass per column of the output that makes no gradient of
-    weights; the model, its ``.grad`` and all random states are as before. Collective: every process must call it, with
+    One forward pass per batch in eval mode, and one backward pass per column of the output, and one or two to see
+    whose gradient is whose, that make no gradient of weights; the model, its ``.grad`` and all random states are as before. Collective: every process must call it, with
     its own part of the data, which may be of any size.
 
     Args:
@@ -93,7 +93,8 @@ def diagonal_fisher(
 
     Raises:
         ValueError: If an argument is none of the above, the outputs or labels have another shape, no sample was
-            there, or parameters are sharded otherwise than by ``fully_shard``.
+            there, samples depend on each other (not for ``"batched"``), or parameters are sharded otherwise than by
+            ``fully_shard``.
 
     References:
         [1] van de Ven, *On the Computation of the Fisher Information in Continual Learning*, ICLR blog post 2025.

@@ -42,7 +42,7 @@ class KroneckerFactors(NamedTuple):
         factors: By name of the weight.
         count: Number of samples.
         left_out: Parameters without factors: of normalizations, embeddings, grouped convolutions, recurrent layers,
-            and weights that are tied or used in a function.
+            weights that are tied or used in a function, and layers whose rows are not each of one sample.
     """
 
     factors: dict[str, KroneckerFactor]

@@ -57,8 +57,8 @@ def mas_importance(
         Values, number of samples, and how each value was found.
 
     Raises:
-        ValueError: If a number is not positive, a pattern matches nothing, no sample was there, or parameters are
-            sharded otherwise than by ``fully_shard``.
+        ValueError: If a number is not positive, a pattern matches nothing, no sample was there, samples depend
+            on each other, or parameters are sharded otherwise than by ``fully_shard``.
 
     References:
         Aljundi et al., *Memory Aware Synapses*, ECCV 2018, eq. 3. https://arxiv.org/abs/1711.09601
