@@ -68,9 +68,9 @@ def diagonal_fisher(
     - ``"logits_reversal"``: the given label, and :math:`-z` in place of the logits (EWC-DR [2]). Per sample, as the
       paper's expectation is; its reference code squares the gradient of a batch, and cuts at 1e-4.
 
-    One forward pass per batch in eval mode, and one backward pass per column of the output, and one or two to see
-    whose gradient is whose, that make no gradient of weights; the model, its ``.grad`` and all random states are as before. Collective: every process must call it, with
-    its own part of the data, which may be of any size.
+    One forward pass per batch in eval mode, and backward passes that make no gradient of weights: one per column of
+    the output, and one or two to see whose gradient is whose. The model, its ``.grad`` and all random states are as
+    before. Collective: every process must call it, with its own part of the data, which may be of any size.
 
     Args:
         model: Returns logits ``(B, C)``, or ``(B, T, C)`` where a sample is a sequence and its log-likelihood the sum
