@@ -1,4 +1,4 @@
-"""The data of the task that ends, once more, in the middle of a fit that must not notice."""
+"""Task data: the batches of the task that ends, once more, in the middle of a fit that must not notice."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def test_dry_run_leaves_no_trace():
     learn(Learner(), [metrics, keeper], TASKS[:1], fast_dev_run=True)
     assert metrics.values.isnan().all()
     assert metrics.baseline.isnan().all()
-    assert metrics.task == 0
+    assert metrics.task_index == 0
 
 
 def test_picture_and_table(tmp_path):

@@ -175,7 +175,7 @@ def test_a_task_without_usable_data_is_not_remembered_and_nothing_is_lost(data):
         fit(model, [penalty], loader(1))
     torch.testing.assert_close(penalty.penalty.state_dict()["memory"], before, rtol=0, atol=0)
     assert all(module.training for module in model.modules())
-    assert penalty.task == 2
+    assert penalty.task_index == 2
 
 
 def test_a_shrunken_head_is_refused_and_a_grown_one_trains():
@@ -200,7 +200,7 @@ def test_a_frozen_part_is_remembered_until_it_is_trained_again():
 def test_unfinished_tasks_and_fast_dev_run():
     penalty = WeightPenalty(EWC(weight=10.0))
     fit(Classifier(), [penalty], loader(0), fast_dev_run=True)
-    assert penalty.task == 0
+    assert penalty.task_index == 0
     assert not penalty.penalty.memory["importance"]
 
 
@@ -218,7 +218,7 @@ def test_module_brings_its_penalties_back_from_a_checkpoint(tmp_path):
     assert torch.equal(flat(model), flat(loaded))
     plain = Classifier()
     plain.load_state_dict(model.state_dict())
-    assert loaded.weight_penalties["ewc"].task == 3
+    assert loaded.weight_penalties["ewc"].task_index == 3
 
 
 def test_mixin_goes_first_and_hooks_call_super():
