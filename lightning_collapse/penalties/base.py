@@ -77,6 +77,9 @@ class Penalty(ABC):
     def after_step(self, parameters: Parameters) -> None:  # noqa: B027 -- few need it
         """See where an optimizer step has led."""
 
+    def skip_step(self) -> None:  # noqa: B027 -- few need it
+        """No step came of what :meth:`observe` saw last, as a gradient scaler decides."""
+
     @abstractmethod
     def consolidate(self, model: nn.Module, loader: Loader | None = None) -> None:
         """Learn from the task that ends now; from the next step on its weights are remembered. Collective."""

@@ -29,6 +29,7 @@ class OwnedHook:
         self.module, self.function = module, function
 
     def __call__(self, module: nn.Module, *args: Any) -> Any:
+        """Of another module, such as a shallow copy, nothing."""
         return self.function(module, *args) if module is self.module else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:

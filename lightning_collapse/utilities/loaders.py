@@ -1,7 +1,7 @@
 """Data loaders, read in passing so that whoever else reads them does not notice."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
 from random import Random
 from typing import Any
@@ -26,7 +26,8 @@ def batches_of(loader: Loader) -> Iterable[Any]:
         >>> apart.dataset is loader.dataset, apart.sampler is loader.sampler
         (True, False)
     """
-    return _apart(loader if isinstance(loader, Iterable) else loader())
+    batches: Iterable[Any] = _apart(loader if isinstance(loader, Iterable) else loader())
+    return batches
 
 
 @contextmanager
@@ -51,11 +52,8 @@ def _apart(loader: Any) -> Any:
     apart = copy(loader)
     own: dict[str, Any] = {"_iterator": None, "persistent_workers": False}
     memo = {id(loader.dataset): loader.dataset}
-    for name in ("generator", "sampler", "batch_sampler"):
-        try:
-            own[name] = deepcopy(getattr(loader, name), memo)
-        except Exception:  # one that cannot be copied is shared, as ever
-            memo[id(getattr(loader, name))] = own[name] = getattr(loader, name)
+    with suppress(Exception):  # what cannot be copied is shared, and its generators are put back, see `rewound`
+        own |= {name: deepcopy(getattr(loader, name), memo) for name in ("generator", "sampler", "batch_sampler")}
     vars(apart).update(own)  # a `DataLoader` forbids to set these
     return apart
 

@@ -18,12 +18,12 @@ def searches_line(optimizer: Any) -> bool:
         >>> searches_line(torch.optim.LBFGS(weights)), searches_line(torch.optim.SGD(weights))
         (True, False)
     """
-    return isinstance(optimizer, LBFGS) or _needs_closure(type(optimizer))
+    return isinstance(optimizer, LBFGS) or _needs_closure(type(optimizer))  # type: ignore[arg-type]
 
 
 @lru_cache
-def _needs_closure(kind: type) -> bool:
-    closure = inspect.signature(kind.step).parameters.get("closure")  # type: ignore[attr-defined]
+def _needs_closure(kind: Any) -> bool:
+    closure = inspect.signature(kind.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 

@@ -100,10 +100,10 @@ class ContinualMetrics(TaskAware):
         names: Names of the tasks.
 
     Raises:
-        ValueError: If there is no loader, an argument is of the wrong kind, or two tasks have one name, none, or that of
-            a curve such as ``accuracy``.
-        MisconfigurationException: When the fit starts, if the module has no ``forward`` and ``outputs`` is not given, or
-            if an ``EarlyStopping`` or a ``ModelCheckpoint`` waits for a curve that begins when the task ends.
+        ValueError: If there is no loader, an argument is of the wrong kind, or a task has no name, that of another one
+            or that of a curve such as ``accuracy``.
+        MisconfigurationException: When the fit starts, if the module has no ``forward`` and ``outputs`` is not given,
+            or if an ``EarlyStopping`` or ``ModelCheckpoint`` waits for a curve that begins when the task ends.
 
     References:
         See :func:`~lightning_collapse.functional.backward_transfer`, :func:`~lightning_collapse.functional.forgetting`

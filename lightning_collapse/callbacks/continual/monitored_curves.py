@@ -34,7 +34,7 @@ def require_available(trainer: Trainer, late: Collection[str], when: str, who: s
     for watcher, monitor in waiting.items():
         if monitor in late and monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
-                f"`{watcher}(monitor={monitor!r})` waits for a curve of `{who}` that begins when {when}. Choose one that"
-                f" is there from the first epoch on, such as a metric of your own that the module logs, or, for"
-                f" `EarlyStopping`, set `strict=False`."
+                f"`{watcher}(monitor={monitor!r})` waits for a curve of `{who}` that begins when {when}. Choose one"
+                " that is there from the first epoch on, such as a metric that the module logs itself, or, for"
+                " `EarlyStopping`, set `strict=False`."
             )

@@ -45,10 +45,10 @@ class TaskAware(Callback, ABC):
         """End the task, if it was trained at all."""
         if not self._trained:
             return
-        with self.containment(f"the end of task {self.task_index}", "it is left out"):
-            with evaluation_weights(trainer.optimizers):
-                self.end_task(trainer, pl_module)
-                self._learned = checksum(pl_module)
+        place = f"the end of task {self.task_index}"
+        with self.containment(place, "it is left out"), evaluation_weights(trainer.optimizers):
+            self.end_task(trainer, pl_module)
+            self._learned = checksum(pl_module)
         self._trained = False
         self.task_index += 1
 
@@ -114,9 +114,9 @@ class TaskAware(Callback, ABC):
         changed = [name for name, number in self._learned.items() if now.get(name, number) != number]
         if changed:
             rank_zero_warn(
-                f"`{type(self).__name__}`: weights have changed since task {self.task_index - 1} has ended, {changed[0]}"
-                f" and {len(changed) - 1} more: what was learned of it is not of those that the fit leaves. Put final"
-                " weights in place, and optimizers into eval mode, in `on_train_end`."
+                f"`{type(self).__name__}`: the weights that the fit leaves are not those that task"
+                f" {self.task_index - 1} has ended with: {changed[0]} and {len(changed) - 1} others have changed since. Put final weights in"
+                " place, and optimizers into eval mode, in `on_train_end`."
             )
 
 

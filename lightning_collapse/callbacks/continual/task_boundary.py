@@ -19,8 +19,9 @@ class TaskBoundary(Callback):
 
     Calls ``finish_task(trainer, pl_module)`` of every :class:`~lightning_collapse.callbacks.task_aware.TaskAware`
     callback and of the module, if it has one, when the epoch's training is over, after ``on_train_epoch_end`` of other
-    callbacks and of the module: on the loader of the task that ends, and before a ``ModelCheckpoint`` saves the epoch (one with ``save_on_train_epoch_end=False``, or that saves after
-    validation, does so before the task has ended). The last task ends with the fit, as ever.
+    callbacks and of the module: on the loader of the task that ends, and before a ``ModelCheckpoint`` saves the epoch
+    (one with ``save_on_train_epoch_end=False``, or that saves after validation, does so before the task has ended).
+    The last task ends with the fit, as ever.
 
     Data of the next task: a ``LightningDataModule`` with an attribute ``task_index`` finds the running task in it
     whenever ``train_dataloader()`` is called; ``Trainer(reload_dataloaders_every_n_epochs=1)`` has it called every
@@ -79,7 +80,7 @@ class TaskBoundary(Callback):
         follows = hasattr(trainer.datamodule, "task_index")
         if follows and trainer.reload_dataloaders_every_n_epochs != 1:
             raise MisconfigurationException(
-                f"{type(trainer.datamodule).__name__} has a `task_index`, but would not be asked for the data of the next one"
+                f"{type(trainer.datamodule).__name__} has a `task_index`, but is not asked for the next task's data"
                 f" with `reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs}`. Set it to 1."
             )
         if not follows:

@@ -57,7 +57,7 @@ class AuxiliaryLoss(Callback, ABC):
         self._channels_first = False
         self._unreadable = ""
         self._warned: set[str] = set()
-        self.containment = Containment(f"{type(self).__name__}, {name!r}")
+        self.containment = Containment(f"{type(self).__name__}(name={name!r})")
         self._finite = FiniteRows()
 
     @abstractmethod
@@ -184,7 +184,7 @@ class AuxiliaryLoss(Callback, ABC):
             self._finite.expect()
             self.warn_once(
                 "nonfinite",
-                f"`{type(self).__name__}(on={self.on!r})`: rows of the layer are NaN or infinite; they are left out, and"
+                f"`{type(self).__name__}(on={self.on!r})`: rows of the layer are NaN or infinite. They are left out and"
                 f" counted in `regularizer/{self.name}/nonfinite_rows`.",
             )
 

@@ -220,12 +220,12 @@ class Distillation(AuxiliaryLoss, TaskAware):
         return torch.cat(present) if present else None
 
     def _evaluate(self, trainer: Trainer, student: Tensor, teacher: Tensor) -> Tensor:
-        pair, counts = self._finite.select([student, teacher])
+        (student_rows, teacher_rows), counts = self._finite.select([student, teacher])
         try:
             if self.kind == "logits":
-                value = distillation_loss(*pair, self.temperature)
+                value = distillation_loss(student_rows, teacher_rows, self.temperature)
             else:
-                value = feature_distillation_loss(*pair)
+                value = feature_distillation_loss(student_rows, teacher_rows)
         except TooFewRowsError as error:
             self.warn_once("skipped", f"{error} Steps like this one go without the term.")
             return nothing(student)
@@ -241,7 +241,8 @@ class Distillation(AuxiliaryLoss, TaskAware):
                 " it did not. Call it there, or name another layer with `on`."
             )
         if any(row is None for call in self._calls for row in call.rows):
-            return f"`Distillation(on={self.on!r})` needs a floating-point tensor, and {what} returned none{self._unreadable}."
+            why = self._unreadable
+            return f"`Distillation(on={self.on!r})` needs a floating-point tensor, and {what} returned none{why}."
         if self.outputs is None and any(
             isinstance(leaf, Tensor) and leaf.grad_fn is not None
             for call in self._calls

@@ -1,4 +1,4 @@
-"""Regularization of representations: an anti-collapse loss on a layer of any module, without a change to its code."""
+"""Regularization of representations: an anti-collapse loss on a layer of any module, without touching its code."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -30,8 +30,9 @@ class Regularizer(AuxiliaryLoss):
 
     At logging steps it publishes ``regularizer/{name}/value``, which is what was added to the loss,
     ``regularizer/{name}/{term}``, the terms without any weight, and, once there are any,
-    ``regularizer/{name}/nonfinite_rows``, how many rows were NaN or infinite since the last point. Of the micro-batches of an accumulated step the last one is shown.
-    ``trainer.callback_metrics`` has the first two of every step, for early stopping at the end of any epoch.
+    ``regularizer/{name}/nonfinite_rows``, how many rows were NaN or infinite since the last point. Of the micro-batches
+    of an accumulated step the last one is shown. ``trainer.callback_metrics`` has what is shown of every step, for
+    early stopping at the end of any epoch.
 
     Rows that are not finite, in any view, are left out. To know them the host waits for the device: until a logging
     step has shown that there are any, a step that has some goes without the term instead. All processes decide alike.

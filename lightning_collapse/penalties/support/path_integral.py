@@ -57,6 +57,10 @@ class PathPenalty(QuadraticPenalty):
         self._settle()
 
     @override
+    def skip_step(self) -> None:
+        self._pending = None
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         self._settle()
         return super().state_dict()
