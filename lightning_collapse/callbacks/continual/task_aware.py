@@ -115,8 +115,8 @@ class TaskAware(Callback, ABC):
         if changed:
             rank_zero_warn(
                 f"`{type(self).__name__}`: the weights that the fit leaves are not those that task"
-                f" {self.task_index - 1} has ended with: {changed[0]} and {len(changed) - 1} others have changed since. Put final weights in"
-                " place, and optimizers into eval mode, in `on_train_end`."
+                f" {self.task_index - 1} has ended with: {changed[0]} and {len(changed) - 1} others have changed since."
+                " Put final weights in place, and optimizers into eval mode, in `on_train_end`."
             )
 
 

@@ -58,9 +58,10 @@ def try_to_learn(
         layer = _layer_of(error.__traceback__, pl_module)
         remedies = [text for argument, text in _REMEDIES.items() if hasattr(penalty, argument)]
         remedies.append("other data, `WeightPenalty(..., loader=...)`")
+        cause = f"{type(error).__name__}: {error!s:.400}".rstrip(".?")
         raise MisconfigurationException(
             f"`WeightPenalty`, {name!r}: `{type(penalty).__name__}` could not learn the task when it ends. Tried on one"
-            f" batch it fails{f' in layer `{layer}`' if layer else ''}: {type(error).__name__}: {error!s:.400}. What"
+            f" batch it fails{f' in layer `{layer}`' if layer else ''}: {cause}. What"
             f" may fit: {'; '.join(remedies)}."
         ) from error
 

@@ -188,12 +188,11 @@ class WeightPenalty(TaskAware):
 
     @override
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with self.containment(
-            f"learning task {self.task_index}",
-            "it is not remembered, those before it are. Which data to read can be said with `loader=...`",
-        ):
-            with unnoticed(trainer, pl_module):
-                self.penalty.consolidate(pl_module, TaskBatches(trainer, self.loader))
+        task = f"learning task {self.task_index}"
+        consequence = "it is not remembered, those before it are. Which data to read can be said with `loader=...`"
+        with self.containment(task, consequence), unnoticed(trainer, pl_module):
+            self.penalty.consolidate(pl_module, TaskBatches(trainer, self.loader))
+        if task not in self.containment.failed:
             self._warn_of_overshoot(trainer)
 
     @property
