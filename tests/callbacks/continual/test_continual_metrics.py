@@ -238,7 +238,14 @@ def test_a_forward_of_the_module_itself_will_do():
 
 @pytest.mark.parametrize(
     ("loaders", "message"),
-    [([], "empty"), ("abc", "list of loaders"), ([3], "iterables of batches"), ({1: [], "1": []}, "another one|of one name"), ({"accuracy": []}, "called 'accuracy'"), ({" ": []}, "no name")],
+    [
+        ([], "empty"),
+        ("abc", "list of loaders"),
+        ([3], "iterables of batches"),
+        ({1: [], "1": []}, "another one|of one name"),
+        ({"accuracy": []}, "called 'accuracy'"),
+        ({" ": []}, "no name"),
+    ],
 )
 def test_arguments(loaders, message):
     with pytest.raises(ValueError, match=message):

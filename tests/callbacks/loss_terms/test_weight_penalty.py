@@ -306,7 +306,10 @@ class Counts(Classifier):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: WeightPenalty(EWC(), loader=WRONG), r"fails in layer `encoder.0`: RuntimeError: mat1 .*`outputs=lambda"),
+        (
+            lambda: WeightPenalty(EWC(), loader=WRONG),
+            r"fails in layer `encoder.0`: RuntimeError: mat1 .*`outputs=lambda",
+        ),
         (lambda: WeightPenalty(EWC(), loader=[]), r"brought no samples.*`WeightPenalty\(..., loader=...\)`"),
         (lambda: WeightPenalty(MAS(outputs=lambda module, batch: module.head(batch[0]))), "fails in layer `head`"),
         (lambda: WeightPenalty(EWC(estimator="empirical", labels=lambda batch: 1 / 0)), "division by zero.*`labels="),
@@ -325,7 +328,7 @@ def test_a_task_that_cannot_be_learned_is_refused_before_the_first_step(make, me
 
 
 def test_an_iterator_cannot_be_read_again():
-    with pytest.raises(MisconfigurationException, match="iterator, which can be read once only.*`loader=...`"):
+    with pytest.raises(MisconfigurationException, match=r"iterator, which can be read once only.*`loader=...`"):
         fit(Classifier(), [WeightPenalty(EWC())], iter(loader(0)))
     penalty = EWC(weight=1.0)
     fit(Classifier(), [WeightPenalty(penalty, loader=loader(0))], iter(loader(0)))
