@@ -83,6 +83,7 @@ class AuxiliaryLoss(Callback, ABC):
         self._detach()
         self._check(trainer, pl_module)
         self._tried = False
+        self._finite = FiniteRows()
         let_hooks_be_seen(pl_module)
         self._detachers = self.hook(trainer, pl_module)
 
@@ -100,10 +101,14 @@ class AuxiliaryLoss(Callback, ABC):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not self._curves:
             return
+        due, first = terms_are_due(trainer), self._finite.expected is None
         with self.containment("publishing its curves", "they may have gaps"):
-            if terms_are_due(trainer):
+            if (due or first) and self._finite.look():
+                self._warn_of_nonfinite(first)
+            if due:
                 quiet = () if self._finite.expected else ("nonfinite_rows",)
-                self._read(publish_terms(trainer, pl_module, self._curves, unless_zero=quiet))
+                publish_terms(trainer, pl_module, self._curves, unless_zero=quiet)
+                self._finite.restart()
             else:
                 offer_terms(trainer, self._curves)
         self._curves = {}
@@ -177,16 +182,13 @@ class AuxiliaryLoss(Callback, ABC):
                 f" apart with `{who}(..., name=...)`."
             )
 
-    def _read(self, values: Mapping[Curve, float]) -> None:
-        """Look at a point that was published."""
-        self._finite.restart()
-        if values.get(("regularizer", self.name, "nonfinite_rows")):
-            self._finite.expect()
-            self.warn_once(
-                "nonfinite",
-                f"`{type(self).__name__}(on={self.on!r})`: rows of the layer are NaN or infinite. They are left out and"
-                f" counted in `regularizer/{self.name}/nonfinite_rows`.",
-            )
+    def _warn_of_nonfinite(self, first: bool) -> None:
+        """Rows were not finite; ``first`` in the first step."""
+        self.warn_once(
+            "nonfinite",
+            f"`{type(self).__name__}(on={self.on!r})`: rows of the layer are NaN or infinite. They are left out and"
+            f" counted in `regularizer/{self.name}/nonfinite_rows`.",
+        )
 
     def _detach(self) -> None:
         for detach in self._detachers:

@@ -34,8 +34,9 @@ class Regularizer(AuxiliaryLoss):
     of an accumulated step the last one is shown. ``trainer.callback_metrics`` has what is shown of every step, for
     early stopping at the end of any epoch.
 
-    Rows that are not finite, in any view, are left out. To know them the host waits for the device: until a logging
-    step has shown that there are any, a step that has some goes without the term instead. All processes decide alike.
+    Rows that are not finite, in any view, are left out. To know them the host waits for the device: until the first
+    step or a logging step has shown that there are any, a step that has some goes without the term instead. All
+    processes decide alike.
 
     Calls of the layer without gradient are not views: under ``torch.no_grad``, in validation, inside reentrant
     activation checkpointing, and recomputation during the backward pass. In data-parallel training every process must
@@ -94,6 +95,7 @@ class Regularizer(AuxiliaryLoss):
         self.chunk = chunk
         self._rows: list[Tensor | None] = []
         self._one_step: OneStep | None = None
+        self._before: dict[str, Tensor | None] = {}  # what the loss remembered before the latest step
         self._samples = 0  # of the latest call
         self._no_rows: Tensor | None = None  # set by the first step that went well
 
@@ -156,6 +158,12 @@ class Regularizer(AuxiliaryLoss):
         recall(self.loss, state_dict.get("loss", {}))
         self._no_rows = state_dict.get("no_rows", self._no_rows)
 
+    @override
+    def _warn_of_nonfinite(self, first: bool) -> None:
+        super()._warn_of_nonfinite(first)
+        if first:  # its running statistics may not have begun
+            recall(self.loss, self._before)
+
     def _collect(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._open and torch.is_grad_enabled() and not in_backward():
             self._rows.append(self.rows_of(output))
@@ -163,7 +171,7 @@ class Regularizer(AuxiliaryLoss):
 
     def _evaluate(self, trainer: Trainer, views: tuple[Tensor, ...]) -> Tensor:
         rows, counts = self._finite.select(views)
-        state = {} if counts is None else remembered(self.loss)
+        state = self._before = {} if counts is None else remembered(self.loss)
         try:
             value, terms = evaluate(self.loss, rows)
         except TooFewRowsError as error:

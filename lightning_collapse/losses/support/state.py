@@ -46,12 +46,12 @@ def recall(loss: nn.Module, memory: Mapping[str, Tensor | None]) -> None:
 def keep(loss: nn.Module, memory: Mapping[str, Tensor | None], counts: Tensor) -> None:
     """Set the buffers of a loss back to what :func:`remembered` returned unless ``counts``; the device decides.
 
-    What was empty before is zero then.
+    What was empty before stays as it is.
     """
     for key, (module, name) in _places(loss):
         now, before = getattr(module, name), memory.get(key)
-        if now is not None:
-            setattr(module, name, torch.where(counts, now, torch.zeros_like(now) if before is None else before.to(now)))
+        if now is not None and before is not None:
+            setattr(module, name, torch.where(counts, now, before.to(now)))
 
 
 class OneStep:

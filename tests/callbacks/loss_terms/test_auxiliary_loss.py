@@ -74,51 +74,57 @@ def test_a_teacher_made_of_the_regularized_layer_adds_no_rows():
 
 
 class Masked(Toy):
-    """Some rows of its encoder are NaN, and none of them enters the loss."""
+    """Three rows of its encoder are NaN in chosen batches, and none of them enters the loss."""
 
-    def __init__(self, every=1, rows=3):
+    def __init__(self, chosen=lambda i: True):
         super().__init__()
-        self.every, self.rows, self.holes = every, rows, nn.Identity()
+        self.chosen, self.holes = chosen, nn.Identity()
 
     def training_step(self, batch, batch_idx):
         features = self.encoder(batch)
         bad = torch.zeros(len(batch), 1, dtype=torch.bool)
-        bad[: self.rows if batch_idx % self.every == 0 else 0] = True
+        bad[: 3 if self.chosen(batch_idx) else 0] = True
         holes = self.holes(torch.where(bad, torch.nan, features))
         return self.head(torch.where(bad, 0.0, holes)).square().mean()
 
 
 class Kept(Masked):
-    """The same, with the term written out."""
+    """The same, with the term written out in the batches that have it."""
 
-    def __init__(self, loss, counts):
-        super().__init__()
-        self.loss, self.counts = loss, counts
+    def __init__(self, chosen, counts):
+        super().__init__(chosen)
+        self.counts = counts
 
     def training_step(self, batch, batch_idx):
         features = self.encoder(batch)
-        alive = features[self.rows :]
-        zeros = torch.zeros_like(features[: self.rows])
-        value = self.head(torch.cat([zeros, alive])).square().mean()
-        return value + self.loss(alive) if self.counts(batch_idx) else value
+        cut = 3 if self.chosen(batch_idx) else 0
+        value = self.head(torch.cat([torch.zeros_like(features[:cut]), features[cut:]])).square().mean()
+        return value + VarianceLoss()(features[cut:]) if self.counts(batch_idx) else value
 
 
 @pytest.mark.filterwarnings("ignore:`Regularizer.on='holes'.`. rows of the layer are NaN")
-def test_rows_that_are_not_finite_are_left_out_once_a_logging_step_has_shown_them():
+@pytest.mark.parametrize(
+    ("chosen", "counts", "points"),
+    [
+        (lambda i: True, lambda i: i > 0, [6, 6, 6]),  # from the second step on the rows alone are left out
+        (lambda i: i > 0, lambda i: i != 1, [3, 6, 6]),  # later: once a logging step has shown them, here the second
+    ],
+)
+def test_rows_that_are_not_finite_are_left_out(chosen, counts, points):
     found, keeper = [], PointKeeper()
     for model, callbacks in (
-        (Masked(), [Regularizer(VarianceLoss(), on="holes"), keeper]),
-        (Kept(VarianceLoss(), lambda i: i >= 2), []),
+        (Masked(chosen), [Regularizer(VarianceLoss(), on="holes"), keeper]),
+        (Kept(chosen, counts), []),
     ):
-        torch.manual_seed(0)
-        for part in (*model.encoder, model.head):
-            if hasattr(part, "reset_parameters"):
-                part.reset_parameters()
+        model.load_state_dict(start)
         fit(model, callbacks, log_every_n_steps=2)
         found.append(flat(model))
     torch.testing.assert_close(*found)
-    assert [point.value for point in keeper.curve("regularizer/variance/nonfinite_rows")] == [6, 6, 6]
-    assert keeper.curve("regularizer/variance/value")[0].value == 0
+    assert [point.value for point in keeper.curve("regularizer/variance/nonfinite_rows")] == points
+
+
+torch.manual_seed(0)
+start = Toy().state_dict()
 
 
 def test_it_is_said_once():
@@ -127,15 +133,16 @@ def test_it_is_said_once():
     assert sum("are NaN" in str(warning.message) for warning in told) == 1
 
 
-def test_a_step_without_the_term_leaves_no_trace_in_the_loss():
-    """Neither in weights nor in running statistics."""
-    states = []
-    data = list(batches(4))
-    for every, chosen in ((2, data), (1, data[1::2])):  # every other batch has some, or those alone that have none
-        torch.manual_seed(0)
-        loss, model = CorInfoMax(), Masked(every=every, rows=3 if every == 2 else 0)
+@pytest.mark.filterwarnings("ignore:`Regularizer.on='holes'.`. rows of the layer are NaN")
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_step_without_the_term_leaves_no_trace_in_the_loss(first):
+    """In its running statistics: one batch has such rows, or is left out."""
+    states, data = [], list(batches(4))
+    for chosen, rows in ((lambda i: i == first, data), (lambda i: False, data[:first] + data[first + 1 :])):
+        loss, model = CorInfoMax(), Masked(chosen)
+        model.load_state_dict(start)
         model.optimizer_step = lambda *args, **kwargs: kwargs.get("optimizer_closure", args[-1])()
-        fit(model, [Regularizer(loss, on="holes", chunk=2)], DataLoader(torch.cat(chosen), 32), log_every_n_steps=99)
+        fit(model, [Regularizer(loss, on="holes", chunk=2)], DataLoader(torch.cat(rows), 32), log_every_n_steps=99)
         states.append((loss.means, loss.covariances))
     torch.testing.assert_close(*states)
     assert states[0][1].isfinite().all()
