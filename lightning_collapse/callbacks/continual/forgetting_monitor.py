@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_collapse.callbacks.continual.continual_metrics import MEASURES
 from lightning_collapse.callbacks.continual.monitored_curves import require_available
 from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
@@ -183,7 +184,7 @@ class ForgettingMonitor(TaskAware):
         if self.layers is None:
             for name, tensor, suffix in _state_of(pl_module):
                 owner = clean_name(name).rpartition(".")[0]
-                yield (owner or "model") + suffix, name, tensor
+                yield _apart(owner or "model") + suffix, name, tensor
             return
         try:
             modules = find_modules(pl_module, self.layers)
@@ -191,7 +192,7 @@ class ForgettingMonitor(TaskAware):
             raise MisconfigurationException(f"`ForgettingMonitor(layers={list(self.layers)!r})`: {error}") from error
         for layer, module in modules.items():
             for name, tensor, suffix in _state_of(module):
-                yield layer + suffix, f"{layer}.{name}", tensor
+                yield _apart(layer) + suffix, f"{layer}.{name}", tensor
 
 
 def select_top(changes: Mapping[str, float], fraction: float) -> list[str]:
@@ -211,6 +212,11 @@ def select_top(changes: Mapping[str, float], fraction: float) -> list[str]:
     if not 0 < fraction <= 1:
         raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction}.")
     return sorted(changes, key=changes.__getitem__, reverse=True)[: ceil(fraction * len(changes))]
+
+
+def _apart(layer: str) -> str:
+    """The name of a layer in a curve, whose folder must not have the name of a curve of tasks."""
+    return f"{layer}.module" if layer in MEASURES else layer
 
 
 def _state_of(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:

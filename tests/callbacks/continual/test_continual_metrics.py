@@ -258,3 +258,13 @@ def test_values_are_handed_out_as_a_copy():
     metrics = ContinualMetrics([[], []])
     metrics.values.fill_(0.0)
     assert metrics.values.isnan().all()
+
+
+def test_names_of_tasks_stay_apart_and_no_curve_is_a_folder_of_another():
+    keeper, metrics = PointKeeper(), ContinualMetrics({"猫": held_out(1), "犬": held_out(2), "a/b": held_out(3)})
+    learn(Learner(), [metrics, keeper], TASKS[:1])
+    keys = {point.key for point in keeper.points}
+    assert len({key for key in keys if key.count("/") == 2}) == 3
+    assert {point.layer for point in keeper.points} == {"", "猫", "犬", "a/b"}
+    assert all(key.isascii() for key in keys)
+    assert not [key for key in keys if any(other.startswith(f"{key}/") for other in keys)]
