@@ -77,13 +77,18 @@ class AuxiliaryLoss(Callback, ABC):
         """What to add to the loss, from what was captured in the step on ``batch``; ``None`` for nothing."""
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._finite = FiniteRows()  # of another fit; a checkpoint is loaded after this
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         # not in `setup`: `configure_model`, compilation and sharding come later
         self._detach()
         self._check(trainer, pl_module)
         self._tried = False
-        self._finite = FiniteRows()
         let_hooks_be_seen(pl_module)
         self._detachers = self.hook(trainer, pl_module)
 
@@ -117,6 +122,16 @@ class AuxiliaryLoss(Callback, ABC):
     @override
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name, on=self.on)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return {**state, "nonfinite_rows": True} if self._finite.expected else state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._finite.expected = state_dict.get("nonfinite_rows")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

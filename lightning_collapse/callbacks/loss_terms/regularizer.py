@@ -101,8 +101,9 @@ class Regularizer(AuxiliaryLoss):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._no_rows = None  # of another fit; a checkpoint is loaded after this
+            self._no_rows = None
 
     @override
     def hook(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
@@ -150,11 +151,12 @@ class Regularizer(AuxiliaryLoss):
     @override
     def state_dict(self) -> dict[str, Any]:
         buffers = remembered(self.loss)
-        state: dict[str, Any] = {"loss": buffers} if buffers else {}
+        state = {**super().state_dict(), **({"loss": buffers} if buffers else {})}
         return state if self._no_rows is None else {**state, "no_rows": self._no_rows}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         recall(self.loss, state_dict.get("loss", {}))
         self._no_rows = state_dict.get("no_rows", self._no_rows)
 

@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,7 +17,7 @@ from lightning_collapse.losses import AntiCollapseLoss, CorInfoMax, VarianceLoss
 from lightning_collapse.penalties import L2Init
 from tests.continual import Learner, held_out, training
 from tests.penalties.toys import Classifier, flat, loader
-from tests.toys import MemoryLogger, PointKeeper, Toy, batches, fit
+from tests.toys import QUIET, MemoryLogger, PointKeeper, Toy, batches, fit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
@@ -125,6 +125,19 @@ def test_rows_that_are_not_finite_are_left_out(chosen, counts, points):
 
 torch.manual_seed(0)
 start = Toy().state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:`Regularizer.on='holes'.`. rows of the layer are NaN")
+def test_a_resumed_run_knows_of_such_rows(tmp_path):
+    whole, half, rest = Masked(), Masked(), Masked()
+    for model in (whole, half):
+        model.load_state_dict(start)
+    fit(whole, [Regularizer(VarianceLoss(), on="holes")], max_epochs=2)
+    first = fit(half, [Regularizer(VarianceLoss(), on="holes")])
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    last = Trainer(**{**QUIET, "logger": False, "max_epochs": 2}, callbacks=[Regularizer(VarianceLoss(), on="holes")])
+    last.fit(rest, batches(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert torch.equal(flat(rest), flat(whole))
 
 
 def test_it_is_said_once():
