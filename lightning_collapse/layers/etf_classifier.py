@@ -1,4 +1,4 @@
-"""A classifier that is not learned: its rows are the simplex that neural collapse would end in."""
+"""Fixed simplex-ETF classifier: its rows are the simplex that neural collapse would end in, and are not learned."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""A projection onto a fixed simplex with a learned temperature."""
+"""FedETF head: a projection onto a fixed simplex, with a learned temperature."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Anti-collapse terms in a training loss, written out in ``training_step``."""
+"""Regularization of representations as a mixin: anti-collapse terms, written out in ``training_step``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +11,20 @@ from torch import Tensor, nn
 
 from lightning_collapse.losses.base import TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.schedule import Weight, require_weight, weighted
-from lightning_collapse.losses.support.state import recall, remembered
+from lightning_collapse.losses.support.state import OneStep, recall, remembered
 from lightning_collapse.mixins.bases import check_order
-from lightning_collapse.reporting.loss_term_curves import Curve, publish_terms, term_curves, terms_are_due
+from lightning_collapse.reporting.loss_term_curves import (
+    Curve,
+    offer_terms,
+    publish_terms,
+    term_curves,
+    terms_are_due,
+)
+from lightning_collapse.utilities.containment import Containment
+from lightning_collapse.utilities.optimizers import searches_line
 from lightning_collapse.utilities.trainer import logging_step
 
-MEMORY = "anti_collapse_memory"
+STATE = "anti_collapse_memory"
 
 
 class AntiCollapseMixin:
@@ -130,6 +138,7 @@ class AntiCollapseMixin:
         for name, (weight, loss) in self._chosen(names, len(views), bool(labels)).items():
             _follow(loss, views[0])
             awake = _awake(loss, self)
+            _hold(self, name, loss)
             try:
                 value, terms = evaluate(loss, (*views, *labels) if _takes_labels(loss) else views)
             except TooFewRowsError as error:
@@ -148,17 +157,17 @@ class AntiCollapseMixin:
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the losses remember, if any does."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        memories = {name: remembered(loss) for name, (_, loss) in getattr(self, "regularizers", {}).items()}
-        memories = {name: memory for name, memory in memories.items() if memory}
-        if memories:
-            checkpoint[MEMORY] = memories
+        states = {name: remembered(loss) for name, (_, loss) in getattr(self, "regularizers", {}).items()}
+        states = {name: state for name, state in states.items() if state}
+        if states:
+            checkpoint[STATE] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give it back to the losses of the same names."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        memories = checkpoint.get(MEMORY, {})
+        states = checkpoint.get(STATE, {})
         for name, (_, loss) in getattr(self, "regularizers", {}).items():
-            recall(loss, memories.get(name, {}))
+            recall(loss, states.get(name, {}))
 
     def _chosen(self, names: Sequence[str] | None, n_views: int, labelled: bool) -> dict[str, tuple[Weight, nn.Module]]:
         regularizers: dict[str, tuple[Weight, nn.Module]] | None = getattr(self, "regularizers", None)
@@ -209,8 +218,23 @@ def _weighted(pl_module: Any, name: str, weight: Weight, value: Tensor) -> Tenso
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _publish(pl_module: Any, curves: dict[Curve, Tensor]) -> None:
     trainer = _trainer_of(pl_module)
-    if trainer and terms_are_due(trainer):
-        publish_terms(trainer, pl_module, curves)
+    if trainer is None or not trainer.training:
+        return
+    contained = vars(pl_module).setdefault("_collapse_containment", Containment("AntiCollapseMixin"))
+    with contained("publishing its curves", "they may have gaps"):
+        if terms_are_due(trainer):
+            publish_terms(trainer, pl_module, curves)
+        else:
+            offer_terms(trainer, curves)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _hold(pl_module: Any, name: str, loss: nn.Module) -> None:
+    """Have all evaluations of one optimizer step see one loss."""
+    trainer = _trainer_of(pl_module)
+    if trainer is not None and trainer.training and any(map(searches_line, trainer.optimizers)):
+        steps = vars(pl_module).setdefault("_regularizers_one_step", {})
+        steps.setdefault(name, OneStep()).evaluate(loss, (id(trainer), trainer.fit_loop.total_batch_idx))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

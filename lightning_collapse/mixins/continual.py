@@ -1,9 +1,10 @@
-"""Penalties on weights as a part of a ``LightningModule``."""
+"""Weight regularization as a mixin: penalties on weights as a part of a ``LightningModule``."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -15,13 +16,12 @@ from lightning_collapse.mixins.bases import check_order
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.ewc import EWC
 
-MEMORY = "weight_penalties"
+STATE = "weight_penalties"
 HOOKS = (
     "on_fit_start",
     "on_train_start",
     "on_before_optimizer_step",
     "on_train_batch_end",
-    "on_train_end",
     "on_fit_end",
     "on_save_checkpoint",
     "on_load_checkpoint",
@@ -62,6 +62,16 @@ class ContinualMixin:
                 f"`{cls.__name__}` overrides {', '.join(f'`{name}`' for name in silenced)} without a call of"
                 " `super()`, and its penalties depend on it. Add the call."
             )
+        own = vars(cls).get("on_train_end")
+
+        @wraps(cls.on_train_end)
+        def on_train_end(self: ContinualMixin) -> None:
+            # tasks end after all that the module does itself, which may put other weights in place
+            own(self) if own else super(cls, self).on_train_end()  # type: ignore[misc]
+            if type(self) is cls and not self._trainer_now().fast_dev_run:
+                self.finish_task(self._trainer_now(), self)
+
+        cls.on_train_end = on_train_end  # type: ignore[method-assign]
 
     def set_penalties(self, penalties: Mapping[str, Penalty | WeightPenalty]) -> None:
         """Choose the penalties; call it in ``__init__``, after ``super().__init__()``.
@@ -96,6 +106,13 @@ class ContinualMixin:
         for penalty in self._penalties():
             penalty.on_train_start(self._trainer_now(), self)  # type: ignore[arg-type]
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Try on the first batch whether the task can be learned when it ends."""
+        result: int | None = super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
+        for penalty in self._penalties():
+            penalty.on_train_batch_start(self._trainer_now(), self, batch, batch_idx)  # type: ignore[arg-type]
+        return result
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Add the gradients of the penalties."""
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
@@ -109,10 +126,8 @@ class ContinualMixin:
             penalty.on_train_batch_end(self._trainer_now(), self, outputs, batch, batch_idx)  # type: ignore[arg-type]
 
     def on_train_end(self) -> None:
-        """End the task."""
+        """What other bases do; then the task ends, see :meth:`finish_task`."""
         super().on_train_end()  # type: ignore[misc]
-        for penalty in self._penalties():
-            penalty.on_train_end(self._trainer_now(), self)  # type: ignore[arg-type]
 
     def on_fit_end(self) -> None:
         """Say so if nothing was trained."""
@@ -120,18 +135,24 @@ class ContinualMixin:
         for penalty in self._penalties():
             penalty.on_fit_end(self._trainer_now(), self)  # type: ignore[arg-type]
 
+    def teardown(self, stage: str) -> None:
+        """Let go of the fit."""
+        super().teardown(stage)  # type: ignore[misc]
+        for penalty in self._penalties():
+            penalty.teardown(self._trainer_now(), self, stage)  # type: ignore[arg-type]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the penalties remember."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        checkpoint[MEMORY] = {penalty.name: penalty.state_dict() for penalty in self._penalties()}
+        checkpoint[STATE] = {penalty.name: penalty.state_dict() for penalty in self._penalties()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give it back to the penalties of the same names."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        memories = checkpoint.get(MEMORY, {})
+        states = checkpoint.get(STATE, {})
         for penalty in self._penalties():
-            if penalty.name in memories:
-                penalty.load_state_dict(memories[penalty.name])
+            if penalty.name in states:
+                penalty.load_state_dict(states[penalty.name])
 
     def _penalties(self) -> list[WeightPenalty]:
         return list(getattr(self, "weight_penalties", {}).values())

@@ -1,4 +1,7 @@
-"""Curves of what a regularizer or a penalty adds to the loss."""
+"""Loss-term curves: what a regularizer or a penalty adds to the loss."""
+
+from collections.abc import Collection
+from functools import lru_cache
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -32,10 +35,38 @@ def terms_are_due(trainer: Trainer) -> bool:
     return trainer.training and is_due(trainer, trainer.log_every_n_steps)
 
 
-def publish_terms(trainer: Trainer, pl_module: LightningModule, curves: dict[Curve, Tensor]) -> None:
-    """Publish scalars that are the same on every process; the one wait for the device of a logging step."""
+def publish_terms(
+    trainer: Trainer, pl_module: LightningModule, curves: dict[Curve, Tensor], unless_zero: Collection[str] = ()
+) -> dict[Curve, float]:
+    """Publish scalars that are the same on every process; the one wait for the device of a logging step.
+
+    Args:
+        trainer: Whose loggers.
+        pl_module: Its module.
+        curves: Scalars, see :func:`term_curves`.
+        unless_zero: Measures that are left out where they are 0.
+
+    Returns:
+        The numbers that were published.
+    """
     if not curves:
-        return
-    values = torch.stack([value.float() for value in curves.values()]).tolist()
+        return {}
+    numbers = torch.stack([value.float() for value in curves.values()]).tolist()
+    values = {
+        curve: number
+        for curve, number in zip(curves, numbers, strict=True)
+        if number != 0 or curve[2] not in unless_zero
+    }
     step = logging_step(trainer)
-    publish(trainer, pl_module, [Point(*curve, step, value) for curve, value in zip(curves, values, strict=True)])
+    publish(trainer, pl_module, [Point(*curve, step, value) for curve, value in values.items()])
+    return values
+
+
+def offer_terms(trainer: Trainer, curves: dict[Curve, Tensor]) -> None:
+    """Between logging steps: what early stopping and checkpoints ask for when an epoch ends is there, and is fresh."""
+    trainer.callback_metrics.update({_key(curve): value.float() for curve, value in curves.items()})
+
+
+@lru_cache(maxsize=4096)
+def _key(curve: Curve) -> str:
+    return Point(*curve, 0, 0.0).key

@@ -1,4 +1,4 @@
-"""What a batch tells about its size, without asking the device."""
+"""Batch size: what a batch tells about it, without asking the device."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -6,7 +6,10 @@ from copy import deepcopy
 from itertools import chain
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+
+from lightning_collapse.utilities.sharding import local
 
 Module = TypeVar("Module", bound=nn.Module)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -75,3 +78,10 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             part._parameters[leaf] = nn.Parameter(new, requires_grad=False)
         else:
             part._buffers[leaf] = new
+
+
+@torch.no_grad()
+def checksum(module: nn.Module) -> dict[str, int]:
+    """A number for each parameter and buffer by name, on every device the same while no bit of it changes."""
+    parts = {name: local(tensor).reshape(-1).view(torch.uint8) for name, tensor in tensors_of(module).items()}
+    return {name: int(part.sum(dtype=torch.int64)) for name, part in parts.items()}

@@ -1,21 +1,26 @@
-"""A wrapper around ``training_step`` that sits on the instance and comes off again, whatever else sits there."""
+"""Method wrapping: a wrapper around a method of one module, that comes off again and that no copy carries."""
 
+import operator
 from collections.abc import Callable
-from functools import wraps
+from copy import deepcopy
+from functools import partial, update_wrapper
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 
-def wrap_training_step(module: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
-    """Replace ``module.training_step`` by ``around(step, *args, **kwargs)`` until the returned function is called.
+def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Replace ``module.name`` by ``around(method, *args, **kwargs)`` until the returned function is called.
 
     Wrappers nest, and may be taken off in any order. What the instance had before comes back: the method of its class,
-    or an attribute of its own, such as the compiled step of ``torch.compile(module)``.
+    or an attribute of its own, such as the compiled step of ``torch.compile(module)``. A deep copy and a pickle of the
+    module have that, too, in place of the wrapper.
 
     Args:
         module: A ``LightningModule``.
-        around: Called with the step it replaces and the arguments of the call; returns what the step shall return.
+        name: Of the method.
+        around: Called with the method it replaces and the arguments of the call; returns what the method shall return.
 
     Returns:
         A function that takes the wrapper off; calling it again does nothing.
@@ -25,49 +30,50 @@ def wrap_training_step(module: nn.Module, around: Callable[..., Any]) -> Callabl
         ...     def training_step(self, batch):
         ...         return batch + 1
         >>> lit = Lit()
-        >>> unwrap = wrap_training_step(lit, lambda step, batch: 10 * step(batch))
-        >>> lit.training_step(1)
-        20
+        >>> unwrap = wrap_method(lit, "training_step", lambda step, batch: 10 * step(batch))
+        >>> lit.training_step(1), deepcopy(lit).training_step(1)
+        (20, 2)
         >>> unwrap()
         >>> lit.training_step(1), "training_step" in vars(lit)
         (2, False)
     """
-    layer = _Layer(before=vars(module).get("training_step"))
-    inner: Any = module.training_step
+    wrapper = _Wrapper(module, name, around)
+    setattr(module, name, wrapper)
+    return wrapper.take_off
 
-    @wraps(inner, updated=())
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        return around(inner, *args, **kwargs) if layer.active else inner(*args, **kwargs)
 
-    # Lightning looks one `__wrapped__` deep for the arguments of the step: show it what it would have seen
-    training_step.__wrapped__ = getattr(inner, "__wrapped__", inner)
-    layer.function = training_step
-    setattr(training_step, _LAYER, layer)
-    module.training_step = training_step  # type: ignore[assignment]
+def wrap_training_step(module: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
+    """:func:`wrap_method` of ``training_step``."""
+    return wrap_method(module, "training_step", around)
 
-    def unwrap() -> None:
-        layer.active = False
-        while (top := _top(module)) is not None and not top.active:
+
+class _Wrapper:
+    def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
+        self.module, self.name = module, name
+        self.before: Any = vars(module).get(name)
+        self.inner: Any = getattr(module, name)
+        self.call: Callable[..., Any] = partial(around, self.inner)
+        update_wrapper(self, self.inner, updated=())
+        # Lightning looks one `__wrapped__` deep for the arguments of the step: show it what it would have seen
+        self.__wrapped__ = getattr(self.inner, "__wrapped__", self.inner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.before is not None:
+            return deepcopy(self.before, memo)
+        return MethodType(getattr(type(self.module), self.name), deepcopy(self.module, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # of builtins alone, so that the pickle can be read where this package is not
+        return (getattr, (self.module, self.name)) if self.before is None else (operator.getitem, ([self.before], 0))
+
+    def take_off(self) -> None:
+        """Once nobody's wrapper sits over it; until then it passes calls on."""
+        self.call = self.inner
+        while isinstance(top := vars(self.module).get(self.name), _Wrapper) and top.call is top.inner:
             if top.before is None:
-                del module.training_step
+                delattr(self.module, self.name)
             else:
-                module.training_step = top.before
-
-    return unwrap
-
-
-_LAYER = "_collapse_layer"
-
-
-class _Layer:
-    def __init__(self, before: Any) -> None:
-        self.before = before
-        self.function: Any = None
-        self.active = True
-
-
-def _top(module: nn.Module) -> _Layer | None:
-    """Our outermost wrapper, if nobody put another one over it (which may carry our mark: `wraps` copies it)."""
-    function = vars(module).get("training_step")
-    layer: _Layer | None = getattr(function, _LAYER, None)
-    return layer if layer is not None and layer.function is function else None
+                setattr(self.module, self.name, top.before)

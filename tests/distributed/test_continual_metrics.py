@@ -50,7 +50,7 @@ def _check(rank):
             strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
         keeper = PointKeeper()
         metrics = ContinualMetrics([_share(1, rank), _share(2, rank), _Broken(rank)], every_n_steps=1)
-        metrics.task = 1  # as if one had been learned: the cadence is at work
+        metrics.task_index = 1  # as if one had been learned: the cadence is at work
         options = {**QUIET, "devices": 2, "strategy": strategy, "logger": False, "use_distributed_sampler": False}
         torch.manual_seed(0)
         lit = model()

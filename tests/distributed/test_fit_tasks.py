@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_collapse import ContinualMetrics, fit_tasks
-from tests.callbacks.test_fit_tasks import Cut, CutOffError
+from tests.callbacks.continual.test_fit_tasks import Cut, CutOffError
 from tests.continual import Learner, held_out, training
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, weights

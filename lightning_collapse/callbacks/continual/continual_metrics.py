@@ -1,9 +1,9 @@
-"""Accuracy on every task after every task, and what becomes of it in between."""
+"""Continual-learning metrics: accuracy on every task after every task, transfer and forgetting."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import nan
+from math import isfinite, nan
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_collapse.callbacks.continual.monitored_curves import require_available
 from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forward
@@ -27,12 +28,13 @@ from lightning_collapse.functional.stability_gap import min_accuracy, worst_case
 from lightning_collapse.reporting import heat_map, log_image, log_text, publish
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes
 from lightning_collapse.utilities.loaders import Loader
-from lightning_collapse.utilities.modules import curve_name
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import register_curve
 from lightning_collapse.utilities.targets import call_on, targets_of
 from lightning_collapse.utilities.trainer import is_due
 
+GAP_MEASURES = ("min_accuracy", "worst_case_accuracy")
+MEASURES = ("accuracy", "learning_accuracy", "backward_transfer", "forward_transfer", "forgetting", *GAP_MEASURES)
 Outputs = Callable[[Any, Any], Tensor]
 Metric = Callable[[Tensor, Tensor], Tensor]
 
@@ -82,7 +84,7 @@ class ContinualMetrics(TaskAware):
 
     Args:
         loaders: For every task a loader, or a function that returns one, in the order in which they are learned; as a
-            mapping they bring the names of their curves, else these are ``task0``, ``task1`` and so on.
+            mapping they bring the names of tasks, else these are ``task0``, ``task1`` and so on.
         every_n_steps: Optimizer steps between two evaluations while later tasks are learned; ``None`` for none. The
             paper takes 1, on small loaders.
         outputs: How the model is called on a batch, a function of the module and the batch;
@@ -97,8 +99,10 @@ class ContinualMetrics(TaskAware):
         names: Names of the tasks.
 
     Raises:
-        ValueError: If there is no loader, an argument is of the wrong kind, or two names make one curve.
-        MisconfigurationException: When the fit starts, if the module has no ``forward`` and ``outputs`` is not given.
+        ValueError: If there is no loader, an argument is of the wrong kind, or a task has no name, that of another one
+            or that of a curve such as ``accuracy``.
+        MisconfigurationException: When the fit starts, if the module has no ``forward`` and ``outputs`` is not given,
+            or if an ``EarlyStopping`` or ``ModelCheckpoint`` waits for a curve that begins when the task ends.
 
     References:
         See :func:`~lightning_collapse.functional.backward_transfer`, :func:`~lightning_collapse.functional.forgetting`
@@ -168,9 +172,11 @@ class ContinualMetrics(TaskAware):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._steps.start(trainer)
-        if self.forward_transfer and self.task == 0 and trainer.global_step == 0:
-            baseline = self._evaluate(trainer, pl_module, range(len(self.names)))[0]
-            self._baseline = self._baseline if trainer.fast_dev_run else baseline
+        self._announce(trainer)
+        if self.forward_transfer and self.task_index == 0 and trainer.global_step == 0:
+            with self.containment("the evaluation before the first step", "forward transfer stays unknown"):
+                baseline = self._evaluate(trainer, pl_module, range(len(self.names)))[0]
+                self._baseline = self._baseline if trainer.fast_dev_run else baseline
 
     @override
     def on_train_batch_end(
@@ -178,21 +184,22 @@ class ContinualMetrics(TaskAware):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._steps.after_batch(trainer)
-        if self.every_n_steps and 0 < self.task < len(self.names) and is_due(trainer, self.every_n_steps):
-            seen = range(self.task + 1)
-            values, counts = self._evaluate(trainer, pl_module, seen)
-            points = self._points_of_tasks(trainer, seen, values, counts)
-            publish(trainer, pl_module, points + self._points_of_gap(trainer, values))
+        if self.every_n_steps and 0 < self.task_index < len(self.names) and is_due(trainer, self.every_n_steps):
+            with self.containment("an evaluation while a task is learned", "its points are missing"):
+                seen = range(self.task_index + 1)
+                values, counts = self._evaluate(trainer, pl_module, seen)
+                points = self._points_of_tasks(trainer, seen, values, counts)
+                publish(trainer, pl_module, points + self._points_of_gap(trainer, values))
 
     @override
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tasks = len(self.names)
-        if self.task >= tasks:
-            self._warn_once(f"task {self.task} has ended, and `loaders` has {tasks}: it is not measured.")
+        if self.task_index >= tasks:
+            self._warn_once(f"task {self.task_index} has ended, and `loaders` has {tasks}: it is not measured.")
             return
-        evaluated = range(tasks if self.forward_transfer else self.task + 1)
-        self._values[self.task], counts = self._evaluate(trainer, pl_module, evaluated)
-        learned = self._values[: self.task + 1]
+        evaluated = range(tasks if self.forward_transfer else self.task_index + 1)
+        self._values[self.task_index], counts = self._evaluate(trainer, pl_module, evaluated)
+        learned = self._values[: self.task_index + 1]
         readings = {
             "accuracy": average_accuracy(learned),
             "learning_accuracy": learning_accuracy(learned),
@@ -207,7 +214,8 @@ class ContinualMetrics(TaskAware):
         if self.every_n_steps:
             points += self._points_of_gap(trainer, learned[-1])
         publish(trainer, pl_module, points)
-        self._draw(trainer, step)
+        with self.containment("the picture of accuracies"):
+            self._draw(trainer, step)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -284,14 +292,14 @@ class ContinualMetrics(TaskAware):
 
     def _points_of_gap(self, trainer: Trainer, values: Tensor) -> list[Point]:
         """Lowest readings, this one included."""
-        if self.task == 0:
+        if self.task_index == 0:
             return []
-        earlier, now = self._lowest[: self.task], values[: self.task]
-        self._lowest[: self.task] = torch.fmin(earlier, now)
-        lowest, step = self._lowest[: self.task].unsqueeze(1), self._steps.step(trainer)
+        earlier, now = self._lowest[: self.task_index], values[: self.task_index]
+        self._lowest[: self.task_index] = torch.fmin(earlier, now)
+        lowest, step = self._lowest[: self.task_index].unsqueeze(1), self._steps.step(trainer)
         readings = {
             "min_accuracy": min_accuracy(lowest),
-            "worst_case_accuracy": worst_case_accuracy(values[self.task], lowest),
+            "worst_case_accuracy": worst_case_accuracy(values[self.task_index], lowest),
         }
         return [Point("continual", "", name, step, value.item()) for name, value in readings.items()]
 
@@ -300,6 +308,18 @@ class ContinualMetrics(TaskAware):
         for logger in trainer.loggers:
             log_image(logger, "continual/accuracies", heat_map(self._values.numpy(), *ends), step)
             log_text(logger, "continual/accuracies", self.table(), step)
+
+    def _announce(self, trainer: Trainer) -> None:
+        """Give curves that go on what they read last, and refuse to have others waited for."""
+        if self.every_n_steps and 0 < self.task_index <= len(self.names):
+            latest = self._values[self.task_index - 1, : self.task_index]
+            points = self._points_of_tasks(trainer, range(self.task_index), latest, [1] * self.task_index)
+            trainer.callback_metrics.update({p.key: torch.tensor(p.value) for p in points if isfinite(p.value)})
+        late = [Point("continual", name, "accuracy", 0, nan).key for name in self.names]
+        late += [f"continual/{measure}" for measure in MEASURES]
+        if self.every_n_steps and self.task_index:
+            late = [curve for curve in late if curve not in (f"continual/{measure}" for measure in GAP_MEASURES)]
+        require_available(trainer, late, "a task ends, and so does the fit", type(self).__name__)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -318,9 +338,13 @@ def _named(loaders: Sequence[Loader] | Mapping[str, Loader]) -> tuple[list[str],
             raise ValueError(
                 f"`loaders` takes iterables of batches, or functions that return one, got {loader!r} for {name!r}."
             )
-    names = [curve_name(str(name)) for name in named]
+    names = [str(name) for name in named]
     if len(set(names)) < len(names):
-        raise ValueError(f"`loaders` has two names for one curve: {', '.join(map(repr, named))}.")
+        raise ValueError(f"`loaders` has two tasks of one name: {', '.join(map(repr, named))}.")
+    if taken := [name for name in names if name in (*MEASURES, "accuracies") or not name.strip(". ")]:
+        raise ValueError(
+            f"`loaders` has a task called {taken[0]!r}, which is no name, or that of a curve. Take another."
+        )
     return names, list(named.values())
 
 

@@ -1,4 +1,4 @@
-"""A sequence of tasks: one trainer, one fit and one checkpoint for each, and a way to go on where it was cut off."""
+"""Sequential training on tasks: a trainer, a fit and a checkpoint for each, and a way to go on where it was cut off."""
 
 from __future__ import annotations
 

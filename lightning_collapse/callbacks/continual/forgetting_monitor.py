@@ -1,9 +1,9 @@
-"""Which modules move when the task changes."""
+"""Parameter change per module, from epoch to epoch and from task to task: which modules forget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import ceil, isfinite
+from math import ceil, isfinite, nan
 from typing import Any, Literal
 
 import torch
@@ -13,13 +13,15 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_collapse.callbacks.continual.continual_metrics import MEASURES
+from lightning_collapse.callbacks.continual.monitored_curves import require_available
 from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.monitors.monitor import check_layers
 from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.distributed import all_reduce_sum
-from lightning_collapse.utilities.modules import clean_name, curve_name, find_modules
+from lightning_collapse.utilities.modules import clean_name, find_modules
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import register_curve
 
@@ -103,6 +105,8 @@ class ForgettingMonitor(TaskAware):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._steps.start(trainer)
+        late = [Point("continual", layer, "task_change", 0, nan).key for layer in self._groups]
+        require_available(trainer, late, "a task ends, and so does the fit", type(self).__name__)
         self._of_epoch = ParameterSnapshot(self._tensors, self._restored.get("of_epoch"))
         if self.between_tasks:
             before = self._restored.get("of_task")
@@ -121,7 +125,8 @@ class ForgettingMonitor(TaskAware):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measure(trainer, pl_module, self._of_epoch, "epoch_change")
+        with self.containment("the change of an epoch"):
+            self._measure(trainer, pl_module, self._of_epoch, "epoch_change")
         self._in_epoch = False
 
     @override
@@ -131,6 +136,7 @@ class ForgettingMonitor(TaskAware):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._of_epoch = None
 
     @override
@@ -178,7 +184,7 @@ class ForgettingMonitor(TaskAware):
         if self.layers is None:
             for name, tensor, suffix in _state_of(pl_module):
                 owner = clean_name(name).rpartition(".")[0]
-                yield (curve_name(owner) if owner else "model") + suffix, name, tensor
+                yield _apart(owner or "model") + suffix, name, tensor
             return
         try:
             modules = find_modules(pl_module, self.layers)
@@ -186,7 +192,7 @@ class ForgettingMonitor(TaskAware):
             raise MisconfigurationException(f"`ForgettingMonitor(layers={list(self.layers)!r})`: {error}") from error
         for layer, module in modules.items():
             for name, tensor, suffix in _state_of(module):
-                yield curve_name(layer) + suffix, f"{layer}.{name}", tensor
+                yield _apart(layer) + suffix, f"{layer}.{name}", tensor
 
 
 def select_top(changes: Mapping[str, float], fraction: float) -> list[str]:
@@ -206,6 +212,11 @@ def select_top(changes: Mapping[str, float], fraction: float) -> list[str]:
     if not 0 < fraction <= 1:
         raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction}.")
     return sorted(changes, key=changes.__getitem__, reverse=True)[: ceil(fraction * len(changes))]
+
+
+def _apart(layer: str) -> str:
+    """The name of a layer in a curve, whose folder must not have the name of a curve of tasks."""
+    return f"{layer}.module" if layer in MEASURES else layer
 
 
 def _state_of(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:

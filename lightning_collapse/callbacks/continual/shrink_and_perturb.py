@@ -111,13 +111,14 @@ class ShrinkAndPerturb(TaskAware):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        now = self.task
+        now = self.task_index
         if self.every_n_steps is not None:
             step = logging_step(trainer)
             now = step - step % self.every_n_steps
         if now > self._last:
             self._last = now
-            self._apply(pl_module)
+            with self.containment("making the network anew", "its weights stay as they are"):
+                self._apply(pl_module)
 
     @override
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:

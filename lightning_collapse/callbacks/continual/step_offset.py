@@ -1,4 +1,4 @@
-"""One x-axis for many trainers."""
+"""Step offset: one x-axis for many trainers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ends of tasks inside one long fit."""
+"""Task boundaries inside one long fit."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_collapse.callbacks.continual.task_aware import TaskAware
+from lightning_collapse.callbacks.continual.task_aware import TaskAware, after_hook
+from lightning_collapse.utilities.containment import Containment
 
 
 class TaskBoundary(Callback):
     """Ends tasks at the ends of chosen epochs of a fit, for everything that acts when a task ends.
 
     Calls ``finish_task(trainer, pl_module)`` of every :class:`~lightning_collapse.callbacks.task_aware.TaskAware`
-    callback and of the module, if it has one, when the epoch's training is over: on the loader of the task that ends,
-    and before a ``ModelCheckpoint`` saves the epoch (one with ``save_on_train_epoch_end=False``, or that saves after
-    validation, does so before the task has ended). The last task ends with the fit, as ever.
+    callback and of the module, if it has one, when the epoch's training is over, after ``on_train_epoch_end`` of other
+    callbacks and of the module: on the loader of the task that ends, and before a ``ModelCheckpoint`` saves the epoch
+    (one with ``save_on_train_epoch_end=False``, or that saves after validation, does so before the task has ended).
+    The last task ends with the fit, as ever.
 
-    Data of the next task: a ``LightningDataModule`` with an attribute ``task`` finds the index of the running task in
-    it whenever ``train_dataloader()`` is called; ``Trainer(reload_dataloaders_every_n_epochs=1)`` has it called every
-    epoch, and is required then. Any other source of data has to look at :attr:`task` itself.
+    Data of the next task: a ``LightningDataModule`` with an attribute ``task_index`` finds the running task in it
+    whenever ``train_dataloader()`` is called; ``Trainer(reload_dataloaders_every_n_epochs=1)`` has it called every
+    epoch, and is required then. Any other source of data has to look at :attr:`task_index` itself.
 
     Args:
         every_n_epochs: A task ends after this many epochs, and again after as many.
@@ -32,7 +34,7 @@ class TaskBoundary(Callback):
             processes if it does on one.
 
     Attributes:
-        task: Index of the running task, from 0.
+        task_index: Index of the running task, from 0.
 
     Raises:
         ValueError: If not exactly one of the three is given, or it makes no sense.
@@ -69,34 +71,44 @@ class TaskBoundary(Callback):
         if when is not None and not callable(when):
             raise ValueError(f"`when` takes a function of the trainer, got {when!r}.")
         self.every_n_epochs, self.at_epochs, self.when = every_n_epochs, at_epochs, when
-        self.task = 0
+        self.task_index = 0
+        self._containment = Containment(type(self).__name__)
+        self._unwrap: Callable[[], None] | None = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        follows = hasattr(trainer.datamodule, "task")
+        follows = hasattr(trainer.datamodule, "task_index")
         if follows and trainer.reload_dataloaders_every_n_epochs != 1:
             raise MisconfigurationException(
-                f"{type(trainer.datamodule).__name__} has a `task`, but would not be asked for the data of the next one"
+                f"{type(trainer.datamodule).__name__} has a `task_index`, but is not asked for the next task's data"
                 f" with `reload_dataloaders_every_n_epochs={trainer.reload_dataloaders_every_n_epochs}`. Set it to 1."
             )
-        if not follows and not trainer.reload_dataloaders_every_n_epochs:
-            rank_zero_info("`TaskBoundary`: the loader stays the same; its data must change by themselves.")
+        if not follows:
+            rank_zero_info("`TaskBoundary`: no data module has a `task_index`; the data must change by themselves.")
         self._tell(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.fast_dev_run and self._is_due(trainer):
-            finish_task(trainer, pl_module)
-            self.task += 1
-            self._tell(trainer)
+            self._unwrap = after_hook(pl_module, "on_train_epoch_end", lambda: self._end(trainer, pl_module))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._unwrap is not None:
+            self._unwrap()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"task": self.task}
+        return {"task": self.task_index}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.task = state_dict["task"]
+        self.task_index = state_dict["task"]
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        finish_task(trainer, pl_module)
+        self.task_index += 1
+        self._tell(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch + 1
@@ -105,11 +117,14 @@ class TaskBoundary(Callback):
         if self.at_epochs is not None:
             return epoch in self.at_epochs
         assert self.when is not None
-        return bool(trainer.strategy.reduce_boolean_decision(bool(self.when(trainer)), all=False))
+        ends = False
+        with self._containment("`when`", "no task ends there"):
+            ends = bool(self.when(trainer))
+        return bool(trainer.strategy.reduce_boolean_decision(ends, all=False))
 
     def _tell(self, trainer: Trainer) -> None:
-        if hasattr(trainer.datamodule, "task"):
-            trainer.datamodule.task = self.task
+        if hasattr(trainer.datamodule, "task_index"):
+            trainer.datamodule.task_index = self.task_index
 
 
 def finish_task(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,1 +1,1 @@
-"""A pass over data in the middle of a fit that must not notice."""
+"""Evaluation on data in the middle of a fit that must not notice."""

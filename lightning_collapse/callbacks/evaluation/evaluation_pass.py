@@ -1,4 +1,4 @@
-"""A pass over clean data in eval mode, in the middle of a fit that must not notice."""
+"""Evaluation pass: class statistics of clean data in eval mode, in the middle of a fit that must not notice."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class CleanPass:
         inputs: How the model is called on a batch; see
             :func:`~lightning_collapse.utilities.targets.call_on`.
         labels_of: Labels of a batch, or ``None``.
-        match: Labels of the rows that were heard, or ``None``.
+        match: Labels of the rows that were captured, or ``None``.
         warn: What to do with a warning.
     """
 
@@ -103,7 +103,7 @@ class CleanPass:
         problem = ""
         try:
             for batch, counts in batches_on_device(self.loader, trainer, pl_module):
-                rows, labels = self._hear(trainer, pl_module, batch)
+                rows, labels = self._capture(trainer, pl_module, batch)
                 if counts and rows is not None and labels is not None:
                     take(rows, labels)
         except Exception as error:  # of the user's loader or model: what is only watched goes on
@@ -119,16 +119,16 @@ class CleanPass:
             )
         return not failed
 
-    def _hear(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _capture(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> tuple[Tensor | None, Tensor | None]:
         labels = self.labels_of(batch)
         self._taps.armed, self._taps.mask = labels is not None, padding_mask(batch)
         with trainer.precision_plugin.forward_context():
             self.inputs(pl_module, batch)
         self._taps.armed = False
-        heard = self._taps.pop().get(self.tap.name)
-        if labels is None or heard is None:
+        captured = self._taps.pop().get(self.tap.name)
+        if labels is None or captured is None:
             return None, None
-        return heard.rows, self.match(heard, labels)
+        return captured.rows, self.match(captured, labels)
 
 
 def is_pass_due(trainer: Trainer, epochs: Collection[int] | None) -> bool:

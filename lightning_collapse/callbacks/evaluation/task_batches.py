@@ -1,4 +1,4 @@
-"""The data of the task that ends, once more, in the middle of a fit that must not notice."""
+"""Task data: the batches of the task that ends, once more, in the middle of a fit that must not notice."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ class TaskBatches:
     Args:
         trainer: Whose data.
         loader: Batches, or a function that returns them; ``None`` for the training data.
+        limit: How many batches at most.
     """
 
-    def __init__(self, trainer: Trainer, loader: Loader | None = None) -> None:
+    def __init__(self, trainer: Trainer, loader: Loader | None = None, limit: int | None = None) -> None:
         self.trainer = trainer
         self.loader = loader
+        self.limit = limit
 
     def __iter__(self) -> Iterator[Any]:
-        limit = int(self.trainer.fast_dev_run) or None
+        limit = self.limit or int(self.trainer.fast_dev_run) or None
         if self.loader is None:
-            loader: Iterable[Any] = _unrepeated(self.trainer.train_dataloader)
+            loader: Iterable[Any] = batches_of(_unrepeated(self.trainer.train_dataloader))
             limit = batches_of_epoch(self.trainer)
         else:
             loader = batches_of(self.loader)
@@ -46,8 +48,13 @@ def check_training_data(trainer: Trainer, who: str) -> None:
     """Refuse training data that no one can pass over alone.
 
     Raises:
-        MisconfigurationException: If there are several loaders.
+        MisconfigurationException: If there are several loaders, or an iterator, used up by the time the task ends.
     """
+    if isinstance(trainer.train_dataloader, Iterator):
+        raise MisconfigurationException(
+            f"{who} reads the data of a task when it ends, and the training data are an iterator, which can be read"
+            " once only. Say what to read: `loader=...`, an iterable of batches or a function that returns one."
+        )
     if isinstance(trainer.train_dataloader, Mapping | Sequence):
         raise MisconfigurationException(
             f"{who} reads the data of a task when it ends, and the training has several loaders. Say which:"

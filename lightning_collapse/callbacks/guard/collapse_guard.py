@@ -175,7 +175,7 @@ class CollapseGuard(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._restored:
             # of several tasks, each a fit, the later ones are compared with the beginning of the first
-            if not any(isinstance(callback, TaskAware) and callback.task for callback in trainer.callbacks):
+            if not any(isinstance(callback, TaskAware) and callback.task_index for callback in trainer.callbacks):
                 self._reset()
             for action in (*self._rollbacks, *self._switches):
                 action.reset()

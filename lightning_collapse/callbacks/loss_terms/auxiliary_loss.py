@@ -1,4 +1,4 @@
-"""What every callback shares that adds a term to the loss of ``training_step``, without a change to its code."""
+"""Auxiliary loss: what every callback shares that adds a term to the loss of ``training_step``, without its code."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -11,21 +11,32 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_collapse.callbacks.loss_terms.finite_rows import FiniteRows
+from lightning_collapse.losses.base import nothing
 from lightning_collapse.losses.schedule import Weight, require_weight, weighted
-from lightning_collapse.reporting.loss_term_curves import Curve, publish_terms, term_curves, terms_are_due
+from lightning_collapse.reporting.loss_term_curves import (
+    Curve,
+    offer_terms,
+    publish_terms,
+    term_curves,
+    terms_are_due,
+)
+from lightning_collapse.utilities.containment import Containment
+from lightning_collapse.utilities.features import as_rows
 from lightning_collapse.utilities.modules import find_modules, let_hooks_be_seen
 from lightning_collapse.utilities.trainer import logging_step
 from lightning_collapse.utilities.training_step import wrap_training_step
 
 
 class AuxiliaryLoss(Callback, ABC):
-    """Hears layers within one ``training_step`` and adds a term to the loss it returns.
+    """Captures layers within one ``training_step`` and adds a term to the loss it returns.
 
-    A subclass hooks layers in :meth:`listen`, keeps what they return while :attr:`_open` is true, and makes a term of
-    it in :meth:`term`; the rest is here.
+    A subclass hooks layers in :meth:`hook`, keeps what they return while :attr:`_open` is true, and makes a term of it
+    in :meth:`term`; the rest is here. What the first training step raises ends the fit; from then on a step in which
+    anything fails goes without the term, with one warning.
 
     Args:
-        on: Name of the layer to hear.
+        on: Name of the layer to capture.
         weight: Factor of the term.
         name: Name of its curves.
     """
@@ -40,21 +51,36 @@ class AuxiliaryLoss(Callback, ABC):
         self.weight = weight
         self.name = name
         self._open = False
+        self._tried = False
         self._detachers: list[Callable[[], None]] = []
         self._curves: dict[Curve, Tensor] = {}
+        self._channels_first = False
+        self._unreadable = ""
         self._warned: set[str] = set()
+        self.containment = Containment(f"{type(self).__name__}(name={name!r})")
+        self._finite = FiniteRows()
 
     @abstractmethod
-    def listen(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
+    def hook(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
         """Hook layers; returns functions that take the hooks off. May raise."""
 
     @abstractmethod
-    def forget(self) -> None:
-        """Let go of what was heard: nothing may keep a graph alive."""
+    def reset(self) -> None:
+        """Let go of what was captured: nothing may keep a graph alive."""
+
+    @abstractmethod
+    def captured(self) -> list[Tensor]:
+        """What was captured, for a term that is nothing but depends on it."""
 
     @abstractmethod
     def term(self, trainer: Trainer, batch: Any) -> Tensor | None:
-        """What to add to the loss, from what was heard in the step on ``batch``; ``None`` for nothing."""
+        """What to add to the loss, from what was captured in the step on ``batch``; ``None`` for nothing."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._finite = FiniteRows()  # of another fit; a checkpoint is loaded after this
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,8 +88,9 @@ class AuxiliaryLoss(Callback, ABC):
         # not in `setup`: `configure_model`, compilation and sharding come later
         self._detach()
         self._check(trainer, pl_module)
+        self._tried = False
         let_hooks_be_seen(pl_module)
-        self._detachers = self.listen(trainer, pl_module)
+        self._detachers = self.hook(trainer, pl_module)
 
         def around(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             # validation and testing may call `training_step` too
@@ -77,9 +104,19 @@ class AuxiliaryLoss(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._curves:
-            publish_terms(trainer, pl_module, self._curves)
-            self._curves = {}
+        if not self._curves:
+            return
+        due, first = terms_are_due(trainer), self._finite.expected is None
+        with self.containment("publishing its curves", "they may have gaps"):
+            if (due or first) and self._finite.look():
+                self._warn_of_nonfinite(first)
+            if due:
+                quiet = () if self._finite.expected else ("nonfinite_rows",)
+                publish_terms(trainer, pl_module, self._curves, unless_zero=quiet)
+                self._finite.restart()
+            else:
+                offer_terms(trainer, self._curves)
+        self._curves = {}
 
     @property
     @override
@@ -87,19 +124,40 @@ class AuxiliaryLoss(Callback, ABC):
         return self._generate_state_key(name=self.name, on=self.on)
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return {**state, "nonfinite_rows": True} if self._finite.expected else state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._finite.expected = state_dict.get("nonfinite_rows")
+
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         self._detach()  # `teardown` is not called when the trainer fails
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._detach()
 
     def add(self, trainer: Trainer, value: Tensor, terms: dict[str, Tensor]) -> Tensor:
-        """The value with its weight; at logging steps also what the curves will show."""
+        """The value with its weight, which the curves will show beside the terms."""
         total = weighted(self.weight, value, logging_step(trainer))
-        if terms_are_due(trainer):
-            self._curves = term_curves(self.name, total, terms)
+        self._curves = term_curves(self.name, total, {**terms, "nonfinite_rows": self._finite.left_out})
         return total
+
+    def rows_of(self, output: Any) -> Tensor | None:
+        """What a layer returned as rows; ``None`` where that cannot be had, and :attr:`_unreadable` says why."""
+        try:
+            rows = as_rows(output, self._channels_first)
+        except Exception as error:
+            self._unreadable = f", {error!r:.200}"
+            return None
+        # a copy: an operation in place further on, such as `ReLU(inplace=True)`, must not change it
+        return None if rows is None else rows.clone()
 
     def find(self, pl_module: LightningModule, name: str) -> tuple[str, nn.Module]:
         """The one layer of a name or glob, and its clean name.
@@ -139,16 +197,24 @@ class AuxiliaryLoss(Callback, ABC):
                 f" apart with `{who}(..., name=...)`."
             )
 
+    def _warn_of_nonfinite(self, first: bool) -> None:
+        """Rows were not finite; ``first`` in the first step."""
+        self.warn_once(
+            "nonfinite",
+            f"`{type(self).__name__}(on={self.on!r})`: rows of the layer are NaN or infinite. They are left out and"
+            f" counted in `regularizer/{self.name}/nonfinite_rows`.",
+        )
+
     def _detach(self) -> None:
         for detach in self._detachers:
             detach()
         self._detachers = []
         self._curves = {}
         self._open = False
-        self.forget()
+        self.reset()
 
     def _run(self, trainer: Trainer, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.forget()
+        self.reset()
         self._open = True
         try:
             output = step(*args, **kwargs)
@@ -156,11 +222,21 @@ class AuxiliaryLoss(Callback, ABC):
             loss = output.get("loss") if isinstance(output, Mapping) else output
             if not isinstance(loss, Tensor):
                 return output
-            term = self.term(trainer, args[0] if args else None)
+            term = self._term(trainer, args[0] if args else None)
         finally:
             self._open = False
-            self.forget()
+            self.reset()
         if term is None:
             return output
         loss = loss + term
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+    def _term(self, trainer: Trainer, batch: Any) -> Tensor | None:
+        if not self._tried:
+            term = self.term(trainer, batch)
+            self._tried = True
+            return term
+        with self.containment("its term", "steps in which it fails go without it"):
+            return self.term(trainer, batch)
+        rows = self.captured()
+        return nothing(*rows) if rows else None

@@ -1,4 +1,4 @@
-"""Learning without forgetting: answer on new data as the network did before it."""
+"""Knowledge distillation from the network before a task: learning without forgetting (LwF)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from lightning_collapse.losses.distillation import distillation_loss, feature_di
 from lightning_collapse.losses.schedule import Weight
 from lightning_collapse.utilities.arguments import require_not_negative, require_one_of, require_positive
 from lightning_collapse.utilities.copies import fill, frozen_copy, tensors_of
-from lightning_collapse.utilities.features import as_rows
+from lightning_collapse.utilities.hooks import OwnedHook
 from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first
 from lightning_collapse.utilities.trainer import is_sharded
 
@@ -92,11 +92,10 @@ class Distillation(AuxiliaryLoss, TaskAware):
         self._saved: dict[str, Tensor] | None = None
         self._call: _Call | None = None
         self._calls: list[_Call] = []
-        self._channels_first = False
         self._no_rows: Tensor | None = None  # set by the first step that went well
 
     @override
-    def listen(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
+    def hook(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
         name, layer = self._layer(pl_module)
         if is_sharded(trainer, pl_module):
             raise MisconfigurationException(
@@ -116,20 +115,24 @@ class Distillation(AuxiliaryLoss, TaskAware):
                     f"`Distillation` needs a copy of {type(pl_module).__name__} as it was, and has none: {error!r:.400}"
                 ) from error
         if self._teacher is not None:
-            self._teacher.listen(pl_module.device, name, self._rows)
+            self._teacher.hook(pl_module.device, name, self.rows_of)
         around = {key: part for key, part in _parts(pl_module).items() if any(m is layer for m in part.modules())}
         if self.outputs is not None:
             around = {name: layer}
-        handles = [layer.register_forward_hook(self._hear)]
+        handles = [layer.register_forward_hook(OwnedHook(layer, self._capture))]
         for key, part in around.items():
-            handles.append(part.register_forward_pre_hook(self._enter(key), with_kwargs=True))
-            handles.append(part.register_forward_hook(self._leave(key)))  # of the layer itself after `_hear`
+            handles.append(part.register_forward_pre_hook(OwnedHook(part, self._enter(key)), with_kwargs=True))
+            handles.append(part.register_forward_hook(OwnedHook(part, self._leave(key))))  # after `_capture`
         return [handle.remove for handle in handles]
 
     @override
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._call = None
         self._calls.clear()
+
+    @override
+    def captured(self) -> list[Tensor]:
+        return [row for call in self._calls for row in call.rows if row is not None]
 
     @override
     def term(self, trainer: Trainer, batch: Any) -> Tensor | None:
@@ -137,7 +140,7 @@ class Distillation(AuxiliaryLoss, TaskAware):
             return None
         problem, student, teacher = self._problem(), None, None
         if problem is None:
-            student = torch.cat([row for call in self._calls for row in call.rows if row is not None])
+            student = torch.cat(self.captured())
             if self._teacher is not None:
                 teacher = self._answer(self._teacher, batch)
                 problem = self._mismatch(student, teacher)
@@ -162,7 +165,7 @@ class Distillation(AuxiliaryLoss, TaskAware):
         for buffer in copy.buffers():  # those of BatchNorm differ between processes
             buffer.copy_(trainer.strategy.broadcast(buffer))
         self._teacher = _Teacher(copy)
-        self._teacher.listen(pl_module.device, self._layer(pl_module)[0], self._rows)
+        self._teacher.hook(pl_module.device, self._layer(pl_module)[0], self.rows_of)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -184,11 +187,6 @@ class Distillation(AuxiliaryLoss, TaskAware):
             )
         return "", pl_module
 
-    def _rows(self, output: Any) -> Tensor | None:
-        rows = as_rows(output, self._channels_first)
-        # a copy: an operation in place further on, such as `ReLU(inplace=True)`, must not change it
-        return None if rows is None else rows.clone()
-
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self._open and self._call is None:
@@ -196,9 +194,9 @@ class Distillation(AuxiliaryLoss, TaskAware):
 
         return enter
 
-    def _hear(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._call is not None and torch.is_grad_enabled() and not in_backward():
-            self._call.rows.append(self._rows(output))
+            self._call.rows.append(self.rows_of(output))
 
     def _leave(self, name: str) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -210,26 +208,28 @@ class Distillation(AuxiliaryLoss, TaskAware):
         return leave
 
     def _answer(self, teacher: "_Teacher", batch: Any) -> Tensor | None:
-        """What the teacher returns where the student was heard."""
+        """What the teacher returns where the student was captured."""
         device = next((p.device for p in teacher.module.parameters()), torch.device("cpu"))
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             if self.outputs is not None:
-                return self._rows(self.outputs(teacher.module, batch))
-            with teacher.heard() as rows:
+                return self.rows_of(self.outputs(teacher.module, batch))
+            with teacher.captured() as rows:
                 for call in self._calls:
                     teacher.parts[call.name](*call.args, **call.kwargs)
                 present = [row for row in rows if row is not None]
         return torch.cat(present) if present else None
 
     def _evaluate(self, trainer: Trainer, student: Tensor, teacher: Tensor) -> Tensor:
+        (student_rows, teacher_rows), counts = self._finite.select([student, teacher])
         try:
             if self.kind == "logits":
-                value = distillation_loss(student, teacher, self.temperature)
+                value = distillation_loss(student_rows, teacher_rows, self.temperature)
             else:
-                value = feature_distillation_loss(student, teacher)
+                value = feature_distillation_loss(student_rows, teacher_rows)
         except TooFewRowsError as error:
             self.warn_once("skipped", f"{error} Steps like this one go without the term.")
             return nothing(student)
+        value = value if counts is None else torch.where(counts, value, torch.zeros_like(value))
         return self.add(trainer, value, {"divergence" if self.kind == "logits" else "cosine_distance": value})
 
     def _problem(self) -> str | None:
@@ -241,7 +241,8 @@ class Distillation(AuxiliaryLoss, TaskAware):
                 " it did not. Call it there, or name another layer with `on`."
             )
         if any(row is None for call in self._calls for row in call.rows):
-            return f"`Distillation(on={self.on!r})` needs a floating-point tensor, and {what} returned none."
+            why = self._unreadable
+            return f"`Distillation(on={self.on!r})` needs a floating-point tensor, and {what} returned none{why}."
         if self.outputs is None and any(
             isinstance(leaf, Tensor) and leaf.grad_fn is not None
             for call in self._calls
@@ -286,8 +287,8 @@ class _Teacher:
         self._rows: list[Tensor | None] | None = None
         self._remove: Callable[[], None] = lambda: None
 
-    def listen(self, device: torch.device, name: str, rows_of: Callable[[Any], Tensor | None]) -> None:
-        """Move to a device and hear the layer of a name, in place of any other."""
+    def hook(self, device: torch.device, name: str, rows_of: Callable[[Any], Tensor | None]) -> None:
+        """Move to a device and hook the layer of a name, in place of any other."""
         self.module.to(device)
         self._remove()
         if name not in self.parts:
@@ -295,14 +296,14 @@ class _Teacher:
                 f"The teacher of `Distillation`, of an earlier task, has no layer {name!r}."
             )
 
-        def hear(module: nn.Module, args: Any, output: Any) -> None:
+        def capture(module: nn.Module, args: Any, output: Any) -> None:
             if self._rows is not None:
                 self._rows.append(rows_of(output))
 
-        self._remove = self.parts[name].register_forward_hook(hear).remove
+        self._remove = self.parts[name].register_forward_hook(capture).remove
 
     @contextmanager
-    def heard(self) -> Iterator[list[Tensor | None]]:
+    def captured(self) -> Iterator[list[Tensor | None]]:
         """What the layer returns meanwhile."""
         rows: list[Tensor | None] = []
         self._rows = rows

@@ -1,4 +1,4 @@
-"""An anti-collapse loss on a layer of any module, without a change to its code."""
+"""Regularization of representations: an anti-collapse loss on a layer of any module, without touching its code."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,9 +11,11 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
-from lightning_collapse.losses.support.state import recall, remembered
-from lightning_collapse.utilities.features import as_rows, sample_count
+from lightning_collapse.losses.support.state import OneStep, keep, recall, remembered
+from lightning_collapse.utilities.features import sample_count
+from lightning_collapse.utilities.hooks import OwnedHook
 from lightning_collapse.utilities.modules import in_backward, is_channels_first
+from lightning_collapse.utilities.optimizers import searches_line
 
 
 class Regularizer(AuxiliaryLoss):
@@ -26,9 +28,15 @@ class Regularizer(AuxiliaryLoss):
     a resumed run goes on as if it had not been interrupted. Vectors ``(N, D)`` are taken as they are, every token of
     ``(N, L, D)`` is a row, maps ``(N, C, *spatial)`` are averaged over space.
 
-    At logging steps it publishes ``regularizer/{name}/value``, which is what was added to the loss, and
-    ``regularizer/{name}/{term}``, the terms without any weight. Of the micro-batches of an accumulated step the last
-    one is shown.
+    At logging steps it publishes ``regularizer/{name}/value``, which is what was added to the loss,
+    ``regularizer/{name}/{term}``, the terms without any weight, and, once there are any,
+    ``regularizer/{name}/nonfinite_rows``, how many rows were NaN or infinite since the last point. Of the micro-batches
+    of an accumulated step the last one is shown. ``trainer.callback_metrics`` has what is shown of every step, for
+    early stopping at the end of any epoch.
+
+    Rows that are not finite, in any view, are left out. To know them the host waits for the device: until the first
+    step or a logging step has shown that there are any, a step that has some goes without the term instead. All
+    processes decide alike.
 
     Calls of the layer without gradient are not views: under ``torch.no_grad``, in validation, inside reentrant
     activation checkpointing, and recomputation during the backward pass. In data-parallel training every process must
@@ -86,38 +94,47 @@ class Regularizer(AuxiliaryLoss):
         self.loss = loss
         self.chunk = chunk
         self._rows: list[Tensor | None] = []
+        self._one_step: OneStep | None = None
+        self._before: dict[str, Tensor | None] = {}  # what the loss remembered before the latest step
         self._samples = 0  # of the latest call
-        self._channels_first = False
         self._no_rows: Tensor | None = None  # set by the first step that went well
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._no_rows = None  # of another fit; a checkpoint is loaded after this
+            self._no_rows = None
 
     @override
-    def listen(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
+    def hook(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
         _, layer = self.find(pl_module, self.on)
         if any(p.requires_grad for p in self.loss.parameters()):
             raise MisconfigurationException(
                 f"The optimizer does not know the trainable parameters of {type(self.loss).__name__}. Make it part of"
                 " the model with `self.set_regularizers(...)` of `AntiCollapseMixin`."
             )
+        self._one_step = OneStep() if any(map(searches_line, trainer.optimizers)) else None
         self.loss.to(pl_module.device)
         self._channels_first = is_channels_first(layer)
-        return [layer.register_forward_hook(self._collect).remove]
+        return [layer.register_forward_hook(OwnedHook(layer, self._collect)).remove]
 
     @override
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._rows.clear()
 
     @override
+    def captured(self) -> list[Tensor]:
+        return [row for row in self._rows if row is not None]
+
+    @override
     def term(self, trainer: Trainer, batch: Any) -> Tensor:
+        if self._one_step is not None:
+            self._one_step.evaluate(self.loss, trainer.fit_loop.total_batch_idx)
         rows = self._rows
         problem = self._problem(rows)
-        present = [row for row in rows if row is not None]
+        present = self.captured()
         if problem is None:
-            views = present[0].chunk(self.chunk) if self.chunk > 1 else tuple(present)
+            views = tuple(present[0].chunk(self.chunk)) if self.chunk > 1 else tuple(present)
             self._remember(views[0])
             return self._evaluate(trainer, views)
         if self._no_rows is None:
@@ -126,35 +143,47 @@ class Regularizer(AuxiliaryLoss):
         no_rows = self._no_rows.to(trainer.strategy.root_device)  # a checkpoint may have brought it
         zero = nothing(*present, no_rows)
         if not isinstance(self.loss, AntiCollapseLoss):
+            self._finite.select([no_rows])
             return zero
         # this process has no rows, but the others may have, and wait for it in their sums
         return zero + self._evaluate(trainer, (no_rows,) * self._views)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        memory = remembered(self.loss)
-        state: dict[str, Any] = {"loss": memory} if memory else {}
+        buffers = remembered(self.loss)
+        state = {**super().state_dict(), **({"loss": buffers} if buffers else {})}
         return state if self._no_rows is None else {**state, "no_rows": self._no_rows}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         recall(self.loss, state_dict.get("loss", {}))
         self._no_rows = state_dict.get("no_rows", self._no_rows)
 
+    @override
+    def _warn_of_nonfinite(self, first: bool) -> None:
+        super()._warn_of_nonfinite(first)
+        if first:  # its running statistics may not have begun
+            recall(self.loss, self._before)
+
     def _collect(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._open and torch.is_grad_enabled() and not in_backward():
-            self._samples = sample_count(output)
-            rows = as_rows(output, self._channels_first)
-            # a copy: an operation in place further on, such as `ReLU(inplace=True)`, must not change it
-            self._rows.append(None if rows is None else rows.clone())
+            self._rows.append(self.rows_of(output))
+            self._samples = 0 if self._rows[-1] is None else sample_count(output)
 
     def _evaluate(self, trainer: Trainer, views: tuple[Tensor, ...]) -> Tensor:
+        rows, counts = self._finite.select(views)
+        state = self._before = {} if counts is None else remembered(self.loss)
         try:
-            value, terms = evaluate(self.loss, views)
+            value, terms = evaluate(self.loss, rows)
         except TooFewRowsError as error:
             self.warn_once("skipped", f"{error} Steps like this one go without the term.")
             return nothing(*views)
-        return self.add(trainer, value, terms)
+        if counts is None:
+            return self.add(trainer, value, terms)
+        keep(self.loss, state, counts)
+        value, *others = (torch.where(counts, t, torch.zeros_like(t)) for t in (value, *terms.values()))
+        return self.add(trainer, value, dict(zip(terms, others, strict=True)))
 
     def _remember(self, view: Tensor) -> None:
         """Keep an empty matrix like this one, for steps in which this process has no rows."""
@@ -172,7 +201,7 @@ class Regularizer(AuxiliaryLoss):
                 " inside reentrant activation checkpointing, or used without a call of its own, cannot be seen."
             )
         if any(row is None for row in rows):
-            return f"{needs} a floating-point tensor, and the layer returned none. Choose another layer."
+            return f"{needs} a floating-point tensor, and the layer returned none{self._unreadable}. Choose another."
         if len(rows) != wanted:
             one_call = self._views == 2 and len(rows) == 1
             remedy = "If one call holds both views pass `chunk=2`; else choose" if one_call else "Choose"

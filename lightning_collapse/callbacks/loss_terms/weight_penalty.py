@@ -1,9 +1,9 @@
-"""A penalty on the weights of any module, without a change to its code."""
+"""Weight regularization: a penalty on the weights of any module, without a change to its code."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import inf
 from typing import Any
@@ -14,23 +14,28 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forward, check_pass
 from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
 from lightning_collapse.callbacks.evaluation.task_batches import TaskBatches, check_training_data
+from lightning_collapse.callbacks.loss_terms.learning_trial import try_to_learn
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.support.consolidation import check_gathers, check_optimizers
 from lightning_collapse.penalties.support.real_parameters import real_ones
-from lightning_collapse.reporting.loss_term_curves import publish_terms, term_curves, terms_are_due
-from lightning_collapse.utilities.distributed import all_reduce_sum
-from lightning_collapse.utilities.gradients import gradients_of, squared_norms
+from lightning_collapse.reporting.loss_term_curves import offer_terms, publish_terms, term_curves, terms_are_due
+from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
+from lightning_collapse.utilities.gradients import shards_of, squared_norms
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import clean_name
+from lightning_collapse.utilities.optimizers import searches_line
+from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.sharding import local
 from lightning_collapse.utilities.trainer import loss_scale
+from lightning_collapse.utilities.training_step import wrap_training_step
 
 
 class WeightPenalty(TaskAware):
@@ -40,11 +45,17 @@ class WeightPenalty(TaskAware):
     before clipping; the loss and the graph stay as they are. It works with automatic and manual optimization, several
     optimizers, any precision, data-parallel training and ``fully_shard``; the update is that of
     :class:`~lightning_collapse.ContinualMixin`, bit by bit. When a task ends the penalty learns what the task needs,
-    from ``loader`` or the training data. One object goes through all tasks; its memory is in its state, so that a
-    resumed run goes on as if it had not been interrupted, and nothing enters the model's ``state_dict``.
+    from ``loader`` or the training data; whether it can is tried when a fit starts, on one batch. One object goes
+    through all tasks; what it learned is in its state, so that a resumed run goes on as if it had not been
+    interrupted, and nothing enters the model's ``state_dict``.
+
+    Optimizers that search along a line, such as L-BFGS, see the value of the penalty in the loss, too, and whatever
+    they evaluate on the way counts as one step. A step that a gradient scaler skips counts as none. Sparse gradients
+    become dense, since a penalty pulls at every row.
 
     **Logged curves**, at logging steps: ``penalty/{name}/value``, its value, weight included, and
-    ``penalty/{name}/gradient_ratio``, the norm of its gradient over that of the task.
+    ``penalty/{name}/gradient_ratio``, the norm of its gradient over that of the task. ``trainer.callback_metrics`` has
+    them from the first step on.
 
     A checkpoint that a ``ModelCheckpoint`` saves during a fit does not know yet that the task has ended: save one
     after the fit, as ``fit_tasks`` does.
@@ -61,8 +72,10 @@ class WeightPenalty(TaskAware):
         ValueError: If an argument is of the wrong kind, or ``parameters`` is empty.
         MisconfigurationException: When the fit starts, if the strategy is ``"fsdp"`` or DeepSpeed, another penalty has
             the name, a pattern matches nothing, no parameter is trainable, a parameter has shrunk since it was
-            remembered, a penalty that reads data has no way to call the module, or the training has several loaders
-            and ``loader`` does not say which.
+            remembered, a penalty that reads data has no way to call the module, the training data are several loaders
+            or can be read only once and ``loader`` does not say what to read, an optimizer takes sparse gradients
+            alone, or one that searches along a line is stepped by hand; with the first batch, if a task could not be
+            learned from it.
 
     Example::
 
@@ -92,9 +105,15 @@ class WeightPenalty(TaskAware):
         self.patterns = parameters
         self.loader = loader
         self._warned = False
+        self._detachers: list[Callable[[], None]] = []
         self._forget()
 
     def _forget(self) -> None:
+        for detach in self._detachers:
+            detach()
+        self._detachers = []
+        self._tried = False
+        self._evaluated: dict[int, bool] = {}  # of optimizers within a step, whether its gradient was seen
         self._parameters: dict[str, nn.Parameter] = {}
         self._owned: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._squares: dict[str, list[Tensor]] = {"task": [], "penalty": []}
@@ -104,6 +123,7 @@ class WeightPenalty(TaskAware):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._forget()
+        self.containment.owner = f"WeightPenalty(name={self.name!r})"
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             raise MisconfigurationException(
                 f"`WeightPenalty` needs parameters with shapes of their own, and {type(trainer.strategy).__name__}"
@@ -132,56 +152,49 @@ class WeightPenalty(TaskAware):
             self.penalty.start(self._parameters)
         except ValueError as error:
             raise MisconfigurationException(f"`WeightPenalty`, {self.name!r}: {error}") from error
+        for optimizer in trainer.optimizers:
+            self._meet(pl_module, optimizer)
+        if self.penalty.needs_data and self.loader is not None:
+            self._try(trainer, pl_module, TaskBatches(trainer, self.loader, limit=1))
         self._warn_of_overshoot(trainer)
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.penalty.needs_data and not self._tried and batch is not None:
+            self._try(trainer, pl_module, [batch])
+
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        due, scale = terms_are_due(trainer), loss_scale(trainer, optimizer)
+        scale = loss_scale(trainer, optimizer)
         everyone = weight_penalties(trainer)
         if everyone[0] is self:  # all see the gradient of the task before any adds to it
             for other in everyone:
-                other._observe(pl_module, optimizer, scale, due)
-        owned = self._of(optimizer)
-        if not due:
-            self.penalty.add_gradients(owned, scale)
-            return
-        found = gradients_of(list(owned.values()))
-        past = {i: gradient.clone() for i, gradient in zip(found.indices, found.tensors, strict=True)}
-        if self._value is None:
-            self._value = self.penalty.value(self._parameters).detach()
-        self.penalty.add_gradients(owned, scale)
-        self._squares["penalty"].append(_square(owned, past, pl_module.device))
+                with other.containment("seeing a step", "its importances and curves may have gaps"):
+                    other._observe(trainer, pl_module, optimizer, scale)
+        with self.containment("its pull", "steps in which it fails go without it"):
+            self._pull(trainer, pl_module, optimizer, scale)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self.penalty.after_step(self._parameters)
-        if self._value is not None:
-            squares = all_reduce_sum(torch.stack([torch.stack(found).sum() for found in self._squares.values()]))
-            ratio = (squares[1] / squares[0]).sqrt()
-            publish_terms(
-                trainer, pl_module, term_curves(self.name, self._value, {"gradient_ratio": ratio}, family="penalty")
-            )
+        self._evaluated.clear()
+        with self.containment("publishing its curves", "they may have gaps"):
+            self.penalty.skip_step()
+            if self._value is not None:
+                self._publish(trainer, pl_module, self._value)
         self._value = None
         for found in self._squares.values():
             found.clear()
 
     @override
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        problem = ""
-        try:
-            with preserved_fit(trainer, pl_module, gradients=True):
-                self.penalty.consolidate(pl_module, TaskBatches(trainer, self.loader))
-        except Exception as error:  # of the user's loader or model: what was trained is not lost
-            problem = f"{type(error).__name__}: {error}"
-        if problem:
-            rank_zero_warn(
-                f"`WeightPenalty`, {self.name!r}: task {self.task} could not be remembered, those before it are:"
-                f" {problem} Which data to read can be said with `loader=...`."
-            )
-        else:
+        task = f"learning task {self.task_index}"
+        consequence = "it is not remembered, those before it are. Which data to read can be said with `loader=...`"
+        with self.containment(task, consequence), preserved_fit(trainer, pl_module, gradients=True):
+            self.penalty.consolidate(pl_module, TaskBatches(trainer, self.loader))
+        if task not in self.containment.failed:
             self._warn_of_overshoot(trainer)
 
     @property
@@ -200,10 +213,12 @@ class WeightPenalty(TaskAware):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         self._forget()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._forget()
 
     def _warn_of_overshoot(self, trainer: Trainer) -> None:
@@ -224,11 +239,84 @@ class WeightPenalty(TaskAware):
                     " learning rate, or set `Trainer(gradient_clip_val=...)`."
                 )
 
-    def _observe(self, pl_module: LightningModule, optimizer: Optimizer, scale: Tensor | None, due: bool) -> None:
+    def _meet(self, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Have an optimizer tell when it steps, and refuse one that no penalty goes with."""
+        owned, who = self._of(optimizer), f"`WeightPenalty`, {self.name!r}: {type(optimizer).__name__}"
+        if owned and isinstance(optimizer, SparseAdam):
+            raise MisconfigurationException(
+                f"{who} takes sparse gradients alone, and a penalty pulls at every row. Leave the parameters of sparse"
+                f" embeddings out with `parameters=[...]`, or take SGD or Adagrad."
+            )
+        if owned and searches_line(optimizer):
+            if not pl_module.automatic_optimization:
+                raise MisconfigurationException(
+                    f"{who} compares losses, and yours, in a closure stepped by hand, knows nothing of the penalty. Let"
+                    " Lightning optimize automatically, or take an optimizer that needs no closure."
+                )
+            self._detachers.append(wrap_training_step(pl_module, self._with_value))
+        if isinstance(optimizer, Optimizer):
+            before = optimizer.register_step_pre_hook(lambda *_: self._evaluated.update({id(optimizer): False}))
+            after = optimizer.register_step_post_hook(lambda *_: self._settle(optimizer))
+            self._detachers += [before.remove, after.remove]
+
+    def _with_value(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A training step whose loss has the value of the penalty in it; its gradient is added elsewhere."""
+        output = step(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or not torch.is_grad_enabled():
+            return output
+        loss = loss + self.penalty.value(self._parameters).detach().to(loss)
+        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+    def _try(self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any]) -> None:
+        self._tried = True
+        filled_later = self.loader is not None and not isinstance(self.loader, Iterable)
+        try_to_learn(self.penalty, self.name, self._parameters, trainer, pl_module, batches, filled_later)
+
+    def _observe(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, scale: Tensor | None
+    ) -> None:
+        if self._evaluated.get(id(optimizer)):
+            return  # of the evaluations of one step the first one, where it sets out
         owned = self._of(optimizer)
+        self.penalty.skip_step()  # had the one before been made, it would be settled
         self.penalty.observe(owned, scale)
-        if due:
-            self._squares["task"].append(_square(owned, {}, pl_module.device))
+        if self._is_due(trainer):
+            self._squares["task"].append(_square(_dense_gradients(owned), {}, pl_module.device))
+
+    def _pull(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, scale: Tensor | None) -> None:
+        owned, again = self._of(optimizer), self._evaluated.get(id(optimizer))
+        if id(optimizer) in self._evaluated:
+            self._evaluated[id(optimizer)] = True
+        if again or not self._is_due(trainer):
+            self.penalty.add_gradients(owned, scale)
+            return
+        past = {name: (gradient.clone(), share) for name, (gradient, share) in _dense_gradients(owned).items()}
+        if self._value is None:
+            self._value = self.penalty.value(self._parameters).detach()
+        self.penalty.add_gradients(owned, scale)
+        self._squares["penalty"].append(_square(_dense_gradients(owned), past, pl_module.device))
+
+    def _settle(self, optimizer: Optimizer) -> None:
+        self._evaluated.pop(id(optimizer), None)
+        with self.containment("seeing a step", "its importances and curves may have gaps"):
+            self.penalty.after_step(self._parameters)
+
+    @property
+    def _curve(self) -> str:
+        return Point("penalty", self.name, "value", 0, 0.0).key
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        return trainer.training and (terms_are_due(trainer) or self._curve not in trainer.callback_metrics)
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule, value: Tensor) -> None:
+        squares = all_reduce_sum(torch.stack([torch.stack(found).sum() for found in self._squares.values()]))
+        ratio = (squares[1] / squares[0]).sqrt()
+        curves = term_curves(self.name, value, {"gradient_ratio": ratio}, family="penalty")
+        if terms_are_due(trainer):
+            publish_terms(trainer, pl_module, curves)
+        else:
+            offer_terms(trainer, curves)
 
     def _of(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Parameters that an optimizer steps, by name."""
@@ -273,12 +361,26 @@ def _largest_curvature(group: dict[str, Any]) -> float:
     return 2 * (1 + momentum) / (lr * (1 - float(group["dampening"]) if momentum else 1))
 
 
-def _square(parameters: dict[str, Tensor], past: dict[int, Tensor], device: torch.device) -> Tensor:
+def _dense_gradients(parameters: dict[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
+    """This process's parts of the gradients there are, and what to multiply their squares by for the sum over all."""
+    return {
+        name: (_dense(local(p.grad.detach())), shards_of(p.grad) / world_size())
+        for name, p in parameters.items()
+        if p.grad is not None
+    }
+
+
+def _dense(part: Tensor) -> Tensor:
+    return part.to_dense() if part.is_sparse else part
+
+
+def _square(
+    now: dict[str, tuple[Tensor, float]], past: dict[str, tuple[Tensor, float]], device: torch.device
+) -> Tensor:
     """This process's share of the squared norm of what gradients have changed by, from zero or from ``past``."""
-    found = gradients_of(list(parameters.values()))
-    changes = [t - past[i] if i in past else t for i, t in zip(found.indices, found.tensors, strict=True)]
+    changes = [part - past[name][0] if name in past else part for name, (part, _) in now.items()]
     squares = squared_norms(changes, device)
-    return (squares * squares.new_tensor(found.shares)).sum()
+    return (squares * squares.new_tensor([share for _, share in now.values()])).sum()
 
 
 register_curve(

@@ -229,6 +229,11 @@ class NeuralCollapseMonitor(Monitor):
         ]
 
     @override
+    def warn_of_no_point(self, trainer: Trainer) -> None:
+        if self.loader is None:
+            super().warn_of_no_point(trainer)
+
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._clean is None or not is_pass_due(trainer, self.epochs):
             return

@@ -1,6 +1,6 @@
 """What a loss remembers from one step to the next, for a resumed run to go on as if it had not been interrupted."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,36 @@ def recall(loss: nn.Module, memory: Mapping[str, Tensor | None]) -> None:
             if value is not None:
                 value = value.clone() if buffer is None else value.to(buffer, copy=True)
             setattr(module, name, value)
+
+
+def keep(loss: nn.Module, memory: Mapping[str, Tensor | None], counts: Tensor) -> None:
+    """Set the buffers of a loss back to what :func:`remembered` returned unless ``counts``; the device decides.
+
+    What was empty before stays as it is.
+    """
+    for key, (module, name) in _places(loss):
+        now, before = getattr(module, name), memory.get(key)
+        if now is not None and before is not None:
+            setattr(module, name, torch.where(counts, now, before.to(now)))
+
+
+class OneStep:
+    """Keeps a loss one and the same function for all evaluations of a step.
+
+    Optimizers that search along a line compare several of them; a loss that draws anew each time, or moves its running
+    statistics, would be another function each time. What the last evaluation remembers is kept.
+    """
+
+    def __init__(self) -> None:
+        self._step: Hashable = None
+        self._memory: dict[str, Tensor | None] = {}
+
+    def evaluate(self, loss: nn.Module, step: Hashable) -> None:
+        """Call before every evaluation, with something that tells steps apart."""
+        if step == self._step:
+            recall(loss, self._memory)
+        else:
+            self._step, self._memory = step, remembered(loss)
 
 
 def finite_or(moved: Tensor, earlier: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def test_dry_run_leaves_no_trace():
     learn(Learner(), [metrics, keeper], TASKS[:1], fast_dev_run=True)
     assert metrics.values.isnan().all()
     assert metrics.baseline.isnan().all()
-    assert metrics.task == 0
+    assert metrics.task_index == 0
 
 
 def test_picture_and_table(tmp_path):
@@ -238,7 +238,14 @@ def test_a_forward_of_the_module_itself_will_do():
 
 @pytest.mark.parametrize(
     ("loaders", "message"),
-    [([], "empty"), ("abc", "list of loaders"), ([3], "iterables of batches"), ({"a b": [], "a_b": []}, "two names")],
+    [
+        ([], "empty"),
+        ("abc", "list of loaders"),
+        ([3], "iterables of batches"),
+        ({1: [], "1": []}, "another one|of one name"),
+        ({"accuracy": []}, "called 'accuracy'"),
+        ({" ": []}, "no name"),
+    ],
 )
 def test_arguments(loaders, message):
     with pytest.raises(ValueError, match=message):
@@ -251,3 +258,13 @@ def test_values_are_handed_out_as_a_copy():
     metrics = ContinualMetrics([[], []])
     metrics.values.fill_(0.0)
     assert metrics.values.isnan().all()
+
+
+def test_names_of_tasks_stay_apart_and_no_curve_is_a_folder_of_another():
+    keeper, metrics = PointKeeper(), ContinualMetrics({"猫": held_out(1), "犬": held_out(2), "a/b": held_out(3)})
+    learn(Learner(), [metrics, keeper], TASKS[:1])
+    keys = {point.key for point in keeper.points}
+    assert len({key for key in keys if key.count("/") == 2}) == 3
+    assert {point.layer for point in keeper.points} == {"", "猫", "犬", "a/b"}
+    assert all(key.isascii() for key in keys)
+    assert not [key for key in keys if any(other.startswith(f"{key}/") for other in keys)]

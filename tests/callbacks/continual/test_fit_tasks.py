@@ -59,7 +59,7 @@ def sequence(directory, *callbacks, shared=True, epochs=3):
 
     fit_tasks(make_trainer, model, [training(seed) for seed in TASKS], directory=directory)
     metrics, counting = mine
-    return weights(model), metrics.values, counting.ends, counting.task, torch.rand(4), keeper
+    return weights(model), metrics.values, counting.ends, counting.task_index, torch.rand(4), keeper
 
 
 def same(one, other):
@@ -143,7 +143,7 @@ def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
     model, counting = Learner(), Counting()
     fit_tasks(lambda: Trainer(**QUIET, logger=False, callbacks=[counting]), model, [training(1), training(2)])
     assert not list(tmp_path.iterdir())
-    assert counting.task == 2
+    assert counting.task_index == 2
 
 
 class OfModule(Learner):
@@ -157,7 +157,7 @@ class OfModule(Learner):
 def test_callbacks_of_the_module_take_over_too():
     model = OfModule()
     fit_tasks(lambda: Trainer(**QUIET, logger=False), model, [training(1), training(2), training(3)])
-    assert model.made.task == 3
+    assert model.made.task_index == 3
     assert len(model.made.ends) == 3
 
 

@@ -133,3 +133,17 @@ def test_what_cannot_be_is_said():
     with pytest.raises(ValueError, match="`fraction`"):
         select_top({"a": 1.0}, 0.0)
     assert select_top({"a": 1.0, "b": 2.0, "c": 3.0}, 1.0) == ["c", "b", "a"]
+
+
+def test_layers_of_any_name_have_curves_of_their_own():
+    class Named(Learner):
+        def __init__(self):
+            super().__init__()
+            self.accuracy, self.猫, self.犬 = (nn.Linear(2, 2) for _ in range(3))
+
+    monitor, keeper = ForgettingMonitor(), PointKeeper()
+    learn(Named(), [monitor, keeper], loader=training(1))
+    keys = {point.key for point in keeper.points}
+    assert {"猫", "犬", "accuracy.module"} < set(monitor.changes["task_change"])
+    assert len(keys) == 2 * len(monitor.changes["task_change"])
+    assert not any(key.startswith("continual/accuracy/") for key in keys)

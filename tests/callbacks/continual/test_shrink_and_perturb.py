@@ -194,7 +194,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one(every_n_steps, tmp_path):
     resumed, callback = Toy(), ShrinkAndPerturb(every_n_steps=every_n_steps)
     fit(resumed, callback, max_epochs=3, ckpt_path=tmp_path / "half.ckpt")
     assert same(weights(whole), weights(resumed))
-    assert callback.task == 2
+    assert callback.task_index == 2
 
 
 def test_attention_and_embeddings_can_be_made_anew():

@@ -22,10 +22,10 @@ class Stream(LightningDataModule):
 
     def __init__(self):
         super().__init__()
-        self.task = 0
+        self.task_index = 0
 
     def train_dataloader(self):
-        return training(1 + self.task)
+        return training(1 + self.task_index)
 
 
 def fit(boundary, *callbacks, model=None, data=None, ckpt_path=None, **kwargs):
@@ -42,7 +42,7 @@ def test_tasks_end_on_their_own_data(choice):
     counting, boundary = Counting(), TaskBoundary(**choice)
     fit(boundary, counting)
     assert counting.ends == [[12, FIRST[0]], [24, FIRST[1]], [36, FIRST[2]]]
-    assert counting.task == 3
+    assert counting.task_index == 3
 
 
 class ByHand(Callback):
@@ -92,13 +92,13 @@ def test_checkpoint_of_the_epoch_holds_the_end_and_a_resumed_run_goes_on(tmp_pat
     resumed = {"enable_checkpointing": True, "ckpt_path": tmp_path / "epoch=3.ckpt"}
     fit(TaskBoundary(every_n_epochs=2), again, saver(), data=data, **resumed)
     assert again.ends == counting.ends
-    assert data.task == 3
+    assert data.task_index == 3
 
 
 def test_dry_run_ends_no_task():
     counting = Counting()
     fit(TaskBoundary(every_n_epochs=1), counting, fast_dev_run=True)
-    assert counting.task == 0
+    assert counting.task_index == 0
 
 
 def test_data_that_would_stay_the_same_are_refused():
@@ -106,7 +106,7 @@ def test_data_that_would_stay_the_same_are_refused():
         fit(TaskBoundary(every_n_epochs=2), reload_dataloaders_every_n_epochs=0)
     counting = Counting()
     fit(TaskBoundary(every_n_epochs=3), counting, data=training(1), reload_dataloaders_every_n_epochs=0)
-    assert counting.task == 2
+    assert counting.task_index == 2
 
 
 @pytest.mark.parametrize(

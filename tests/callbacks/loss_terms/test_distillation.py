@@ -292,7 +292,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one(grown, tmp_path):
     resumed_callback, resumed = Distillation(), grow(Plain())
     run(resumed, resumed_callback, index=1, max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
     assert same(resumed, whole)
-    assert resumed_callback.task == 2
+    assert resumed_callback.task_index == 2
 
 
 class Saver(Callback):
@@ -315,7 +315,7 @@ def test_a_task_may_end_within_a_fit():
     callback = Distillation()
     trainer = run(Net(), callback, Boundary(), max_epochs=2)
     assert [step for step, _ in trainer.logger.curve("regularizer/distillation/value")] == [4, 5, 6, 7]
-    assert callback.task == 2
+    assert callback.task_index == 2
 
 
 @pytest.mark.parametrize("on", [None, "encoder.0"])

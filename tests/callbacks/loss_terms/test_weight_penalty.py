@@ -164,18 +164,23 @@ def test_several_loaders_are_refused():
     assert ewc.memory["importance"]
 
 
-@pytest.mark.parametrize("data", [[], lambda: [(torch.zeros(4, 5), torch.zeros(4, dtype=torch.long))]])
-def test_a_task_without_usable_data_is_not_remembered_and_nothing_is_lost(data):
+WRONG = [(torch.zeros(4, 5), torch.zeros(4, dtype=torch.long))]
+
+
+@pytest.mark.parametrize("late", [[], WRONG])
+def test_a_task_without_usable_data_is_not_remembered_and_nothing_is_lost(late):
+    """Data that were there when the fit began, and that a buffer of replay brings when the task ends."""
     torch.manual_seed(0)
     penalty, model = WeightPenalty(EWC(weight=10.0)), Classifier()
     fit(model, [penalty], loader(0))
     before = penalty.penalty.state_dict()["memory"]
-    penalty.loader = data
-    with pytest.warns(UserWarning, match="task 1 could not be remembered, those before it are"):
+    reads = iter([list(loader(1)), late])
+    penalty.loader = lambda: next(reads)
+    with pytest.warns(UserWarning, match="learning task 1 failed with .*; it is not remembered, those before it are"):
         fit(model, [penalty], loader(1))
     torch.testing.assert_close(penalty.penalty.state_dict()["memory"], before, rtol=0, atol=0)
     assert all(module.training for module in model.modules())
-    assert penalty.task == 2
+    assert penalty.task_index == 2
 
 
 def test_a_shrunken_head_is_refused_and_a_grown_one_trains():
@@ -200,7 +205,7 @@ def test_a_frozen_part_is_remembered_until_it_is_trained_again():
 def test_unfinished_tasks_and_fast_dev_run():
     penalty = WeightPenalty(EWC(weight=10.0))
     fit(Classifier(), [penalty], loader(0), fast_dev_run=True)
-    assert penalty.task == 0
+    assert penalty.task_index == 0
     assert not penalty.penalty.memory["importance"]
 
 
@@ -218,7 +223,7 @@ def test_module_brings_its_penalties_back_from_a_checkpoint(tmp_path):
     assert torch.equal(flat(model), flat(loaded))
     plain = Classifier()
     plain.load_state_dict(model.state_dict())
-    assert loaded.weight_penalties["ewc"].task == 3
+    assert loaded.weight_penalties["ewc"].task_index == 3
 
 
 def test_mixin_goes_first_and_hooks_call_super():
@@ -287,3 +292,78 @@ def test_gradients_are_left_as_they_are_when_a_task_ends():
         fit(model, [WeightPenalty(penalty(), name="pull")], loader(0))
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(map(torch.equal, *gradients))
+
+
+class Counts(Classifier):
+    steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("door", ["callback", "mixin"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: WeightPenalty(EWC(), loader=WRONG),
+            r"fails in layer `encoder.0`: RuntimeError: mat1 .*`outputs=lambda",
+        ),
+        (lambda: WeightPenalty(EWC(), loader=[]), r"brought no samples.*`WeightPenalty\(..., loader=...\)`"),
+        (lambda: WeightPenalty(MAS(outputs=lambda module, batch: module.head(batch[0]))), "fails in layer `head`"),
+        (lambda: WeightPenalty(EWC(estimator="empirical", labels=lambda batch: 1 / 0)), "division by zero.*`labels="),
+    ],
+)
+def test_a_task_that_cannot_be_learned_is_refused_before_the_first_step(make, message, door):
+    class Lit(ContinualMixin, Counts):
+        def __init__(self):
+            super().__init__()
+            self.set_penalties({"it": make()} if door == "mixin" else {})
+
+    model = Lit()
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(model, [make()] if door == "callback" else [], loader(0))
+    assert model.steps == 0
+
+
+def test_an_iterator_cannot_be_read_again():
+    with pytest.raises(MisconfigurationException, match=r"iterator, which can be read once only.*`loader=...`"):
+        fit(Classifier(), [WeightPenalty(EWC())], iter(loader(0)))
+    penalty = EWC(weight=1.0)
+    fit(Classifier(), [WeightPenalty(penalty, loader=loader(0))], iter(loader(0)))
+    assert penalty.memory["importance"]
+
+
+def test_a_buffer_that_training_fills_may_be_empty_at_the_start():
+    class Fills(Classifier):
+        def training_step(self, batch, batch_idx):
+            buffer.append(batch)
+            return super().training_step(batch, batch_idx)
+
+    buffer, penalty = [], EWC(weight=1.0)
+    fit(Fills(), [WeightPenalty(penalty, loader=lambda: buffer)], loader(0))
+    assert penalty.memory["importance"]
+
+
+def test_the_trial_is_not_noticed():
+    """Not by weights, running statistics, random numbers and what was learned before."""
+
+    class Random(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.encoder.append(nn.BatchNorm1d(8))
+            self.encoder.append(nn.Dropout(0.5))
+
+    class Untried(WeightPenalty):
+        def _try(self, *args):
+            pass
+
+    found = []
+    for kind in (WeightPenalty, Untried):
+        torch.manual_seed(0)
+        model, penalty = Random(), kind(EWC(weight=1.0), name="ewc")
+        for index in range(2):
+            fit(model, [penalty], DataLoader(loader(index).dataset, 8, shuffle=True))
+        found.append([*model.state_dict().values(), *penalty.penalty.memory["importance"].values(), torch.rand(3)])
+    assert all(map(torch.equal, *found))
