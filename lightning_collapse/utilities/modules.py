@@ -1,18 +1,32 @@
 """Which layers to look at, and what to call them."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from itertools import chain, count, groupby
-from typing import Literal, NamedTuple
+from itertools import chain, count, groupby, pairwise
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_collapse.utilities.activations import is_activation
+from lightning_collapse.utilities.execution import Execution as Execution
+from lightning_collapse.utilities.execution import Run
+from lightning_collapse.utilities.module_tree import (
+    ModuleTree,
+    Named,
+    innermost,
+    is_linear,
+    is_list,
+    named_modules,
+    weighted_children,
+)
+from lightning_collapse.utilities.module_tree import clean_name as clean_name
+from lightning_collapse.utilities.module_tree import weighted_layers as weighted_layers
+
 MAX_DEFAULT_LAYERS = 12
 INPUT_SUFFIX = ":input"
 VOCABULARY = 4  # a last layer this many times wider than its input is a vocabulary's
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _CHANNELS_FIRST = (
     nn.Conv1d,
     nn.ConvTranspose1d,
@@ -23,9 +37,9 @@ _CHANNELS_FIRST = (
     nn.AdaptiveAvgPool1d,
     nn.AdaptiveMaxPool1d,
 )
-_ELEMENTWISE = {"torch.nn.modules.activation", "torch.nn.modules.dropout"}
-_LISTS = (nn.ModuleList, nn.ModuleDict)  # never called themselves
-Named = tuple[str, nn.Module]
+_NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
+_KEEPS_SHAPE = (nn.Identity, nn.GroupNorm, nn.modules.dropout._DropoutNd)
+T = TypeVar("T")
 
 
 class Tap(NamedTuple):
@@ -34,17 +48,6 @@ class Tap(NamedTuple):
     name: str
     module: nn.Module
     side: Literal["output", "input"] = "output"
-
-
-def clean_name(name: str) -> str:
-    """Module name without the marks that compilation and sharding leave in it.
-
-    Example:
-        >>> clean_name("net._orig_mod.0._fsdp_wrapped_module.linear")
-        'net.0.linear'
-    """
-    parts = name.split(".")
-    return ".".join(part for part in parts if part not in _WRAPPERS) or name
 
 
 def curve_name(name: str) -> str:
@@ -64,8 +67,8 @@ def find_modules(root: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modul
     Raises:
         ValueError: If a pattern matches nothing; the message lists what there is.
     """
-    names = {clean_name(name): module for name, module in reversed(list(_named(root)))}
-    names = {name: module for name, module in names.items() if not isinstance(module, _LISTS)}
+    names = {clean_name(name): module for name, module in reversed(list(named_modules(root)))}
+    names = {name: module for name, module in names.items() if not is_list(module)}
     names = dict(reversed(names.items()))  # of a compiled or sharded module the outermost wrapper
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
@@ -89,50 +92,88 @@ def find_taps(root: nn.Module, patterns: Sequence[str]) -> list[Tap]:
     )
 
 
-def default_taps(root: nn.Module) -> list[Tap]:
-    """At most a dozen taps that span the depth of any model: block outputs, and always the last Linear's input.
+def default_taps(root: nn.Module, order: Execution | Sequence[str] | None = None) -> list[Tap]:
+    """At most a dozen taps that span the depth of any model: block outputs, and the input of a last Linear.
 
     Networks that are not trained (a momentum encoder, a teacher) take only the places that those in training leave.
 
     The rule, from the root down (only modules that hold a weight of two or more dimensions count, embeddings do not):
 
-    - three or more siblings of one class that hold half of the weights (stages), two or more in an ``nn.ModuleList`` or
-      ``nn.Sequential`` (a transformer's blocks), or the three or more layers of an ``nn.Sequential`` are the blocks;
+    - the elements of an ``nn.ModuleList``, three or more siblings that only a number tells apart (``layer1``, ...) or
+      of one class in an ``nn.Sequential``, or its three or more layers are blocks, and their siblings with them, unless
+      one of these holds four times as many weights as all of them;
     - a module with a single such child is a wrapper: look inside;
     - other modules are looked into if there are blocks further down; if there are none, their children are the blocks;
-    - of more than eleven blocks the longest run of siblings is thinned, evenly and with its first and last;
+    - what comes before the first block that holds several layers (a stem) is one block, if it is small;
+    - what embeds time or another condition is none;
+    - of more than eleven blocks lists with less than a twentieth of the weights are thinned to their last, then the
+      longest runs of siblings, evenly and with their first and last;
     - the output of a last Linear that widens its input fourfold (a vocabulary) is left out: it has no rank of its own.
+
+    Args:
+        root: The model.
+        order: What ran in a training step, see :class:`~lightning_collapse.monitoring.ExecutionOrder`; modules that did
+            not run are left out, and order, networks in training and conditions are told by it. By default by the
+            order of registration, ``requires_grad`` and names.
     """
-    blocks = [named for kid in _kids("", root) for named in _blocks(*kid)] if not _is_stack(root) else _kids("", root)
-    blocks = [named for block in blocks for named in _callable(*block)]
-    linears = [named for named in weighted_layers(root) if _is_linear(named[1])]
-    last = [named for named in linears if _is_trained(named[1])][-1:] or linears[-1:]
-    blocks = [named for named in blocks if named not in last or not _widens(named[1])]
-    trained = _thin([named for named in blocks if _is_trained(named[1])], MAX_DEFAULT_LAYERS - 1)
-    others = _thin([named for named in blocks if not _is_trained(named[1])], MAX_DEFAULT_LAYERS - 1 - len(trained))
-    taps = [Tap(clean_name(name), module) for name, module in blocks if (name, module) in [*trained, *others]]
-    return _unique(taps + [Tap(clean_name(name) + INPUT_SUFFIX, module, "input") for name, module in last])
+    run = Run(root, order)
+    blocks = [named for block in _root_blocks(root, run) for named in run.called(*block)]
+    last = _head(root, run, blocks)
+    blocks = sorted((b for b in blocks if b != last or not _widens(b[1])), key=lambda named: run.start(named[0]))
+    trained = _thin([named for named in blocks if run.is_trained(named[0])], MAX_DEFAULT_LAYERS - 1, run.tree)
+    others = [named for named in blocks if not run.is_trained(named[0])]
+    chosen = trained + _thin(others, MAX_DEFAULT_LAYERS - 1 - len(trained), run.tree)
+    taps = [Tap(clean_name(name), module) for name, module in blocks if (name, module) in chosen]
+    return _unique(taps + ([Tap(clean_name(last[0]) + INPUT_SUFFIX, last[1], "input")] if last else []))
 
 
-def has_weight(module: nn.Module) -> bool:
-    """Whether a module itself, not a child, multiplies by a weight of two or more dimensions."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return False
-    recurse = _is_opaque(module)
-    return any(nn.parameter.is_lazy(p) or p.ndim >= 2 for p in module.parameters(recurse=recurse))
+def classification_head(root: nn.Module, order: Execution | Sequence[str] | None = None) -> Tap | None:
+    """The input of the Linear that a forward pass ends with, trained or frozen, ``None`` if there is no such layer.
+
+    It is the last layer with a weight; where that is none (a decoder of convolutions beside a classifier) the last
+    Linear outside of repeated blocks. Of networks that are not trained only where there are no others.
+
+    Args:
+        root: The model.
+        order: As in :func:`default_taps`.
+
+    Example:
+        >>> net = nn.ModuleDict({"head": nn.Linear(4, 2), "encoder": nn.Linear(8, 4)})
+        >>> classification_head(net).name, classification_head(net, ["encoder", "head"]).name
+        ('encoder.input', 'head.input')
+    """
+    run = Run(root, order)
+    last = _head(root, run, [named for block in _root_blocks(root, run) for named in run.called(*block)])
+    return _unique([Tap(clean_name(last[0]) + INPUT_SUFFIX, last[1], "input")])[0] if last else None
 
 
-def weighted_layers(root: nn.Module) -> list[Named]:
-    """The innermost modules that hold a weight and are called, in the order of the model, by name."""
-    return list(_leaves("", root))
+def activation_taps(root: nn.Module, order: Execution | Sequence[str] | None = None) -> list[Tap]:
+    """At most a dozen activation functions that span the depth, what they return; in training, by the given order.
+
+    Where a model has none as modules, the inputs of the linear layers that narrow what another one beside them has
+    made (``linear2`` of a transformer's block): between the two is the function. None where there are no such layers.
+
+    Args:
+        root: The model.
+        order: As in :func:`default_taps`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2), nn.Softmax(dim=-1))
+        >>> [tap.name for tap in activation_taps(net)]
+        ['1']
+    """
+    run = Run(root, order)
+    named = [(name, module) for name, module in root.named_modules() if name and run.is_trained(name)]
+    named.sort(key=lambda pair: run.start(pair[0]))
+    taps = [Tap(clean_name(name), module) for name, module in named if is_activation(module)]
+    return _unique(_evenly(taps or _behind_functions(named), MAX_DEFAULT_LAYERS))
 
 
 def is_channels_first(module: nn.Module, side: Literal["output", "input"] = "output") -> bool:
     """Whether ``module`` returns, or receives, ``(N, C, L)``: its last, or first, layer that cares about shape does."""
-    layers = list(_innermost(module))
+    layers = list(innermost(module))
     for layer in layers if side == "input" else reversed(layers):
-        elementwise = type(layer).__module__ in _ELEMENTWISE and not isinstance(layer, nn.MultiheadAttention)
-        if not elementwise and not isinstance(layer, nn.Identity | nn.GroupNorm):
+        if not isinstance(layer, _KEEPS_SHAPE) and not is_activation(layer):
             return isinstance(layer, _CHANNELS_FIRST)
     return False
 
@@ -168,10 +209,6 @@ def is_to_be_ignored() -> bool:
     )
 
 
-def _named(root: nn.Module) -> Iterator[Named]:
-    return ((name, module) for name, module in root.named_modules(remove_duplicate=False) if name)
-
-
 def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatchcase(name, pattern)
 
@@ -187,99 +224,98 @@ def _unique(taps: list[Tap]) -> list[Tap]:
     return list(unique.values())
 
 
-def _kids(name: str, module: nn.Module) -> list[Named]:
-    """Children that hold weights."""
-    if _is_opaque(module):
-        return []
-    prefix = f"{name}." if name else ""
-    return [(prefix + key, kid) for key, kid in module.named_children() if any(map(has_weight, kid.modules()))]
-
-
-def _leaves(name: str, module: nn.Module) -> Iterator[Named]:
-    kids = _kids(name, module)
-    if not kids and has_weight(module):
-        yield name, module
-    for kid in kids:
-        yield from _leaves(*kid)
-
-
-def _innermost(module: nn.Module) -> Iterator[nn.Module]:
-    kids = [] if _is_opaque(module) else list(module.children())
-    if not kids:
-        yield module
-    for kid in kids:
-        yield from _innermost(kid)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """By the shape of the weight: precision plugins replace ``nn.Linear`` by classes of their own."""
-    weight = getattr(module, "weight", None)
-    if weight is None or nn.parameter.is_lazy(weight):
-        return isinstance(module, nn.Linear)
-    return isinstance(weight, Tensor) and weight.ndim == 2
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
-
-
 def _widens(module: nn.Module) -> bool:
-    weight = module.weight
-    return (
-        isinstance(weight, Tensor) and not nn.parameter.is_lazy(weight) and len(weight) >= VOCABULARY * weight.shape[1]
-    )
+    outputs, inputs = _shape(module)
+    return outputs >= VOCABULARY * inputs > 0
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    """Whether the children are only holders of weights that the module itself multiplies by."""
-    return isinstance(module, nn.MultiheadAttention) or hasattr(module, "parametrizations")
+def _shape(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer; zeros where they are not known yet."""
+    if isinstance(module, nn.Linear):  # the weight may be packed
+        return module.out_features, module.in_features
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or nn.parameter.is_lazy(weight) or weight.ndim != 2:
+        return 0, 0
+    outputs, inputs = weight.shape
+    return outputs, inputs
 
 
-def _is_stack(module: nn.Module) -> bool:
-    kids = [kid for _, kid in _kids("", module)]
-    listed = isinstance(module, nn.ModuleList | nn.Sequential)
-    if isinstance(module, nn.Sequential) and len(kids) >= 3:
-        return True
-    alike: dict[type[nn.Module], list[nn.Module]] = {}
-    for kid in kids:
-        if _kids("", kid) and not isinstance(kid, _LISTS):
-            alike.setdefault(type(kid), []).append(kid)
-    size = sum(map(_size, kids))
-    return any(
-        len(same) >= (2 if listed and cls is not nn.Sequential else 3) and 2 * sum(map(_size, same)) >= size
-        for cls, same in alike.items()
-    )
+def _behind_functions(named: list[Named]) -> list[Tap]:
+    """Inputs of linear layers that can only come from a function of another layer's outputs."""
+    taps = []
+    for (before, source), (name, module) in pairwise(pair for pair in named if is_linear(pair[1])):
+        beside = before.rpartition(".")[0] == name.rpartition(".")[0]
+        (hidden, inputs), (outputs, width) = _shape(source), _shape(module)
+        if beside and inputs != hidden == width > outputs:
+            taps.append(Tap(clean_name(name) + INPUT_SUFFIX, module, "input"))
+    return taps
 
 
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() for _, layer in _leaves("", module) for p in layer.parameters() if not nn.parameter.is_lazy(p))
+def _root_blocks(root: nn.Module, run: Run) -> list[Named]:
+    return weighted_children("", root) if run.tree.blocks(root) else _look_into("", root, run)
 
 
-def _blocks(name: str, module: nn.Module) -> list[Named]:
-    kids = _kids(name, module)
+def _blocks(name: str, module: nn.Module, run: Run) -> list[Named]:
+    kids = weighted_children(name, module)
     if not kids:
         return [(name, module)]
-    if len(kids) > 1 and (_is_stack(module) or not any(_is_stack(m) for _, kid in kids for m in kid.modules())):
+    if len(kids) > 1 and (run.tree.blocks(module) or not any(run.tree.holds_blocks(kid) for _, kid in kids)):
         return kids
-    return [named for kid in kids for named in _blocks(*kid)]
+    return _look_into(name, module, run)
 
 
-def _thin(blocks: list[Named], keep: int) -> list[Named]:
-    """At most ``keep`` of the blocks: the longest run of siblings gives way, but for its first and last."""
+def _look_into(name: str, module: nn.Module, run: Run) -> list[Named]:
+    tree, alike = run.tree, {kid for _, kid in run.tree.alike(module)}
+    kids = sorted(weighted_children(name, module), key=lambda named: run.start(named[0]))
+    first = next((i for i, (_, kid) in enumerate(kids) if tree.repeats_blocks(kid)), 0)
+    small = sum(tree.size(kid) for _, kid in kids) / 4
+    found = []
+    for i, (key, kid) in enumerate(kids):
+        stem = i < first and tree.size(kid) <= small
+        found += [(key, kid)] if kid in alike else [_unwrap(key, kid)] if stem else _blocks(key, kid, run)
+    return found
+
+
+def _unwrap(name: str, module: nn.Module) -> Named:
+    kids = weighted_children(name, module)
+    return _unwrap(*kids[0]) if len(kids) == 1 else (name, module)
+
+
+def _head(root: nn.Module, run: Run, blocks: list[Named]) -> Named | None:
+    layers = sorted(weighted_layers(root), key=lambda named: run.start(named[0]))
+    layers = [named for layer in layers for named in run.called(*layer)]
+    layers = [named for named in layers if run.is_trained(named[0])] or layers
+    if not layers or is_linear(layers[-1][1]):
+        return layers[-1] if layers else None
+    deep = min((run.start(name) for name, block in blocks if run.tree.is_composite(block)), default=0)
+    apart = {
+        run.tree.layers(block)[0]
+        for name, block in blocks
+        if not run.tree.is_composite(block) and not _NUMBERED.search(name)
+    }
+    heads = [named for named in layers if named[1] in apart and is_linear(named[1]) and run.start(named[0]) > deep]
+    return heads[-1] if heads else None
+
+
+def _thin(blocks: list[Named], keep: int, tree: ModuleTree) -> list[Named]:
+    """At most ``keep`` of the blocks.
+
+    Of a list that holds less than a twentieth of the weights (a head of several layers) the last one stays; then the
+    longest runs of siblings give way, but for their first and last.
+    """
     runs = [list(run) for _, run in groupby(blocks, key=lambda named: named[0].rpartition(".")[0])]
-    while (over := sum(map(len, runs)) - keep) > 0 and runs and len(longest := max(runs, key=len)) > 2:
-        longest[:] = _evenly(longest, max(2, len(longest) - over))
-    return _evenly([named for run in runs for named in run], keep)
+    light = sum(tree.size(block) for _, block in blocks) / 20
+    for run in runs:
+        numbered = run[-1][0].rpartition(".")[2].isdigit()
+        if numbered and sum(map(len, runs)) > keep and sum(tree.size(block) for _, block in run) < light:
+            run[:] = run[-1:]
+    sizes = [len(run) for run in runs]
+    while sum(sizes) > keep and max(sizes) > 2:
+        sizes[sizes.index(max(sizes))] -= 1
+    return _evenly([named for run, size in zip(runs, sizes, strict=True) for named in _evenly(run, size)], keep)
 
 
-def _evenly(blocks: list[Named], keep: int) -> list[Named]:
+def _evenly(blocks: list[T], keep: int) -> list[T]:
     if len(blocks) <= keep:
         return blocks
     return [blocks[round(i * (len(blocks) - 1) / max(keep - 1, 1))] for i in range(keep)]
-
-
-def _callable(name: str, module: nn.Module) -> list[Named]:
-    """A module list is never called: its elements are."""
-    if not isinstance(module, _LISTS):
-        return [(name, module)]
-    return [named for kid in _kids(name, module) for named in _callable(*kid)]

@@ -111,7 +111,7 @@ class ScheduleFree(Classifier):
 
 
 def test_an_optimizer_hands_its_weights_over():
-    model, penalty = ScheduleFree(), SynapticIntelligence()
+    model, penalty = ScheduleFree(), MAS()
     fit(model, [WeightPenalty(penalty)], loader(0))
     assert distance(penalty, model) == 0
     model.ends = False
