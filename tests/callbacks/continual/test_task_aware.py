@@ -111,7 +111,7 @@ class ScheduleFree(Classifier):
 
 
 def test_an_optimizer_hands_its_weights_over():
-    model, penalty = ScheduleFree(), MAS()
+    model, penalty = ScheduleFree(), EWC(weight=1.0)
     fit(model, [WeightPenalty(penalty)], loader(0))
     assert distance(penalty, model) == 0
     model.ends = False
