@@ -221,7 +221,7 @@ class ClassMoments:
 
     @property
     def resolution(self) -> Tensor:
-        """Relative rounding of the features, 0-dimensional: the ``eps`` of their dtype, its mean square if of several."""
+        """Relative rounding of the features, 0-dimensional: the ``eps`` of their dtype, a mean if they had several."""
         return (self.rounding / self.count.sum().clamp_min(1)).sqrt()
 
     @property
