@@ -77,7 +77,6 @@ class IntrinsicDimension(SumsMetric):
         self.add_state("priority", torch.zeros(0, dtype=torch.int64), dist_reduce_fx=None)
         self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
 
-    @torch.no_grad()
     @full_precision
     def update(self, features: Tensor, mask: Tensor | None = None) -> None:
         """Add rows of shape ``(N, D)``."""

@@ -63,7 +63,6 @@ class NearestClassCenterAgreement(SumsMetric):
         for name in ("agree", "count"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
-    @torch.no_grad()
     def update(
         self, features: Tensor, logits: Tensor, means: Tensor | None = None, counts: Tensor | None = None
     ) -> None:

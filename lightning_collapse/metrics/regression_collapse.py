@@ -83,7 +83,6 @@ class RegressionCollapse(SumsMetric):
             self.add_state(name, state, dist_reduce_fx=None)
         self.add_state("directions", torch.zeros(dim, dim, dtype=dtype), dist_reduce_fx=None)
 
-    @torch.no_grad()
     @full_precision
     def update(self, features: Tensor, targets: Tensor, mask: Tensor | None = None) -> None:
         """Add rows of shape ``(N, dim)`` and their targets ``(N, targets)``."""
