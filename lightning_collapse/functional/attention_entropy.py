@@ -1,4 +1,4 @@
-"""How sharply each head of attention looks."""
+"""Attention entropy: how sharply each head looks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entropy of single rows of attention, without keeping the matrix they are rows of."""
+"""Attention entropy of single rows, without keeping the matrix they are rows of."""
 
 from __future__ import annotations
 

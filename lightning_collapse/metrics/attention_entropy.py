@@ -1,4 +1,4 @@
-"""Streaming entropy of attention, per head."""
+"""Attention entropy, streaming, per head."""
 
 from __future__ import annotations
 

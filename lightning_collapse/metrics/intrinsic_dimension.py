@@ -1,4 +1,4 @@
-"""Streaming intrinsic dimension: a bounded sample of rows that is the same however the stream is cut."""
+"""Intrinsic dimension, streaming: from a bounded sample of rows that is the same however the stream is cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NC4 over a stream: how often the classifier picks the class whose mean is nearest."""
+"""NC4, streaming: how often the classifier picks the class whose mean is nearest."""
 
 from __future__ import annotations
 

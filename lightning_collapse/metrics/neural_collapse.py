@@ -1,4 +1,4 @@
-"""Streaming neural collapse: class statistics in, the published measures out."""
+"""Neural collapse, streaming: class statistics in, the published measures out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streaming measures of rank, each a function of the streaming :class:`~lightning_collapse.metrics.Spectrum`."""
+"""Effective rank, RankMe and other ranks, streaming: functions of :class:`~lightning_collapse.metrics.Spectrum`."""
 
 from typing import Any, ClassVar
 

@@ -1,4 +1,4 @@
-"""Streaming neural regression collapse: moments of features and targets that add up."""
+"""Neural regression collapse, streaming: moments of features and targets that add up."""
 
 from __future__ import annotations
 

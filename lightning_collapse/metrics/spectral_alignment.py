@@ -1,4 +1,4 @@
-"""Streaming spectral alignment: counts of signs that add up over batches, processes and a resume."""
+"""Spectral alignment, streaming: counts of signs that add up over batches, processes and a resume."""
 
 from __future__ import annotations
 

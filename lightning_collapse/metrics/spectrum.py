@@ -1,4 +1,4 @@
-"""Streaming spectra: exact over batches, over processes and over a resume."""
+"""Spectrum, streaming: exact over batches, over processes and over a resume."""
 
 from __future__ import annotations
 

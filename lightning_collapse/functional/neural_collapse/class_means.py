@@ -1,4 +1,4 @@
-"""What the measures of neural collapse share: class means about their center, missing classes, tiles of pairs."""
+"""Class means about their center, missing classes and tiles of pairs: what the measures of neural collapse share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variability collapse index: how much of the features' variation a linear probe for the classes leaves unexplained."""
+"""VCI (variability collapse index): how much of the features' variation a linear probe for the classes leaves over."""
 
 from __future__ import annotations
 
