@@ -1,4 +1,4 @@
-"""Pure functions: tensors in, tensors out."""
+"""Functional measures: pure functions, tensors in, tensors out."""
 
 from lightning_collapse.functional.attention_entropy import HeadEntropy, attention_entropy, entropy_bound
 from lightning_collapse.functional.continual import (

@@ -1,4 +1,4 @@
-"""How sharply each head of attention looks."""
+"""Attention entropy: how sharply each head looks."""
 
 from __future__ import annotations
 
@@ -59,14 +59,17 @@ def attention_entropy(
     under-used (entropic overload [2]). Entropies are averaged, and not the weights: entropy is concave, and the map
     averaged over heads or queries looks healthy when each is collapsed. Computed in ``float32`` at least, with autocast
     off: in ``bfloat16`` fused attention reads peaked heads a tenth too low. The exact form costs one pass of fused
-    attention; with a mask that is added, the logits of some rows at a time. No gradient.
+    attention; with a mask that is added up to 1.4, and 1.7 with one of full shape ``(B, H, L, S)``. No gradient.
 
     Args:
         query: Shape ``(B, H, L, E)``, any floating dtype.
         key: Shape ``(B, H, S, E)``; or ``(B, H_kv, S, E)`` with ``H`` a multiple of ``H_kv`` (grouped queries).
+            A learned sink, an extra logit in the softmax, is no key and does not belong here: what is measured is how
+            the weight that keys get is shared among them. A token that attracts attention, such as the first one, is.
         is_causal: Query ``i`` sees keys ``0..i``, as in ``F.scaled_dot_product_attention``.
         attn_mask: Boolean, true where a key is visible, or added to the logits; broadcasts to ``(B, H, L, S)``. A key
-            padding mask is one of shape ``(B, 1, 1, S)``.
+            padding mask is one of shape ``(B, 1, 1, S)``. Keys whose bias is 5000 or more below the row's largest, or
+            below zero, are hidden: ``-inf``, ``-1e9``, ``-1e4`` and the lowest number of any dtype do the same.
         scale: Factor on ``query @ key``; ``None`` for ``1 / sqrt(E)``.
         query_mask: Boolean, shape ``(B, L)``: queries that count; padding should not.
         rows: Read this many queries of every sequence, one from each of as many equal strata, always the same ones;

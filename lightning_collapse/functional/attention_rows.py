@@ -1,16 +1,26 @@
-"""Entropy of single rows of attention, without keeping the matrix they are rows of."""
+"""Attention entropy of single rows, without keeping the matrix they are rows of."""
 
 from __future__ import annotations
 
+from itertools import product
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_collapse.spectral.precision import full_precision
-from lightning_collapse.utilities.attention_calls import AttentionCall, is_visible
+from lightning_collapse.utilities.attention_calls import (
+    AttentionCall,
+    additive,
+    hidden_below,
+    is_visible,
+    is_visible_logit,
+)
 
-CHUNK = 2**22  # logits at a time: 16 MiB in single precision
+BLOCK = 2**22  # logits at a time: 16 MiB in single precision
+BLOCK_ON_CPU = 2**17  # what a core's own cache holds twice
+LEAST = -80.0
 
 
 class EntropyRows(NamedTuple):
@@ -58,8 +68,8 @@ def rows_of_logits(logits: Tensor, hidden: Tensor | None = None) -> EntropyRows:
 
 @full_precision
 def rows_of_masked_logits(logits: Tensor) -> EntropyRows:
-    """The same of logits ``(B, H, L, S)`` that are minus infinity, or half the lowest number, where a key is hidden."""
-    hidden = ~is_visible(logits)
+    """The same of logits ``(B, H, L, S)`` that hold their mask, see :func:`is_visible_logit`."""
+    hidden = ~is_visible_logit(logits)
     return rows_of_logits(logits.masked_fill(hidden & ~logits.isnan(), 0.0), hidden & ~logits.isnan())
 
 
@@ -85,7 +95,7 @@ def entropies_of_call(call: AttentionCall) -> tuple[Tensor, Tensor]:
     The fused kernel with the keys in place of the values returns :math:`\sum_j p_{ij} k_j`, and beside it the
     logarithm of the softmax's denominator :math:`Z_i`, so :math:`H_i = \log Z_i - c\, q_i \cdot \sum_j p_{ij} k_j`
     costs one pass of fused attention. Where logits are shifted by a mask, or there is no such kernel, logits are made
-    for some rows at a time.
+    for some rows at a time, as many as stay in the cache.
     """
     query, key = call.query, call.key
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
@@ -93,10 +103,12 @@ def entropies_of_call(call: AttentionCall) -> tuple[Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
         fused = _fused(call)
         if fused is None:
-            return _in_chunks(call)
-        expected, log_mass = fused
-        entropy = log_mass - _scale(call) * expected.mul_(call.query).sum(dim=-1)
-    readings = EntropyRows(entropy.clamp_min(0), _visible(call).expand_as(entropy).to(entropy), entropy, entropy)
+            entropy, visible = _in_blocks(call)
+        else:
+            expected, log_mass = fused
+            entropy = log_mass - _scale(call) * expected.mul_(call.query).sum(dim=-1)
+            visible = _visible(call).to(entropy)
+    readings = EntropyRows(entropy.clamp_min(0), visible.expand_as(entropy), entropy, entropy)
     return _counting(readings, call.query_mask)[:2]
 
 
@@ -125,18 +137,33 @@ def _fused(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
     return expected, log_mass[..., : query.shape[2]]  # CUDA pads to a multiple of 32
 
 
-def _in_chunks(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    batch, heads, length, _ = call.query.shape
+def _in_blocks(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Entropy ``(B, H, L)``, NaN where all logits of a row are minus infinity; and keys seen, broadcasts to it."""
+    query, (batch, heads, length, _), keys = call.query, call.query.shape, call.key.shape[2]
+    size = BLOCK_ON_CPU if query.device.type == "cpu" else BLOCK
+    rows = min(max(size // max(keys, 1), 1), length)
+    some = min(max(size // max(keys * rows, 1), 1), heads)
+    transposed = call.key.repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-2, -1)
     mask = _mask(call)
-    mask = mask if mask is None else mask.expand(*mask.shape[:-2], length, -1)
-    size = max(CHUNK // max(batch * heads * call.key.shape[2], 1), 1)
-    parts = []
-    for start in range(0, length, size):
-        rows = slice(start, start + size)
-        query_mask = None if call.query_mask is None else call.query_mask[:, rows]
-        part = AttentionCall(call.query[:, :, rows], call.key, scale=call.scale, query_mask=query_mask)
-        parts.append(rows_of_call(part._replace(attn_mask=None if mask is None else mask[..., rows, :]))[:2])
-    return torch.cat([entropy for entropy, _ in parts], dim=2), torch.cat([visible for _, visible in parts], dim=2)
+    bias = query.new_zeros(1, 1, 1, 1) if mask is None else additive(mask)
+    bias = bias[(None,) * (4 - bias.ndim)]
+    entropy, visible = query.new_empty(batch, heads, length), query.new_empty(*bias.shape[:2], length)
+    bias = bias.expand(batch, heads, length, keys)
+    logits, weights = query.new_empty(2, some * rows * keys)
+    for i, head, row in product(range(batch), range(0, heads, some), range(0, length, rows)):
+        part = i, slice(head, head + some), slice(row, row + rows)
+        shape = *query[part].shape[:2], keys
+        block, weight = (buffer[: prod(shape)].view(shape) for buffer in (logits, weights))
+        block.copy_(bias[part])
+        if i < visible.shape[0] and head < visible.shape[1]:  # once for each row of the mask
+            hidden = torch.le(block, hidden_below(block), out=weight).sum(dim=-1)
+            visible[part] = keys - hidden[: visible.shape[1]]
+        block.baddbmm_(query[part], transposed[i, part[1]], alpha=_scale(call))
+        # below that a key has no weight, and exponentials that underflow are slow
+        block.sub_(block.amax(dim=-1, keepdim=True)).clamp_(min=LEAST)
+        mass = torch.exp(block, out=weight).sum(dim=-1)
+        entropy[part] = mass.log() - weight.mul_(block).sum(dim=-1) / mass
+    return entropy, visible
 
 
 def _mask(call: AttentionCall) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What a sequence of tasks has brought and cost, from the accuracy on every task after every task."""
+"""Continual-learning metrics: what a sequence of tasks has brought and cost, from the accuracies after every task."""
 
 from __future__ import annotations
 

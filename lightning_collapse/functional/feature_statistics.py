@@ -1,4 +1,4 @@
-"""Measures of the rows themselves, for what a spectrum cannot see: scale, dead features, direction, spread."""
+"""Feature statistics: what a spectrum cannot see of the rows, such as scale, dead features, direction and spread."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The phases that the rank of a language model's representations goes through."""
+"""Geometry phases: those that the rank of a language model's representations goes through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How noisy a gradient is, from norms of gradients on batches of two sizes."""
+"""Gradient noise scale and coherence, from norms of gradients on batches of two sizes."""
 
 from typing import NamedTuple
 

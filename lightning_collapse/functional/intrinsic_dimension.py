@@ -1,4 +1,4 @@
-"""How many coordinates it takes to tell neighbouring rows apart: intrinsic dimension from distances."""
+"""Intrinsic dimension (TwoNN, LID): how many coordinates tell neighbouring rows apart, from distances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a measure reads when there is nothing to see: isotropic noise with the same number of rows and features."""
+"""Isotropic null: what a measure reads of isotropic noise with the same number of rows and features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a weight matrix is not noise: its spectrum against the law of random matrices."""
+"""Marchenko-Pastur fit: what of a weight spectrum is not that of a random matrix."""
 
 from functools import lru_cache
 from math import hypot, pi, sqrt

@@ -1,4 +1,4 @@
-"""Units that no longer take part."""
+"""Loss of plasticity: dead and dormant units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tail of a weight spectrum as a power law."""
+"""Power-law exponent of the tail of a weight spectrum (heavy-tailed self-regularization)."""
 
 from functools import lru_cache
 from math import nan

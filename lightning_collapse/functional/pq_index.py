@@ -1,4 +1,4 @@
-"""How sparse a set of numbers is."""
+"""PQ index: how sparse a set of numbers is."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""How many directions a representation uses: notions of rank, each a function of singular values ``(..., K)``."""
+"""Effective rank, RankMe, participation ratio and other ranks, each a function of singular values ``(..., K)``."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Do the inputs of a weight lean to one side of its top singular vector?"""
+"""Spectral alignment: whether the inputs of a weight lean to one side of its top singular vector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How evenly a spectrum is filled: what the literature on optimizers reads from weights and from their updates."""
+"""Spectral entropy: how evenly a spectrum is filled, as the optimizer literature reads it from weights and updates."""
 
 import torch
 from torch import Tensor

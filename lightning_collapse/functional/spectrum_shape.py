@@ -1,4 +1,4 @@
-"""How the energy of a representation is spread over its directions: shapes of the spectrum other than ranks."""
+"""Spectrum shape: decay exponent, condition number, isotropy and top share, how energy spreads over directions."""
 
 import torch
 from torch import Tensor

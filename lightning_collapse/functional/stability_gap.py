@@ -1,4 +1,4 @@
-"""How deep accuracies fall while later tasks are learned, and not only after them."""
+"""Stability gap: how deep accuracies fall while later tasks are learned, and not only after them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``torchmetrics.Metric`` forms: streaming sufficient statistics in, a measure out."""
+"""Streaming metrics: ``torchmetrics.Metric`` forms, sufficient statistics in, a measure out."""
 
 from lightning_collapse.metrics.attention_entropy import AttentionEntropy
 from lightning_collapse.metrics.intrinsic_dimension import IntrinsicDimension

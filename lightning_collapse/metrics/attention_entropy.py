@@ -1,4 +1,4 @@
-"""Streaming entropy of attention, per head."""
+"""Attention entropy, streaming, per head."""
 
 from __future__ import annotations
 
@@ -86,7 +86,6 @@ class AttentionEntropy(SumsMetric):
         self.add_state("lowest", torch.full((num_heads,), torch.inf, dtype=dtype), dist_reduce_fx="min")
         self.add_state("histogram", torch.zeros(num_heads, bins, dtype=torch.int64), dist_reduce_fx="sum")
 
-    @torch.no_grad()
     def update(
         self,
         query: Tensor,
@@ -113,7 +112,7 @@ class AttentionEntropy(SumsMetric):
         self.nonfinite = self.nonfinite + (counts & ~finite).sum(dim=1)
         self.total = self.total + values.sum(dim=1)
         self.squares = self.squares + values.square().sum(dim=1)
-        self.lowest = torch.minimum(self.lowest, values.where(finite, torch.inf).amin(dim=1))
+        self.lowest = torch.column_stack([self.lowest, values.where(finite, torch.inf)]).amin(dim=1)
         bins = (values * self.bins).long().clamp(0, self.bins - 1)
         self.histogram = self.histogram.scatter_add(1, bins, finite.long())
 

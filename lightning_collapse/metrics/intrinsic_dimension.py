@@ -1,4 +1,4 @@
-"""Streaming intrinsic dimension: a bounded sample of rows that is the same however the stream is cut."""
+"""Intrinsic dimension, streaming: from a bounded sample of rows that is the same however the stream is cut."""
 
 from __future__ import annotations
 
@@ -77,7 +77,6 @@ class IntrinsicDimension(SumsMetric):
         self.add_state("priority", torch.zeros(0, dtype=torch.int64), dist_reduce_fx=None)
         self.add_state("seen", torch.tensor(0), dist_reduce_fx="sum")
 
-    @torch.no_grad()
     @full_precision
     def update(self, features: Tensor, mask: Tensor | None = None) -> None:
         """Add rows of shape ``(N, D)``."""

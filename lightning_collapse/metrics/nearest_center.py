@@ -1,4 +1,4 @@
-"""NC4 over a stream: how often the classifier picks the class whose mean is nearest."""
+"""NC4, streaming: how often the classifier picks the class whose mean is nearest."""
 
 from __future__ import annotations
 
@@ -63,7 +63,6 @@ class NearestClassCenterAgreement(SumsMetric):
         for name in ("agree", "count"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
-    @torch.no_grad()
     def update(
         self, features: Tensor, logits: Tensor, means: Tensor | None = None, counts: Tensor | None = None
     ) -> None:

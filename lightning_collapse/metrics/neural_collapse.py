@@ -1,4 +1,4 @@
-"""Streaming neural collapse: class statistics in, the published measures out."""
+"""Neural collapse, streaming: class statistics in, the published measures out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_collapse.functional.neural_collapse.cdnv import over_pairs
-from lightning_collapse.functional.neural_collapse.class_means import centered_means
+from lightning_collapse.functional.neural_collapse.class_means import centered_means, rounding_variance
 from lightning_collapse.functional.neural_collapse.minority import minority_cosine, minority_norm
 from lightning_collapse.functional.neural_collapse.nc1 import within_over_between
 from lightning_collapse.functional.neural_collapse.nc2 import angle_error, frame_distance, norm_variation
@@ -160,10 +160,10 @@ def measures(
 
     Minorities are the classes that are so in ``seen``, rows per class, by default those that are kept.
     """
-    means, scatter, traces = moments.means, moments.within_scatter, moments.within_traces
     counts = torch.where(moments.count >= min_count, moments.count, 0.0)
-    found = of_means(means, scatter, traces, counts, weight, bias)
-    found["vci"] = vci(means, _share(traces, counts) * scatter, counts)
+    within = within_covariance(moments, counts)
+    found = of_means(moments, within, counts, weight, bias)
+    found["vci"] = vci(moments.means, within, counts, resolution=moments.resolution)
     for name, measure in {"minority_cosine": minority_cosine, "minority_norm": minority_norm}.items():
         found[name] = torch.full_like(found["n"], nan)
         if weight is not None:
@@ -174,26 +174,26 @@ def measures(
 
 @full_precision
 def of_means(
-    means: Tensor, scatter: Tensor, traces: Tensor, counts: Tensor, weight: Tensor | None, bias: Tensor | None
+    moments: ClassMoments, within: Tensor, counts: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> dict[str, Tensor]:
     """The measures of class means: NC1 to NC3, bias collapse and CDNV, with what they are of.
 
     Args:
-        means: Of the classes, shape ``(C, D)``.
-        scatter: Sum over all rows of outer products about their class means, shape ``(D, D)``.
-        traces: Its trace, class by class, shape ``(C,)``.
+        moments: Class means and variances.
+        within: Covariance within the classes that count, shape ``(D, D)``.
         counts: Rows per class, shape ``(C,)``; 0 leaves a class out.
         weight: Of the classifier, shape ``(C, D)``.
         bias: Of the classifier, shape ``(C,)``.
     """
     # the public functions each center the means anew, which takes them half of their time
-    part, n, undefined = centered_means(means, counts), counts.sum(), traces.new_full((), nan)
-    trace, rank = within_over_between(part, scatter)
-    variances = torch.where(part.present, traces / counts.clamp_min(1), 0.0)
+    means = moments.means
+    part, n, undefined = centered_means(means, counts), counts.sum(), means.new_full((), nan)
+    trace, rank = within_over_between(part, within, rounding_variance(means, within, counts, moments.resolution))
+    variances = torch.where(part.present, moments.within_traces / counts.clamp_min(1), 0.0)
     pairs = over_pairs(part, variances, torch.zeros_like(variances))
     center = torch.where(part.present.unsqueeze(1), means, 0.0).sum(dim=0) / part.classes
     return {
-        "nc1": _share(traces, counts) * trace / part.classes,
+        "nc1": trace / part.classes,
         "nc2_equinorm": norm_variation(part),
         "nc2_equiangular": angle_error(part),
         "nc2_etf": frame_distance(part.rows, part.rows, part.present),
@@ -207,7 +207,8 @@ def of_means(
     }
 
 
-def _share(traces: Tensor, counts: Tensor) -> Tensor:
-    """What makes the pooled scatter a covariance: of classes left out its size can be taken off, its shape cannot."""
+def within_covariance(moments: ClassMoments, counts: Tensor) -> Tensor:
+    """The pooled scatter as a covariance ``(D, D)``: of classes left out its size is taken off, its shape cannot be."""
+    traces = moments.within_traces
     kept, everything = torch.where(counts > 0, traces, 0.0).sum(), traces.sum()
-    return torch.where(everything > 0, kept / everything, 1.0) / counts.sum()
+    return torch.where(everything > 0, kept / everything, 1.0) / counts.sum() * moments.within_scatter

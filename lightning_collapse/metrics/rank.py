@@ -1,4 +1,4 @@
-"""Streaming measures of rank, each a function of the streaming :class:`~lightning_collapse.metrics.Spectrum`."""
+"""Effective rank, RankMe and other ranks, streaming: functions of :class:`~lightning_collapse.metrics.Spectrum`."""
 
 from typing import Any, ClassVar
 
@@ -14,7 +14,8 @@ class SpectralMetric(Spectrum):
     """Streaming form of one registered measure of a spectrum; a subclass names the measure.
 
     As input to ``update``: features of shape ``(N, dim)``, any floating dtype, and an optional boolean mask ``(N,)``.
-    As output of ``compute``: the measure of all rows seen on all processes, 0-dimensional, ``float64``.
+    As output of ``compute``: the measure of all rows seen on all processes, 0-dimensional, ``float64``; NaN before the
+    first row.
 
     Args:
         dim: Number of features ``D``.
@@ -40,7 +41,7 @@ class SpectralMetric(Spectrum):
 
     def compute(self) -> Tensor:
         """The measure of everything seen so far."""
-        return get_measure(self.measure).of_spectrum(self.record())
+        return self._unless_empty(get_measure(self.measure).of_spectrum(self.record()))
 
 
 class EffectiveRank(SpectralMetric):

@@ -1,4 +1,4 @@
-"""Streaming neural regression collapse: moments of features and targets that add up."""
+"""Neural regression collapse, streaming: moments of features and targets that add up."""
 
 from __future__ import annotations
 
@@ -83,7 +83,6 @@ class RegressionCollapse(SumsMetric):
             self.add_state(name, state, dist_reduce_fx=None)
         self.add_state("directions", torch.zeros(dim, dim, dtype=dtype), dist_reduce_fx=None)
 
-    @torch.no_grad()
     @full_precision
     def update(self, features: Tensor, targets: Tensor, mask: Tensor | None = None) -> None:
         """Add rows of shape ``(N, dim)`` and their targets ``(N, targets)``."""

@@ -1,4 +1,4 @@
-"""Streaming spectral alignment: counts of signs that add up over batches, processes and a resume."""
+"""Spectral alignment, streaming: counts of signs that add up over batches, processes and a resume."""
 
 from __future__ import annotations
 
@@ -73,7 +73,6 @@ class SpectralAlignment(SumsMetric):
             self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("input_total", torch.zeros(dim, dtype=torch.float64), dist_reduce_fx="sum")
 
-    @torch.no_grad()
     @full_precision
     def update(self, inputs: Tensor, direction: Tensor) -> None:
         """Add inputs ``(N, dim)`` and the direction ``(dim,)`` that holds for them."""

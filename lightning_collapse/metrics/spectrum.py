@@ -1,4 +1,4 @@
-"""Streaming spectra: exact over batches, over processes and over a resume."""
+"""Spectrum, streaming: exact over batches, over processes and over a resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Spectrum(SumsMetric):
 
     As output of ``compute``:
 
-    - ``singular_values`` (:class:`~torch.Tensor`): Descending, shape ``(dim,)``, ``float64``.
+    - ``singular_values`` (:class:`~torch.Tensor`): Descending, shape ``(dim,)``, ``float64``; NaN before the first row.
 
     Args:
         dim: Number of features ``D``.
@@ -52,6 +52,9 @@ class Spectrum(SumsMetric):
     # two streams merge by more than a sum per state, so `forward` updates twice instead of merging
     full_state_update = True
 
+    count: Tensor
+    shift: Tensor
+
     def __init__(self, dim: int, center: bool = True, dtype: torch.dtype = torch.float64, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if dim < 1:
@@ -69,7 +72,7 @@ class Spectrum(SumsMetric):
 
     def compute(self) -> Tensor:
         """Singular values of everything seen so far."""
-        return self.record().singular_values
+        return self._unless_empty(self.record().singular_values)
 
     def record(self) -> SpectrumRecord:
         """The full record that the measures take, of what this process has seen."""
@@ -97,6 +100,9 @@ class Spectrum(SumsMetric):
         # the states are sums about a shift that differs between processes: reducing each by itself would be wrong,
         # and the default gathers a copy of every state per process
         self._set(self.moments().reduce(process_group or self.process_group))
+
+    def _unless_empty(self, value: Tensor) -> Tensor:
+        return torch.where(self.count > 0, value, torch.nan)
 
     def _set(self, moments: Moments) -> None:
         for name, state in moments.states().items():

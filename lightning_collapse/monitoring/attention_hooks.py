@@ -19,8 +19,8 @@ from lightning_collapse.utilities.attention_calls import (
     AttentionCall,
     call_of_multi_head,
     call_of_sdpa,
+    logits_of_softmax,
     sample,
-    spread_rows,
 )
 from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, is_to_be_ignored
 
@@ -38,10 +38,10 @@ class AttentionHooks:
     """Hands every call of attention inside :meth:`listening`, by layer, to ``hear``; costs nothing outside.
 
     Captured are ``F.scaled_dot_product_attention``, ``nn.MultiheadAttention`` (``F.multi_head_attention_forward``), and
-    softmax over the last of four dimensions (attention written out, before dropout). A call belongs to the innermost
-    running layer. Results are not touched. Activation checkpointing's recomputation in the backward pass is not heard;
-    neither are torch's transformer layers in evaluation mode, which run as one fused operation as long as nobody
-    listens, nor compiled code.
+    softmax over the last of four dimensions (attention written out, before dropout; learned sinks are no keys). A call
+    belongs to the innermost running layer. Results are not touched. Activation checkpointing's recomputation in the
+    backward pass is not heard; neither are torch's transformer layers in evaluation mode, which run as one fused
+    operation as long as nobody listens, nor compiled code.
 
     Args:
         layers: Where calls may belong to; other modules count as part of the one they run in.
@@ -126,13 +126,7 @@ class AttentionHooks:
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         if not isinstance(logits, Tensor) or logits.ndim != 4 or dim not in (-1, 3):
             return None
-        positions = spread_rows(logits.shape[2], self._rows, logits.device)
-        step = max(-(-len(logits) * len(positions) // self._max_rows), 1)
-        picked = logits[::step].index_select(2, positions)
-        if self.mask is None or self.mask.shape != (logits.shape[0], logits.shape[2]):
-            return picked
-        real = self.mask[::step].index_select(1, positions)[:, None, :, None]
-        return picked.masked_fill(~real, -torch.inf)
+        return logits_of_softmax(logits, self.mask, self._rows, self._max_rows)
 
 
 class ReadTaps:

@@ -12,8 +12,8 @@ from lightning_collapse.spectral.precision import accumulation_dtype, full_preci
 from lightning_collapse.spectral.rows import finite_rows
 from lightning_collapse.utilities.distributed import all_reduce_sum
 
-CLASS_STATES = ("count", "shift", "total", "square", "second", "ignored", "invalid", "nonfinite")
-SUMS = ("count", "total", "square", "second", "ignored", "invalid", "nonfinite")
+CLASS_STATES = ("count", "shift", "total", "square", "second", "rounding", "ignored", "invalid", "nonfinite")
+SUMS = ("count", "total", "square", "second", "rounding", "ignored", "invalid", "nonfinite")
 
 
 class ClassMoments:
@@ -44,6 +44,7 @@ class ClassMoments:
         total: Sums of anchored rows, ``(C, D)``.
         square: Sums of their squared norms, ``(C,)``.
         second: Sum of their outer products over all classes, ``(D, D)``; ``(0, 0)`` without ``scatter``.
+        rounding: Sum over rows of the square of their dtype's ``eps``, 0-dimensional: what narrow features cannot tell.
         ignored: Rows with label ``ignore_index``, 0-dimensional.
         invalid: Rows with any other label outside ``0 .. C - 1``, 0-dimensional.
         nonfinite: Rows of a class that were left out for a NaN or an infinity, 0-dimensional.
@@ -81,6 +82,7 @@ class ClassMoments:
     total: Tensor
     square: Tensor
     second: Tensor
+    rounding: Tensor
     ignored: Tensor
     invalid: Tensor
     nonfinite: Tensor
@@ -118,10 +120,10 @@ class ClassMoments:
             )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"`labels` must be integers, got {labels.dtype}. Mixed or soft targets name no class.")
-        self._update(features.detach(), labels)
+        self._update(features.detach(), labels, torch.finfo(features.dtype).eps)
 
     @full_precision
-    def _update(self, features: Tensor, labels: Tensor) -> None:
+    def _update(self, features: Tensor, labels: Tensor, eps: float) -> None:
         labels = labels.long()
         ignored = labels == self.ignore_index
         named = ~ignored & (labels >= 0) & (labels < len(self.count))
@@ -130,6 +132,7 @@ class ClassMoments:
         self.ignored += ignored.sum()
         self.invalid += len(labels) - ignored.sum() - considered
         self.nonfinite += considered - weight.sum()
+        self.rounding += weight.sum() * eps**2
         labels = torch.where(named, labels, 0)  # such a row has weight zero
         here = torch.zeros_like(self.count).index_add_(0, labels, weight)
         # the anchor of an unseen class is zero, so its mean can be summed in place
@@ -175,7 +178,7 @@ class ClassMoments:
         """Statistics of all processes together, about the class means; a class may be missing on any of them.
 
         Collective: every process must call it, with the same ``C``, ``D`` and ``scatter``; two all-reduces, of
-        ``C D + C`` and of ``C D + C + D ** 2 + 3`` numbers. Without a process group the statistics are returned about
+        ``C D + C`` and of ``C D + C + D ** 2 + 4`` numbers. Without a process group the statistics are returned about
         their means.
         """
         classes = len(self.count)
@@ -215,6 +218,11 @@ class ClassMoments:
     def within_traces(self) -> Tensor:
         """Sum of squared distances to the class mean, per class, ``(C,)``: ``n_c`` times the class's variance."""
         return (self.square - self.total.square().sum(dim=1) / self.count.clamp_min(1)).clamp_min(0)
+
+    @property
+    def resolution(self) -> Tensor:
+        """Relative rounding of the features, 0-dimensional: the ``eps`` of their dtype, a mean if they had several."""
+        return (self.rounding / self.count.sum().clamp_min(1)).sqrt()
 
     @property
     @full_precision

@@ -1,4 +1,4 @@
-"""One call of attention as queries, keys and what hides keys, from the ways it is written; and few rows of it."""
+"""Attention calls: queries, keys and masks of one call, from the ways it is written; and few rows of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+HIDDEN = 5e3
+"""Masks take more from the logits of hidden keys (``-1e4`` takes the least), and position biases take less."""
 
 
 class AttentionCall(NamedTuple):
@@ -65,11 +68,36 @@ def sample(call: AttentionCall, rows: int, max_rows: int | None = None) -> Atten
 
 
 def is_visible(mask: Tensor) -> Tensor:
-    """Where a mask in torch's convention lets a key be seen: where it is true, or what is added above minus infinity.
+    """Where a mask ``(..., S)`` in torch's convention lets a key be seen.
 
-    Half of the lowest number counts as minus infinity too: many models add the lowest one.
+    Where it is true; or where what it adds is no more than :data:`HIDDEN` below the row's largest, or below zero if
+    that is larger: a row of nothing but ``-1e9`` sees no key. A number that is not finite hides itself only.
     """
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if mask.dtype == torch.bool:
+        return mask
+    return ~(mask <= hidden_below(mask))
+
+
+def hidden_below(mask: Tensor) -> Tensor:
+    """What the hidden keys of a mask ``(..., S)`` that is added do not exceed, shape ``(..., 1)``."""
+    return mask.amax(dim=-1, keepdim=True).float().clamp_min(0.0) - HIDDEN
+
+
+def is_visible_logit(logits: Tensor) -> Tensor:
+    """The same of logits ``(B, H, L, S)`` into which a mask went already, shape ``(B, 1, L, S)`` or theirs.
+
+    Below the negative of :data:`HIDDEN` in every head: one head may lower a logit that far by itself, a mask lowers
+    those of all. Half of the lowest number hides a key of one head alone.
+    """
+    hidden = (logits <= -HIDDEN).all(dim=1, keepdim=True) | (logits <= torch.finfo(logits.dtype).min / 2)
+    return ~hidden
+
+
+def additive(mask: Tensor) -> Tensor:
+    """A mask as what is added to the logits, boolean ones with minus infinity for hidden keys."""
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
 
 
 def call_of_sdpa(
@@ -94,16 +122,40 @@ def call_of_sdpa(
     return AttentionCall(_four(query), _four(key), is_causal, attn_mask, scale)
 
 
+def logits_of_softmax(logits: Tensor, query_mask: Tensor | None, rows: int, max_rows: int) -> Tensor:
+    """Some rows of logits ``(B, H, L, S)`` that a softmax receives, minus infinity where a row does not count.
+
+    One column more than there are queries is a learned sink, if no row hides the last: a logit that takes part in the
+    softmax and is no key. It is taken for hidden, so entropies are of the weights that keys share.
+
+    Args:
+        logits: Attention written out, masks added or filled in.
+        query_mask: Boolean, shape ``(B, L)``: queries that count.
+        rows: As in :func:`call_of_multi_head`.
+        max_rows: As in :func:`call_of_multi_head`.
+    """
+    batch, _, length, columns = logits.shape
+    positions = spread_rows(length, rows, logits.device)
+    step = _stride(batch, len(positions), max_rows)
+    picked = logits[::step].index_select(2, positions)
+    if columns == length + 1:
+        sink = is_visible_logit(picked)[..., -1].all() & (torch.arange(columns, device=logits.device) == length)
+        picked = picked.masked_fill(sink, -torch.inf)
+    if query_mask is None or query_mask.shape != (batch, length):
+        return picked
+    return picked.masked_fill(~query_mask[::step].index_select(1, positions)[:, None, :, None], -torch.inf)
+
+
 def call_of_multi_head(arguments: Mapping[str, Any], rows: int, max_rows: int) -> AttentionCall | None:
     """Some rows of ``F.multi_head_attention_forward``, whose arguments these are, projected to queries and keys.
 
+    What ``add_bias_kv`` and ``add_zero_attn`` append to the keys are learned sinks and left out.
+
     Returns:
-        A call of the sampled rows; ``None`` where keys come from elsewhere (``add_bias_kv``, ``add_zero_attn``,
-        ``static_k``) or the tensors are nested.
+        A call of the sampled rows; ``None`` where keys come from elsewhere (``static_k``) or the tensors are nested.
     """
     query, key = arguments["query"], arguments["key"]
-    elsewhere = arguments["bias_k"] is not None or arguments["add_zero_attn"] or arguments.get("static_k") is not None
-    if elsewhere or query.is_nested or key.is_nested:
+    if arguments.get("static_k") is not None or query.is_nested or key.is_nested:
         return None
     padding, itself = arguments.get("key_padding_mask"), query is key
     if query.ndim == 2:  # one sequence, without a batch
@@ -150,13 +202,7 @@ def _both(mask: Tensor, other: Tensor) -> Tensor:
     """Two masks at once; boolean if both are."""
     if mask.dtype == other.dtype == torch.bool:
         return mask & other
-    return _additive(mask) + _additive(other)
-
-
-def _additive(mask: Tensor) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask.float()
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    return additive(mask) + additive(other)
 
 
 def _four(tensor: Tensor) -> Tensor:

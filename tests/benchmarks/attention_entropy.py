@@ -1,7 +1,8 @@
 """Attention entropy against one forward pass of fused attention, and the share of training its monitor takes.
 
 Functions in turn, in one process on one thread, as ratios of processor time: exact, and 16 queries of each sequence.
-Budgets at n >= 1024: 1.15 and 0.25. Then one fit in which every second step ends in a point of the monitor: what such a
+Budgets at n >= 1024: 1.15 and 0.25; the exact form with a mask that is added, against fused attention with that mask:
+1.4. Then one fit in which every second step ends in a point of the monitor: what such a
 step takes longer than its neighbors, as a share of the 50 steps between two points at the default cadence. Budget: 1 %.
 
 Run: ``python -m tests.benchmarks.attention_entropy``.
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader
 
@@ -36,13 +38,31 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def against_fused_attention(length: int, is_causal: bool) -> None:
+def later(length: int) -> Tensor:
+    """Which keys come after which query."""
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
+MASKS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "full": lambda n: {},
+    "causal": lambda n: {"is_causal": True},
+    "boolean": lambda n: {"attn_mask": ~later(n)},
+    "added -inf (n, n)": lambda n: {"attn_mask": torch.zeros(n, n).masked_fill(later(n), -torch.inf)},
+    "added -1e9 (n, n)": lambda n: {"attn_mask": torch.zeros(n, n).masked_fill(later(n), -1e9)},
+    "added padding (B, 1, 1, n)": lambda n: {"attn_mask": torch.zeros(2, 1, 1, n).index_fill(3, torch.arange(9), -1e9)},
+    "bias (1, H, n, n)": lambda n: {"attn_mask": torch.randn(1, 8, n, n)},
+    "bias (B, H, n, n)": lambda n: {"attn_mask": torch.randn(2, 8, n, n)},
+}
+
+
+def against_fused_attention(length: int, mask: str) -> None:
     """Print the ratios of the sums over rounds, with the standard error over rounds."""
     query, key, value = torch.randn(3, 2, 8, length, 64)
+    options = MASKS[mask](length)
     calls: list[Callable[[], Any]] = [
-        lambda: scaled_dot_product_attention(query, key, value, is_causal=is_causal),
-        lambda: attention_entropy(query, key, is_causal),
-        lambda: attention_entropy(query, key, is_causal, rows=16),
+        lambda: scaled_dot_product_attention(query, key, value, **options),
+        lambda: attention_entropy(query, key, **options),
+        lambda: attention_entropy(query, key, **options, rows=16),
     ]
     exact, few = calls[1](), calls[2]()
     distance = ((few.normalized - exact.normalized).abs() / few.standard_error).max().item()
@@ -52,7 +72,7 @@ def against_fused_attention(length: int, is_causal: bool) -> None:
     ratios = [sum(times) / sum(base) for times in ours]
     spread = [statistics.stdev(times) / statistics.mean(base) / len(base) ** 0.5 for times in ours]
     print(
-        f"{length:5d} {'causal' if is_causal else 'full':>7} {1000 * statistics.mean(base):9.1f} ms"
+        f"{length:5d} {mask:>26} {1000 * statistics.mean(base):9.1f} ms"
         f" {ratios[0]:8.3f} +- {spread[0]:.3f} {ratios[1]:8.3f} +- {spread[1]:.3f}"
         f" {100 * error:7.2f} % {distance:7.2f}"
     )
@@ -100,10 +120,12 @@ def share_of_training(steps: int) -> None:
 def main() -> None:
     """Print all."""
     torch.manual_seed(0)
-    print("    n    mask  fused attention  exact           16 queries      error   in standard errors")
+    print(
+        "    n                       mask  fused attention  exact           16 queries      error   in standard errors"
+    )
     for length in ROUNDS:
-        for is_causal in (False, True):
-            against_fused_attention(length, is_causal)
+        for mask in MASKS:
+            against_fused_attention(length, mask)
     share_of_training(400)
 
 

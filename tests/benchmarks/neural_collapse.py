@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.metrics import NeuralCollapse
-from lightning_collapse.metrics.neural_collapse import measures, of_means
+from lightning_collapse.metrics.neural_collapse import measures, of_means, within_covariance
 from lightning_collapse.spectral import ClassMoments
 
 
@@ -59,9 +59,8 @@ def finish(classes: int = 100, dim: int = 512, rounds: int = 31) -> None:
         return measures(moments, weight)["nc1"]
 
     def without_vci() -> Tensor:
-        return of_means(moments.means, moments.within_scatter, moments.within_traces, moments.count, weight, None)[
-            "nc1"
-        ]
+        within = within_covariance(moments, moments.count)
+        return of_means(moments, within, moments.count, weight, None)["nc1"]
 
     centered = moments.means - moments.global_mean()
     between = centered.T @ centered / classes

@@ -134,16 +134,17 @@ def test_standard_error_tells_how_far_samples_lie():
     assert ratios.mean().abs() < 0.3
 
 
-def test_fused_and_chunked_agree(monkeypatch):
+@pytest.mark.parametrize("size", [1, 7 * S, 3 * L * S, 2**20])
+def test_fused_and_in_blocks_agree(monkeypatch, size):
     query, key = make()
     for options in ({}, {"is_causal": True}, {"attn_mask": a_mask("bool")}):
         fused = attention_entropy(query, key, **options)
         with monkeypatch.context() as patch:
             patch.setattr(attention_rows, "_fused", lambda call: None)
-            patch.setattr(attention_rows, "CHUNK", 7 * B * H * S)
-            chunked = attention_entropy(query, key, **options)
+            patch.setattr(attention_rows, "BLOCK_ON_CPU", size)
+            blocks = attention_entropy(query, key, **options)
         for name in ("entropy", "normalized", "rows"):
-            torch.testing.assert_close(getattr(fused, name), getattr(chunked, name), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(getattr(fused, name), getattr(blocks, name), rtol=1e-5, atol=1e-6)
 
 
 def test_peaked_heads_in_half_precision():

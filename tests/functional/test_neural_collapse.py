@@ -535,3 +535,67 @@ def test_bad_arguments() -> None:
         nc4(torch.ones(2, 3), torch.ones(2, 3), means)
     with pytest.raises(ValueError, match=r"`components` must have shape \(3, K\)"):
         neco_score(means, torch.ones(4, 2))
+
+
+def normed(classes: int, dim: int, n: int) -> tuple[Tensor, Tensor]:
+    """Features behind a LayerNorm: the direction of the reciprocals of its gain is null."""
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.arange(classes).repeat(n)
+    rows = torch.randn(classes, dim, generator=generator)[labels]
+    rows = rows + 0.5 * torch.randn(len(labels), dim, generator=generator)
+    gain, offset = 0.5 + torch.rand(2, dim, generator=generator, dtype=F64)
+    return torch.nn.functional.layer_norm(rows.double(), (dim,), gain, offset), labels
+
+
+def narrow(classes: int, dim: int, n: int) -> tuple[Tensor, Tensor]:
+    """Features that a matrix of rank 5 spreads over more dimensions than there are classes."""
+    features, labels = data(classes, 5, n * classes)
+    return 0.3 + features @ torch.randn(5, dim, dtype=F64, generator=torch.Generator().manual_seed(6)), labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "shape", "rank"),
+    [(normed, (40, 16, 40), 15), (normed, (100, 64, 50), 63), (narrow, (12, 32, 60), 5), (narrow, (12, 300, 9), 5)],
+    ids=["layer norm", "wide layer norm", "bottleneck", "wide bottleneck"],
+)
+def test_a_direction_of_rounding_is_not_inverted(make, shape, rank, dtype) -> None:
+    """The inverse of a direction that only rounding fills would be most of NC1: 1.5 for 0.17."""
+    features, labels = make(*shape)
+    found = []
+    for x in (features, features.to(dtype)):
+        moments = ClassMoments(shape[0], shape[1])
+        for rows, y in zip(x.split(100), labels.split(100), strict=True):
+            moments.update(rows, y)
+        means, within, counts = moments.means, moments.within_scatter / moments.count.sum(), moments.count
+        resolution = moments.resolution
+        assert resolution.item() == pytest.approx(torch.finfo(x.dtype).eps)
+        assert between_rank(means, counts, within=within, resolution=resolution) == rank
+        found.append(
+            [
+                nc1(means, within, counts, resolution=resolution).item(),
+                nc1(means, within, counts, per_class=False, resolution=resolution).item(),
+                nc1(means, within, counts, method="quotient", resolution=resolution).item(),
+                vci(means, within, counts, resolution=resolution).item(),
+            ]
+        )
+    assert found[1] == pytest.approx(found[0], rel=2 * torch.finfo(dtype).eps)
+    assert all(value > 0.01 for value in found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_quiet_direction_that_features_do_fill_is_inverted(dtype) -> None:
+    """A hundredth of the others, and far more than rounding: its class means count, however near they lie."""
+    features, labels = data(6, 9)
+    features[:, 0] *= 0.01
+    expected = nc1(*statistics(features, labels, 6)[:2])
+    moments = ClassMoments(6, 9)
+    moments.update(features.to(dtype), labels)
+    found = nc1(moments.means, moments.within_scatter / moments.count.sum(), resolution=moments.resolution)
+    close(found, expected.item(), 3 * torch.finfo(dtype).eps)
+
+
+def test_resolution_is_that_of_the_means_unless_it_is_given() -> None:
+    means = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.001, 0.999]])
+    assert [between_rank(means), between_rank(means.bfloat16()), between_rank(means, resolution=1e-2)] == [2, 1, 1]
+    assert nc1(means, 0.1 * torch.eye(2)) > 1e4 * nc1(means, 1e-6 * torch.eye(2), resolution=1e-2) > 0

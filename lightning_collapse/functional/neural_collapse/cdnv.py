@@ -1,4 +1,4 @@
-"""Class-distance normalized variance: neural collapse pair by pair, without a covariance."""
+"""CDNV (class-distance normalized variance): neural collapse pair by pair, without a covariance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the measures of neural collapse share: class means about their center, missing classes, tiles of pairs."""
+"""Class means about their center, missing classes and tiles of pairs: what the measures of neural collapse share."""
 
 from __future__ import annotations
 
@@ -63,6 +63,27 @@ def centered_means(means: Tensor, counts: Tensor | None, global_mean: Tensor | N
     return CenteredMeans(rows.mul_((present & ~at_center).unsqueeze(1)), present, classes)
 
 
+def rounding_variance(
+    means: Tensor, within: Tensor | None, counts: Tensor | None, resolution: float | Tensor | None
+) -> Tensor:
+    r"""What rounding may add to the variance of each feature, ``(D,)``: :math:`\epsilon^2 E[x_j^2]`.
+
+    Twice the largest error of one number, squared: room for skewed features and for classes larger than most. A
+    direction along which features vary by no more has no variance but rounding: behind a LayerNorm in ``bfloat16``
+    the one of equal components, which is exactly constant in real numbers.
+
+    Raises:
+        ValueError: If a shape does not fit.
+    """
+    rows, _, classes = present_rows(means, counts)
+    dim = rows.shape[1]
+    if within is not None and within.shape != (dim, dim):
+        raise ValueError(f"`within` must have shape ({dim}, {dim}), got {tuple(within.shape)}.")
+    square = rows.square().sum(dim=0) / classes
+    eps = torch.finfo(means.dtype).eps if resolution is None else resolution
+    return eps**2 * (square if within is None else square + within.diagonal())
+
+
 def unit(rows: Tensor) -> Tensor:
     """Rows ``(..., D)`` on the unit sphere; NaN where there is no direction."""
     norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
@@ -83,13 +104,18 @@ def pair_tiles(present: Tensor, tile: int) -> Iterator[tuple[slice, slice, Tenso
 
 
 def in_input_precision(fn: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Autocast off, and the result in the dtype of the function's first argument, at least ``float32``."""
+    """Autocast off, and the result in the dtype of the function's first argument, at least ``float32``.
+
+    A keyword ``resolution`` that is not given is the ``eps`` of that dtype.
+    """
     computed = full_precision(fn)
-    name = next(iter(signature(fn).parameters))
+    name, *others = signature(fn).parameters
 
     @wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         first = cast(Tensor, args[0] if args else kwargs[name])
+        if "resolution" in others and kwargs.get("resolution") is None:
+            kwargs["resolution"] = torch.finfo(first.dtype).eps
         return computed(*args, **kwargs).to(torch.promote_types(first.dtype, torch.float32))
 
     return wrapper

@@ -1,4 +1,4 @@
-"""Generalized NC2: how evenly many class means spread over the sphere, for more classes than dimensions."""
+"""GNC2 (generalized NC2): how evenly class means spread over the sphere, for more classes than dimensions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Neural collapse under class imbalance: orthogonal class means whose lengths follow the class sizes."""
+"""GOF (general orthogonal frame): neural collapse under imbalance, class means whose lengths follow the class sizes."""
 
 from __future__ import annotations
 

@@ -8,7 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.neural_collapse.class_means import CenteredMeans, centered_means, in_input_precision
+from lightning_collapse.functional.neural_collapse.class_means import (
+    CenteredMeans,
+    centered_means,
+    in_input_precision,
+    rounding_variance,
+)
 from lightning_collapse.spectral.eigenvalues import eigenvectors
 
 
@@ -20,6 +25,8 @@ def nc1(
     global_mean: Tensor | None = None,
     method: Literal["pinv", "quotient"] = "pinv",
     per_class: bool = True,
+    *,
+    resolution: float | Tensor | None = None,
 ) -> Tensor:
     r"""Variability collapse: the within-class covariance relative to the between-class covariance.
 
@@ -28,7 +35,8 @@ def nc1(
         \Sigma_B = \tfrac1C \sum_c (\mu_c - \mu_G)(\mu_c - \mu_G)^\top
 
     Falls towards 0 as features collapse onto their class means. :math:`\Sigma_B` has rank ``C - 1`` at most, so the
-    pseudo-inverse is taken on the smaller side, ``C x C`` or ``D x D``. Unbounded as class means coincide: read it
+    pseudo-inverse is taken on the smaller side, ``C x C`` or ``D x D``, without the directions along which the features
+    vary by no more than their rounding. Unbounded as class means coincide: read it
     beside :func:`between_rank`. Measure in eval mode on clean data; augmentation and dropout change it by orders of
     magnitude. What features without any class structure read is :func:`nc1_null`.
 
@@ -46,6 +54,8 @@ def nc1(
             mean of all rows, the same if classes are balanced.
         method: See above.
         per_class: Divide the trace by the number of classes that are there.
+        resolution: Relative rounding of the features, ``torch.finfo(features.dtype).eps``, as in
+            ``ClassMoments.resolution``; that of ``means`` by default.
 
     Returns:
         0-dimensional, 0 (collapsed) to infinity; NaN if the class means coincide or a number is not finite.
@@ -70,18 +80,27 @@ def nc1(
         trace = within.trace() if within.ndim else within
         between = part.rows.square().sum() / part.classes
         return torch.where(between > 0, trace / between, nan)
-    value, _ = within_over_between(part, within)
+    value, _ = within_over_between(part, within, rounding_variance(means, within, counts, resolution))
     return value / part.classes if per_class else value
 
 
 @in_input_precision
-def between_rank(means: Tensor, counts: Tensor | None = None, global_mean: Tensor | None = None) -> Tensor:
-    """Rank of the between-class covariance that :func:`nc1` inverts, at most ``min(C - 1, D)``.
+def between_rank(
+    means: Tensor,
+    counts: Tensor | None = None,
+    global_mean: Tensor | None = None,
+    *,
+    within: Tensor | None = None,
+    resolution: float | Tensor | None = None,
+) -> Tensor:
+    r"""Rank of the between-class covariance that :func:`nc1` inverts, at most ``min(C - 1, D)``.
 
     Args:
         means: Class means, shape ``(C, D)``.
         counts: Rows of each class, shape ``(C,)``; classes without rows are left out.
         global_mean: Shape ``(D,)``; the mean of the class means by default.
+        within: :math:`\Sigma_W`, shape ``(D, D)``: directions that it fills count where class means tell little.
+        resolution: As in :func:`nc1`.
 
     Returns:
         0-dimensional; NaN if a number is not finite. Less than ``min(C - 1, D)`` where class means coincide or lie in
@@ -91,7 +110,8 @@ def between_rank(means: Tensor, counts: Tensor | None = None, global_mean: Tenso
         >>> between_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]))
         tensor(1.)
     """
-    return within_over_between(centered_means(means, counts, global_mean))[1]
+    rounding = rounding_variance(means, within, counts, resolution)
+    return within_over_between(centered_means(means, counts, global_mean), within, rounding)[1]
 
 
 def nc1_null(n: float, num_classes: int, dim: int) -> float:
@@ -119,30 +139,29 @@ def nc1_null(n: float, num_classes: int, dim: int) -> float:
     return (n / num_classes - 1) * (num_classes - 1) / (dim - num_classes)
 
 
-def within_over_between(part: CenteredMeans, within: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def within_over_between(part: CenteredMeans, within: Tensor | None, rounding: Tensor) -> tuple[Tensor, Tensor]:
     r""":math:`\operatorname{tr}(\Sigma_W \Sigma_B^+)` and the rank of :math:`\Sigma_B`, from one decomposition.
 
     With :math:`\Sigma_B = M^\top M / C`, :math:`G = M M^\top = U \Lambda U^\top` and the rows :math:`q_i` of
-    :math:`U^\top M`, the trace is :math:`C \sum_i q_i \Sigma_W q_i^\top / \lambda_i^2`.
+    :math:`U^\top M`, the trace is :math:`C \sum_i q_i \Sigma_W q_i^\top / \lambda_i^2`. Left out are directions whose
+    variance within classes is at most what rounding makes, and that between them the most that ``C x D`` numbers as
+    large have along one direction, :math:`(1 + \sqrt{D / C})^2` times as much.
 
     Args:
         part: Centered class means, ``(C, D)``.
-        within: :math:`\Sigma_W`, shape ``(D, D)``; zero if only the rank is asked for.
-
-    Raises:
-        ValueError: If a shape does not fit.
+        within: :math:`\Sigma_W`, shape ``(D, D)``; zero by default.
+        rounding: What :func:`rounding_variance` says, ``(D,)``.
     """
     rows, _, classes = part
     size, dim = rows.shape
     within = rows.new_zeros(dim, dim) if within is None else within
-    if within.shape != (dim, dim):
-        raise ValueError(f"`within` must have shape ({dim}, {dim}), got {tuple(within.shape)}.")
     values, vectors = eigenvectors(rows @ rows.T if size <= dim else rows.T @ rows)
-    keep = values > max(size, dim) * torch.finfo(values.dtype).eps * values[:1]
-    directions = vectors.T @ rows if size <= dim else vectors.T
-    # variance along each direction; a direction on the smaller side has squared length lambda
+    # a direction on the smaller side has squared length lambda
+    directions, square = (vectors.T @ rows, values) if size <= dim else (vectors.T, torch.ones_like(values))
     variance = ((directions @ within.to(rows)) * directions).sum(dim=1).clamp_min(0)
-    safe = torch.where(keep, values, 1.0)
-    ratio = torch.where(keep, variance / (safe.square() if size <= dim else safe), 0.0)
+    noise = directions.square() @ rounding
+    spread = (variance > noise) | (values * square / classes > noise * (1 + (dim / classes).sqrt()).square())
+    keep = spread & (values > max(size, dim) * torch.finfo(values.dtype).eps * values[:1])
+    ratio = torch.where(keep, variance / torch.where(keep, values * square, 1.0), 0.0)
     rank = torch.where(values.isnan().any(), nan, keep.sum().to(values.dtype))
     return torch.where(rank > 0, classes * ratio.sum(), nan), rank

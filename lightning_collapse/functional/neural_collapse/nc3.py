@@ -1,4 +1,4 @@
-"""NC3: does the classifier become its own features' class means?"""
+"""NC3: how near the rows of the classifier are to its own features' class means (self-duality)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variability collapse index: how much of the features' variation a linear probe for the classes leaves unexplained."""
+"""VCI (variability collapse index): how much of the features' variation a linear probe for the classes leaves over."""
 
 from __future__ import annotations
 
@@ -7,19 +7,32 @@ from math import nan
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.neural_collapse.class_means import centered_means, in_input_precision, present_rows
+from lightning_collapse.functional.neural_collapse.class_means import (
+    centered_means,
+    in_input_precision,
+    present_rows,
+    rounding_variance,
+)
 from lightning_collapse.spectral.eigenvalues import eigenvectors
 
 
 @in_input_precision
-def vci(means: Tensor, within: Tensor, counts: Tensor | None = None, adjusted: bool = False) -> Tensor:
+def vci(
+    means: Tensor,
+    within: Tensor,
+    counts: Tensor | None = None,
+    adjusted: bool = False,
+    *,
+    resolution: float | Tensor | None = None,
+) -> Tensor:
     r"""Variability collapse index.
 
     .. math:: \mathrm{VCI} = 1 - \frac{\operatorname{tr}(\Sigma_T^+ \Sigma_B)}{\min(D, C - 1)}, \quad
         \Sigma_T = \Sigma_W + \Sigma_B
 
     One minus the mean squared canonical correlation between features and class labels: unchanged by any invertible
-    linear map of the features, and between 0 and 1.
+    linear map of the features, and between 0 and 1. Directions along which the features vary by no more than their
+    rounding explain nothing.
 
     Args:
         means: Class means, shape ``(C, D)``.
@@ -30,6 +43,7 @@ def vci(means: Tensor, within: Tensor, counts: Tensor | None = None, adjusted: b
         adjusted: Multiply by ``(N - 1) / (N - 1 - D)``, as in an adjusted coefficient of determination (ours), so that
             features without class structure read 1 on average; it may exceed 1. The plain index reads
             ``1 - D / (N - 1)`` for them and 0 for any ``N <= D + 1`` rows in general position, which is no collapse.
+        resolution: Relative rounding of the features, as in :func:`~lightning_collapse.functional.nc1`.
 
     Returns:
         0-dimensional, 0 (collapsed) to 1; NaN for fewer than two classes, for features that do not vary, and adjusted
@@ -46,18 +60,16 @@ def vci(means: Tensor, within: Tensor, counts: Tensor | None = None, adjusted: b
         >>> vci(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.eye(2))
         tensor(0.5000)
     """
-    if within.shape != (means.shape[1], means.shape[1]):
-        dim = means.shape[1]
-        raise ValueError(f"`within` must have shape ({dim}, {dim}), got {tuple(within.shape)}.")
     if adjusted and counts is None:
         raise ValueError("`adjusted` needs `counts`, the number of rows of each class.")
+    rounding = rounding_variance(means, within, counts, resolution)
     rows, present, classes = present_rows(means, counts)
     share = (present if counts is None else torch.where(present, counts, 0)).to(rows)
     share = share / share.sum()
     rows = centered_means(means, counts, share @ rows).rows * share.sqrt().unsqueeze(1)
     total = torch.addmm(within.to(rows), rows.T, rows)
     rank = (classes - 1).clamp(0, rows.shape[1])
-    value = (1 - _explained(rows, total) / rank).clamp(0, 1)
+    value = (1 - _explained(rows, total, rounding) / rank).clamp(0, 1)
     defined = (rank > 0) & (total.trace() > 0)
     if adjusted and counts is not None:
         n = torch.where(present, counts, 0).to(rows).sum()
@@ -66,21 +78,22 @@ def vci(means: Tensor, within: Tensor, counts: Tensor | None = None, adjusted: b
     return torch.where(defined, value, nan)
 
 
-def _explained(rows: Tensor, total: Tensor) -> Tensor:
+def _explained(rows: Tensor, total: Tensor, rounding: Tensor) -> Tensor:
     r""":math:`\operatorname{tr}(\Sigma_T^+ M^\top M)`. Waits for the device, as decompositions do."""
     eps = torch.finfo(total.dtype).eps
     variance = total.diagonal()
     # features that do not vary, such as dead units, must not make it singular
-    alive = (variance > len(variance) * eps * variance.amax()).to(total)
+    alive = ((variance > len(variance) * eps * variance.amax()) & (variance > rounding)).to(total)
     regular = torch.where(torch.outer(alive, alive) > 0, total, 0.0)
     regular.diagonal().add_((1 - alive) * variance.amax())
     factor, failed = torch.linalg.cholesky_ex(regular)
     pivots = factor.diagonal().square()
     # a fifth of the time of the eigenvalues, where there is nothing to cut off: far from the cutoff below
-    if (failed == 0) & (pivots.amin() > eps**0.5 * pivots.amax()):
+    cutoff = (rounding.amax() / pivots.amax()).clamp_min(eps)
+    if (failed == 0) & (pivots.amin() > cutoff.sqrt() * pivots.amax()):
         whitened: Tensor = torch.linalg.solve_triangular(factor, (rows * alive).T, upper=False)
         return whitened.square().sum()
     values, vectors = eigenvectors(total)
-    keep = values > len(values) * eps * values[:1]
+    keep = (values > len(values) * eps * values[:1]) & (values > rounding @ vectors.square())
     along = (rows @ vectors).square().sum(dim=0)
     return torch.where(keep, along / torch.where(keep, values, 1.0), 0.0).sum()

@@ -1,0 +1,93 @@
+"""What is written is exported: a measure or a metric in any file is one by name, or is listed here as a helper."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lightning_collapse
+from lightning_collapse import functional, metrics
+from lightning_collapse.utilities.registry import MEASURES
+
+ROOT = Path(lightning_collapse.__file__).parent
+HELPERS: dict[str, set[str]] = {
+    "functional/attention_entropy.py": {"check_attention", "entropy_sums", "normalize"},
+    "functional/attention_rows.py": {
+        "EntropyRows",
+        "entropies_of_call",
+        "rows_of_call",
+        "rows_of_logits",
+        "rows_of_masked_logits",
+    },
+    "functional/gradient_noise.py": {"noise_ratio"},
+    "functional/intrinsic_dimension.py": {"local_dimension_of_distances", "two_nn_of_distances"},
+    "functional/isotropic_null.py": {"marchenko_pastur_quantiles"},
+    "functional/marchenko_pastur.py": {"marchenko_pastur_cdf"},
+    "functional/neural_collapse/cdnv.py": {"over_pairs"},
+    "functional/neural_collapse/class_means.py": {
+        "CenteredMeans",
+        "centered_means",
+        "in_input_precision",
+        "pair_tiles",
+        "present_rows",
+        "rounding_variance",
+        "unit",
+    },
+    "functional/neural_collapse/nc1.py": {"within_over_between"},
+    "functional/neural_collapse/nc2.py": {"angle_error", "frame_distance", "norm_variation"},
+    "functional/neural_collapse/nc3.py": {"duality_distance"},
+    "functional/neural_collapse/nc4.py": {"agreement_counts"},
+    "functional/regression_collapse.py": {"rank_of_basis", "unit_rows"},
+    "functional/spectral_alignment.py": {"cosines", "diversity_of_counts", "sign_counts"},
+    "metrics/neural_collapse.py": {"measures", "of_means", "within_covariance"},
+    "metrics/spectral_alignment.py": {"alignment_histogram"},
+    "metrics/sums.py": {"SumsMetric"},
+}
+"""Names without an underscore that other files of ours share and users do not need, by file."""
+
+
+def definitions(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """Functions and classes of a file, from its text: a file that nobody imports is read too."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node
+
+
+def public(path: Path) -> set[str]:
+    return {node.name for node in definitions(path) if not node.name.startswith("_")}
+
+
+def is_measure(node: ast.FunctionDef | ast.ClassDef) -> bool:
+    return any("register_measure" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+@pytest.mark.parametrize("package", [functional, metrics], ids=lambda package: package.__name__.rpartition(".")[2])
+def test_every_public_name_is_exported_or_a_helper(package) -> None:
+    folder = package.__name__.rpartition(".")[2]
+    files = {str(path.relative_to(ROOT)): public(path) for path in (ROOT / folder).rglob("*.py")}
+    assert len(files) > 5
+    missing = {
+        name: left for name, found in files.items() if (left := found - {*package.__all__} - HELPERS.get(name, set()))
+    }
+    assert not missing, "export them in `__init__`, or list them above as helpers"
+    listed = {name: helpers for name, helpers in HELPERS.items() if name.startswith(folder)}
+    assert all(helpers <= files.get(name, set()) for name, helpers in listed.items()), "no longer there"
+    assert not {*package.__all__} & set().union(*listed.values())
+
+
+def test_every_registered_measure_is_exported() -> None:
+    written = {node.name for path in ROOT.rglob("*.py") for node in definitions(path) if is_measure(node)}
+    assert written == set(MEASURES)
+    assert written <= set(functional.__all__)
+
+
+def test_neural_collapse_exports_what_the_package_does() -> None:
+    assert set(functional.neural_collapse.__all__) <= set(functional.__all__)
+
+
+def test_a_measure_that_is_forgotten_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "forgotten.py"
+    path.write_text("@register_measure(range='0 to 1')\ndef sparsity(values): ...\n\n\ndef _inner(values): ...\n")
+    assert public(path) == {"sparsity"}
+    assert [node.name for node in definitions(path) if is_measure(node)] == ["sparsity"]
