@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_collapse.utilities.modules import clean_name, curve_name
+from lightning_collapse.utilities.parameters import real_parameters, why_no_number
 
 _PACKED = {"qkv", "c_attn", "in_proj", "wqkv", "qkv_proj", "to_qkv"}
 _PARTS = ("q", "k", "v")
@@ -56,8 +57,8 @@ def weight_matrices(root: nn.Module, embeddings: bool = False) -> list[WeightMat
     and value weights (of ``nn.MultiheadAttention``, and layers of three times as many outputs as inputs with a name
     like ``qkv``, ``c_attn``, ``in_proj``) are three matrices; those that interleave the three by heads
     (``query_key_value``) stay one. Hugging Face's ``Conv1D`` is transposed. Convolutions are ``(O, I * k * k)``.
-    Low-rank adapters (``lora_A``, ``lora_B``) count with the weight they are added to. Weights that are not floating
-    point, flattened by FSDP1, or lazy are left out.
+    Low-rank adapters (``lora_A``, ``lora_B``) count with the weight they are added to. Weights flattened by FSDP1 are
+    left out, and those that :func:`left_out_weights` names.
 
     Args:
         root: The model.
@@ -82,6 +83,18 @@ def weight_matrices(root: nn.Module, embeddings: bool = False) -> list[WeightMat
     return list(found.values())
 
 
+def left_out_weights(root: nn.Module) -> dict[str, str]:
+    """By name, the weights that are no real matrix, and why: quantized, complex, sparse or lazy.
+
+    Example:
+        >>> left_out_weights(nn.Sequential(nn.Linear(2, 2, dtype=torch.cfloat), nn.Linear(2, 2)))
+        {'0.weight': 'torch.complex64'}
+    """
+    found = real_parameters(root)
+    complex_ones = {name: str(p.dtype) for name, p in found.kept.items() if p.is_complex() and p.ndim > 1}
+    return {clean_name(name): reason for name, reason in (found.left_out | complex_ones).items()}
+
+
 class _Group(NamedTuple):
     """Matrices that lie in one weight: name of the part, reader, input; and the parameters behind them."""
 
@@ -96,7 +109,7 @@ def _groups(module: nn.Module, name: str) -> Iterator[_Group]:
     core = _core(module)
     for attribute in _weight_names(core):
         sources = _sources(core, attribute)
-        if any(nn.parameter.is_lazy(source) or not source.is_floating_point() for source in sources):
+        if any(why_no_number(source) or source.is_complex() for source in sources):
             continue
         shape = _raw(core, attribute).shape
         if not all(shape) or (len(shape) > 2 and not hasattr(core, "kernel_size")):  # expert stacks and the like

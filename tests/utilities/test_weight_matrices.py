@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from lightning_collapse.utilities import weight_matrices
+from lightning_collapse.utilities.weight_matrices import left_out_weights
 
 
 def by_name(root, **kwargs):
@@ -183,6 +184,15 @@ def test_what_is_no_matrix_is_left_out():
     flat = nn.Module()
     flat.weight = nn.Parameter(torch.ones(0, 3))
     assert not weight_matrices(nn.Sequential(quantized, experts, flat, nn.LazyLinear(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn, torch.cfloat], ids=str)
+def test_what_holds_no_real_numbers_is_named(dtype):
+    coded = Replaced()
+    coded.weight = nn.Parameter(torch.ones(4, 3).to(dtype), requires_grad=False)
+    net = nn.ModuleDict({"coded": coded, "plain": nn.Linear(3, 3)})
+    assert list(by_name(net)) == ["plain"]
+    assert left_out_weights(net) == {"coded.weight": str(dtype)}
 
 
 def test_marks_of_compilation_leave_the_names():
