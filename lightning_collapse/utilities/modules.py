@@ -3,11 +3,26 @@
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from itertools import chain, count, groupby
-from typing import Literal, NamedTuple
+from itertools import accumulate, chain, count, groupby
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lightning_collapse.utilities.module_tree import (
+    Named,
+    blocks_of,
+    holds_blocks,
+    innermost,
+    is_composite,
+    is_linear,
+    is_list,
+    layers_of,
+    repeats_blocks,
+    weight_count,
+    weighted_children,
+)
+from lightning_collapse.utilities.module_tree import weighted_layers as weighted_layers
 
 MAX_DEFAULT_LAYERS = 12
 INPUT_SUFFIX = ":input"
@@ -24,8 +39,9 @@ _CHANNELS_FIRST = (
     nn.AdaptiveMaxPool1d,
 )
 _ELEMENTWISE = {"torch.nn.modules.activation", "torch.nn.modules.dropout"}
-_LISTS = (nn.ModuleList, nn.ModuleDict)  # never called themselves
-Named = tuple[str, nn.Module]
+_CONDITION = re.compile(
+    r"(^|[._])(t|temb|time(_?steps?)?|sigma|noise|cond(ition\w*)?)(_?(text_)?(emb\w*|mlp|proj\w*|fc|linear|net))?\d*(\.|$)"
+)
 
 
 class Tap(NamedTuple):
@@ -65,7 +81,7 @@ def find_modules(root: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modul
         ValueError: If a pattern matches nothing; the message lists what there is.
     """
     names = {clean_name(name): module for name, module in reversed(list(_named(root)))}
-    names = {name: module for name, module in names.items() if not isinstance(module, _LISTS)}
+    names = {name: module for name, module in names.items() if not is_list(module)}
     names = dict(reversed(names.items()))  # of a compiled or sharded module the outermost wrapper
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
@@ -89,47 +105,75 @@ def find_taps(root: nn.Module, patterns: Sequence[str]) -> list[Tap]:
     )
 
 
-def default_taps(root: nn.Module) -> list[Tap]:
-    """At most a dozen taps that span the depth of any model: block outputs, and always the last Linear's input.
+class Execution(NamedTuple):
+    """Clean names of the modules that ran in a training step, in the order of their first call.
+
+    Attributes:
+        path: Those on the way of the gradients.
+        beside: Others: a momentum encoder, a teacher, a frozen backbone.
+    """
+
+    path: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+
+
+def default_taps(root: nn.Module, order: Execution | Sequence[str] | None = None) -> list[Tap]:
+    """At most a dozen taps that span the depth of any model: block outputs, and the input of a last Linear.
 
     Networks that are not trained (a momentum encoder, a teacher) take only the places that those in training leave.
 
     The rule, from the root down (only modules that hold a weight of two or more dimensions count, embeddings do not):
 
-    - three or more siblings of one class that hold half of the weights (stages), two or more in an ``nn.ModuleList`` or
-      ``nn.Sequential`` (a transformer's blocks), or the three or more layers of an ``nn.Sequential`` are the blocks;
+    - the elements of an ``nn.ModuleList``, three or more siblings that only a number tells apart (``layer1``, ...), two
+      or more of one class in an ``nn.Sequential``, or its three or more layers are blocks, and their siblings with
+      them, unless one of these holds more weights than all of them;
     - a module with a single such child is a wrapper: look inside;
     - other modules are looked into if there are blocks further down; if there are none, their children are the blocks;
+    - what comes before the first block that holds several layers (a stem) is one block, if it is small;
+    - what embeds time or another condition is none;
     - of more than eleven blocks the longest run of siblings is thinned, evenly and with its first and last;
     - the output of a last Linear that widens its input fourfold (a vocabulary) is left out: it has no rank of its own.
+
+    Args:
+        root: The model.
+        order: What ran in a training step, see :class:`~lightning_collapse.monitoring.ExecutionOrder`; modules that did
+            not run are left out, and order, networks in training and conditions are told by it. By default by the
+            order of registration, ``requires_grad`` and names.
     """
-    blocks = [named for kid in _kids("", root) for named in _blocks(*kid)] if not _is_stack(root) else _kids("", root)
-    blocks = [named for block in blocks for named in _callable(*block)]
-    linears = [named for named in weighted_layers(root) if _is_linear(named[1])]
-    last = [named for named in linears if _is_trained(named[1])][-1:] or linears[-1:]
-    blocks = [named for named in blocks if named not in last or not _widens(named[1])]
-    trained = _thin([named for named in blocks if _is_trained(named[1])], MAX_DEFAULT_LAYERS - 1)
-    others = _thin([named for named in blocks if not _is_trained(named[1])], MAX_DEFAULT_LAYERS - 1 - len(trained))
-    taps = [Tap(clean_name(name), module) for name, module in blocks if (name, module) in [*trained, *others]]
-    return _unique(taps + [Tap(clean_name(name) + INPUT_SUFFIX, module, "input") for name, module in last])
+    run = _Run(root, order)
+    blocks = [named for block in _root_blocks(root, run) for named in run.called(*block)]
+    last = _head(root, run, blocks)
+    blocks = sorted((b for b in blocks if b != last or not _widens(b[1])), key=lambda named: run.start(named[0]))
+    trained = _thin([named for named in blocks if run.is_trained(named[0])], MAX_DEFAULT_LAYERS - 1)
+    others = [named for named in blocks if not run.is_trained(named[0])]
+    chosen = trained + _thin(others, MAX_DEFAULT_LAYERS - 1 - len(trained))
+    taps = [Tap(clean_name(name), module) for name, module in blocks if (name, module) in chosen]
+    return _unique(taps + ([Tap(clean_name(last[0]) + INPUT_SUFFIX, last[1], "input")] if last else []))
 
 
-def has_weight(module: nn.Module) -> bool:
-    """Whether a module itself, not a child, multiplies by a weight of two or more dimensions."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return False
-    recurse = _is_opaque(module)
-    return any(nn.parameter.is_lazy(p) or p.ndim >= 2 for p in module.parameters(recurse=recurse))
+def classification_head(root: nn.Module, order: Execution | Sequence[str] | None = None) -> Tap | None:
+    """The input of the Linear that a forward pass ends with, trained or frozen, ``None`` if there is no such layer.
 
+    It is the last layer with a weight; where that is none (a decoder of convolutions beside a classifier) the last
+    Linear outside of repeated blocks. Of networks that are not trained only where there are no others.
 
-def weighted_layers(root: nn.Module) -> list[Named]:
-    """The innermost modules that hold a weight and are called, in the order of the model, by name."""
-    return list(_leaves("", root))
+    Args:
+        root: The model.
+        order: As in :func:`default_taps`.
+
+    Example:
+        >>> net = nn.ModuleDict({"head": nn.Linear(4, 2), "encoder": nn.Linear(8, 4)})
+        >>> classification_head(net).name, classification_head(net, ["encoder", "head"]).name
+        ('encoder.input', 'head.input')
+    """
+    run = _Run(root, order)
+    last = _head(root, run, [named for block in _root_blocks(root, run) for named in run.called(*block)])
+    return _unique([Tap(clean_name(last[0]) + INPUT_SUFFIX, last[1], "input")])[0] if last else None
 
 
 def is_channels_first(module: nn.Module, side: Literal["output", "input"] = "output") -> bool:
     """Whether ``module`` returns, or receives, ``(N, C, L)``: its last, or first, layer that cares about shape does."""
-    layers = list(_innermost(module))
+    layers = list(innermost(module))
     for layer in layers if side == "input" else reversed(layers):
         elementwise = type(layer).__module__ in _ELEMENTWISE and not isinstance(layer, nn.MultiheadAttention)
         if not elementwise and not isinstance(layer, nn.Identity | nn.GroupNorm):
@@ -187,81 +231,109 @@ def _unique(taps: list[Tap]) -> list[Tap]:
     return list(unique.values())
 
 
-def _kids(name: str, module: nn.Module) -> list[Named]:
-    """Children that hold weights."""
-    if _is_opaque(module):
-        return []
-    prefix = f"{name}." if name else ""
-    return [(prefix + key, kid) for key, kid in module.named_children() if any(map(has_weight, kid.modules()))]
-
-
-def _leaves(name: str, module: nn.Module) -> Iterator[Named]:
-    kids = _kids(name, module)
-    if not kids and has_weight(module):
-        yield name, module
-    for kid in kids:
-        yield from _leaves(*kid)
-
-
-def _innermost(module: nn.Module) -> Iterator[nn.Module]:
-    kids = [] if _is_opaque(module) else list(module.children())
-    if not kids:
-        yield module
-    for kid in kids:
-        yield from _innermost(kid)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """By the shape of the weight: precision plugins replace ``nn.Linear`` by classes of their own."""
+def _widens(module: Any) -> bool:
+    if isinstance(module, nn.Linear):  # the weight may be packed
+        return bool(module.out_features >= VOCABULARY * max(module.in_features, 1))
     weight = getattr(module, "weight", None)
-    if weight is None or nn.parameter.is_lazy(weight):
-        return isinstance(module, nn.Linear)
-    return isinstance(weight, Tensor) and weight.ndim == 2
+    return isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) >= VOCABULARY * weight.shape[1]
 
 
 def _is_trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _widens(module: nn.Module) -> bool:
-    weight = module.weight
-    return (
-        isinstance(weight, Tensor) and not nn.parameter.is_lazy(weight) and len(weight) >= VOCABULARY * weight.shape[1]
-    )
+class _Run:
+    """What is known of a run of the model: which modules are called, when, and on the way of the gradients or not."""
+
+    def __init__(self, root: nn.Module, order: Execution | Sequence[str] | None) -> None:
+        if order is None:
+            names = [clean_name(name) for name, _ in root.named_modules(remove_duplicate=False)]
+            conditions, beside = _conditions(root), _networks_beside(root)
+            called = [name for name in names if not _is_in(name, conditions)]
+            self._path = {name for name in called if not _is_in(name, beside)}
+        else:
+            path, others = order if isinstance(order, Execution) else Execution(tuple(order))
+            self._path, called = set(path or others), [*path, *others]
+        self._called = {"", *called}
+        self._start: dict[str, int] = {}
+        for i, name in enumerate(called):
+            for around in accumulate(name.split("."), "{}.{}".format):
+                self._start.setdefault(around, i)
+
+    def start(self, name: str) -> int:
+        """The place of its first call, or of a module's inside it."""
+        return self._start.get(clean_name(name), len(self._start))
+
+    def called(self, name: str, module: nn.Module) -> list[Named]:
+        """The module, or those inside it that are called where it is not itself."""
+        if clean_name(name) in self._called:
+            return [(name, module)]
+        return [named for kid in weighted_children(name, module) for named in self.called(*kid)]
+
+    def is_trained(self, name: str) -> bool:
+        return clean_name(name) in self._path or not name
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    """Whether the children are only holders of weights that the module itself multiplies by."""
-    return isinstance(module, nn.MultiheadAttention) or hasattr(module, "parametrizations")
+def _networks_beside(root: nn.Module) -> set[str]:
+    """Frozen modules of several layers in a model that trains; a single frozen layer may be its head."""
+    if not _is_trained(root):
+        return set()
+    return {clean_name(name) for name, module in _named(root) if not _is_trained(module) and is_composite(module)}
 
 
-def _is_stack(module: nn.Module) -> bool:
-    kids = [kid for _, kid in _kids("", module)]
-    listed = isinstance(module, nn.ModuleList | nn.Sequential)
-    if isinstance(module, nn.Sequential) and len(kids) >= 3:
-        return True
-    alike: dict[type[nn.Module], list[nn.Module]] = {}
-    for kid in kids:
-        if _kids("", kid) and not isinstance(kid, _LISTS):
-            alike.setdefault(type(kid), []).append(kid)
-    size = sum(map(_size, kids))
-    return any(
-        len(same) >= (2 if listed and cls is not nn.Sequential else 3) and 2 * sum(map(_size, same)) >= size
-        for cls, same in alike.items()
-    )
+def _conditions(root: nn.Module) -> set[str]:
+    """Modules of linear layers with the name of an embedding of time or noise, beside others."""
+    layers = weighted_layers(root)
+    found = {
+        name
+        for name, module in _named(root)
+        if _CONDITION.search(name.lower()) and all(is_linear(layer) for _, layer in layers_of(name, module))
+    }
+    return {clean_name(name) for name in found} if any(not _is_in(name, found) for name, _ in layers) else set()
 
 
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() for _, layer in _leaves("", module) for p in layer.parameters() if not nn.parameter.is_lazy(p))
+def _is_in(name: str, modules: set[str]) -> bool:
+    return any(around in modules for around in accumulate(name.split("."), "{}.{}".format))
 
 
-def _blocks(name: str, module: nn.Module) -> list[Named]:
-    kids = _kids(name, module)
+def _root_blocks(root: nn.Module, run: _Run) -> list[Named]:
+    kids = weighted_children("", root)
+    return kids if blocks_of(root) else _look_into(kids, run)
+
+
+def _blocks(name: str, module: nn.Module, run: _Run) -> list[Named]:
+    kids = weighted_children(name, module)
     if not kids:
         return [(name, module)]
-    if len(kids) > 1 and (_is_stack(module) or not any(_is_stack(m) for _, kid in kids for m in kid.modules())):
+    if len(kids) > 1 and (blocks_of(module) or not any(holds_blocks(kid) for _, kid in kids)):
         return kids
-    return [named for kid in kids for named in _blocks(*kid)]
+    return _look_into(kids, run)
+
+
+def _look_into(kids: list[Named], run: _Run) -> list[Named]:
+    kids = sorted(kids, key=lambda named: run.start(named[0]))
+    first = next((i for i, (_, kid) in enumerate(kids) if repeats_blocks(kid)), 0)
+    small = sum(weight_count(kid) for _, kid in kids) / 4
+    whole = [i < first and weight_count(kid) <= small for i, (_, kid) in enumerate(kids)]
+    parts = [[_unwrap(*kid)] if stem else _blocks(*kid, run) for kid, stem in zip(kids, whole, strict=True)]
+    return [named for part in parts for named in part]
+
+
+def _unwrap(name: str, module: nn.Module) -> Named:
+    kids = weighted_children(name, module)
+    return _unwrap(*kids[0]) if len(kids) == 1 else (name, module)
+
+
+def _head(root: nn.Module, run: _Run, blocks: list[Named]) -> Named | None:
+    layers = sorted(weighted_layers(root), key=lambda named: run.start(named[0]))
+    layers = [named for layer in layers for named in run.called(*layer)]
+    layers = [named for named in layers if run.is_trained(named[0])] or layers
+    if not layers or is_linear(layers[-1][1]):
+        return layers[-1] if layers else None
+    apart = {layer for block in blocks if len(found := list(layers_of(*block))) == 1 for layer in found}
+    deep = min((run.start(name) for name, block in blocks if is_composite(block)), default=0)
+    heads = [named for named in layers if named in apart and is_linear(named[1]) and run.start(named[0]) > deep]
+    return heads[-1] if heads else None
 
 
 def _thin(blocks: list[Named], keep: int) -> list[Named]:
@@ -276,10 +348,3 @@ def _evenly(blocks: list[Named], keep: int) -> list[Named]:
     if len(blocks) <= keep:
         return blocks
     return [blocks[round(i * (len(blocks) - 1) / max(keep - 1, 1))] for i in range(keep)]
-
-
-def _callable(name: str, module: nn.Module) -> list[Named]:
-    """A module list is never called: its elements are."""
-    if not isinstance(module, _LISTS):
-        return [(name, module)]
-    return [named for kid in _kids(name, module) for named in _callable(*kid)]

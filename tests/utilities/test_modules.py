@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from lightning_collapse.utilities.module_tree import has_weight, weighted_layers
 from lightning_collapse.utilities.modules import (
     MAX_DEFAULT_LAYERS,
     Tap,
@@ -18,11 +19,9 @@ from lightning_collapse.utilities.modules import (
     default_taps,
     find_modules,
     find_taps,
-    has_weight,
     in_backward,
     is_channels_first,
     is_compiled,
-    weighted_layers,
 )
 
 Linear = nn.Linear
