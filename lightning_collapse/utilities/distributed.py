@@ -1,7 +1,7 @@
 """Sums and rows over processes, with and without gradient."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,8 @@ from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 
 def world_size(group: "ProcessGroup | None" = None) -> int:
@@ -83,6 +85,22 @@ def max_over_processes(numbers: Sequence[float], device: torch.device) -> list[f
         return list(numbers)
     agreed: list[float] = all_reduce_max(torch.tensor(numbers, dtype=_exact(device), device=device)).tolist()
     return agreed
+
+
+def from_first_process(value: T) -> T:
+    """What the first process brings, on every process; anything that pickles, so not for every step.
+
+    Collective: every process must call it.
+
+    Example:
+        >>> from_first_process(["encoder"])
+        ['encoder']
+    """
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def all_gather_rows(

@@ -86,7 +86,7 @@ def blocks_of(module: nn.Module) -> list[Named]:
     """The children that are blocks: layers of an ``nn.Sequential``, or repeated modules that hold several layers.
 
     Repeated are two elements of a list, two of a class of their own in an ``nn.Sequential``, or three siblings that
-    only a number tells apart, if together they hold as many weights as any other child.
+    only a number tells apart, unless another child holds four times as many weights as all of them.
     """
     kids = weighted_children("", module)
     families: dict[str | type, list[Named]] = {}
@@ -96,7 +96,7 @@ def blocks_of(module: nn.Module) -> list[Named]:
             families.setdefault(family, []).append((name, kid))
     found = [named for family, alike in families.items() if len(alike) >= _least(family) for named in alike]
     rest = [weight_count(kid) for name, kid in kids if (name, kid) not in found]
-    if found and sum(weight_count(kid) for _, kid in found) >= max(rest, default=0):
+    if found and 4 * sum(weight_count(kid) for _, kid in found) >= max(rest, default=0):
         return found
     plain = isinstance(module, nn.Sequential) and len(kids) >= 3
     return kids if plain and all(blocks_of(kid) or not holds_blocks(kid) for _, kid in kids) else []

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from itertools import accumulate, chain, count, groupby
-from typing import Any, Literal, NamedTuple
+from itertools import accumulate, chain, count, groupby, pairwise
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_collapse.utilities.activations import is_activation
 from lightning_collapse.utilities.module_tree import (
     Named,
     blocks_of,
@@ -38,10 +39,13 @@ _CHANNELS_FIRST = (
     nn.AdaptiveAvgPool1d,
     nn.AdaptiveMaxPool1d,
 )
-_ELEMENTWISE = {"torch.nn.modules.activation", "torch.nn.modules.dropout"}
+_KEEPS_SHAPE = (nn.Identity, nn.GroupNorm, nn.modules.dropout._DropoutNd)
 _CONDITION = re.compile(
     r"(^|[._])(t|temb|time(_?steps?)?|sigma|noise|cond(ition\w*)?)(_?(text_)?(emb\w*|mlp|proj\w*|fc|linear|net))?\d*(\.|$)"
 )
+
+
+T = TypeVar("T")
 
 
 class Tap(NamedTuple):
@@ -126,7 +130,7 @@ def default_taps(root: nn.Module, order: Execution | Sequence[str] | None = None
 
     - the elements of an ``nn.ModuleList``, three or more siblings that only a number tells apart (``layer1``, ...), two
       or more of one class in an ``nn.Sequential``, or its three or more layers are blocks, and their siblings with
-      them, unless one of these holds more weights than all of them;
+      them, unless one of these holds four times as many weights as all of them;
     - a module with a single such child is a wrapper: look inside;
     - other modules are looked into if there are blocks further down; if there are none, their children are the blocks;
     - what comes before the first block that holds several layers (a stem) is one block, if it is small;
@@ -171,12 +175,33 @@ def classification_head(root: nn.Module, order: Execution | Sequence[str] | None
     return _unique([Tap(clean_name(last[0]) + INPUT_SUFFIX, last[1], "input")])[0] if last else None
 
 
+def activation_taps(root: nn.Module, order: Execution | Sequence[str] | None = None) -> list[Tap]:
+    """At most a dozen activation functions that span the depth, what they return; in training, by the given order.
+
+    Where a model has none as modules, the inputs of the linear layers that narrow what another one beside them has
+    made (``linear2`` of a transformer's block): between the two is the function. None where there are no such layers.
+
+    Args:
+        root: The model.
+        order: As in :func:`default_taps`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2), nn.Softmax(dim=-1))
+        >>> [tap.name for tap in activation_taps(net)]
+        ['1']
+    """
+    run = _Run(root, order)
+    named = [(name, module) for name, module in root.named_modules() if name and run.is_trained(name)]
+    named.sort(key=lambda pair: run.start(pair[0]))
+    taps = [Tap(clean_name(name), module) for name, module in named if is_activation(module)]
+    return _unique(_evenly(taps or _behind_functions(named), MAX_DEFAULT_LAYERS))
+
+
 def is_channels_first(module: nn.Module, side: Literal["output", "input"] = "output") -> bool:
     """Whether ``module`` returns, or receives, ``(N, C, L)``: its last, or first, layer that cares about shape does."""
     layers = list(innermost(module))
     for layer in layers if side == "input" else reversed(layers):
-        elementwise = type(layer).__module__ in _ELEMENTWISE and not isinstance(layer, nn.MultiheadAttention)
-        if not elementwise and not isinstance(layer, nn.Identity | nn.GroupNorm):
+        if not isinstance(layer, _KEEPS_SHAPE) and not is_activation(layer):
             return isinstance(layer, _CHANNELS_FIRST)
     return False
 
@@ -231,11 +256,20 @@ def _unique(taps: list[Tap]) -> list[Tap]:
     return list(unique.values())
 
 
-def _widens(module: Any) -> bool:
+def _widens(module: nn.Module) -> bool:
+    outputs, inputs = _shape(module)
+    return outputs >= VOCABULARY * inputs > 0
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer; zeros where they are not known yet."""
     if isinstance(module, nn.Linear):  # the weight may be packed
-        return bool(module.out_features >= VOCABULARY * max(module.in_features, 1))
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) >= VOCABULARY * weight.shape[1]
+        return module.out_features, module.in_features
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or nn.parameter.is_lazy(weight) or weight.ndim != 2:
+        return 0, 0
+    outputs, inputs = weight.shape
+    return outputs, inputs
 
 
 def _is_trained(module: nn.Module) -> bool:
@@ -296,6 +330,17 @@ def _is_in(name: str, modules: set[str]) -> bool:
     return any(around in modules for around in accumulate(name.split("."), "{}.{}".format))
 
 
+def _behind_functions(named: list[Named]) -> list[Tap]:
+    """Inputs of linear layers that can only come from a function of another layer's outputs."""
+    taps = []
+    for (before, source), (name, module) in pairwise(pair for pair in named if is_linear(pair[1])):
+        beside = before.rpartition(".")[0] == name.rpartition(".")[0]
+        (hidden, inputs), (outputs, width) = _shape(source), _shape(module)
+        if beside and inputs != hidden == width > outputs:
+            taps.append(Tap(clean_name(name) + INPUT_SUFFIX, module, "input"))
+    return taps
+
+
 def _root_blocks(root: nn.Module, run: _Run) -> list[Named]:
     kids = weighted_children("", root)
     return kids if blocks_of(root) else _look_into(kids, run)
@@ -344,7 +389,7 @@ def _thin(blocks: list[Named], keep: int) -> list[Named]:
     return _evenly([named for run in runs for named in run], keep)
 
 
-def _evenly(blocks: list[Named], keep: int) -> list[Named]:
+def _evenly(blocks: list[T], keep: int) -> list[T]:
     if len(blocks) <= keep:
         return blocks
     return [blocks[round(i * (len(blocks) - 1) / max(keep - 1, 1))] for i in range(keep)]
