@@ -35,7 +35,7 @@ class ExecutionOrder:
         >>> net = nn.ModuleDict({"second": nn.Linear(4, 2), "first": nn.Linear(8, 4)})
         >>> order = ExecutionOrder(net)
         >>> _ = net["second"](net["first"](torch.zeros(3, 8)))
-        >>> order.pop().path
+        >>> order.pop().order
         ('first', 'second')
     """
 
@@ -56,10 +56,9 @@ class ExecutionOrder:
         Collective. Removes the hooks.
         """
         self.remove()
-        path = [name for name, carries in self._carries.items() if carries and not self._is_condition(name)]
-        beside = [name for name, carries in self._carries.items() if not carries and not self._is_condition(name)]
-        found: tuple[list[str], list[str]] = from_first_process((path, beside))
-        return Execution(*map(tuple, found)) if any(found) else None
+        order = tuple(name for name in self._carries if not self._is_condition(name))
+        found = from_first_process(Execution(order, tuple(name for name in order if not self._carries[name])))
+        return found if found.order else None
 
     def remove(self) -> None:
         """Stop listening; may be called twice."""

@@ -6,8 +6,25 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _NUMBER = re.compile(r"\d+[a-z]?")
 Named = tuple[str, nn.Module]
+
+
+def clean_name(name: str) -> str:
+    """Module name without the marks that compilation and sharding leave in it.
+
+    Example:
+        >>> clean_name("net._orig_mod.0._fsdp_wrapped_module.linear")
+        'net.0.linear'
+    """
+    parts = name.split(".")
+    return ".".join(part for part in parts if part not in _WRAPPERS) or name
+
+
+def named_modules(root: nn.Module) -> Iterator[Named]:
+    """All modules but the root, a shared one under each of its names."""
+    return ((name, module) for name, module in root.named_modules(remove_duplicate=False) if name)
 
 
 def has_weight(module: nn.Module) -> bool:
@@ -77,48 +94,70 @@ def _is_adapted(module: nn.Module) -> bool:
     return len([key for key in layers if "lora" not in key.lower()]) == 1 and any("lora" in key.lower() for key in kids)
 
 
-def is_composite(module: nn.Module) -> bool:
-    """Whether it holds several layers."""
-    return len(list(layers_of("", module))) > 1
+class ModuleTree:
+    """Sizes and blocks of modules, each found once: the model must not change meanwhile."""
 
+    def __init__(self) -> None:
+        self._layers: dict[nn.Module, list[nn.Module]] = {}
+        self._alike: dict[nn.Module, list[Named]] = {}
+        self._blocks: dict[nn.Module, list[Named]] = {}
 
-def blocks_of(module: nn.Module) -> list[Named]:
-    """The children that are blocks: layers of an ``nn.Sequential``, or repeated modules that hold several layers.
+    def layers(self, module: nn.Module) -> list[nn.Module]:
+        """Its layers with weights."""
+        if module not in self._layers:
+            self._layers[module] = [layer for _, layer in layers_of("", module)]
+        return self._layers[module]
 
-    Repeated are two elements of a list, two of a class of their own in an ``nn.Sequential``, or three siblings that
-    only a number tells apart, unless another child holds four times as many weights as all of them.
-    """
-    kids = weighted_children("", module)
-    families: dict[str | type, list[Named]] = {}
-    for name, kid in kids:
-        if is_composite(kid):
-            family = type(kid) if isinstance(module, nn.Sequential) else _NUMBER.sub("#", name)
-            families.setdefault(family, []).append((name, kid))
-    found = [named for family, alike in families.items() if len(alike) >= _least(family) for named in alike]
-    rest = [weight_count(kid) for name, kid in kids if (name, kid) not in found]
-    if found and 4 * sum(weight_count(kid) for _, kid in found) >= max(rest, default=0):
-        return found
-    plain = isinstance(module, nn.Sequential) and len(kids) >= 3
-    return kids if plain and all(blocks_of(kid) or not holds_blocks(kid) for _, kid in kids) else []
+    def is_composite(self, module: nn.Module) -> bool:
+        """Whether it holds several layers."""
+        return len(self.layers(module)) > 1
+
+    def size(self, module: nn.Module) -> int:
+        """Parameters of its layers; lazy ones count as none."""
+        return sum(
+            p.numel() for layer in self.layers(module) for p in layer.parameters() if not nn.parameter.is_lazy(p)
+        )
+
+    def alike(self, module: nn.Module) -> list[Named]:
+        """Children that repeat and hold several layers each.
+
+        Repeated are two elements of a list, two of a class of their own in an ``nn.Sequential``, or three siblings that
+        only a number tells apart.
+        """
+        if module not in self._alike:
+            families: dict[str | type, list[Named]] = {}
+            for name, kid in weighted_children("", module):
+                if self.is_composite(kid):
+                    family = type(kid) if isinstance(module, nn.Sequential) else _NUMBER.sub("#", name)
+                    families.setdefault(family, []).append((name, kid))
+            many = [members for family, members in families.items() if len(members) >= _least(family)]
+            self._alike[module] = [named for members in many for named in members]
+        return self._alike[module]
+
+    def blocks(self, module: nn.Module) -> list[Named]:
+        """The children that are blocks: those :meth:`alike`, or the layers of an ``nn.Sequential``.
+
+        None where another child holds four times as many weights as all of them.
+        """
+        if module not in self._blocks:
+            kids, found = weighted_children("", module), self.alike(module)
+            rest = max((self.size(kid) for name, kid in kids if (name, kid) not in found), default=0)
+            if not found or 4 * sum(self.size(kid) for _, kid in found) < rest:
+                plain = isinstance(module, nn.Sequential) and len(kids) >= 3
+                found = kids if plain and all(self.blocks(kid) or not self.holds_blocks(kid) for _, kid in kids) else []
+            self._blocks[module] = found
+        return self._blocks[module]
+
+    def holds_blocks(self, module: nn.Module) -> bool:
+        """Whether it or a module inside it has blocks."""
+        return any(map(self.blocks, module.modules()))
+
+    def repeats_blocks(self, module: nn.Module) -> bool:
+        """Whether there are blocks of several layers somewhere in it."""
+        return any(self.is_composite(block) for inner in module.modules() for _, block in self.blocks(inner))
 
 
 def _least(family: str | type) -> int:
     if isinstance(family, str):
         return 2 if family == "#" or family.endswith(".#") else 3
     return 3 if family is nn.Sequential else 2
-
-
-def holds_blocks(module: nn.Module) -> bool:
-    """Whether it or a module inside it has blocks."""
-    return any(map(blocks_of, module.modules()))
-
-
-def weight_count(module: nn.Module) -> int:
-    """Parameters of its layers with weights; lazy ones count as none."""
-    layers = (layer for _, layer in layers_of("", module))
-    return sum(p.numel() for layer in layers for p in layer.parameters() if not nn.parameter.is_lazy(p))
-
-
-def repeats_blocks(module: nn.Module) -> bool:
-    """Whether there are blocks of several layers somewhere in it."""
-    return any(is_composite(block) for inner in module.modules() for _, block in blocks_of(inner))

@@ -1,34 +1,32 @@
 """Which layers to look at, and what to call them."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from itertools import accumulate, chain, count, groupby, pairwise
+from itertools import chain, count, groupby, pairwise
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_collapse.utilities.activations import is_activation
+from lightning_collapse.utilities.execution import Execution as Execution
+from lightning_collapse.utilities.execution import Run
 from lightning_collapse.utilities.module_tree import (
+    ModuleTree,
     Named,
-    blocks_of,
-    holds_blocks,
     innermost,
-    is_composite,
     is_linear,
     is_list,
-    layers_of,
-    repeats_blocks,
-    weight_count,
+    named_modules,
     weighted_children,
 )
+from lightning_collapse.utilities.module_tree import clean_name as clean_name
 from lightning_collapse.utilities.module_tree import weighted_layers as weighted_layers
 
 MAX_DEFAULT_LAYERS = 12
 INPUT_SUFFIX = ":input"
 VOCABULARY = 4  # a last layer this many times wider than its input is a vocabulary's
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _CHANNELS_FIRST = (
     nn.Conv1d,
     nn.ConvTranspose1d,
@@ -39,12 +37,8 @@ _CHANNELS_FIRST = (
     nn.AdaptiveAvgPool1d,
     nn.AdaptiveMaxPool1d,
 )
+_NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
 _KEEPS_SHAPE = (nn.Identity, nn.GroupNorm, nn.modules.dropout._DropoutNd)
-_CONDITION = re.compile(
-    r"(^|[._])(t|temb|time(_?steps?)?|sigma|noise|cond(ition\w*)?)(_?(text_)?(emb\w*|mlp|proj\w*|fc|linear|net))?\d*(\.|$)"
-)
-
-
 T = TypeVar("T")
 
 
@@ -54,17 +48,6 @@ class Tap(NamedTuple):
     name: str
     module: nn.Module
     side: Literal["output", "input"] = "output"
-
-
-def clean_name(name: str) -> str:
-    """Module name without the marks that compilation and sharding leave in it.
-
-    Example:
-        >>> clean_name("net._orig_mod.0._fsdp_wrapped_module.linear")
-        'net.0.linear'
-    """
-    parts = name.split(".")
-    return ".".join(part for part in parts if part not in _WRAPPERS) or name
 
 
 def curve_name(name: str) -> str:
@@ -84,7 +67,7 @@ def find_modules(root: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modul
     Raises:
         ValueError: If a pattern matches nothing; the message lists what there is.
     """
-    names = {clean_name(name): module for name, module in reversed(list(_named(root)))}
+    names = {clean_name(name): module for name, module in reversed(list(named_modules(root)))}
     names = {name: module for name, module in names.items() if not is_list(module)}
     names = dict(reversed(names.items()))  # of a compiled or sharded module the outermost wrapper
     for pattern in patterns:
@@ -109,18 +92,6 @@ def find_taps(root: nn.Module, patterns: Sequence[str]) -> list[Tap]:
     )
 
 
-class Execution(NamedTuple):
-    """Clean names of the modules that ran in a training step, in the order of their first call.
-
-    Attributes:
-        path: Those on the way of the gradients.
-        beside: Others: a momentum encoder, a teacher, a frozen backbone.
-    """
-
-    path: tuple[str, ...]
-    beside: tuple[str, ...] = ()
-
-
 def default_taps(root: nn.Module, order: Execution | Sequence[str] | None = None) -> list[Tap]:
     """At most a dozen taps that span the depth of any model: block outputs, and the input of a last Linear.
 
@@ -135,7 +106,8 @@ def default_taps(root: nn.Module, order: Execution | Sequence[str] | None = None
     - other modules are looked into if there are blocks further down; if there are none, their children are the blocks;
     - what comes before the first block that holds several layers (a stem) is one block, if it is small;
     - what embeds time or another condition is none;
-    - of more than eleven blocks the longest run of siblings is thinned, evenly and with its first and last;
+    - of more than eleven blocks siblings with less than a twentieth of the weights are thinned to their last, then the
+      longest run of siblings, evenly and with its first and last;
     - the output of a last Linear that widens its input fourfold (a vocabulary) is left out: it has no rank of its own.
 
     Args:
@@ -144,13 +116,13 @@ def default_taps(root: nn.Module, order: Execution | Sequence[str] | None = None
             not run are left out, and order, networks in training and conditions are told by it. By default by the
             order of registration, ``requires_grad`` and names.
     """
-    run = _Run(root, order)
+    run = Run(root, order)
     blocks = [named for block in _root_blocks(root, run) for named in run.called(*block)]
     last = _head(root, run, blocks)
     blocks = sorted((b for b in blocks if b != last or not _widens(b[1])), key=lambda named: run.start(named[0]))
-    trained = _thin([named for named in blocks if run.is_trained(named[0])], MAX_DEFAULT_LAYERS - 1)
+    trained = _thin([named for named in blocks if run.is_trained(named[0])], MAX_DEFAULT_LAYERS - 1, run.tree)
     others = [named for named in blocks if not run.is_trained(named[0])]
-    chosen = trained + _thin(others, MAX_DEFAULT_LAYERS - 1 - len(trained))
+    chosen = trained + _thin(others, MAX_DEFAULT_LAYERS - 1 - len(trained), run.tree)
     taps = [Tap(clean_name(name), module) for name, module in blocks if (name, module) in chosen]
     return _unique(taps + ([Tap(clean_name(last[0]) + INPUT_SUFFIX, last[1], "input")] if last else []))
 
@@ -170,7 +142,7 @@ def classification_head(root: nn.Module, order: Execution | Sequence[str] | None
         >>> classification_head(net).name, classification_head(net, ["encoder", "head"]).name
         ('encoder.input', 'head.input')
     """
-    run = _Run(root, order)
+    run = Run(root, order)
     last = _head(root, run, [named for block in _root_blocks(root, run) for named in run.called(*block)])
     return _unique([Tap(clean_name(last[0]) + INPUT_SUFFIX, last[1], "input")])[0] if last else None
 
@@ -190,7 +162,7 @@ def activation_taps(root: nn.Module, order: Execution | Sequence[str] | None = N
         >>> [tap.name for tap in activation_taps(net)]
         ['1']
     """
-    run = _Run(root, order)
+    run = Run(root, order)
     named = [(name, module) for name, module in root.named_modules() if name and run.is_trained(name)]
     named.sort(key=lambda pair: run.start(pair[0]))
     taps = [Tap(clean_name(name), module) for name, module in named if is_activation(module)]
@@ -237,10 +209,6 @@ def is_to_be_ignored() -> bool:
     )
 
 
-def _named(root: nn.Module) -> Iterator[Named]:
-    return ((name, module) for name, module in root.named_modules(remove_duplicate=False) if name)
-
-
 def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatchcase(name, pattern)
 
@@ -272,64 +240,6 @@ def _shape(module: Any) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _is_trained(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
-
-
-class _Run:
-    """What is known of a run of the model: which modules are called, when, and on the way of the gradients or not."""
-
-    def __init__(self, root: nn.Module, order: Execution | Sequence[str] | None) -> None:
-        if order is None:
-            names = [clean_name(name) for name, _ in root.named_modules(remove_duplicate=False)]
-            conditions, beside = _conditions(root), _networks_beside(root)
-            called = [name for name in names if not _is_in(name, conditions)]
-            self._path = {name for name in called if not _is_in(name, beside)}
-        else:
-            path, others = order if isinstance(order, Execution) else Execution(tuple(order))
-            self._path, called = set(path or others), [*path, *others]
-        self._called = {"", *called}
-        self._start: dict[str, int] = {}
-        for i, name in enumerate(called):
-            for around in accumulate(name.split("."), "{}.{}".format):
-                self._start.setdefault(around, i)
-
-    def start(self, name: str) -> int:
-        """The place of its first call, or of a module's inside it."""
-        return self._start.get(clean_name(name), len(self._start))
-
-    def called(self, name: str, module: nn.Module) -> list[Named]:
-        """The module, or those inside it that are called where it is not itself."""
-        if clean_name(name) in self._called:
-            return [(name, module)]
-        return [named for kid in weighted_children(name, module) for named in self.called(*kid)]
-
-    def is_trained(self, name: str) -> bool:
-        return clean_name(name) in self._path or not name
-
-
-def _networks_beside(root: nn.Module) -> set[str]:
-    """Frozen modules of several layers in a model that trains; a single frozen layer may be its head."""
-    if not _is_trained(root):
-        return set()
-    return {clean_name(name) for name, module in _named(root) if not _is_trained(module) and is_composite(module)}
-
-
-def _conditions(root: nn.Module) -> set[str]:
-    """Modules of linear layers with the name of an embedding of time or noise, beside others."""
-    layers = weighted_layers(root)
-    found = {
-        name
-        for name, module in _named(root)
-        if _CONDITION.search(name.lower()) and all(is_linear(layer) for _, layer in layers_of(name, module))
-    }
-    return {clean_name(name) for name in found} if any(not _is_in(name, found) for name, _ in layers) else set()
-
-
-def _is_in(name: str, modules: set[str]) -> bool:
-    return any(around in modules for around in accumulate(name.split("."), "{}.{}".format))
-
-
 def _behind_functions(named: list[Named]) -> list[Tap]:
     """Inputs of linear layers that can only come from a function of another layer's outputs."""
     taps = []
@@ -341,27 +251,29 @@ def _behind_functions(named: list[Named]) -> list[Tap]:
     return taps
 
 
-def _root_blocks(root: nn.Module, run: _Run) -> list[Named]:
-    kids = weighted_children("", root)
-    return kids if blocks_of(root) else _look_into(kids, run)
+def _root_blocks(root: nn.Module, run: Run) -> list[Named]:
+    return weighted_children("", root) if run.tree.blocks(root) else _look_into("", root, run)
 
 
-def _blocks(name: str, module: nn.Module, run: _Run) -> list[Named]:
+def _blocks(name: str, module: nn.Module, run: Run) -> list[Named]:
     kids = weighted_children(name, module)
     if not kids:
         return [(name, module)]
-    if len(kids) > 1 and (blocks_of(module) or not any(holds_blocks(kid) for _, kid in kids)):
+    if len(kids) > 1 and (run.tree.blocks(module) or not any(run.tree.holds_blocks(kid) for _, kid in kids)):
         return kids
-    return _look_into(kids, run)
+    return _look_into(name, module, run)
 
 
-def _look_into(kids: list[Named], run: _Run) -> list[Named]:
-    kids = sorted(kids, key=lambda named: run.start(named[0]))
-    first = next((i for i, (_, kid) in enumerate(kids) if repeats_blocks(kid)), 0)
-    small = sum(weight_count(kid) for _, kid in kids) / 4
-    whole = [i < first and weight_count(kid) <= small for i, (_, kid) in enumerate(kids)]
-    parts = [[_unwrap(*kid)] if stem else _blocks(*kid, run) for kid, stem in zip(kids, whole, strict=True)]
-    return [named for part in parts for named in part]
+def _look_into(name: str, module: nn.Module, run: Run) -> list[Named]:
+    tree, alike = run.tree, {kid for _, kid in run.tree.alike(module)}
+    kids = sorted(weighted_children(name, module), key=lambda named: run.start(named[0]))
+    first = next((i for i, (_, kid) in enumerate(kids) if tree.repeats_blocks(kid)), 0)
+    small = sum(tree.size(kid) for _, kid in kids) / 4
+    found = []
+    for i, (key, kid) in enumerate(kids):
+        stem = i < first and tree.size(kid) <= small
+        found += [(key, kid)] if kid in alike else [_unwrap(key, kid)] if stem else _blocks(key, kid, run)
+    return found
 
 
 def _unwrap(name: str, module: nn.Module) -> Named:
@@ -369,21 +281,33 @@ def _unwrap(name: str, module: nn.Module) -> Named:
     return _unwrap(*kids[0]) if len(kids) == 1 else (name, module)
 
 
-def _head(root: nn.Module, run: _Run, blocks: list[Named]) -> Named | None:
+def _head(root: nn.Module, run: Run, blocks: list[Named]) -> Named | None:
     layers = sorted(weighted_layers(root), key=lambda named: run.start(named[0]))
     layers = [named for layer in layers for named in run.called(*layer)]
     layers = [named for named in layers if run.is_trained(named[0])] or layers
     if not layers or is_linear(layers[-1][1]):
         return layers[-1] if layers else None
-    apart = {layer for block in blocks if len(found := list(layers_of(*block))) == 1 for layer in found}
-    deep = min((run.start(name) for name, block in blocks if is_composite(block)), default=0)
-    heads = [named for named in layers if named in apart and is_linear(named[1]) and run.start(named[0]) > deep]
+    deep = min((run.start(name) for name, block in blocks if run.tree.is_composite(block)), default=0)
+    apart = {
+        run.tree.layers(block)[0]
+        for name, block in blocks
+        if not run.tree.is_composite(block) and not _NUMBERED.search(name)
+    }
+    heads = [named for named in layers if named[1] in apart and is_linear(named[1]) and run.start(named[0]) > deep]
     return heads[-1] if heads else None
 
 
-def _thin(blocks: list[Named], keep: int) -> list[Named]:
-    """At most ``keep`` of the blocks: the longest run of siblings gives way, but for its first and last."""
+def _thin(blocks: list[Named], keep: int, tree: ModuleTree) -> list[Named]:
+    """At most ``keep`` of the blocks.
+
+    Of siblings that hold less than a twentieth of the weights (a head of several layers) the last one stays; then the
+    longest run of siblings gives way, but for its first and last.
+    """
     runs = [list(run) for _, run in groupby(blocks, key=lambda named: named[0].rpartition(".")[0])]
+    light = sum(tree.size(block) for _, block in blocks) / 20
+    for run in runs:
+        if sum(map(len, runs)) > keep and sum(tree.size(block) for _, block in run) < light:
+            run[:] = run[-1:]
     while (over := sum(map(len, runs)) - keep) > 0 and runs and len(longest := max(runs, key=len)) > 2:
         longest[:] = _evenly(longest, max(2, len(longest) - over))
     return _evenly([named for run in runs for named in run], keep)

@@ -1,12 +1,18 @@
 """The inputs and the targets of a batch."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+IGNORED = -100
 TARGET_KEYS = ("targets", "target", "labels", "label", "y")
 """Keys of a mapping that are looked up, in this order."""
+_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+_SHIFTED_BY_THEMSELVES = re.compile(r"MaskedLM|XLNet")  # their outputs are about the same position
 
 
 def targets_of(batch: Any) -> Tensor | None:
@@ -27,6 +33,49 @@ def targets_of(batch: Any) -> Tensor | None:
     else:
         found = None
     return found if isinstance(found, Tensor) else None
+
+
+def shifted_labels(batch: Any, labels: Tensor, module: nn.Module) -> Tensor:
+    """Labels at the places of the outputs that predict them.
+
+    Causal language models of Hugging Face take their inputs as labels and move them inside their loss: what position
+    ``t`` returns is compared with label ``t + 1``. Labels that are the inputs wherever they count are moved so here,
+    and all labels of such a causal model unless they are the next inputs already; those of an encoder with decoder, of
+    masked language models and of other tasks stay. Waits for nothing.
+
+    Args:
+        batch: The batch they are of.
+        labels: Shape ``(N, L)`` for tokens; others stay. ``-100`` marks places that do not count.
+        module: The model.
+
+    Returns:
+        Labels of the same shape, the last column ``-100`` where they were moved.
+
+    Example:
+        >>> import torch
+        >>> ids = torch.tensor([[5, 6, 7]])
+        >>> shifted_labels({"input_ids": ids, "labels": ids}, ids, nn.Linear(1, 1))
+        tensor([[   6,    7, -100]])
+    """
+    models = (part for part in module.modules() if hasattr(getattr(part, "config", None), "model_type"))
+    model: Any = next(models, None)
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if labels.ndim != 2 or labels.shape[1] < 2 or labels.is_floating_point() or labels.is_complex():
+        return labels
+    if getattr(config, "is_encoder_decoder", False) or _SHIFTED_BY_THEMSELVES.search(name):
+        return labels
+    inputs = (
+        batch.get("input_ids") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, Sequence) else batch
+    )
+    causal = bool(_CAUSAL.search(name)) or bool(getattr(config, "is_decoder", False))
+    moved = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if not isinstance(inputs, Tensor) or inputs.shape != labels.shape or inputs.is_floating_point():
+        return moved if causal else labels
+    counts, inputs = labels != IGNORED, inputs.to(labels.device)
+    if causal:
+        next_already = (labels == inputs.roll(-1, dims=1))[:, :-1] | ~counts[:, :-1]
+        return torch.where(next_already.all() & counts[:, :-1].any(), labels, moved)
+    return torch.where(((labels == inputs) | ~counts).all() & counts.any(), moved, labels)
 
 
 def call_on(model: nn.Module, batch: Any) -> Any:
