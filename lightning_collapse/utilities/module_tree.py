@@ -88,10 +88,11 @@ def is_opaque(module: nn.Module) -> bool:
 def _is_adapted(module: nn.Module) -> bool:
     """Whether it is one layer and a low-rank or other adapter of it."""
     kids = dict(module.named_children())
-    if "base_layer" in kids or {"lora_A", "lora_B"} <= kids.keys():
+    if {"lora_A", "lora_B"} <= kids.keys() or ("base_layer" in kids and hasattr(module, "adapter_layer_names")):
         return True
-    layers = [key for key, kid in kids.items() if not list(kid.children()) and has_weight(kid)]
-    return len([key for key in layers if "lora" not in key.lower()]) == 1 and any("lora" in key.lower() for key in kids)
+    low = [p.shape for key, kid in kids.items() if "lora" in key.lower() for p in kid.parameters() if p.ndim > 1]
+    rest = [p.shape for key, kid in kids.items() if "lora" not in key.lower() for p in kid.parameters() if p.ndim > 1]
+    return len(rest) == 1 and bool(low) and all(max(s) in rest[0] and min(s) <= min(rest[0]) for s in low)
 
 
 class ModuleTree:
@@ -121,8 +122,8 @@ class ModuleTree:
     def alike(self, module: nn.Module) -> list[Named]:
         """Children that repeat and hold several layers each.
 
-        Repeated are two elements of a list, two of a class of their own in an ``nn.Sequential``, or three siblings that
-        only a number tells apart.
+        Repeated are two elements of a list, three of a class in an ``nn.Sequential`` (two of a class of its own if
+        there are no others), or three siblings that only a number tells apart.
         """
         if module not in self._alike:
             families: dict[str | type, list[Named]] = {}
@@ -130,7 +131,8 @@ class ModuleTree:
                 if self.is_composite(kid):
                     family = type(kid) if isinstance(module, nn.Sequential) else _NUMBER.sub("#", name)
                     families.setdefault(family, []).append((name, kid))
-            many = [members for family, members in families.items() if len(members) >= _least(family)]
+            one = len(families) == 1
+            many = [members for family, members in families.items() if len(members) >= _least(family, one)]
             self._alike[module] = [named for members in many for named in members]
         return self._alike[module]
 
@@ -157,7 +159,7 @@ class ModuleTree:
         return any(self.is_composite(block) for inner in module.modules() for _, block in self.blocks(inner))
 
 
-def _least(family: str | type) -> int:
+def _least(family: str | type, alone: bool) -> int:
     if isinstance(family, str):
         return 2 if family == "#" or family.endswith(".#") else 3
-    return 3 if family is nn.Sequential else 2
+    return 2 if alone and family is not nn.Sequential else 3

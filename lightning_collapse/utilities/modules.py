@@ -99,14 +99,14 @@ def default_taps(root: nn.Module, order: Execution | Sequence[str] | None = None
 
     The rule, from the root down (only modules that hold a weight of two or more dimensions count, embeddings do not):
 
-    - the elements of an ``nn.ModuleList``, three or more siblings that only a number tells apart (``layer1``, ...), two
-      or more of one class in an ``nn.Sequential``, or its three or more layers are blocks, and their siblings with
-      them, unless one of these holds four times as many weights as all of them;
+    - the elements of an ``nn.ModuleList``, three or more siblings that only a number tells apart (``layer1``, ...) or
+      of one class in an ``nn.Sequential``, or its three or more layers are blocks, and their siblings with them, unless
+      one of these holds four times as many weights as all of them;
     - a module with a single such child is a wrapper: look inside;
     - other modules are looked into if there are blocks further down; if there are none, their children are the blocks;
     - what comes before the first block that holds several layers (a stem) is one block, if it is small;
     - what embeds time or another condition is none;
-    - of more than eleven blocks siblings with less than a twentieth of the weights are thinned to their last, then the
+    - of more than eleven blocks lists with less than a twentieth of the weights are thinned to their last, then the
       longest run of siblings, evenly and with its first and last;
     - the output of a last Linear that widens its input fourfold (a vocabulary) is left out: it has no rank of its own.
 
@@ -300,13 +300,14 @@ def _head(root: nn.Module, run: Run, blocks: list[Named]) -> Named | None:
 def _thin(blocks: list[Named], keep: int, tree: ModuleTree) -> list[Named]:
     """At most ``keep`` of the blocks.
 
-    Of siblings that hold less than a twentieth of the weights (a head of several layers) the last one stays; then the
+    Of a list that holds less than a twentieth of the weights (a head of several layers) the last one stays; then the
     longest run of siblings gives way, but for its first and last.
     """
     runs = [list(run) for _, run in groupby(blocks, key=lambda named: named[0].rpartition(".")[0])]
     light = sum(tree.size(block) for _, block in blocks) / 20
     for run in runs:
-        if sum(map(len, runs)) > keep and sum(tree.size(block) for _, block in run) < light:
+        numbered = run[-1][0].rpartition(".")[2].isdigit()
+        if numbered and sum(map(len, runs)) > keep and sum(tree.size(block) for _, block in run) < light:
             run[:] = run[-1:]
     while (over := sum(map(len, runs)) - keep) > 0 and runs and len(longest := max(runs, key=len)) > 2:
         longest[:] = _evenly(longest, max(2, len(longest) - over))
