@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_collapse.monitoring.module_hook import ModuleHook
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import from_first_process
 from lightning_collapse.utilities.modules import (
@@ -20,9 +21,9 @@ from lightning_collapse.utilities.modules import (
 
 
 class ExecutionOrder:
-    """Listens to the first batch for :func:`~lightning_collapse.utilities.default_taps`, and then takes itself away.
+    """Listens to one training step for :func:`~lightning_collapse.utilities.default_taps`, and is then removed.
 
-    Forward pre-hooks note the name of every module that is called, whether gradients pass through it, and the kinds of
+    Forward pre-hooks note the name of every module that is called, whether gradients pass through it, and the shapes of
     its inputs; no tensor is read. A module that only receives vectors straight from the batch, while later ones receive
     maps or sequences, embeds a condition (a time step, a class) and is left out. Compiled models are not listened to:
     hooks that come and go would cost compilations.
@@ -31,29 +32,36 @@ class ExecutionOrder:
         root: The model, before its first batch.
         owner: In whose name hooks run, for warnings.
 
+    Attributes:
+        armed: Whether calls count; those of the backward pass, where activation checkpointing computes again what ran
+            without gradients, do of modules that are known.
+
     Example:
         >>> net = nn.ModuleDict({"second": nn.Linear(4, 2), "first": nn.Linear(8, 4)})
         >>> order = ExecutionOrder(net)
+        >>> order.armed = True
         >>> _ = net["second"](net["first"](torch.zeros(3, 8)))
         >>> order.pop().order
         ('first', 'second')
     """
 
     def __init__(self, root: nn.Module, owner: str = "ExecutionOrder") -> None:
+        self.armed = False
         self._contained = Containment(owner)
         self._carries: dict[str, bool] = {}
         self._vectors: list[str] = []
         self._maps: list[str] = []
         self._raw_maps: list[str] = []
-        self._handles = (
-            [] if is_compiled(root) else [self._listen(*named) for named in root.named_modules() if named[0]]
-        )
         self._layers = {clean_name(name) for name, _ in weighted_layers(root)}
+        self._hooks: list[_NameHook] = []
+        for name, module in () if is_compiled(root) else root.named_modules():
+            with self._contained(f"a hook on `{name}`"):
+                self._hooks += [_NameHook(self, clean_name(name), module)] if name else []
 
     def pop(self) -> Execution | None:
-        """What ran since construction, on every process what the first one ran; ``None`` where nothing was noted.
+        """What ran, on every process what the first one ran; ``None`` where nothing was noted. Removes the hooks.
 
-        Collective. Removes the hooks.
+        Collective.
         """
         self.remove()
         order = tuple(name for name in self._carries if not self._is_condition(name))
@@ -62,23 +70,17 @@ class ExecutionOrder:
 
     def remove(self) -> None:
         """Stop listening; may be called twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.armed = False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
-    def _listen(self, name: str, module: nn.Module) -> Any:
-        name = clean_name(name)
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            with self._contained(
-                "the order of modules", "default layers follow the order of registration", self.remove
-            ):
-                if in_backward() or not is_to_be_ignored():
-                    self._note(
-                        name, module, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-                    )
-
-        return module.register_forward_pre_hook(note, with_kwargs=True)
+    def note(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Take note of a call."""
+        again = in_backward()
+        if name in self._carries if again else self.armed and not is_to_be_ignored():
+            with self._contained("the order of modules", "default layers follow that of registration", self.remove):
+                self._note(name, module, [value for value in inputs if isinstance(value, Tensor)])
 
     def _note(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
         first = name not in self._carries
@@ -104,3 +106,12 @@ class ExecutionOrder:
         outside = [other for other in self._maps if not f"{other}.".startswith(f"{around}.")]
         source = any(other in self._raw_maps for other in outside)
         return source and any(self._carries[other] and places[other] > places[around] for other in outside)
+
+
+class _NameHook(ModuleHook):
+    def __init__(self, order: ExecutionOrder, name: str, module: nn.Module) -> None:
+        super().__init__(module, before=True)
+        self._order, self._name = order, name
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        self._order.note(self._name, module, (*args, *value.values()))
