@@ -1,7 +1,8 @@
 """The engine under every monitor: hooks, sampling plan, feature buffer, evaluation of measures; no Lightning in it."""
 
 from lightning_collapse.monitoring.attention_hooks import AttentionHooks
+from lightning_collapse.monitoring.execution_order import ExecutionOrder
 from lightning_collapse.monitoring.feature_hooks import FeatureHooks
 from lightning_collapse.monitoring.training_flops import TrainingFlops
 
-__all__ = ["AttentionHooks", "FeatureHooks", "TrainingFlops"]
+__all__ = ["AttentionHooks", "ExecutionOrder", "FeatureHooks", "TrainingFlops"]

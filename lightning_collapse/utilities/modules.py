@@ -107,7 +107,7 @@ def default_taps(root: nn.Module, order: Execution | Sequence[str] | None = None
     - what comes before the first block that holds several layers (a stem) is one block, if it is small;
     - what embeds time or another condition is none;
     - of more than eleven blocks lists with less than a twentieth of the weights are thinned to their last, then the
-      longest run of siblings, evenly and with its first and last;
+      longest runs of siblings, evenly and with their first and last;
     - the output of a last Linear that widens its input fourfold (a vocabulary) is left out: it has no rank of its own.
 
     Args:
@@ -301,7 +301,7 @@ def _thin(blocks: list[Named], keep: int, tree: ModuleTree) -> list[Named]:
     """At most ``keep`` of the blocks.
 
     Of a list that holds less than a twentieth of the weights (a head of several layers) the last one stays; then the
-    longest run of siblings gives way, but for its first and last.
+    longest runs of siblings give way, but for their first and last.
     """
     runs = [list(run) for _, run in groupby(blocks, key=lambda named: named[0].rpartition(".")[0])]
     light = sum(tree.size(block) for _, block in blocks) / 20
@@ -309,9 +309,10 @@ def _thin(blocks: list[Named], keep: int, tree: ModuleTree) -> list[Named]:
         numbered = run[-1][0].rpartition(".")[2].isdigit()
         if numbered and sum(map(len, runs)) > keep and sum(tree.size(block) for _, block in run) < light:
             run[:] = run[-1:]
-    while (over := sum(map(len, runs)) - keep) > 0 and runs and len(longest := max(runs, key=len)) > 2:
-        longest[:] = _evenly(longest, max(2, len(longest) - over))
-    return _evenly([named for run in runs for named in run], keep)
+    sizes = [len(run) for run in runs]
+    while sum(sizes) > keep and max(sizes) > 2:
+        sizes[sizes.index(max(sizes))] -= 1
+    return _evenly([named for run, size in zip(runs, sizes, strict=True) for named in _evenly(run, size)], keep)
 
 
 def _evenly(blocks: list[T], keep: int) -> list[T]:

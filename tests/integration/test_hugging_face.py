@@ -16,7 +16,10 @@ from lightning_collapse import (
     SpectralAlignmentMonitor,
     WeightSpectrumMonitor,
 )
+from lightning_collapse.monitoring import ExecutionOrder
+from lightning_collapse.utilities.modules import activation_taps, classification_head, default_taps
 from lightning_collapse.utilities.points import Flag
+from lightning_collapse.utilities.targets import shifted_labels
 from tests.toys import PointKeeper, fit, weights
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face's library is not installed")
@@ -31,6 +34,38 @@ MODELS = {
         transformers.LlamaConfig(num_key_value_heads=2, **LLAMA, **SMALL)
     ),
 }
+
+
+CHOICE = {  # default layers, activation functions and head
+    "gpt-2": (["transformer.h.0", "transformer.h.1", "lm_head"], "transformer.h.{}.mlp.act", "lm_head.input"),
+    "llama, grouped queries": (
+        ["model.layers.0", "model.layers.1", "lm_head"],
+        "model.layers.{}.mlp.act_fn",
+        "lm_head.input",
+    ),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_choice_of_layers_and_labels(model: str) -> None:
+    blocks, activation, head = CHOICE[model]
+    module = MODELS[model]()
+    ids = torch.randint(1, 64, (2, 8))
+    order = ExecutionOrder(module)
+    order.armed = True
+    module(input_ids=ids, labels=ids)
+    ran = order.pop()
+    assert (
+        [tap.name for tap in default_taps(module, ran)] == [tap.name for tap in default_taps(module)] == [*blocks, head]
+    )
+    assert [tap.name for tap in activation_taps(module, ran)] == [activation.format(i) for i in range(2)]
+    found = classification_head(module, ran)
+    assert found is not None
+    assert found.name == head
+    moved = shifted_labels({"input_ids": ids, "labels": ids}, ids, module)
+    logits = module(input_ids=ids).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), moved.flatten())
+    torch.testing.assert_close(module(input_ids=ids, labels=ids).loss, expected)
 
 
 class Causal(LightningModule):

@@ -80,6 +80,12 @@ def test_unet(time_name: str) -> None:
         assert classification_head(model) is None
 
 
+def test_long_stacks_share_the_places() -> None:
+    stacks = {name: nn.ModuleList([ConvBlock(4, 4) for _ in range(16)]) for name in ("encoder", "decoder")}
+    found = names(nn.ModuleDict(stacks))
+    assert {name: sum(tap.startswith(name) for tap in found) for name in stacks} == {"encoder": 5, "decoder": 6}
+
+
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i, o in pairwise(widths):
