@@ -125,15 +125,15 @@ def judged(values, outputs, layer="head.input", batch="labels", task=None, measu
 def test_a_binary_classifier_that_ends_on_a_line_is_news():
     guard, trainer = judged([30.0] * 4 + [1.0] * 4, outputs=2)
     assert guard.verdicts == []
-    [news] = guard.news
-    assert (news.kind, news.layer, news.since, news.step) == ("dimensional_collapse", "head.input", 4, 5)
-    assert news.evidence.endswith("; classification ends in 1 direction(s) there, and this is no failure")
+    [notice] = guard.notices
+    assert (notice.kind, notice.layer, notice.since, notice.step) == ("dimensional_collapse", "head.input", 4, 5)
+    assert notice.evidence.endswith("; classification ends in 1 direction(s) there, and this is no failure")
     assert trainer.callback_metrics["guard/dimensional_collapse"] == 0
 
 
 def test_what_goes_on_falling_is_a_failure_after_all():
     guard, _ = judged([60.0] * 4 + [5.5] * 4 + [1.0] * 4, outputs=10)
-    assert [news.since for news in guard.news] == [4]
+    assert [notice.since for notice in guard.notices] == [4]
     assert [verdict.since for verdict in guard.verdicts] == [8]
 
 
@@ -152,12 +152,12 @@ def test_what_goes_on_falling_is_a_failure_after_all():
 def test_one_direction_is_a_failure(facts):
     guard, _ = judged([30.0] * 4 + [1.0] * 4, **facts)
     assert [verdict.kind for verdict in guard.verdicts] == ["dimensional_collapse"]
-    assert guard.news == []
+    assert guard.notices == []
 
 
 def test_one_direction_is_where_a_regression_of_one_target_ends():
     guard, _ = judged([30.0] * 4 + [1.0] * 4, outputs=1, batch="targets")
-    assert (len(guard.verdicts), len(guard.news)) == (0, 1)
+    assert (len(guard.verdicts), len(guard.notices)) == (0, 1)
 
 
 @pytest.mark.parametrize("batch", ["labels", "targets", "tokens"])
@@ -175,8 +175,8 @@ def test_outputs_without_targets_are_a_representation():
 
 def test_a_narrow_cone_is_where_language_models_live():
     guard, _ = judged([0.6] * 4 + [0.05] * 4 + [1e-3] * 4, 3, layer="body.0", batch="tokens", measures=SPREADS)
-    assert [(news.kind, news.since) for news in guard.news] == [("complete_collapse", 4)]
-    assert "narrow cone" in guard.news[0].evidence
+    assert [(notice.kind, notice.since) for notice in guard.notices] == [("complete_collapse", 4)]
+    assert "narrow cone" in guard.notices[0].evidence
     assert [(verdict.kind, verdict.since) for verdict in guard.verdicts] == [("complete_collapse", 8)]
     shrunk, _ = judged([0.6] * 4 + [0.05] * 4, 3, layer="body.0", batch="tokens", measures=("feature_std", *SPREADS))
     assert shrunk.verdicts == []
