@@ -21,6 +21,7 @@ from lightning_collapse.callbacks.monitors.monitor import Monitor
 from lightning_collapse.callbacks.monitors.neural_collapse_monitor import NeuralCollapseMonitor
 from lightning_collapse.callbacks.monitors.plasticity_monitor import PlasticityMonitor
 from lightning_collapse.callbacks.monitors.regression_collapse_monitor import RegressionCollapseMonitor
+from lightning_collapse.callbacks.monitors.scalar_monitor import ScalarMonitor
 from lightning_collapse.callbacks.monitors.spectral_alignment_monitor import SpectralAlignmentMonitor
 from lightning_collapse.callbacks.monitors.weight_spectrum_monitor import WeightSpectrumMonitor
 from lightning_collapse.rules import Verdict
@@ -41,6 +42,7 @@ __all__ = [
     "RegressionCollapseMonitor",
     "Regularizer",
     "Rollback",
+    "ScalarMonitor",
     "ShrinkAndPerturb",
     "SpectralAlignmentMonitor",
     "SwitchOn",
