@@ -1,21 +1,21 @@
 """Scalar monitor: named metrics and the training loss as points, so that a rule can watch a perplexity or a reward."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor
+from lightning_collapse.callbacks.monitors.monitor import Monitor, Name
+from lightning_collapse.monitoring.to_host import to_host
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.points import Point
-from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.trainer import logging_step
 
-FAMILY, VALUE, LOSS = "scalars", "value", "loss"
-register_curve(FAMILY, VALUE, reads="a logged metric, or the loss", range="any", collapsed="up to its rule", source="")
+VALUE, COUNT, LOSS = "value", "count", "loss"
 
 
 class ScalarMonitor(Monitor):
@@ -25,7 +25,9 @@ class ScalarMonitor(Monitor):
     published at the end of validation, everything else at the monitor's own cadence, and each only if it was logged
     since: a value of long ago is no point. The mean over processes is published.
 
-    **Logged metrics**: ``scalars/{name}/value``.
+    **Logged metrics**, ``scalars/{name}/...``, to every logger and to ``trainer.callback_metrics``:
+
+    {curves}
 
     Args:
         names: Keys of ``trainer.callback_metrics``, such as ``"val/perplexity"``. ``"loss"`` is what the running
@@ -57,34 +59,35 @@ class ScalarMonitor(Monitor):
         trainer = Trainer(callbacks=[ScalarMonitor(["val/perplexity"]), CollapseGuard(rules=["perplexity_explosion"])])
     """
 
-    family: ClassVar[str] = FAMILY
+    family = "scalars"
+    declares = (Curve(VALUE, "a logged metric, or the loss", "any", "up to its rule"),)
+    identity = ("names", "every_n_steps")
 
     def __init__(self, names: Sequence[str], every_n_steps: int | None = None) -> None:
         if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"`names` takes a list of names of logged metrics, such as ['loss'], got {names!r}.")
         super().__init__(every_n_steps)
         self.names = list(dict.fromkeys(names))
-        self.stop()
+        self._forget()
 
-    @override
-    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.stop()
-
-    @override
-    def stop(self) -> None:
-        self._outputs: Any = None
+    def _forget(self) -> None:
+        self._loss: Tensor | None = None
         self._found: set[str] = set()
         # the tensors that were there when a metric was last published: one that was logged since is another
         self._seen: dict[str, Any] = {}
         self._of_validation: set[str] = set()
 
     @override
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget()
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._outputs = outputs
+        loss = outputs.get(LOSS) if isinstance(outputs, Mapping) else outputs
+        self._loss = loss.detach() if isinstance(loss, Tensor) else None
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._outputs = None
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,44 +95,46 @@ class ScalarMonitor(Monitor):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        with self.contained("reading the metrics of validation", "the point is left out"):
             now = self._metrics(trainer)
             self._of_validation |= {name for name in now if now[name] is not self._seen.get(name)}
-            self.publish(trainer, pl_module, self._points(pl_module, now, self._of_validation, logging_step(trainer)))
+            numbers = to_host(self._readings(pl_module, now, self._of_validation))
+            self.publish(trainer, pl_module, self.points(logging_step(trainer), numbers))
 
     @override
-    def measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> Sequence[Point]:
+    def read(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[Name, Tensor]:
         now = self._metrics(trainer)
-        loss = self._outputs.get(LOSS) if isinstance(self._outputs, Mapping) else self._outputs
-        if LOSS in self.names and LOSS not in now and isinstance(loss, Tensor):
-            now[LOSS] = loss
-        return self._points(pl_module, now, set(self.names) - self._of_validation, step)
+        if self._loss is not None and LOSS in self.names:
+            now.setdefault(LOSS, self._loss)
+        return self._readings(pl_module, now, set(self.names) - self._of_validation)
+
+    @override
+    def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
+        counts = {layer: int(n) for (layer, measure), n in numbers.items() if measure == COUNT and n}
+        self._found |= counts.keys()
+        return [Point(self.family, name, VALUE, step, numbers[name, VALUE] / n, n) for name, n in counts.items()]
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if missing := [name for name in self.names if name not in self._found]:
             there = ", ".join(sorted({*trainer.callback_metrics} - {*missing})) or "none"
-            self.warn_once(
-                f"nothing was logged as {', '.join(map(repr, missing))} when a point was due; there is {there}."
-            )
+            named = ", ".join(map(repr, missing))
+            self.warn_once(f"nothing was logged as {named} when a point was due; there is {there}.")
 
     def _metrics(self, trainer: Trainer) -> dict[str, Any]:
         metrics = trainer.callback_metrics
         return {name: metrics[name] for name in self.names if name in metrics}
 
-    def _points(self, pl_module: LightningModule, now: dict[str, Any], names: set[str], step: int) -> list[Point]:
-        """Points of those that were logged since the last ones; the one wait for the device. Collective."""
+    def _readings(self, pl_module: LightningModule, now: dict[str, Any], names: set[str]) -> dict[Name, Tensor]:
+        """Sums over processes of what was logged since the last point, and how many have logged it. Collective."""
         fresh = {name for name in names if name in now and now[name] is not self._seen.get(name)}
         self._seen |= now
-        # not every process need have logged the same
-        values = [torch.as_tensor(now[name]).detach().float().mean() if name in fresh else None for name in self.names]
         zero = torch.zeros((), device=pl_module.device)
-        sums = torch.stack([zero if value is None else value.to(pl_module.device) for value in values])
-        counts = torch.tensor([float(value is not None) for value in values], device=pl_module.device)
-        total, count = all_reduce_sum(torch.stack([sums, counts])).tolist()
-        self._found |= {name for name, n in zip(self.names, count, strict=True) if n}
-        return [
-            Point(FAMILY, name, VALUE, step, value / n, int(n))
-            for name, value, n in zip(self.names, total, count, strict=True)
-            if n
+        pairs = [
+            (torch.as_tensor(now[name]).detach().to(zero).mean(), zero + 1) if name in fresh else (zero, zero)
+            for name in self.names
         ]
+        sums = all_reduce_sum(torch.stack([torch.stack(pair) for pair in pairs]))
+        return {(name, of): sums[i, j] for i, name in enumerate(self.names) for j, of in enumerate((VALUE, COUNT))}

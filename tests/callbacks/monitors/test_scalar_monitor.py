@@ -35,9 +35,9 @@ def test_each_is_published_when_it_was_logged():
     perplexity = [(point.layer, point.step, point.value) for point in keeper.points if point.layer == "val/perplexity"]
     assert perplexity == [("val/perplexity", 6 * epoch + 5, 2.0**epoch) for epoch in range(4)]
     reward = [(point.step, point.value) for point in keeper.points if point.layer == "reward"]
-    assert reward == [(step, float(step)) for step in range(1, 24, 2)]
+    assert reward == [(step, float(step)) for step in (0, *range(1, 24, 2))]
     loss = keeper.curve("scalars/loss/value")
-    assert [point.step for point in loss] == list(range(1, 24, 2))
+    assert [point.step for point in loss] == [0, *range(1, 24, 2)]
     assert loss[0].value > loss[-1].value > 0
     assert trainer.callback_metrics["scalars/val-2f-perplexity/value"] == 8.0
 
@@ -48,7 +48,7 @@ def test_the_loss_is_that_of_the_step():
             return 0 * super().training_step(batch, batch_idx) + batch_idx
 
     keeper, _ = run(["loss"], model=Constant(), max_epochs=1)
-    assert [(point.step, point.value) for point in keeper.points] == [(1, 1.0), (3, 3.0), (5, 5.0)]
+    assert [(point.step, point.value) for point in keeper.points] == [(0, 0.0), (1, 1.0), (3, 3.0), (5, 5.0)]
 
 
 def test_a_rule_of_ones_own_watches_a_perplexity():
