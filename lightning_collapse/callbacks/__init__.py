@@ -6,6 +6,7 @@ from lightning_collapse.callbacks.continual.forgetting_monitor import Forgetting
 from lightning_collapse.callbacks.continual.shrink_and_perturb import ShrinkAndPerturb
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.continual.task_boundary import TaskBoundary
+from lightning_collapse.callbacks.guard.action import Action
 from lightning_collapse.callbacks.guard.collapse_guard import CollapseGuard
 from lightning_collapse.callbacks.guard.rollback import Rollback
 from lightning_collapse.callbacks.guard.switch_on import SwitchOn
@@ -27,6 +28,7 @@ from lightning_collapse.callbacks.monitors.weight_spectrum_monitor import Weight
 from lightning_collapse.rules import Verdict
 
 __all__ = [
+    "Action",
     "AttentionEntropyMonitor",
     "CollapseGuard",
     "CollapseMonitor",

@@ -89,7 +89,7 @@ class CallAction(Action):
 def action_name(action: Action) -> str:
     """What warnings and checkpoints call an action."""
     name = getattr(action, "name", "")
-    return f"{type(action).__qualname__}({name!r})" if name else type(action).__qualname__
+    return f"{type(action).__name__}({name!r})" if name else type(action).__name__
 
 
 def checkpoint_folder(trainer: Trainer, dirpath: str | None) -> str:

@@ -62,7 +62,7 @@ class CollapseGuard(Callback):
             ``"checkpoint"`` (save one into ``dirpath``), ``"stop"`` (the fit), a
             :class:`~lightning_collapse.Rollback`, a :class:`~lightning_collapse.SwitchOn`, a callable that is given the
             trainer, the module and the :class:`~lightning_collapse.rules.Verdict`, an
-            :class:`~lightning_collapse.callbacks.guard.action.Action` of your own, or a list of these, done in order.
+            :class:`~lightning_collapse.callbacks.Action` of your own, or a list of these, done in order.
             One that raises an exception is left out from then on, with one warning.
         patience: Points in a row it takes, where a rule does not know better.
         calibration: How many first points make the baseline that later ones are compared with, likewise.
