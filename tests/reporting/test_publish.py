@@ -17,8 +17,10 @@ class Full(CSVLogger):
     """On a disk that is full until somebody cleans up."""
 
     full = True
+    calls = 0
 
     def log_metrics(self, metrics, step=None):
+        self.calls += 1
         if self.full:
             raise OSError(28, "No space left on device")
         super().log_metrics(metrics, step)
@@ -56,6 +58,7 @@ def test_a_logger_that_raises_is_dropped_with_one_warning_and_all_else_goes_on(t
     with pytest.warns(UserWarning, match=r"`Full`: `log_metrics` failed with OSError\(28") as said:
         trainer = fit(Toy(), [monitor(), keeper], logger=[full, whole], log_every_n_steps=1)
     assert len(failures(said)) == 1
+    assert full.calls == 1
     assert trainer.global_step == 6
     assert len(whole.curve("collapse/encoder/effective_rank")) == 6
     assert len(keeper.curve("collapse/encoder/effective_rank")) == 6
