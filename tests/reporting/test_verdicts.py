@@ -8,15 +8,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_collapse import CollapseGuard, CollapseMonitor
+from lightning_collapse import CollapseGuard
 from lightning_collapse.reporting import publish, report, verdict_records
 from lightning_collapse.reporting.events import Run, read_runs
 from lightning_collapse.reporting.verdicts import find_verdicts
 from lightning_collapse.rules import Verdict
 from lightning_collapse.utilities.points import Point
-from tests.toys import HEALTHY, Toy, batches, fit
+from tests.toys import HEALTHY, Claims, Toy, batches, fit
 
-pytestmark = pytest.mark.filterwarnings("ignore:`CollapseMonitor`. the fit ended before")  # planted points instead
 LAYERS = [f"block.{i}, of `many`; also: é." for i in range(300)]
 
 
@@ -35,7 +34,7 @@ class Planted(Callback):
 
 def logged(logger):
     guard = CollapseGuard(action="log")
-    fit(Toy(), [CollapseMonitor(["encoder"], every_n_steps=10_000), guard, Planted()], batches(6), logger=logger)
+    fit(Toy(), [Claims(), guard, Planted()], batches(6), logger=logger)
     return guard.verdicts
 
 

@@ -7,9 +7,8 @@ from lightning_collapse import CollapseGuard, CollapseMonitor
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Flag, Point
 from tests import toys
-from tests.toys import Toy, batches, fit
+from tests.toys import Claims, Toy, batches, fit
 
-pytestmark = pytest.mark.filterwarnings("ignore:`CollapseMonitor`. the fit ended before")  # planted points instead
 WELL = {**toys.HEALTHY, "nonfinite_fraction": 0.0}
 LOW = {**WELL, "effective_rank": 1.02, "eigenvalue_effective_rank": 1.0}
 STILL = {**WELL, "feature_std": 0.002}
@@ -33,7 +32,7 @@ class Planted(Callback):
 
 def judged(script, guard=None):
     guard = guard or CollapseGuard(action="log")
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     trainer = fit(Toy(), [monitor, guard, Planted(script)], batches(len(script)), log_every_n_steps=1)
     said = [(verdict.kind, verdict.layer, verdict.since, list(verdict.also)) for verdict in guard.verdicts]
     return said, guard, trainer

@@ -6,14 +6,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_collapse import CollapseGuard, CollapseMonitor
+from lightning_collapse import CollapseGuard
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.trainer import is_resumed
-from tests.toys import HEALTHY, QUIET, Toy
+from tests.toys import HEALTHY, QUIET, Claims, Toy
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`CollapseMonitor`. the fit ended before"),  # planted points instead
     pytest.mark.filterwarnings("ignore:.*"),  # of the tuners
 ]
 
@@ -62,7 +61,7 @@ def baseline_of(guard):
 
 
 def train(guard, std, *callbacks, path=None, **kwargs):
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     settings = {**QUIET, "logger": False, "callbacks": [monitor, guard, *callbacks, Planted(std)], **kwargs}
     trainer = Trainer(**settings)
     trainer.fit(Tunable(), ckpt_path=path)

@@ -9,15 +9,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
-from lightning_collapse import CollapseGuard, CollapseMonitor, Regularizer, Rollback
+from lightning_collapse import CollapseGuard, Regularizer, Rollback
 from lightning_collapse.losses import CorInfoMax
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
-from tests.toys import HEALTHY, Toy, batches, fit
+from tests.toys import HEALTHY, Claims, Toy, batches, fit
 
 BAD = {**HEALTHY, "feature_std": 1e-4}
 SCRIPT = [HEALTHY] * 5 + [BAD] * 2 + [HEALTHY]
-pytestmark = pytest.mark.filterwarnings("ignore:`CollapseMonitor`. the fit ended before")  # planted points instead
 
 
 class Net(Toy):
@@ -56,7 +55,7 @@ def run(tmp_path, look, model=None, first=(), last=(), **kwargs):
     torch.manual_seed(0)
     script = Script(look)
     guard = CollapseGuard(action=["log", Rollback(1.0, 1)], dirpath=str(tmp_path), task="self-supervised")
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     loader = batches(kwargs.pop("n", len(SCRIPT)))
     trainer = fit(model or Net(), [*first, monitor, guard, script, *last], loader, **kwargs)
     return script, trainer
