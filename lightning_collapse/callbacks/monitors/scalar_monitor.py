@@ -30,12 +30,12 @@ class ScalarMonitor(Monitor):
     {curves}
 
     Args:
-        names: Keys of ``trainer.callback_metrics``, such as ``"val/perplexity"``. ``"loss"`` is what the running
+        scalars: Keys of ``trainer.callback_metrics``, such as ``"val/perplexity"``. ``"loss"`` is what the running
             training step returned, unless the module logs another one of that name.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
 
     Raises:
-        ValueError: If ``names`` is a string, empty, or holds anything but strings, or ``every_n_steps`` is not
+        ValueError: If ``scalars`` is a string, empty, or holds anything but strings, or ``every_n_steps`` is not
             positive.
 
     Example::
@@ -61,18 +61,17 @@ class ScalarMonitor(Monitor):
 
     family = "scalars"
     declares = (Curve(VALUE, "a logged metric, or the loss", "any", "up to its rule"),)
-    identity = ("names", "every_n_steps")
+    identity = ("scalars", "every_n_steps")
 
-    def __init__(self, names: Sequence[str], every_n_steps: int | None = None) -> None:
-        if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"`names` takes a list of names of logged metrics, such as ['loss'], got {names!r}.")
+    def __init__(self, scalars: Sequence[str], every_n_steps: int | None = None) -> None:
+        if isinstance(scalars, str) or not scalars or not all(isinstance(name, str) for name in scalars):
+            raise ValueError(f"`scalars` takes a list of names of logged metrics, such as ['loss'], got {scalars!r}.")
         super().__init__(every_n_steps)
-        self.names = list(dict.fromkeys(names))
+        self.scalars = list(dict.fromkeys(scalars))
         self._forget()
 
     def _forget(self) -> None:
         self._loss: Tensor | None = None
-        self._found: set[str] = set()
         # the tensors that were there when a metric was last published: one that was logged since is another
         self._seen: dict[str, Any] = {}
         self._of_validation: set[str] = set()
@@ -106,26 +105,25 @@ class ScalarMonitor(Monitor):
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[Name, Tensor]:
         now = self._metrics(trainer)
-        if self._loss is not None and LOSS in self.names:
+        if self._loss is not None and LOSS in self.scalars:
             now.setdefault(LOSS, self._loss)
-        return self._readings(pl_module, now, set(self.names) - self._of_validation)
+        return self._readings(pl_module, now, set(self.scalars) - self._of_validation)
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
         counts = {layer: int(n) for (layer, measure), n in numbers.items() if measure == COUNT and n}
-        self._found |= counts.keys()
         return [Point(self.family, name, VALUE, step, numbers[name, VALUE] / n, n) for name, n in counts.items()]
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if missing := [name for name in self.names if name not in self._found]:
-            there = ", ".join(sorted({*trainer.callback_metrics} - {*missing})) or "none"
-            named = ", ".join(map(repr, missing))
-            self.warn_once(f"nothing was logged as {named} when a point was due; there is {there}.")
+        there = {*trainer.callback_metrics} | ({LOSS} if self._loss is not None else set())
+        if missing := [name for name in self.scalars if name not in there]:
+            named, others = ", ".join(map(repr, missing)), ", ".join(sorted(there)) or "none"
+            self.warn_once(f"nothing was logged as {named}; there is {others}.")
 
     def _metrics(self, trainer: Trainer) -> dict[str, Any]:
         metrics = trainer.callback_metrics
-        return {name: metrics[name] for name in self.names if name in metrics}
+        return {name: metrics[name] for name in self.scalars if name in metrics}
 
     def _readings(self, pl_module: LightningModule, now: dict[str, Any], names: set[str]) -> dict[Name, Tensor]:
         """Sums over processes of what was logged since the last point, and how many have logged it. Collective."""
@@ -134,7 +132,7 @@ class ScalarMonitor(Monitor):
         zero = torch.zeros((), device=pl_module.device)
         pairs = [
             (torch.as_tensor(now[name]).detach().to(zero).mean(), zero + 1) if name in fresh else (zero, zero)
-            for name in self.names
+            for name in self.scalars
         ]
         sums = all_reduce_sum(torch.stack([torch.stack(pair) for pair in pairs]))
-        return {(name, of): sums[i, j] for i, name in enumerate(self.names) for j, of in enumerate((VALUE, COUNT))}
+        return {(name, of): sums[i, j] for i, name in enumerate(self.scalars) for j, of in enumerate((VALUE, COUNT))}

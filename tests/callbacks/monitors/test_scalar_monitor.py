@@ -94,13 +94,11 @@ def test_what_another_callback_puts_into_the_metrics_is_read_too():
 
 
 def test_what_was_never_logged_is_said_at_the_end():
-    with pytest.warns(
-        UserWarning, match=r"nothing was logged as 'val/perplexityy' when a point was due; there is .*reward"
-    ):
+    with pytest.warns(UserWarning, match=r"nothing was logged as 'val/perplexityy'; there is .*reward"):
         run(["val/perplexityy", "loss"])
 
 
 @pytest.mark.parametrize("names", ["loss", [], [3]])
 def test_bad_arguments(names):
-    with pytest.raises(ValueError, match="`names` takes a list of names of logged metrics"):
+    with pytest.raises(ValueError, match="`scalars` takes a list of names of logged metrics"):
         ScalarMonitor(names)
