@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_collapse.rules import TRAINING
 from lightning_collapse.spectral.precision import accumulation_dtype
+from lightning_collapse.utilities.parameters import as_real, why_no_number
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.sharding import local
 
@@ -47,10 +48,7 @@ def weights_are_finite(trainer: Trainer, pl_module: LightningModule) -> bool:
 
 
 def _are_finite(pl_module: LightningModule, tensors: Iterable[Tensor]) -> bool:
-    parts = [local(tensor.detach()) for tensor in tensors]
-    parts = [part.coalesce().values() if part.layout is torch.sparse_coo else part for part in parts]
-    parts = [part.float() if part.element_size() == 1 and part.is_floating_point() else part for part in parts]
-    parts = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+    parts = [as_real(local(tensor.detach())) for tensor in tensors if not why_no_number(tensor)]
     # a sum is finite if and only if its terms are
-    sums = [part.sum(dtype=accumulation_dtype(part.device)) for part in parts if part.is_floating_point()]
+    sums = [part.sum(dtype=accumulation_dtype(part.device)) for part in parts]
     return not sums or bool(torch.stack([one.to(pl_module.device) for one in sums]).sum().isfinite())
