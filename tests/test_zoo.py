@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import torch
 from examples.zoo import SPECIMENS
 from examples.zoo.__main__ import main
 from examples.zoo.score import Run, dropped, exceeds, normalized_std, run
+from examples.zoo.specimen import Specimen
 from examples.zoo.table import best_std, report
 from lightning_collapse.rules import RULES
+from tests.toys import PointKeeper
 
 BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
 FAILURES = [specimen for specimen in SPECIMENS if specimen.kind is not None]
@@ -58,6 +61,23 @@ def test_same_seed_gives_the_same_verdicts_and_the_twin_none(name):
     assert run(specimen, 0, True) == first
     assert specimen.kind in {kind for kind, _, _ in first.verdicts}
     assert specimen.kind not in {kind for kind, _, _ in run(specimen, 0, False).verdicts}
+
+
+def test_the_score_is_no_training_data():
+    name = CHEAP[0]
+
+    def points(scored):
+        keeper = PointKeeper()
+
+        def make(seed):
+            habitat = BY_NAME[name].build(seed, False)
+            held_out = habitat.held_out if scored else lambda: 1.0
+            return replace(habitat, monitors=[*habitat.monitors, keeper], held_out=held_out)
+
+        run(Specimen(name, make, "like its healthy twin"), 0, False)
+        return [(point.key, point.step, point.n, str(point.value)) for point in keeper.points]
+
+    assert points(True) == points(False) != []
 
 
 def test_curves_that_rise_and_scores_that_drop():

@@ -30,7 +30,6 @@ class Plain(Callback):
     loss: list[float] = field(default_factory=list)
     gradient: list[float] = field(default_factory=list)
     std: dict[int, float] = field(default_factory=dict)
-    held_out: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.habitat.embedding.register_forward_hook(self._hear)
@@ -47,15 +46,30 @@ class Plain(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The loss; at the cadence of the monitors also the spread of the embedding and the score."""
+        """The loss; at the cadence of the monitors also the spread of the embedding."""
         self.loss.append(float(outputs["loss"]))
         step = len(self.loss)
         if step % self.habitat.every == 0:
             self.std[step] = normalized_std(self._embedding)
+
+
+@dataclass
+class Score(Callback):
+    """The held-out score; a forward pass that no monitor may take for training, so this comes behind all of them."""
+
+    plain: Plain
+    held_out: dict[int, float] = field(default_factory=dict)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The score, at the cadence of the monitors."""
+        step = len(self.plain.loss)
+        if step % self.plain.habitat.every == 0:
             training = [module.training for module in pl_module.modules()]
             pl_module.eval()
             with torch.no_grad():
-                self.held_out[step] = self.habitat.held_out()
+                self.held_out[step] = self.plain.habitat.held_out()
             for module, flag in zip(pl_module.modules(), training, strict=True):
                 module.training = flag
 
@@ -129,12 +143,13 @@ def run(specimen: Specimen, seed: int, sick: bool) -> Run:
     seed_everything(seed, verbose=False)
     habitat = specimen.build(seed, sick)
     plain, verdicts = Plain(habitat), list[tuple[str, str, int]]()
+    score = Score(plain)
 
     def note(trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         verdicts.append((verdict.kind, verdict.layer, len(plain.loss)))
 
     # the guard acts before `plain` has counted the step, so that comes first
-    callbacks = [plain, *habitat.monitors, CollapseGuard(action=note)]
+    callbacks = [plain, *habitat.monitors, CollapseGuard(action=note), score]
 
     def make_trainer() -> Trainer:
         settings: dict[str, Any] = {"accelerator": "cpu", "max_epochs": -1, "logger": False, **habitat.trainer}
@@ -159,6 +174,6 @@ def run(specimen: Specimen, seed: int, sick: bool) -> Run:
         tuple(verdicts),
         exceeds(plain.loss, LOSS),
         exceeds(plain.gradient, GRADIENT),
-        dropped(plain.held_out),
+        dropped(score.held_out),
         tuple(plain.std.items()),
     )

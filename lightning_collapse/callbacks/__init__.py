@@ -6,6 +6,7 @@ from lightning_collapse.callbacks.continual.forgetting_monitor import Forgetting
 from lightning_collapse.callbacks.continual.shrink_and_perturb import ShrinkAndPerturb
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.continual.task_boundary import TaskBoundary
+from lightning_collapse.callbacks.guard.action import Action
 from lightning_collapse.callbacks.guard.collapse_guard import CollapseGuard
 from lightning_collapse.callbacks.guard.rollback import Rollback
 from lightning_collapse.callbacks.guard.switch_on import SwitchOn
@@ -21,11 +22,13 @@ from lightning_collapse.callbacks.monitors.monitor import Monitor
 from lightning_collapse.callbacks.monitors.neural_collapse_monitor import NeuralCollapseMonitor
 from lightning_collapse.callbacks.monitors.plasticity_monitor import PlasticityMonitor
 from lightning_collapse.callbacks.monitors.regression_collapse_monitor import RegressionCollapseMonitor
+from lightning_collapse.callbacks.monitors.scalar_monitor import ScalarMonitor
 from lightning_collapse.callbacks.monitors.spectral_alignment_monitor import SpectralAlignmentMonitor
 from lightning_collapse.callbacks.monitors.weight_spectrum_monitor import WeightSpectrumMonitor
 from lightning_collapse.rules import Verdict
 
 __all__ = [
+    "Action",
     "AttentionEntropyMonitor",
     "CollapseGuard",
     "CollapseMonitor",
@@ -41,6 +44,7 @@ __all__ = [
     "RegressionCollapseMonitor",
     "Regularizer",
     "Rollback",
+    "ScalarMonitor",
     "ShrinkAndPerturb",
     "SpectralAlignmentMonitor",
     "SwitchOn",

@@ -1,4 +1,4 @@
-"""The TensorBoard dashboard and the legend, both read from the tables of measures and curves."""
+"""TensorBoard dashboard and legend, both read from the tables of measures and curves."""
 
 import re
 import shutil
@@ -76,17 +76,14 @@ def dashboard_layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
         ('Multiline', ['(.*-)?(val/)?collapse/.+/flag$'])
     """
     measures = [measure.curve for measure in MEASURES.values() if measure.kind != "pairs"]
-    families: dict[str, dict[str, tuple[str, list[str]]]] = {}
+    families = {"Collapse": {name: _chart(f"collapse/.+/{name}") for name in (*measures, *_HEALTH)}}
     for curve in CURVES.values():
         charts = families.setdefault(category(curve.family), {})
-        charts[curve.name] = _chart(f"{curve.family}/(.+/)?{curve.name}")  # of every layer, or of the whole
+        charts.setdefault(curve.name, _chart(f"{curve.family}/(.+/)?{curve.name}"))  # of every layer, or of the whole
     for family, names in _ONE_CHART.items():
         charts = families.pop(category(family), {})
         families[category(family)] = {family: _chart(f"{family}/{names}"), **charts}
-    return {
-        "Collapse": {name: _chart(f"collapse/.+/{name}") for name in (*measures, *_HEALTH)},
-        **families,
-    }
+    return families
 
 
 def curve_facts() -> dict[tuple[str, str], list[str]]:

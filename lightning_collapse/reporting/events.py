@@ -1,4 +1,4 @@
-"""TensorBoard event files as plain records: every point of every curve, and no file can stop the reading."""
+"""Event files of TensorBoard as plain records: every point of every curve, and no file can stop the reading."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Run:
         name: Path of the folder below the one that was asked for.
         scalars: Value by step, by tag.
         histograms: ``(right edges, counts)`` by step, by tag.
-        texts: Text by step, by tag.
+        texts: Text by step, by tag; of several texts at one step each that differs, one below the other.
         began: Time of the first event, in seconds since 1970; NaN without one.
         ended: Time of the last event.
     """
@@ -47,8 +47,8 @@ class Run:
 def read_runs(logdir: str | Path) -> list[Run]:
     """Read all event files under a folder; files in one folder are one run, as in TensorBoard.
 
-    Nothing is sampled away. What is written at a step again, as after a resume, replaces what was there. A file whose
-    end is still being written, or broken, is read up to there.
+    Nothing is sampled away. What is written at a step again, as after a resume, replaces what was there, but for texts:
+    a guard may say several things at one step. A file whose end is still being written, or broken, is read up to there.
 
     Args:
         logdir: The folder, as ``tensorboard --logdir`` takes it.
@@ -98,7 +98,9 @@ def _add(run: Run, path: Path) -> None:
                 run.histograms.setdefault(value.tag, {})[event.step] = bins
             elif kind == "tensor" and value.tag.endswith(_TEXT):
                 text = b"\n".join(value.tensor.string_val).decode(errors="replace")
-                run.texts.setdefault(value.tag.removesuffix(_TEXT), {})[event.step] = text
+                texts = run.texts.setdefault(value.tag.removesuffix(_TEXT), {})
+                before = texts.get(event.step)
+                texts[event.step] = text if before in (None, text) else f"{before}\n{text}"
 
 
 def _records(path: Path) -> Iterator[bytes]:

@@ -1,4 +1,7 @@
-"""Text, pictures, histograms and the dashboard, for any logger. Another logger joins with ``@log_image.register``."""
+"""Logger adapters: text, data, pictures, histograms and the dashboard, for any logger.
+
+Another logger joins with ``@log_image.register``.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_collapse.reporting.containments import METRICS, containment_of
 
 P = ParamSpec("P")
 Handler = TypeVar("Handler", bound=Callable[..., None])
-
-_warned: set[type[Logger]] = set()
 
 
 class Sink(Generic[P]):
@@ -36,23 +39,31 @@ class Sink(Generic[P]):
         return handler
 
     def __call__(self, logger: Logger, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Send it to ``logger``; a failing backend costs the picture and one warning per logger class, not the run."""
-        if rank_zero_only.rank != 0:
+        """Send it to ``logger``, unless that has refused such before or all curves; a failure costs one warning."""
+        failed, place = containment_of(logger).failed, f"`{self.__name__}`"
+        if rank_zero_only.rank != 0 or place in failed or METRICS in failed:
             return
         try:
             self._dispatch(logger, *args, **kwargs)
         except Exception as error:  # a full disk, a lost connection: each backend raises its own classes
-            if type(logger) not in _warned:
-                _warned.add(type(logger))
-                rank_zero_warn(
-                    f"`{self.__name__}` failed for {type(logger).__name__} with {error!r:.400}. The run goes on and the"
-                    " curves are not affected; what this logger refuses from now on is missing without another warning."
-                )
+            if failed:
+                failed[place] = repr(error)  # said before
+            else:
+                consequence = "curves are not affected, and what else this logger refuses is missing without a warning"
+                containment_of(logger).catch(place, consequence, error)
 
 
 @Sink
 def log_text(logger: Logger, name: str, text: str, step: int) -> None:
     """Send Markdown to ``logger``. CSV appends it to ``texts.md`` in its ``log_dir``."""
+
+
+@Sink
+def log_data(logger: Logger, name: str, records: Sequence[str], step: int) -> None:
+    """Send records, each one line of JSON, to ``logger``; CSV appends them to ``{name}.jsonl`` in its ``log_dir``.
+
+    TensorBoard keeps them as a text, MLflow as a file; others get none.
+    """
 
 
 @Sink
@@ -89,6 +100,22 @@ def _(logger: WandbLogger, name: str, text: str, step: int) -> None:
 @log_text.register
 def _(logger: MLFlowLogger, name: str, text: str, step: int) -> None:
     logger.experiment.log_text(logger.run_id, text, f"{_safe_path(name)}/{step:08d}.md")
+
+
+@log_data.register
+def _(logger: TensorBoardLogger, name: str, records: Sequence[str], step: int) -> None:
+    logger.experiment.add_text(name, "\n".join(records), step)
+
+
+@log_data.register
+def _(logger: CSVLogger, name: str, records: Sequence[str], step: int) -> None:
+    with _open(logger, f"{_safe_path(name)}.jsonl", "ab") as file:
+        file.write("".join(f"{record}\n" for record in records).encode())
+
+
+@log_data.register
+def _(logger: MLFlowLogger, name: str, records: Sequence[str], step: int) -> None:
+    logger.experiment.log_text(logger.run_id, "\n".join(records), f"{_safe_path(name)}/{step:08d}.jsonl")
 
 
 @log_image.register

@@ -1,4 +1,4 @@
-"""One self-contained HTML file that shows what the monitors and the guard have written about any number of runs."""
+"""Report page: what monitors and guards have written about any number of runs, in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _verdicts(boards: Sequence[Board], most: int) -> str:
 def _verdict(board: Board, finding: Finding, most: int) -> str:
     rule = RULES.get(finding.kind)
     where = f" in <code>{text(finding.layer)}</code>" if finding.layer else ""
-    words = [f"<p>{text(finding.evidence[:1].upper() + finding.evidence[1:])}.</p>"] if finding.evidence else []
+    words = [f"<p>{text(finding.told[:1].upper() + finding.told[1:])}.</p>"] if finding.told else []
     if not finding.layer:
         words.append(
             '<p>Only the number of layers was logged; <code>CollapseGuard(action="log")</code> also names them.</p>'
@@ -191,7 +191,7 @@ def _verdict(board: Board, finding: Finding, most: int) -> str:
         charts = board.charts.get(category, {})
         for measure in (*rule.measures, *rule.optional):
             lines = charts.get(measure, {})
-            names = [finding.layer, *([ALL] if rule.judges(ALL, Task()) else [])] if finding.layer else list(lines)
+            names = [finding.layer, *([ALL] if rule.applies_to(ALL, Task()) else [])] if finding.layer else list(lines)
             curves = {name: lines[name] for name in names if name in lines}
             nulls = {name: board.null(category, measure, name) for name in curves}
             if curves:

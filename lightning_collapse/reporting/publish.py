@@ -1,4 +1,4 @@
-"""The one way a reading leaves us: to the loggers, to ``callback_metrics`` and to whoever reads points."""
+"""Publication of points: to the loggers, to ``callback_metrics`` and to whoever reads points."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_collapse.reporting.containments import METRICS, containment_of
 from lightning_collapse.utilities.points import Point
 
 
@@ -22,7 +23,8 @@ def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point
 
     Not ``self.log``: it resamples at Lightning's own cadence, repeats stale values, and costs more than the
     mathematics. Every process must publish the same points, so that ``EarlyStopping`` and ``ModelCheckpoint`` decide
-    alike everywhere.
+    alike everywhere. A logger or a reader that raises an exception is left out for the rest of the fit, with one
+    warning; the others go on.
     """
     if not points:
         return
@@ -30,7 +32,12 @@ def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point
     tensors = torch.tensor(list(values.values())).unbind()  # one by one they cost more than many a measure
     trainer.callback_metrics.update(zip(values, tensors, strict=True))
     for logger in trainer.loggers:
-        logger.log_metrics(values, step=points[0].step)
+        containment = containment_of(logger)
+        if METRICS not in containment.failed:
+            with containment(METRICS, "this logger gets nothing from now on"):
+                logger.log_metrics(values, step=points[0].step)
     for callback in trainer.callbacks:
-        if isinstance(callback, PointReader):
-            callback.on_points(trainer, pl_module, points)
+        containment = containment_of(callback)
+        if isinstance(callback, PointReader) and not containment.failed:
+            with containment("`on_points`", "it reads no points from now on"):
+                callback.on_points(trainer, pl_module, points)

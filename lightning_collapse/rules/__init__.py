@@ -1,28 +1,32 @@
-"""What counts as a failure: one rule per verdict, without Lightning."""
+"""Rules of failure: one per verdict, and the judge that applies them to points; without Lightning."""
 
 from lightning_collapse.rules.attention import AttentionEntropyCollapse, AttentionOverload
-from lightning_collapse.rules.base import ALL, HEALTHY, RULES, Rule, register_rule
-from lightning_collapse.rules.causes import VerdictGrouper
+from lightning_collapse.rules.base import ALL, HEALTHY, RULES, TRAINING, Rule, register_rule
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
 from lightning_collapse.rules.explosion import LossExplosion
 from lightning_collapse.rules.forgetting import CatastrophicForgetting
+from lightning_collapse.rules.judge import Judge, Judgement
 from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
 from lightning_collapse.rules.non_finite import NonFinite
 from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
 from lightning_collapse.rules.task import TASKS, Task
 from lightning_collapse.rules.verdict import Verdict
+from lightning_collapse.rules.verdict_grouper import VerdictGrouper
 
 __all__ = [
     "ALL",
     "HEALTHY",
     "RULES",
     "TASKS",
+    "TRAINING",
     "AttentionEntropyCollapse",
     "AttentionOverload",
     "CatastrophicForgetting",
     "CompleteCollapse",
     "DimensionalCollapse",
+    "Judge",
+    "Judgement",
     "LossExplosion",
     "MinorityCollapse",
     "NeuralCollapseReached",

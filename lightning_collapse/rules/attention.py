@@ -1,4 +1,4 @@
-"""Heads of attention that look at one key, or at all alike."""
+"""Attention entropy collapse and attention overload: heads that look at one key, or at all alike."""
 
 from collections.abc import Mapping
 from math import inf
@@ -14,28 +14,30 @@ class AttentionEntropyCollapse(Rule):
     The layer's normalized entropy, averaged over its heads, is a tenth of the largest it had at the beginning of the
     run, or half of its heads are below the line of :class:`~lightning_collapse.AttentionEntropyMonitor`. Such layers
     precede oscillation and divergence (Zhai et al., 2023, arXiv 2303.06296); no paper that we could read states a
-    number, both are ours.
+    number, both are ours. The largest logit is evidence alone.
     """
 
     kind = "attention_entropy_collapse"
     family = "attention"
     measures = ("entropy_mean", "collapsed_share", "max_logit")
+    lower_is_worse = ("entropy_mean",)
+    higher_is_worse = ("collapsed_share",)
     share = 0.1
     heads = 0.5
     advice = "Return with `Rollback()`, which lowers the learning rate: logits grew too fast."
     paper = "Zhai et al., 2023, arXiv 2303.06296"
 
-    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
-        """A tenth of the beginning over the entropy, or the share of collapsed heads over a half."""
-        fallen = self.share * beginning["entropy_mean"] / max(points["entropy_mean"].value, 1e-300)
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """A tenth of the baseline over the entropy, or the share of collapsed heads over a half."""
+        fallen = self.share * baseline["entropy_mean"] / max(points["entropy_mean"].value, 1e-300)
         return max(fallen, points["collapsed_share"].value / self.heads)
 
-    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Entropy, collapsed heads and the largest logit."""
         entropy = points["entropy_mean"]
         return (
             f"over {entropy.n} queries the normalized attention entropy is {entropy.value:.2g}, where the run began"
-            f" with {beginning['entropy_mean']:.2g}; {100 * points['collapsed_share'].value:.0f} % of the heads have"
+            f" with {baseline['entropy_mean']:.2g}; {100 * points['collapsed_share'].value:.0f} % of the heads have"
             f" collapsed, and the largest logit is {points['max_logit'].value:.3g}"
         )
 
@@ -46,14 +48,15 @@ class AttentionOverload(Rule):
 
     Nine in ten heads are above the overload line of :class:`~lightning_collapse.AttentionEntropyMonitor`, and fewer
     than a quarter of them were at some time before: every freshly initialized head starts overloaded, which says
-    nothing, so a layer that never left its beginning is not reported. Nor is one that trembles about the line: the
-    entropy must be twice as near to its largest value as it was at its lowest, for five points: it is no matter of life
-    and death, and comes and goes. The term is Jha and Reagen's (2025, arXiv 2501.03489); the numbers are ours.
+    nothing, so a layer that never left its beginning is not reported. Nor is one that oscillates near the
+    threshold: the entropy must be twice as near to its largest value as it was at its lowest, for five points; the
+    severity is low, and it comes and goes. The term is Jha and Reagen's (2025, arXiv 2501.03489); the numbers are ours.
     """
 
     kind = "attention_overload"
     family = "attention"
     measures = ("overloaded_share", "entropy_mean")
+    higher_is_worse = ("overloaded_share", "entropy_mean")
     calibration = inf
     patience = 5
     heads = 0.9
@@ -62,22 +65,22 @@ class AttentionOverload(Rule):
     advice = "Keep tokens apart with `Regularizer(KoLeo(), on=...)` on the input of this attention."
     paper = "Jha & Reagen, 2025, arXiv 2501.03489"
 
-    def fold(self, so_far: float, value: float, count: int) -> float:
+    def update_baseline(self, so_far: float, value: float, count: int) -> float:
         """The smallest value of the run so far."""
         return min(so_far, value)
 
-    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """The share of overloaded heads over nine tenths, or half of what the entropy has gained if that is less."""
-        if beginning["overloaded_share"] >= self.left:
+        if baseline["overloaded_share"] >= self.left:
             return 0.0
-        gain = (1 - beginning["entropy_mean"]) / max(1 - points["entropy_mean"].value, 1e-300)
+        gain = (1 - baseline["entropy_mean"]) / max(1 - points["entropy_mean"].value, 1e-300)
         return min(points["overloaded_share"].value / self.heads, gain / self.gain)
 
-    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Overloaded heads and the entropy, now and at its lowest."""
         share = points["overloaded_share"]
         return (
             f"over {share.n} queries {100 * share.value:.0f} % of the heads look at all keys alike, where it was"
-            f" {100 * beginning['overloaded_share']:.0f} % before; the normalized attention entropy is"
-            f" {points['entropy_mean'].value:.2f}, and was {beginning['entropy_mean']:.2f}"
+            f" {100 * baseline['overloaded_share']:.0f} % before; the normalized attention entropy is"
+            f" {points['entropy_mean'].value:.2f}, and was {baseline['entropy_mean']:.2f}"
         )

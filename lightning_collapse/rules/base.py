@@ -1,4 +1,4 @@
-"""A rule: what counts as a failure, by comparison with the null and with the run's own beginning."""
+"""Rule: what counts as a failure, by comparison with the null and with the run's own baseline."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,6 +10,8 @@ from lightning_collapse.utilities.points import Flag, Point
 
 ALL = "all"
 """What stands for the layer in curves that sum up all layers of a family."""
+TRAINING = "training"
+"""Family of readings of the training as a whole, which rules of every family can read, see :attr:`Rule.of_training`."""
 HEALTHY = 0.5
 """Below this severity a layer is healthy again; between it and 1 nothing changes."""
 UNDECIDED = 0.75
@@ -18,19 +20,22 @@ UNREADABLE = (Flag.NOT_CALLED, Flag.FEW_ROWS, Flag.SOLVER)
 
 
 class Rule(ABC):
-    """Judges one layer at one step from its points and from the first points of the run.
+    """Judges one layer at one step from its points and from their baseline, what the first points of the run come to.
 
     Attributes:
         kind: Name of the verdict.
         family: First part of the names of the curves it reads.
         measures: Last parts of the names of the curves it reads.
         optional: The same, of curves it reads where a monitor draws them.
-        calibration: How many first points make the beginning, ``inf`` for all so far; ``None`` leaves it to the guard.
+        of_training: Measures of the family :data:`TRAINING` that it reads where they are known.
+        lower_is_worse: Those of its measures of which, all else equal, a lower value is never less severe.
+        higher_is_worse: The same for higher values. What is in neither has no such direction: the docstring says why.
+        calibration: How many first points make the baseline, ``inf`` for all so far; ``None`` leaves it to the guard.
         healthy: Severity below which a layer is healthy again.
         patience: Points in a row it takes; ``None`` leaves it to the guard.
-        recovery: Points in a row it takes to be over; ``None`` for as many as it takes to fall.
+        recovery: Points in a row it takes to be over; ``None`` for as many as it takes to be triggered.
         informative: Whether it is no failure: it is said once and drawn, and nothing else follows from it.
-        waits: Whether nothing is judged before the beginning is complete.
+        needs_full_baseline: Whether nothing is judged before the baseline is complete.
         tasks: The tasks it is about, of :data:`~lightning_collapse.rules.TASKS`; empty for all.
         supersedes: Kinds that say nothing more about a layer of which this one is said.
         advice: Which loss, layer or callback of this library addresses it, in one sentence.
@@ -41,26 +46,29 @@ class Rule(ABC):
     family: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
+    of_training: ClassVar[tuple[str, ...]] = ()
+    lower_is_worse: ClassVar[tuple[str, ...]] = ()
+    higher_is_worse: ClassVar[tuple[str, ...]] = ()
     calibration: ClassVar[float | None] = None
     healthy: ClassVar[float] = HEALTHY
     patience: ClassVar[int | None] = None
     recovery: ClassVar[int | None] = None
     informative: ClassVar[bool] = False
-    waits: ClassVar[bool] = False
+    needs_full_baseline: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ()
     supersedes: ClassVar[tuple[str, ...]] = ()
     advice: ClassVar[str] = ""
     paper: ClassVar[str] = ""
 
     @abstractmethod
-    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """How bad it looks: 1 or more is a failure, below :attr:`healthy` none; between, or if NaN, nothing changes."""
 
     @abstractmethod
-    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """The numbers the verdict rests on, in words."""
 
-    def fold(self, so_far: float, value: float, count: int) -> float:
+    def update_baseline(self, so_far: float, value: float, count: int) -> float:
         """What ``count`` first values of a curve and the next one come to: the largest of them."""
         return max(so_far, value)
 
@@ -71,15 +79,17 @@ class Rule(ABC):
             isfinite(point.value) and point.flag not in UNREADABLE for point in own
         )
 
-    def expected(self, layer: str, points: Mapping[str, Point], beginning: Mapping[str, float], task: Task) -> str:
-        """Why this is where training on ``task`` ends, so that it is news and no failure; empty where it is none."""
+    def expected(self, layer: str, points: Mapping[str, Point], baseline: Mapping[str, float], task: Task) -> str:
+        """Why this is where training on ``task`` ends, so that it is a notice and no failure; empty if it is not."""
         return ""
 
-    def judges(self, layer: str, task: Task) -> bool:
+    def applies_to(self, layer: str, task: Task) -> bool:
         """Whether it is about this layer: every one, but not what sums up all of them."""
         return layer != ALL
 
-    def culprit(self, layers: Mapping[str, Mapping[str, Point]], beginnings: Mapping[str, Mapping[str, float]]) -> str:
+    def worst_layer(
+        self, layers: Mapping[str, Mapping[str, Point]], baselines: Mapping[str, Mapping[str, float]]
+    ) -> str:
         """Where a failure that is judged from what sums up all layers shows most."""
         return ALL
 

@@ -1,4 +1,4 @@
-"""Collapse of a layer's features, of all rows onto one point or onto few directions."""
+"""Complete and dimensional collapse: a layer's rows on one point, or along few directions."""
 
 from collections.abc import Mapping
 
@@ -7,8 +7,8 @@ from lightning_collapse.rules.regression import RegressionOverCompression
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
-SHARE, DEEP, SHARE_OF_BEGINNING = 0.01, 0.1, 0.25
-"""All there is to a spread is lost below the first; below the second, if it is this share of the beginning."""
+SHARE, DEEP, SHARE_OF_BASELINE = 0.01, 0.1, 0.25
+"""All there is to a spread is lost below the first; below the second, if it is this share of the baseline."""
 LENGTHS = 0.25
 """Lengths that vary by more tell rows apart."""
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
@@ -16,19 +16,19 @@ RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
 that began near one must be this many times as near."""
 
 
-def directions_gone(points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+def directions_gone(points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
     """How far the spread of the directions is below its lines, 0 where nothing is known of it.
 
     That of a single feature is no spread but a sign, and has no null.
     """
-    if "direction_spread" not in beginning or not points["direction_spread"].null > 0:
+    if "direction_spread" not in baseline or not points["direction_spread"].null > 0:
         return 0.0
-    return spread_gone(points["direction_spread"].value, beginning["direction_spread"])
+    return spread_gone(points["direction_spread"].value, baseline["direction_spread"])
 
 
-def spread_gone(value: float, beginning: float) -> float:
-    """A hundredth over a spread; or a tenth, or a quarter of the beginning if that is less."""
-    return max(SHARE, min(DEEP, SHARE_OF_BEGINNING * beginning)) / max(value, 1e-300)
+def spread_gone(value: float, baseline: float) -> float:
+    """A hundredth over a spread; or a tenth, or a quarter of the baseline if that is less."""
+    return max(SHARE, min(DEEP, SHARE_OF_BASELINE * baseline)) / max(value, 1e-300)
 
 
 def on_a_ray(points: Mapping[str, Point]) -> bool:
@@ -47,48 +47,47 @@ class CompleteCollapse(Rule):
     at the beginning of the run. Or the standard deviation of the features is a hundredth of that at the beginning.
     Ranks cannot see this: they do not change when a representation shrinks. Rows that point one way are equal to every
     loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the directions, unless
-    rows lie on a ray, which is dimensional collapse. The outputs of a classifier, a regression or a language model are
-    not judged, nor are single features.
+    rows lie on a ray, which is dimensional collapse: so the rank, which tells the two apart, has no direction in which
+    it is worse. The outputs of a classifier, a regression or a language model are not judged, nor are single features.
     """
 
     kind = "complete_collapse"
     family = "collapse"
     measures = ("feature_std", "relative_spread")
     optional = ("direction_spread", "eigenvalue_effective_rank")
+    lower_is_worse = ("feature_std", "relative_spread", "direction_spread")
     supersedes = ("dimensional_collapse",)
     advice = "Add `Regularizer(VICReg(), on=...)`, or `VCReg()` for one view, or have `SwitchOn` raise its weight."
     paper = "Bardes, Ponce & LeCun, 2022, arXiv 2105.04906; Chen & He, 2021, arXiv 2011.10566"
 
-    def judges(self, layer: str, task: Task) -> bool:
+    def applies_to(self, layer: str, task: Task) -> bool:
         """Every layer but outputs that follow targets."""
-        return super().judges(layer, task) and layer not in task.outputs
+        return super().applies_to(layer, task) and layer not in task.outputs
 
-    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """How far the least of the shares is below its line."""
         if points["feature_std"].flag == Flag.CONSTANT:
             return float("inf")
         if "direction_spread" in points and not points["direction_spread"].null > 0:
             return 0.0
-        shrunk = SHARE * beginning["feature_std"] / max(points["feature_std"].value, 1e-300)
-        alike = spread_gone(points["relative_spread"].value, beginning["relative_spread"])
-        directions = directions_gone(points, beginning)
+        shrunk = SHARE * baseline["feature_std"] / max(points["feature_std"].value, 1e-300)
+        alike = spread_gone(points["relative_spread"].value, baseline["relative_spread"])
+        directions = directions_gone(points, baseline)
         return max(shrunk, alike, min(directions, UNDECIDED) if on_a_ray(points) else directions)
 
-    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
-        """All shares, and the beginning."""
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """All shares, and the baseline."""
         std, spread = (points[name] for name in self.measures)
         return (
             f"over {std.n} rows the feature std is {std.value:.2g}, where the run began with"
-            f" {beginning['feature_std']:.2g}; the spread is {100 * spread.value:.2g} % of the root mean square"
-            f" (began with {100 * beginning['relative_spread']:.2g} %){_of_directions(points, beginning)}"
+            f" {baseline['feature_std']:.2g}; the spread is {100 * spread.value:.2g} % of the root mean square"
+            f" (began with {100 * baseline['relative_spread']:.2g} %){_of_directions(points, baseline)}"
         )
 
-    def expected(self, layer: str, points: Mapping[str, Point], beginning: Mapping[str, float], task: Task) -> str:
+    def expected(self, layer: str, points: Mapping[str, Point], baseline: Mapping[str, float], task: Task) -> str:
         """News in language models, whose features lie in a narrow cone, down to the lines of a hundredth."""
-        total = any(
-            points[name].value <= SHARE for name in ("relative_spread", "direction_spread") if name in beginning
-        )
-        shrunk = points["feature_std"].value <= SHARE * beginning["feature_std"]
+        total = any(points[name].value <= SHARE for name in ("relative_spread", "direction_spread") if name in baseline)
+        shrunk = points["feature_std"].value <= SHARE * baseline["feature_std"]
         if task.name != "language model" or total or shrunk:
             return ""
         return "features of language models lie in a narrow cone (Ethayarajh, 2019), and this is no failure"
@@ -112,43 +111,45 @@ class DimensionalCollapse(Rule):
     family = "collapse"
     measures = ("eigenvalue_effective_rank", "effective_rank")
     optional = ("relative_spread", "direction_spread")
+    lower_is_worse = ("eigenvalue_effective_rank", "effective_rank", "direction_spread")
+    higher_is_worse = ("relative_spread",)
     shares = (0.1, 0.3)
     advice = "Add `Regularizer(VICReg(), on=...)`, or `EffectiveRankHinge()` or `VCReg()` for one view."
     paper = "Jing et al., 2022, arXiv 2110.09348"
 
-    def judges(self, layer: str, task: Task) -> bool:
+    def applies_to(self, layer: str, task: Task) -> bool:
         """Every layer but outputs that follow targets, and features that are compared with them."""
         compared = RegressionOverCompression.kind in task.kinds and layer in task.last
-        return super().judges(layer, task) and layer not in task.outputs and not compared
+        return super().applies_to(layer, task) and layer not in task.outputs and not compared
 
-    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
-        """How far both ranks are below their lines, or below their shares of the beginning; or how near to a ray."""
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """How far both ranks are below their lines, or below their shares of the baseline; or how near to a ray."""
         ranks = [points[name] for name in self.measures]
         if not ranks[0].null > LEAST_NULL or ranks[0].flag == Flag.CONSTANT:
             return 0.0
         # a rank counts from one: at twice a line's distance from it all is well
         near_one = min(
-            _rank_line(line, beginning[rank_name]) / max(rank.value - 1, 1e-300)
+            _rank_line(line, baseline[rank_name]) / max(rank.value - 1, 1e-300)
             for line, rank_name, rank in zip(RANK_LINES, self.measures, ranks, strict=True)
         )
         lost = min(
-            share * beginning[name] / max(rank.value, 1e-300)
+            share * baseline[name] / max(rank.value, 1e-300)
             for share, name, rank in zip(self.shares, self.measures, ranks, strict=True)
         )
-        directions = directions_gone(points, beginning)
+        directions = directions_gone(points, baseline)
         return max(near_one, lost, directions if on_a_ray(points) else min(directions, UNDECIDED))
 
-    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
-        """Both ranks, the null and the beginning; and the directions."""
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """Both ranks, the null and the baseline; and the directions."""
         rank, wide = (points[name] for name in self.measures)
         return (
             f"over {rank.n} rows the eigenvalue effective rank is {rank.value:.2f} and the effective rank"
             f" {wide.value:.1f}, where isotropic noise reads {rank.null:.0f} and {wide.null:.0f} and the run began with"
-            f" {beginning[self.measures[0]]:.1f} and {beginning[self.measures[1]]:.1f}"
-            f"{_of_directions(points, beginning)}"
+            f" {baseline[self.measures[0]]:.1f} and {baseline[self.measures[1]]:.1f}"
+            f"{_of_directions(points, baseline)}"
         )
 
-    def expected(self, layer: str, points: Mapping[str, Point], beginning: Mapping[str, float], task: Task) -> str:
+    def expected(self, layer: str, points: Mapping[str, Point], baseline: Mapping[str, float], task: Task) -> str:
         """News in the last features of a classifier or a regression that are nearer to their end than to a line.
 
         Neural collapse leaves ``C - 1`` directions of ``C`` classes, regression as many as it has targets, so that a
@@ -160,13 +161,13 @@ class DimensionalCollapse(Rule):
         return f"{task.name} ends in {task.directions} direction(s) there, and this is no failure"
 
 
-def _rank_line(line: float, beginning: float) -> float:
+def _rank_line(line: float, baseline: float) -> float:
     """How far from one a rank may be: less where it began near one, as in a first layer of gray images."""
-    return max(min(line - 1, (beginning - 1) / NEARER), (line - 1) / 10)
+    return max(min(line - 1, (baseline - 1) / NEARER), (line - 1) / 10)
 
 
-def _of_directions(points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
-    if "direction_spread" not in beginning:
+def _of_directions(points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+    if "direction_spread" not in baseline:
         return ""
-    now, before = 100 * points["direction_spread"].value, 100 * beginning["direction_spread"]
+    now, before = 100 * points["direction_spread"].value, 100 * baseline["direction_spread"]
     return f"; the spread of the directions is {now:.2g} % (began with {before:.2g} %)"

@@ -1,4 +1,4 @@
-"""Inputs that fall onto one side of the weights they are multiplied by: a loss about to explode."""
+"""Loss explosion: inputs fall onto one side of the weights they are multiplied by, and a matrix grows."""
 
 from collections.abc import Mapping
 
@@ -24,8 +24,10 @@ class LossExplosion(Rule):
     kind = "loss_explosion"
     family = "spectral_alignment"
     measures = ("sign_diversity", "spectral_norm")
+    lower_is_worse = ("sign_diversity",)
+    higher_is_worse = ("spectral_norm",)
     calibration = 20
-    waits = True
+    needs_full_baseline = True
     patience = 1
     recovery = 2
     share = 0.5
@@ -36,35 +38,37 @@ class LossExplosion(Rule):
     advice = "Return with `Rollback()`, which lowers the learning rate."
     paper = "Qiu et al., 2025, arXiv 2510.04202"
 
-    def judges(self, layer: str, task: Task) -> bool:
+    def applies_to(self, layer: str, task: Task) -> bool:
         """The mean over all matrices only."""
         return layer == ALL
 
-    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
-        """Half of the beginning over the mean sign diversity, or half of the growth if that is less.
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """Half of the baseline over the mean sign diversity, or half of the growth if that is less.
 
-        At three quarters of the beginning all is healthy again. Inputs that were one-sided from the beginning, as after
+        At three quarters of the baseline all is healthy again. Inputs that were one-sided from the beginning, as after
         a ReLU, have nothing to lose; the signs of a few rows fall to one side by chance.
         """
         diversity, norm = (points[name] for name in self.measures)
-        if beginning["sign_diversity"] < self.least or diversity.n < self.least_n:
+        if baseline["sign_diversity"] < self.least or diversity.n < self.least_n:
             return 0.0
-        lost = self.share * beginning["sign_diversity"] / max(diversity.value, 1e-300)
-        return min(lost, norm.value / max(beginning["spectral_norm"], 1e-300) / self.growth)
+        lost = self.share * baseline["sign_diversity"] / max(diversity.value, 1e-300)
+        return min(lost, norm.value / max(baseline["spectral_norm"], 1e-300) / self.growth)
 
-    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
-        """Mean and norm, now and at the beginning."""
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """Mean and norm, and their baselines."""
         diversity, norm = (points[name] for name in self.measures)
         return (
             f"the sign diversity of the inputs along the top singular vectors is {diversity.value:.2f} in the mean over"
-            f" all matrices, where the run began with {beginning['sign_diversity']:.2f}, and the largest spectral norm"
-            f" of a matrix {norm.value:.3g}, where it began with {beginning['spectral_norm']:.3g}"
+            f" all matrices, where the run began with {baseline['sign_diversity']:.2f}, and the largest spectral norm"
+            f" of a matrix {norm.value:.3g}, where it began with {baseline['spectral_norm']:.3g}"
         )
 
-    def culprit(self, layers: Mapping[str, Mapping[str, Point]], beginnings: Mapping[str, Mapping[str, float]]) -> str:
+    def worst_layer(
+        self, layers: Mapping[str, Mapping[str, Point]], baselines: Mapping[str, Mapping[str, float]]
+    ) -> str:
         """The matrix that kept the smallest share of its own diversity."""
         kept = {
-            layer: points["sign_diversity"].value / max(beginnings[layer]["sign_diversity"], 1e-300)
+            layer: points["sign_diversity"].value / max(baselines[layer]["sign_diversity"], 1e-300)
             for layer, points in layers.items()
             if layer != ALL
         }

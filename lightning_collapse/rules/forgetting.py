@@ -1,4 +1,4 @@
-"""A task that was learned and is not known any more."""
+"""Catastrophic forgetting: a task that was learned and is not known any more."""
 
 from collections.abc import Mapping
 from math import inf, sqrt
@@ -21,6 +21,7 @@ class CatastrophicForgetting(Rule):
     kind = "catastrophic_forgetting"
     family = "continual"
     measures = ("accuracy",)
+    lower_is_worse = ("accuracy",)
     calibration = inf
     patience = 1
     share = 0.5
@@ -28,24 +29,24 @@ class CatastrophicForgetting(Rule):
     advice = "Keep what was learned with `Distillation`, or with `CLASSP` as the optimizer."
     paper = "McCloskey & Cohen, 1989, Psychology of Learning and Motivation 24"
 
-    def judges(self, layer: str, task: Task) -> bool:
+    def applies_to(self, layer: str, task: Task) -> bool:
         """Every task, but not the mean over them."""
         return bool(layer)
 
-    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """What was lost over half of what was learned, or over three standard errors if that is less."""
-        now, best = points["accuracy"], beginning["accuracy"]
+        now, best = points["accuracy"], baseline["accuracy"]
         null = max(0.0, now.null)  # in this order 0 for NaN
         if now.n < 1 or not (0 <= now.value <= best <= 1) or best < (1 + null) / 2:
             return 0.0
         error = self.errors * sqrt((best * (1 - best) + now.value * (1 - now.value)) / now.n)
         return (best - now.value) / max(self.share * (best - null), error, 1e-300)
 
-    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """The accuracy, now and at its best, and that of the untrained network."""
         now = points["accuracy"]
         null = f", and the untrained network's {now.null:.2f}" if now.null >= 0 else ""
         return (
             f"over {now.n} samples the accuracy on this task is {now.value:.2f}, where its best was"
-            f" {beginning['accuracy']:.2f}{null}"
+            f" {baseline['accuracy']:.2f}{null}"
         )

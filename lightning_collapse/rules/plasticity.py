@@ -1,4 +1,4 @@
-"""Units that have fallen silent: a network that can no longer learn."""
+"""Loss of plasticity: units have fallen silent, and the network can no longer learn."""
 
 from collections.abc import Mapping
 
@@ -18,19 +18,20 @@ class PlasticityLoss(Rule):
     kind = "plasticity_loss"
     family = "plasticity"
     measures = ("dormant_fraction",)
+    higher_is_worse = ("dormant_fraction",)
     share = 0.5
     advice = "Bring units back with `ShrinkAndPerturb()`, or add `Regularizer(VCReg(), on=...)` to the layer."
     paper = "Sokar et al., 2023, arXiv 2302.12902"
 
-    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """The share of active units that were lost, over a half."""
-        active = max(1 - beginning["dormant_fraction"], 1e-300)
-        return max(points["dormant_fraction"].value - beginning["dormant_fraction"], 0.0) / active / self.share
+        active = max(1 - baseline["dormant_fraction"], 1e-300)
+        return max(points["dormant_fraction"].value - baseline["dormant_fraction"], 0.0) / active / self.share
 
-    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
-        """Dormant units, now and at the beginning."""
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """Dormant units, and their baseline."""
         dormant = points["dormant_fraction"]
         return (
             f"over {dormant.n} rows {100 * dormant.value:.0f} % of the units are dormant, where the run began with"
-            f" {100 * beginning['dormant_fraction']:.0f} %"
+            f" {100 * baseline['dormant_fraction']:.0f} %"
         )

@@ -1,4 +1,4 @@
-"""Features of a regression head that have become poorer than the targets."""
+"""Over-compression in regression: features have a lower intrinsic dimension than the targets."""
 
 from collections.abc import Mapping
 from math import log, nan, sqrt
@@ -22,6 +22,8 @@ class RegressionOverCompression(Rule):
     kind = "regression_over_compression"
     family = "regression_collapse"
     measures = ("intrinsic_dimension", "target_dimension")
+    lower_is_worse = ("intrinsic_dimension",)
+    higher_is_worse = ("target_dimension",)
     errors = 3.0
     least = 0.1
     distinct = 0.9
@@ -29,7 +31,7 @@ class RegressionOverCompression(Rule):
     advice = "Lower the weight decay, or add `Regularizer(EffectiveRankHinge(), on=...)` to the layer."
     paper = "2025, arXiv 2510.01105"
 
-    def severity(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> float:
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """The logarithm of the targets' dimension over the features', in units of what counts as a difference.
 
         NaN unless nine in ten targets differ.
@@ -42,10 +44,10 @@ class RegressionOverCompression(Rule):
         error = self.errors * sqrt(1 / features.n + 1 / targets.n)
         return max(log(targets.value / features.value) / max(error, self.least), 0.0)
 
-    def evidence(self, points: Mapping[str, Point], beginning: Mapping[str, float]) -> str:
-        """Both dimensions, and the features' at the beginning."""
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """Both dimensions, and the features' baseline."""
         features, targets = (points[name] for name in self.measures)
         return (
             f"over {features.n} rows the intrinsic dimension of the features is {features.value:.2g}, below the"
-            f" {targets.value:.2g} of the targets; the run began with {beginning['intrinsic_dimension']:.2g}"
+            f" {targets.value:.2g} of the targets; the run began with {baseline['intrinsic_dimension']:.2g}"
         )

@@ -1,4 +1,4 @@
-"""What a network is trained for, as far as it changes what counts as a failure."""
+"""Task: what a network is trained for, as far as it changes what counts as a failure."""
 
 from dataclasses import dataclass
 

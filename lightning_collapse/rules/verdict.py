@@ -1,7 +1,11 @@
-"""What a rule has found."""
+"""Verdict: what a rule has found."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PLACES = 8
+"""How many other places words name; the data keep all."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,29 @@ class Verdict:
         """The kind and the layer, in words."""
         return f"{self.kind.replace('_', ' ')} in `{self.layer}`"
 
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers, strings and a list, for a checkpoint or an event file."""
+        return {**asdict(self), "also": list(self.also)}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "Verdict":
+        """The verdict of which :meth:`as_dict` told."""
+        return cls(**{**state, "also": tuple(state["also"])})
+
     def __str__(self) -> str:
-        also = f"; also {', '.join(self.also)}" if self.also else ""
+        also = f"; {also_in_words(self.also)}" if self.also else ""
         advice = f" {self.advice}" if self.advice else ""
         return f"{self.name} since step {self.since}: {self.evidence}{also}.{advice}"
+
+
+def also_in_words(places: Sequence[str]) -> str:
+    """Where else a failure shows; of more than eight places the first eight, and how many more there are.
+
+    Example:
+        >>> also_in_words(["in `a`", "in `b`"])
+        'also in `a`, in `b`'
+        >>> also_in_words([f"in `{i}`" for i in range(299)])[-22:]
+        ', in `7`, and 291 more'
+    """
+    more = f", and {len(places) - PLACES} more" if len(places) > PLACES else ""
+    return f"also {', '.join(places[:PLACES])}{more}"

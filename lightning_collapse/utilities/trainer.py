@@ -24,6 +24,16 @@ def logging_step(trainer: Trainer) -> int:
     return step
 
 
+def is_resumed(trainer: Trainer) -> bool:
+    """Whether the fit that begins goes on from a checkpoint; asked in ``on_fit_start``.
+
+    The step counter cannot tell, since loops are restored later, nor can the calls of ``load_state_dict``: tuners such
+    as ``LearningRateFinder`` and ``BatchSizeFinder`` save the states of all callbacks and load them again before a
+    callback's ``on_fit_start``, and leave the path of their own checkpoint in ``trainer.ckpt_path``.
+    """
+    return bool(trainer._checkpoint_connector._loaded_checkpoint)
+
+
 def ends_step(trainer: Trainer) -> bool:
     """Whether the running training batch is the last of its accumulation window (the epoch's odd last one too)."""
     return not _epoch_loop(trainer)._should_accumulate()
@@ -99,16 +109,17 @@ def save_checkpoint(trainer: Trainer, path: str, who: str) -> bool:
     Whatever the reason (a full disk, an object that cannot be pickled): a run that is only watched goes on. The first
     process alone writes, so only it may fail; the others wait for it then in the barrier that ends a save.
     """
-    problem = ""
-    try:
-        trainer.save_checkpoint(path)
-    except Exception as error:
-        problem = f"`{who}` could not save a checkpoint as {path!r}: {error!r:.400}"
+    return _save(trainer, lambda: trainer.save_checkpoint(path), path, who)
+
+
+def save_state(trainer: Trainer, make_state: Callable[[], dict[str, Any]], path: str, who: str) -> bool:
+    """Save a state of training that is no whole checkpoint, as :func:`save_checkpoint` does. Collective."""
+
+    def save() -> None:
+        trainer.strategy.save_checkpoint(make_state(), path)
         trainer.strategy.barrier("Trainer.save_checkpoint")
-    saved = trainer.strategy.reduce_boolean_decision(not problem)
-    if problem:
-        rank_zero_warn(problem)
-    return saved
+
+    return _save(trainer, save, path, who)
 
 
 def load_own_checkpoint(trainer: Trainer, path: str) -> dict[str, Any]:
@@ -117,6 +128,19 @@ def load_own_checkpoint(trainer: Trainer, path: str) -> dict[str, Any]:
     if "weights_only" in signature(load).parameters:
         return load(path, weights_only=False)
     return load(path)  # Lightning before 2.6, which asks torch to
+
+
+def _save(trainer: Trainer, save: Callable[[], None], path: str, who: str) -> bool:
+    problem = ""
+    try:
+        save()
+    except Exception as error:
+        problem = f"`{who}` could not save a checkpoint as {path!r}: {error!r:.400}"
+        trainer.strategy.barrier("Trainer.save_checkpoint")
+    saved = trainer.strategy.reduce_boolean_decision(not problem)
+    if problem:
+        rank_zero_warn(problem)
+    return saved
 
 
 def hands_back_weights_only(trainer: Trainer) -> bool:

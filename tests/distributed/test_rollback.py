@@ -6,11 +6,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
-from lightning_collapse import CollapseGuard, CollapseMonitor, Rollback
+from lightning_collapse import CollapseGuard, Rollback
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
 from tests.distributed.launch import on_two_processes
-from tests.toys import HEALTHY, QUIET, Toy, batches
+from tests.toys import HEALTHY, QUIET, Claims, Toy, batches
 
 SCRIPT = [1.0] * 4 + [1e-4] * 2 + [1.0]
 
@@ -53,7 +53,7 @@ def _check(rank, model, strategy, folder):
     torch.manual_seed(0)
     script = Script()
     guard = CollapseGuard(action=Rollback(0.5, every_n_steps=1), dirpath=folder)
-    callbacks = [CollapseMonitor(["encoder"], every_n_steps=10_000), guard, script]
+    callbacks = [Claims(), guard, script]
     options = {**QUIET, "devices": 2, "strategy": strategy, "logger": False, "use_distributed_sampler": False}
     trainer = Trainer(**{**options, "callbacks": callbacks})
     trainer.fit(model(), batches(len(SCRIPT), seed=rank))

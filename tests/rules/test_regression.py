@@ -6,11 +6,11 @@ from math import exp, nan, sqrt
 import pytest
 from lightning.pytorch import Callback
 
-from lightning_collapse import CollapseGuard, RegressionCollapseMonitor
+from lightning_collapse import CollapseGuard
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Flag, Point
 from tests.regression import Regressor, loader
-from tests.toys import PointKeeper, fit
+from tests.toys import Claims, PointKeeper, fit
 
 Script = Sequence[tuple[float, float, int]]
 
@@ -31,7 +31,7 @@ class Planted(Callback):
 
 def judged(script: Script, flag: Flag = Flag.OK, distinct: float = 1.0) -> tuple[CollapseGuard, PointKeeper]:
     guard, keeper = CollapseGuard(action="log"), PointKeeper()
-    callbacks = [RegressionCollapseMonitor(every_n_steps=10_000), guard, Planted(script, flag, distinct), keeper]
+    callbacks = [Claims("regression_collapse"), guard, Planted(script, flag, distinct), keeper]
     fit(Regressor(), callbacks, loader(), limit_train_batches=len(script), log_every_n_steps=1)
     return guard, keeper
 

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 import pytest
 from lightning.pytorch import Callback
 
-from lightning_collapse import AttentionEntropyMonitor, CollapseGuard, SpectralAlignmentMonitor
+from lightning_collapse import CollapseGuard
 from lightning_collapse.reporting import publish
 from lightning_collapse.rules import RULES, Rule, register_rule
 from lightning_collapse.utilities.points import Point
-from tests.toys import PointKeeper, Toy, batches, fit
+from tests.toys import Claims, PointKeeper, Toy, batches, fit
 
-MONITORS = {"spectral_alignment": SpectralAlignmentMonitor, "attention": AttentionEntropyMonitor}
 Script = Sequence[Mapping[str, Mapping[str, float]]]
 
 
@@ -32,7 +31,7 @@ class Planted(Callback):
 
 def judged(family: str, script: Script, n: int = 64) -> tuple[CollapseGuard, PointKeeper]:
     guard, keeper = CollapseGuard(action="log"), PointKeeper()
-    monitor = MONITORS[family](every_n_steps=10_000)
+    monitor = Claims(family)
     fit(Toy(), [monitor, guard, Planted(family, script, n), keeper], batches(len(script)), log_every_n_steps=1)
     return guard, keeper
 

@@ -1,21 +1,17 @@
-"""What a guard may be told to judge and to do."""
+"""Arguments of the guard: what it may be told to judge and to do."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_collapse.callbacks.guard.rollback import Rollback
-from lightning_collapse.callbacks.guard.switch_on import SwitchOn
+from lightning_collapse.callbacks.guard.action import Action, CallAction, ChecksOthers
+from lightning_collapse.callbacks.guard.builtin_actions import BUILTIN
 from lightning_collapse.rules import RULES, TASKS, Verdict
 
-Action = (
-    Literal["warn", "log", "checkpoint", "stop"]
-    | Rollback
-    | SwitchOn
-    | Callable[[Trainer, LightningModule, Verdict], None]
+ActionLike = (
+    Literal["warn", "log", "checkpoint", "stop"] | Action | Callable[[Trainer, LightningModule, Verdict], object]
 )
-ACTIONS = ("warn", "log", "checkpoint", "stop")
 
 
 def check_rules(rules: Sequence[str] | None, task: str | None) -> None:
@@ -36,36 +32,30 @@ def check_rules(rules: Sequence[str] | None, task: str | None) -> None:
             raise ValueError(f"`rules` has {kind!r}, which is about {about}, and `task` is {task!r}. Drop one of them.")
 
 
-def check_actions(action: Action | Sequence[Action], kinds: Sequence[str]) -> list[Action]:
+def make_actions(action: ActionLike | Sequence[ActionLike], kinds: Sequence[str]) -> list[Action]:
     """The actions, in order, of a guard that judges ``kinds``.
 
     Raises:
         ValueError: If one is none, or two of them cannot both be done.
     """
     several = isinstance(action, Sequence) and not isinstance(action, str)
-    actions: list[Action] = list(action) if several else [action]  # type: ignore[list-item, arg-type]
-    for one in actions:
-        if isinstance(one, type):  # callable too: its constructor would be given a trainer when a verdict falls
-            raise ValueError(f"`action` takes an object, got the class `{one.__name__}`. Write `{one.__name__}()`.")
-        if not callable(one) and not isinstance(one, Rollback | SwitchOn) and one not in ACTIONS:
-            raise ValueError(
-                f"`action` must be among {', '.join(ACTIONS)}, a `Rollback`, a `SwitchOn` or callable, got {one!r}."
-            )
-    rollbacks = [one for one in actions if isinstance(one, Rollback)]
-    switches = [one for one in actions if isinstance(one, SwitchOn)]
-    if len(rollbacks) > 1:
-        raise ValueError(f"`action` has {len(rollbacks)} `Rollback`s, which would undo each other. Keep one.")
-    if "stop" in actions and (rollbacks or switches):
-        names = " and ".join(f"`{type(one).__name__}`" for one in [*rollbacks, *switches])
-        raise ValueError(f"`action` has both 'stop', which ends the fit, and {names}, to go on with it. Keep one.")
-    names_on = [switch.name for switch in switches]
-    for name in names_on:
-        if names_on.count(name) > 1:
-            raise ValueError(f"`action` has several `SwitchOn({name!r})`, which would set one weight. Keep one.")
-    for switch in switches:
-        if not set(switch.kinds) & set(kinds):
-            raise ValueError(
-                f"`SwitchOn({switch.name!r})` waits for {', '.join(switch.kinds)}, and the guard judges"
-                f" {', '.join(kinds)}. Choose other `kinds` or `rules`."
-            )
+    given: Sequence[ActionLike] = action if several else [action]  # type: ignore[assignment, list-item]
+    actions = [_make(one) for one in given]
+    for i, one in enumerate(actions):
+        if isinstance(one, ChecksOthers):
+            one.check([*actions[:i], *actions[i + 1 :]], kinds)
     return actions
+
+
+def _make(action: ActionLike) -> Action:
+    if isinstance(action, type):  # callable too: its constructor would be given a trainer when a verdict is new
+        raise ValueError(f"`action` takes an object, got the class `{action.__name__}`. Write `{action.__name__}()`.")
+    if isinstance(action, str) and action in BUILTIN:
+        return BUILTIN[action]()
+    if isinstance(action, Action):
+        return action
+    if callable(action):
+        return CallAction(action)
+    raise ValueError(
+        f"`action` must be among {', '.join(BUILTIN)}, a `Rollback`, a `SwitchOn` or callable, got {action!r}."
+    )

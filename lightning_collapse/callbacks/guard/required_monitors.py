@@ -1,4 +1,4 @@
-"""Which callbacks draw the curves that a rule reads, and the lines that add them to a trainer."""
+"""Required monitors: which callbacks draw the curves that a rule reads, and the lines that add them to a trainer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isabstract
@@ -11,30 +11,30 @@ from lightning_collapse.rules import NonFinite, Rule
 from lightning_collapse.utilities.registry import CURVES
 
 
-def fed(rules: Mapping[str, Rule], callbacks: Sequence[Callback]) -> frozenset[str]:
+def available(rules: Mapping[str, Rule], callbacks: Sequence[Callback]) -> frozenset[str]:
     """Kinds of the rules whose curves a callback draws."""
-    return frozenset(kind for kind, rule in rules.items() if any(_feeds(callback, rule) for callback in callbacks))
+    return frozenset(kind for kind, rule in rules.items() if any(_draws(callback, rule) for callback in callbacks))
 
 
-def require_fed(rules: Mapping[str, Rule], callbacks: Sequence[Callback], asked: bool) -> None:
+def require_available(rules: Mapping[str, Rule], callbacks: Sequence[Callback], requested: bool) -> None:
     """Refuse to judge what nobody draws.
 
     Args:
         rules: The rules to be judged by, by kind.
         callbacks: All of the trainer.
-        asked: Whether every one of them was asked for; else one is enough.
+        requested: Whether every one of them was asked for; else one is enough.
 
     Raises:
         MisconfigurationException: With the line to add.
     """
-    judged = fed(rules, callbacks)
-    unfed = [rule for kind, rule in rules.items() if kind not in judged]
-    if asked and unfed:
+    judged = available(rules, callbacks)
+    missing = [rule for kind, rule in rules.items() if kind not in judged]
+    if requested and missing:
         raise MisconfigurationException(
             "; ".join(
                 f"`CollapseGuard(rules=[{rule.kind!r}])` reads the curves {', '.join(rule.measures)} of {rule.family},"
                 f" which no callback of the trainer draws. Add {_lines([rule])} to its `callbacks`"
-                for rule in unfed
+                for rule in missing
             )
             + "."
         )
@@ -48,7 +48,7 @@ def require_fed(rules: Mapping[str, Rule], callbacks: Sequence[Callback], asked:
         )
 
 
-def _feeds(callback: Callback, rule: Rule) -> bool:
+def _draws(callback: Callback, rule: Rule) -> bool:
     family = getattr(callback, "family", "")
     drawn = getattr(callback, "curves", [curve.name for curve in CURVES.values() if curve.family == family])
     return bool(family == rule.family and set(rule.measures) <= set(drawn))

@@ -1,4 +1,4 @@
-"""A regularizer that works only while it is needed."""
+"""Adaptive regularization weight: raised while a verdict is active, lowered again after it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_collapse.callbacks.guard.action import Action
 from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss
 from lightning_collapse.losses.schedule import Weight
-from lightning_collapse.rules import RULES
+from lightning_collapse.reporting import publish
+from lightning_collapse.rules import RULES, Judgement
+from lightning_collapse.utilities.points import Point
+from lightning_collapse.utilities.trainer import logging_step
 
 
-class SwitchOn:
-    """Action of :class:`~lightning_collapse.CollapseGuard`: raise the weight of a regularizer while a verdict stands.
+class SwitchOn(Action):
+    """Action of :class:`~lightning_collapse.CollapseGuard`: raise a regularizer's weight while a verdict is active.
 
     The weight that the regularizer was given becomes its full weight, and what is applied is a share of it: 0 when the
     fit starts, so that training is as without it; from a verdict on the share grows by ``1 / ramp`` a step to 1. Once
@@ -24,7 +28,7 @@ class SwitchOn:
     and after ``times`` more not at all. The share is published as ``guard/switch_on/{name}``.
 
     It depends on the verdicts and the step alone: every process sets the same, and a resumed fit goes on. At a share of
-    0 the regularizer is evaluated all the same, and its memory, if it has one, is kept up.
+    0 the regularizer is evaluated all the same, and its running statistics, if it has any, are kept up.
 
     Args:
         name: Name of a :class:`~lightning_collapse.Regularizer` among the trainer's callbacks, or of a regularizer of
@@ -44,6 +48,8 @@ class SwitchOn:
         trainer = Trainer(callbacks=[CollapseMonitor(), Regularizer(VICReg(), on="projector"), guard])
     """
 
+    goes_on = True
+
     def __init__(
         self,
         name: str,
@@ -59,28 +65,34 @@ class SwitchOn:
             raise ValueError(f"`kinds` takes a list out of {', '.join(sorted(RULES))}, got {kinds!r}.")
         self.name, self.ramp, self.fade, self.times, self.kinds = name, ramp, fade, times, tuple(kinds)
         self._restore: Callable[[], None] | None = None
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything: a new fit begins."""
-        self._falls = 0
+        self._triggered = 0
         self._up = False
         # the share at a step, from which it moves on
         self._share, self._step = 0.0, 0
 
+    def check(self, others: Sequence[Action], kinds: Sequence[str]) -> None:
+        """Refuse another one of the same name, and kinds that are not judged."""
+        if any(isinstance(other, SwitchOn) and other.name == self.name for other in others):
+            raise ValueError(f"`action` has several `SwitchOn({self.name!r})`, which would set one weight. Keep one.")
+        if not set(self.kinds) & set(kinds):
+            raise ValueError(
+                f"`SwitchOn({self.name!r})` waits for {', '.join(self.kinds)}, and the guard judges"
+                f" {', '.join(kinds)}. Choose other `kinds` or `rules`."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit must know."""
-        return {"falls": self._falls, "up": self._up, "share": self._share, "step": self._step}
+        return {"triggered": self._triggered, "up": self._up, "share": self._share, "step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint of the run left off."""
-        self._falls, self._up = state_dict["falls"], state_dict["up"]
+        self._triggered, self._up = state_dict["triggered"], state_dict["up"]
         self._share, self._step = state_dict["share"], state_dict["step"]
 
     @property
     def floor(self) -> float:
         """The share it is lowered to."""
-        return min(max(self._falls - 1, 0) / self.times, 1.0)
+        return min(max(self._triggered - 1, 0) / self.times, 1.0)
 
     def share(self, step: int) -> float:
         """The share of the full weight at a step."""
@@ -88,17 +100,23 @@ class SwitchOn:
             return min(self._share + (step - self._step) / self.ramp, 1.0)
         return max(self._share - (step - self._step) / self.fade, min(self.floor, self._share))
 
-    def update(self, step: int, stands: bool) -> None:
+    def on_points(self, trainer: Trainer, pl_module: LightningModule, judgement: Judgement) -> None:
+        """Raise or lower the weight, and publish its share."""
+        step = logging_step(trainer)
+        self.update(step, judgement.is_active(*self.kinds))
+        publish(trainer, pl_module, [Point("guard", "switch_on", self.name, judgement.step, self.share(step))])
+
+    def update(self, step: int, active: bool) -> None:
         """Raise or lower it, now that the points of a step are judged."""
-        if stands and not self._up:
+        if active and not self._up:
             self._share, self._step, self._up = self.share(step), step, True
-            self._falls += 1
+            self._triggered += 1
             rank_zero_info(f"`SwitchOn` at step {step}: the weight of {self.name!r} is raised.")
-        elif not stands and self._up and self.share(step) == 1 and self.floor < 1:
+        elif not active and self._up and self.share(step) == 1 and self.floor < 1:
             self._share, self._step, self._up = 1.0, step, False
             rank_zero_info(f"`SwitchOn` at step {step}: the weight of {self.name!r} is lowered again.")
 
-    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def attach(self, trainer: Trainer, pl_module: LightningModule, dirpath: str | None) -> None:
         """Take over the weight.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a module is trained for, from the monitors that watch it, the shape of its first batch and its last layer."""
+"""Task inference: what a module is trained for, from its monitors, its first batch and its last layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,22 +14,22 @@ WITH_TARGETS = ("classification", "regression", "language model")
 OF_FAMILY = {"neural_collapse": "classification", "regression_collapse": "regression"}
 
 
-def infer_task(trainer: Trainer, pl_module: LightningModule, batch: Any, told: str | None = None) -> Task:
+def infer_task(trainer: Trainer, pl_module: LightningModule, batch: Any, requested: str | None = None) -> Task:
     """The task of a fit; looks at kinds and shapes of tensors only, so nothing waits for the device.
 
-    In this order: what was told; a monitor of neural collapse (classification) or of regression collapse (regression),
-    if not both; then the batch. Whole numbers as inputs, with none or as many as targets: a language model. Whole
-    numbers as targets: classification. Targets of the shape of the inputs, or none: self-supervised, since two views
-    look like that. Other targets: regression. Where it ends is read from the width of the last layer with a weight, in
-    the order in which the module defines them.
+    In this order: what was requested; a monitor of neural collapse (classification) or of regression collapse
+    (regression), if not both; then the batch. Whole numbers as inputs, with none or as many as targets: a language
+    model. Whole numbers as targets: classification. Targets of the shape of the inputs, or none: self-supervised, since
+    two views look like that. Other targets: regression. Where it ends is read from the width of the last layer with a
+    weight, in the order in which the module defines them.
 
     Returns:
         Without a name where the batch says nothing.
     """
     families = {getattr(callback, "family", "") for callback in trainer.callbacks}
     by_monitor = {OF_FAMILY[family] for family in families & OF_FAMILY.keys()}
-    if told is not None:
-        name, why = told, ""
+    if requested is not None:
+        name, why = requested, ""
     elif len(by_monitor) == 1:
         [name], why = by_monitor, "its monitors"
     else:

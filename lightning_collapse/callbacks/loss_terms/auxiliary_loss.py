@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_collapse.callbacks.loss_terms.finite_rows import FiniteRows
 from lightning_collapse.losses.base import nothing
 from lightning_collapse.losses.schedule import Weight, require_weight, weighted
+from lightning_collapse.reporting.containments import try_again
 from lightning_collapse.reporting.loss_term_curves import (
     Curve,
     offer_terms,
@@ -137,11 +138,13 @@ class AuxiliaryLoss(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._detach()  # `teardown` is not called when the trainer fails
+        try_again(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
         self._detach()
+        try_again(trainer)
 
     def add(self, trainer: Trainer, value: Tensor, terms: dict[str, Tensor]) -> Tensor:
         """The value with its weight, which the curves will show beside the terms."""

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.to_host import Number, to_host
-from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish
+from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish, try_again
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import CURVES, Curve, register_monitor
@@ -212,10 +212,12 @@ class Monitor(Callback, ABC):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()  # `teardown` is not called when the trainer fails
+        try_again(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()
+        try_again(trainer)
         if stage == "fit" and lighten_results(trainer, _is_detail):
             rank_zero_info(
                 "`callback_metrics` leave out the curves of single layers in the main process: a spawned process cannot"

@@ -64,21 +64,6 @@ def test_only_what_was_asked_for_is_judged():
     assert {name for name in trainer.callback_metrics if name.startswith("guard/")} == {"guard/complete_collapse"}
 
 
-def test_every_rule_says_what_to_do_and_where_it_comes_from():
-    for rule in RULES.values():
-        assert rule.paper, rule.kind
-        assert rule.informative or re.fullmatch(r"[A-Z].*[^.]\.", rule.advice), rule.kind
-        for name in re.findall(r"`(?:Regularizer\()?(\w+)", rule.advice):
-            assert any(hasattr(module, name) for module in _modules()), f"{rule.kind} advises {name}"
-
-
-def _modules():
-    import lightning_collapse
-    from lightning_collapse import layers, losses, optimizers
-
-    return lightning_collapse, layers, losses, optimizers
-
-
 def test_monitors_of_ones_own_are_not_advised():
     class Mine(Monitor):
         family = "plasticity"

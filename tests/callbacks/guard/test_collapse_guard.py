@@ -12,7 +12,7 @@ from torch import nn
 from lightning_collapse import CollapseGuard, CollapseMonitor
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Flag, Point
-from tests.toys import HEALTHY, PointKeeper, Toy, batches, fit, weights
+from tests.toys import HEALTHY, Claims, PointKeeper, Toy, batches, fit, weights
 
 
 class Planted(Callback):
@@ -30,12 +30,11 @@ class Planted(Callback):
 def judged(script, guard=None, **kwargs):
     guard = guard or CollapseGuard(action="log")
     keeper = PointKeeper()
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     trainer = fit(Toy(), [monitor, guard, Planted(script, **kwargs), keeper], batches(len(script)), log_every_n_steps=1)
     return guard, keeper, trainer
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:`CollapseMonitor`. the fit ended before")  # planted points instead
 LOW = {"effective_rank": 1.02, "eigenvalue_effective_rank": 1.0}
 STILL = {"feature_std": 0.002}
 
@@ -133,7 +132,7 @@ def test_directions_are_judged_where_they_are_drawn():
             publish(trainer, pl_module, points)
 
     guard = CollapseGuard(action="log")
-    monitor = CollapseMonitor(["encoder"], ("feature_std", "relative_spread"), every_n_steps=10_000)
+    monitor = Claims(curves=["feature_std", "relative_spread"])
     script = [{}] * 4 + [{"relative_spread": 0.05}] * 4
     fit(Toy(), [monitor, guard, Without(script)], batches(len(script)), log_every_n_steps=1)
     assert [verdict.kind for verdict in guard.verdicts] == ["complete_collapse"]
@@ -206,7 +205,7 @@ def test_actions(tmp_path):
         dirpath=str(tmp_path / "saved"),
     )
     logger = TensorBoardLogger(tmp_path)
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     planted = Planted([{}] * 3 + [LOW] * 9)
     with pytest.warns(UserWarning, match=r"`CollapseGuard` at step 4:\n- dimensional collapse in `z` since step 3"):
         trainer = fit(Toy(), [monitor, guard, planted], batches(12), logger=logger)
@@ -221,7 +220,7 @@ def test_actions(tmp_path):
 
 def test_checkpoints_go_beside_the_logs_by_default(tmp_path):
     guard = CollapseGuard(action="checkpoint")
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     logger = TensorBoardLogger(tmp_path)
     fit(Toy(), [monitor, guard, Planted([STILL, {}, {}] + [STILL] * 3)], logger=logger)
     [file] = tmp_path.rglob("*.ckpt")
@@ -232,7 +231,7 @@ def test_full_disk_does_not_end_the_run(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     guard = CollapseGuard(action="checkpoint", dirpath=str(blocked / "below"))
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     with pytest.warns(UserWarning, match="could not save a checkpoint"):
         trainer = fit(Toy(), [monitor, guard, Planted([LOW] * 6)])
     assert trainer.global_step == 6
@@ -257,7 +256,7 @@ def test_nor_does_a_verdict_that_is_only_said_change_anything():
         return weights(model), torch.get_rng_state()
 
     bare, state = run([])
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     with pytest.warns(UserWarning, match=r"dimensional collapse in `z`(.|\n)* Add `Regularizer\(VICReg\(\), on=...\)`"):
         guarded, after = run([monitor, CollapseGuard(action=["warn", "log"]), Planted([{}] * 3 + [LOW] * 3)])
     assert all(torch.equal(value, guarded[name]) for name, value in bare.items())
@@ -267,12 +266,12 @@ def test_nor_does_a_verdict_that_is_only_said_change_anything():
 def test_resumed_guard_remembers(tmp_path):
     guard, keeper = CollapseGuard(action="log"), PointKeeper()
     save = ModelCheckpoint(tmp_path, filename="last", every_n_epochs=1)
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     script = [{}] * 4 + [LOW] * 2
     fit(Toy(), [monitor, guard, Planted(script), keeper, save], enable_checkpointing=True)
     again = CollapseGuard(action="log")
     again.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["CollapseGuard"])
-    fit(Toy(), [CollapseMonitor(["encoder"], every_n_steps=10_000), again, Planted([LOW] * 3 + [{}] * 3)])
+    fit(Toy(), [Claims(), again, Planted([LOW] * 3 + [{}] * 3)])
     assert again.verdicts == guard.verdicts
     assert len(again.verdicts) == 1
 

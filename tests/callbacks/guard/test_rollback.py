@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, SequentialLR, StepLR
 
-from lightning_collapse import CollapseGuard, CollapseMonitor, Rollback
+from lightning_collapse import CollapseGuard, Rollback
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
-from tests.toys import HEALTHY, batches, fit
+from tests.toys import HEALTHY, Claims, batches, fit
 
 BAD = {**HEALTHY, "feature_std": 1e-4}
 SCHEDULERS = {
@@ -23,7 +23,6 @@ SCHEDULERS = {
     "warm-up": lambda o: SequentialLR(o, [LambdaLR(o, lambda s: (s + 1) / 4), StepLR(o, 5)], milestones=[4]),
 }
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`CollapseMonitor`. the fit ended before",  # planted points instead
     "ignore:The epoch parameter in `scheduler.step",  # of SequentialLR itself
 )
 
@@ -73,7 +72,7 @@ def run(script, rollback, schedule="step", **kwargs):
     torch.manual_seed(0)
     guard = CollapseGuard(action=["log", rollback], dirpath=kwargs.pop("dirpath", None))
     planted = Script(script)
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     trainer = fit(Lit(schedule), [monitor, guard, planted], batches(len(script)), **kwargs)
     return planted, guard, trainer
 
@@ -160,7 +159,7 @@ def test_state_travels_with_the_guard(tmp_path):
     with pytest.warns(UserWarning, match="has returned 1 times, and stops the fit at step 2"):
         fit(
             Lit("step"),
-            [CollapseMonitor(["encoder"], every_n_steps=10_000), again, Script([HEALTHY, BAD, BAD, BAD])],
+            [Claims(), again, Script([HEALTHY, BAD, BAD, BAD])],
             batches(4),
         )
 
@@ -199,7 +198,7 @@ def test_weights_with_nan_are_not_healthy_whatever_the_points_say(tmp_path):
                 pl_module.head.weight.data[0, 0] = float("nan")
 
     guard = CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path))
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     fit(Lit("step"), [monitor, Poison(), guard, Script([HEALTHY] * 6)], batches(6))
     assert kept_step(tmp_path) < 3
 
@@ -211,7 +210,7 @@ def test_a_state_that_already_looks_ill_to_another_rule_is_not_healthy(tmp_path)
             publish(trainer, pl_module, [Point("attention", "a", name, batch_idx, v, 64) for name, v in values.items()])
 
     guard = CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path), patience=10)
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     fit(Lit("step"), [monitor, guard, Other(), Script([HEALTHY] * 6)], batches(6))
     assert kept_step(tmp_path) == 2
 
@@ -225,7 +224,7 @@ def test_a_resumed_guard_knows_what_looked_ill(tmp_path):
     def guard():
         return CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path), patience=10)
 
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     before, after = guard(), guard()
     fit(Lit("step"), [monitor, before, Other()], batches(2))
     for file in tmp_path.iterdir():  # of the first point, which was healthy
@@ -248,7 +247,7 @@ class WithHyperparameters(Lit):
 def fit_planted(model, tmp_path, *callbacks):
     planted = Script([HEALTHY] * 3 + [BAD] * 2 + [HEALTHY])
     guard = CollapseGuard(action=Rollback(0.5, 1), dirpath=str(tmp_path))
-    return fit(model, [CollapseMonitor(["encoder"], every_n_steps=10_000), *callbacks, guard, planted], batches(6))
+    return fit(model, [Claims(), *callbacks, guard, planted], batches(6))
 
 
 def test_hyperparameters_of_any_class(tmp_path):

@@ -13,10 +13,9 @@ from lightning_collapse import AntiCollapseMixin, CollapseGuard, CollapseMonitor
 from lightning_collapse.losses import LinearWarmup, VarianceLoss, VCReg, VICReg
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
-from tests.toys import HEALTHY, QUIET, PointKeeper, Toy, batches, fit, weights
+from tests.toys import HEALTHY, QUIET, Claims, PointKeeper, Toy, batches, fit, weights
 
 CURVE = "guard/switch_on/variance"
-planted_points = pytest.mark.filterwarnings("ignore:`CollapseMonitor`. the fit ended before")  # instead of its own
 
 
 class Agreeing(LightningModule):
@@ -112,13 +111,12 @@ class Plant(Callback):
 def planted(needs, switch, steps, **kwargs):
     plant, guard = Plant(switch, needs), CollapseGuard(action=["log", switch])
     regularizer = Regularizer(VarianceLoss(), on="encoder")
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     model = Toy()
     fit(model, [regularizer, monitor, guard, plant], batches(steps), **kwargs)
     return plant.shares, guard, model, regularizer
 
 
-@planted_points
 @pytest.mark.parametrize("needs", [0.0, 0.2, 0.5, 0.9])
 def test_it_settles(needs):
     shares, guard, _, _ = planted(needs, SwitchOn("variance", ramp=4, fade=20, times=3), 200)
@@ -131,14 +129,12 @@ def test_it_settles(needs):
     assert shares[-1] >= needs
 
 
-@planted_points
 def test_the_ramp_and_the_way_back():
     shares, _, _, _ = planted(1.0, SwitchOn("variance", ramp=4, fade=10, times=1), 24)
     assert shares[:9] == [0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1.0]
     assert shares[9:12] == pytest.approx([1.0, 0.9, 0.8])
 
 
-@planted_points
 def test_until_a_verdict_falls_training_is_as_without_it_and_the_weight_is_given_back():
     torch.manual_seed(0)
     _, _, model, regularizer = planted(0.0, SwitchOn("variance"), 6)
@@ -149,7 +145,6 @@ def test_until_a_verdict_falls_training_is_as_without_it_and_the_weight_is_given
     assert regularizer.weight == 1.0
 
 
-@planted_points
 def test_what_is_added_is_the_share_of_a_schedule():
     added = {}
 
@@ -171,7 +166,7 @@ def test_what_is_added_is_the_share_of_a_schedule():
         Constant(),
         [
             regularizer,
-            CollapseMonitor(["encoder"], every_n_steps=10_000),
+            Claims(),
             CollapseGuard(action=switch),
             Plant(switch, 1.0),
             Listen(),
@@ -184,7 +179,6 @@ def test_what_is_added_is_the_share_of_a_schedule():
     assert full > 0
 
 
-@planted_points
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the one that saved is not needed again
 def test_a_resumed_fit_is_bit_equal(tmp_path):
     def run(epochs, *callbacks, **kwargs):
@@ -192,7 +186,7 @@ def test_a_resumed_fit_is_bit_equal(tmp_path):
         model, switch = Toy(), SwitchOn("variance", ramp=6, fade=8)
         plant, guard = Plant(switch, 0.7), CollapseGuard(action=["log", switch])
         regularizer = Regularizer(VarianceLoss(), on="encoder")
-        monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+        monitor = Claims()
         options = {**QUIET, "max_epochs": epochs, "logger": False, "enable_checkpointing": bool(callbacks)}
         trainer = Trainer(**options, callbacks=[regularizer, monitor, guard, plant, *callbacks])
         trainer.fit(model, batches(8), **kwargs)

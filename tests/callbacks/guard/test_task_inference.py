@@ -8,10 +8,10 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_collapse import CollapseGuard, CollapseMonitor, NeuralCollapseMonitor, RegressionCollapseMonitor
+from lightning_collapse import CollapseGuard
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
-from tests.toys import HEALTHY, fit
+from tests.toys import HEALTHY, Claims, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*Monitor`. the fit ended before")  # planted points instead
 
@@ -47,7 +47,7 @@ class Net(LightningModule):
 def taken(batch, *monitors, task=None, outputs=3):
     guard = CollapseGuard(action="log", task=task)
     loader = DataLoader([batch], batch_size=None)
-    fit(Net(outputs), [*(monitors or [CollapseMonitor(["body"], every_n_steps=10_000)]), guard], loader)
+    fit(Net(outputs), [*(monitors or [Claims()]), guard], loader)
     return guard.task
 
 
@@ -72,8 +72,8 @@ def test_from_the_batch(batch, name, directions):
 
 
 def test_a_monitor_knows_better_and_two_that_disagree_do_not():
-    labels = NeuralCollapseMonitor(None, lambda batch: torch.zeros(8, dtype=torch.long), 10_000)
-    real = RegressionCollapseMonitor(every_n_steps=10_000)
+    labels = Claims("neural_collapse")
+    real = Claims("regression_collapse")
     assert taken(BATCHES["no tensors"], labels).name == "classification"
     assert taken(BATCHES["labels"], real).name == "regression"
     assert taken(BATCHES["labels"], labels, real).name == "classification"  # by the batch
@@ -116,7 +116,7 @@ SPREADS = ("relative_spread", "direction_spread")
 
 def judged(values, outputs, layer="head.input", batch="labels", task=None, measures=RANKS):
     guard = CollapseGuard(action="log", task=task)
-    monitor = CollapseMonitor(["body"], every_n_steps=10_000)
+    monitor = Claims()
     loader = DataLoader([BATCHES[batch]] * len(values), batch_size=None)
     trainer = fit(Net(outputs), [monitor, guard, Planted(layer, values, measures)], loader)
     return guard, trainer
@@ -125,15 +125,15 @@ def judged(values, outputs, layer="head.input", batch="labels", task=None, measu
 def test_a_binary_classifier_that_ends_on_a_line_is_news():
     guard, trainer = judged([30.0] * 4 + [1.0] * 4, outputs=2)
     assert guard.verdicts == []
-    [news] = guard.news
-    assert (news.kind, news.layer, news.since, news.step) == ("dimensional_collapse", "head.input", 4, 5)
-    assert news.evidence.endswith("; classification ends in 1 direction(s) there, and this is no failure")
+    [notice] = guard.notices
+    assert (notice.kind, notice.layer, notice.since, notice.step) == ("dimensional_collapse", "head.input", 4, 5)
+    assert notice.evidence.endswith("; classification ends in 1 direction(s) there, and this is no failure")
     assert trainer.callback_metrics["guard/dimensional_collapse"] == 0
 
 
 def test_what_goes_on_falling_is_a_failure_after_all():
     guard, _ = judged([60.0] * 4 + [5.5] * 4 + [1.0] * 4, outputs=10)
-    assert [news.since for news in guard.news] == [4]
+    assert [notice.since for notice in guard.notices] == [4]
     assert [verdict.since for verdict in guard.verdicts] == [8]
 
 
@@ -152,12 +152,12 @@ def test_what_goes_on_falling_is_a_failure_after_all():
 def test_one_direction_is_a_failure(facts):
     guard, _ = judged([30.0] * 4 + [1.0] * 4, **facts)
     assert [verdict.kind for verdict in guard.verdicts] == ["dimensional_collapse"]
-    assert guard.news == []
+    assert guard.notices == []
 
 
 def test_one_direction_is_where_a_regression_of_one_target_ends():
     guard, _ = judged([30.0] * 4 + [1.0] * 4, outputs=1, batch="targets")
-    assert (len(guard.verdicts), len(guard.news)) == (0, 1)
+    assert (len(guard.verdicts), len(guard.notices)) == (0, 1)
 
 
 @pytest.mark.parametrize("batch", ["labels", "targets", "tokens"])
@@ -175,8 +175,8 @@ def test_outputs_without_targets_are_a_representation():
 
 def test_a_narrow_cone_is_where_language_models_live():
     guard, _ = judged([0.6] * 4 + [0.05] * 4 + [1e-3] * 4, 3, layer="body.0", batch="tokens", measures=SPREADS)
-    assert [(news.kind, news.since) for news in guard.news] == [("complete_collapse", 4)]
-    assert "narrow cone" in guard.news[0].evidence
+    assert [(notice.kind, notice.since) for notice in guard.notices] == [("complete_collapse", 4)]
+    assert "narrow cone" in guard.notices[0].evidence
     assert [(verdict.kind, verdict.since) for verdict in guard.verdicts] == [("complete_collapse", 8)]
     shrunk, _ = judged([0.6] * 4 + [0.05] * 4, 3, layer="body.0", batch="tokens", measures=("feature_std", *SPREADS))
     assert shrunk.verdicts == []
@@ -187,7 +187,7 @@ def test_a_narrow_cone_is_where_language_models_live():
 @pytest.mark.parametrize(("layer", "kinds"), [("body.0", ["dimensional_collapse"]), ("head.input", [])])
 def test_last_features_of_a_regression_are_compared_with_the_targets_where_they_are_read(layer, kinds):
     guard = CollapseGuard(action="log")
-    monitors = [CollapseMonitor(["body"], every_n_steps=10_000), RegressionCollapseMonitor(every_n_steps=10_000)]
+    monitors = [Claims(), Claims("regression_collapse")]
     values = [30.0] * 4 + [1.0] * 4
     loader = DataLoader([BATCHES["targets"]] * len(values), batch_size=None)
     fit(Net(3), [*monitors, guard, Planted(layer, values, RANKS)], loader)
@@ -220,9 +220,7 @@ class Tower(Net):
 def test_which_outputs_are_left_to_the_targets(net, batch, outputs, caplog):
     guard = CollapseGuard(action="log")
     with caplog.at_level(logging.INFO):
-        fit(
-            net, [CollapseMonitor(["body"], every_n_steps=10_000), guard], DataLoader([BATCHES[batch]], batch_size=None)
-        )
+        fit(net, [Claims(), guard], DataLoader([BATCHES[batch]], batch_size=None))
     assert guard.task.outputs == outputs
     [said] = [record.message for record in caplog.records if "takes this" in record.message]
     assert ("How the outputs of" in said) == bool(outputs)

@@ -7,9 +7,8 @@ from lightning_collapse import CollapseGuard, CollapseMonitor
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Flag, Point
 from tests import toys
-from tests.toys import Toy, batches, fit
+from tests.toys import Claims, Toy, batches, fit
 
-pytestmark = pytest.mark.filterwarnings("ignore:`CollapseMonitor`. the fit ended before")  # planted points instead
 WELL = {**toys.HEALTHY, "nonfinite_fraction": 0.0}
 LOW = {**WELL, "effective_rank": 1.02, "eigenvalue_effective_rank": 1.0}
 STILL = {**WELL, "feature_std": 0.002}
@@ -33,7 +32,7 @@ class Planted(Callback):
 
 def judged(script, guard=None):
     guard = guard or CollapseGuard(action="log")
-    monitor = CollapseMonitor(["encoder"], every_n_steps=10_000)
+    monitor = Claims()
     trainer = fit(Toy(), [monitor, guard, Planted(script)], batches(len(script)), log_every_n_steps=1)
     said = [(verdict.kind, verdict.layer, verdict.since, list(verdict.also)) for verdict in guard.verdicts]
     return said, guard, trainer
@@ -101,20 +100,11 @@ def test_a_resumed_guard_attaches_to_what_was_said_before():
     assert said == [("dimensional_collapse", "a", 4, ["in `b`"])]
 
 
-def test_the_state_of_an_older_run_is_still_read():
-    _, guard, _ = judged(HEALTHY + alike(LOW, WELL, WELL))
-    state = guard.state_dict()
-    for new in ("causes", "switches"):
-        del state[new]
-    for verdict in state["verdicts"]:
-        for new in ("severity", "advice", "also"):
-            del verdict[new]
-    again = CollapseGuard(action="log")
-    again.load_state_dict(state)
-    assert [(verdict.kind, verdict.layer, verdict.also) for verdict in again.verdicts] == [
-        ("dimensional_collapse", "a", ())
-    ]
-    assert judged([(WELL, WELL, WELL)] * 3, again)[0] == [("dimensional_collapse", "a", 4, [])]
+def test_the_state_of_version_0_1_0_is_dropped_with_one_warning():
+    guard = CollapseGuard(action="log")
+    with pytest.warns(UserWarning, match="the checkpoint is of version 0.1.0; what it knew of the run is dropped"):
+        guard.load_state_dict({"verdicts": [], "news": [], "first": {}, "rows": {}, "standing": {}, "healthy": {}})
+    assert judged(HEALTHY + alike(LOW, WELL, WELL), guard)[0] == [("dimensional_collapse", "a", 4, [])]
 
 
 def test_a_run_that_turns_nan_is_reported_where_it_began():

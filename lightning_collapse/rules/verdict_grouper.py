@@ -1,4 +1,4 @@
-"""One verdict per cause: what fails together is said once."""
+"""Verdict grouping: what fails together has one cause and is said once."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -7,14 +7,17 @@ from typing import Any
 from lightning_collapse.rules.base import RULES
 from lightning_collapse.rules.verdict import Verdict
 
+Place = tuple[str, str]
+"""Kind and layer of a failure."""
+
 
 class VerdictGrouper:
     """Sorts verdicts into new ones and those that only show an earlier one in another place.
 
-    Failures of one family have one cause if they fall at one point, or within ``patience`` points after the last of
-    them while one of them stands. The verdict names the one that began first; of those the first layer, in the order
-    of the monitor; in one layer the most severe kind. The others are added to what it says. A kind that a standing one
-    of the same layer supersedes, such as few directions where all rows are equal, is not said at all.
+    Failures of one family have one cause if they are triggered at one point, or within ``patience`` points after the
+    last of them while one of them is active. The verdict names the one that began first; of those the first layer, in
+    the order of the monitor; in one layer the most severe kind. The others are added to what it says. A kind that an
+    active one of the same layer supersedes, such as few directions where all rows are equal, is not said at all.
 
     Args:
         patience: How many points apart they may be.
@@ -34,30 +37,34 @@ class VerdictGrouper:
         self._open = {family: list(entry) for family, entry in state_dict.items()}
 
     def clear(self) -> None:
-        """Take what falls next for new."""
+        """Take what is triggered next for new."""
         self._open.clear()
 
     def sort(
-        self, verdicts: list[Verdict], fallen: Sequence[Verdict], families: Collection[str], standing: Collection[str]
+        self,
+        verdicts: list[Verdict],
+        triggered: Sequence[Verdict],
+        families: Collection[str],
+        active: Collection[Place],
     ) -> list[Verdict]:
-        """Add what has fallen at one point to ``verdicts``, to an earlier entry where it has the same cause.
+        """Add what is triggered at one point to ``verdicts``, to an earlier entry where it has the same cause.
 
         Args:
             verdicts: All so far; changed in place.
-            fallen: What falls now, layers in their order.
+            triggered: What is triggered now, layers in their order.
             families: Of the points just judged.
-            standing: Every ``"kind/layer"`` that stands, those that fall now included.
+            active: Every failure that is active, those that are triggered now included.
 
         Returns:
             The new entries.
         """
         new = []
         for family in families:
-            own = [verdict for verdict in fallen if RULES[verdict.kind].family == family]
-            own = [verdict for verdict in own if not _is_superseded(verdict, standing)]
+            own = [verdict for verdict in triggered if RULES[verdict.kind].family == family]
+            own = [verdict for verdict in own if not _is_superseded(verdict, active)]
             if family in self._open:
                 self._open[family][1] += 1
-                if self._open[family][1] > self.patience or not _stands(family, own, standing):
+                if self._open[family][1] > self.patience or not _was_active(family, own, active):
                     del self._open[family]
             if not own:
                 continue
@@ -80,13 +87,13 @@ def _place(verdict: Verdict, first: Verdict) -> str:
     return f"in `{verdict.layer}`" if verdict.kind == first.kind else verdict.name
 
 
-def _is_superseded(verdict: Verdict, standing: Collection[str]) -> bool:
+def _is_superseded(verdict: Verdict, active: Collection[Place]) -> bool:
     graver = (rule.kind for rule in RULES.values() if verdict.kind in rule.supersedes)
-    return any(f"{kind}/{verdict.layer}" in standing for kind in graver)
+    return any((kind, verdict.layer) in active for kind in graver)
 
 
-def _stands(family: str, fallen: Sequence[Verdict], standing: Collection[str]) -> bool:
-    """Whether a failure of the family stands that has not just fallen."""
+def _was_active(family: str, triggered: Sequence[Verdict], active: Collection[Place]) -> bool:
+    """Whether a failure of the family is active that has not just been triggered."""
     kinds = {rule.kind for rule in RULES.values() if rule.family == family}
-    just = {f"{verdict.kind}/{verdict.layer}" for verdict in fallen}
-    return any(key.partition("/")[0] in kinds and key not in just for key in standing)
+    just = {(verdict.kind, verdict.layer) for verdict in triggered}
+    return any(place[0] in kinds and place not in just for place in active)

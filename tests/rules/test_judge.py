@@ -1,0 +1,140 @@
+"""The judge alone: points in, verdicts out, without a trainer."""
+
+import io
+
+import pytest
+import torch
+
+from lightning_collapse.rules import RULES, Judge, Judgement, Rule, Task, register_rule
+from lightning_collapse.utilities.points import Point
+
+
+def dormant(step, **of_layers):
+    return [Point("plasticity", layer, "dormant_fraction", step, value, 64) for layer, value in of_layers.items()]
+
+
+def judge_all(judge, *readings):
+    return [judge.update(dormant(step, **of_layers)) for step, of_layers in enumerate(readings)]
+
+
+WELL, ILL = {"a": 0.1, "b": 0.1}, {"a": 0.9, "b": 0.1}
+
+
+def test_a_judgement_says_what_is_new_active_and_over():
+    judge = Judge(["plasticity_loss"], calibration=2)
+    found = judge_all(judge, WELL, WELL, ILL, ILL, WELL, WELL)
+    [verdict] = found[3].new
+    assert (verdict.layer, verdict.since, verdict.step) == ("a", 2, 3)
+    assert judge.verdicts == [verdict]
+    assert [judgement.counts for judgement in found] == [{"plasticity_loss": n} for n in (0, 0, 0, 1, 1, 0)]
+    assert [judgement.is_active("plasticity_loss") for judgement in found] == [False] * 3 + [True] * 2 + [False]
+    assert [judgement.recovered for judgement in found] == [()] * 5 + [(("plasticity_loss", "a"),)]
+    assert [judgement.healthy for judgement in found] == [True, True, False, False, False, True]
+
+
+def test_points_that_no_rule_reads_are_not_judged():
+    assert Judge().update([Point("mine", "a", "value", 0, 1.0)]) == Judgement()
+    assert Judge().update([]) == Judgement()
+
+
+def test_patience_and_calibration():
+    judge = Judge(["plasticity_loss"], patience=1, calibration=1)
+    assert len(judge_all(judge, {"a": 0.5}, {"a": 0.74}, {"a": 0.75})[2].new) == 1
+    judge = Judge(["plasticity_loss"], patience=3, calibration=5)
+    assert [len(found.new) for found in judge_all(judge, *[{"a": 0.1}] * 5, *[{"a": 0.9}] * 3)] == [0] * 7 + [1]
+
+
+def test_what_the_task_leads_to_is_a_notice():
+    task = Task("classification", directions=1, last=frozenset({"z"}))
+    judge = Judge(["dimensional_collapse"])
+
+    def points(step, rank):
+        return [Point("collapse", "z", name, step, rank, 64, 60.0) for name in RULES["dimensional_collapse"].measures]
+
+    found = [judge.update(points(step, rank), task) for step, rank in enumerate([30.0] * 3 + [1.0] * 2)]
+    assert [len(judgement.notices) for judgement in found] == [0, 0, 0, 0, 1]
+    assert judge.verdicts == []
+    assert found[-1].healthy
+    assert found[-1].counts == {"dimensional_collapse": 0}
+    assert judge.rules_for(Task("regression")) == {"dimensional_collapse": RULES["dimensional_collapse"]}
+    assert "minority_collapse" not in Judge().rules_for(Task("regression"))
+
+
+def test_after_a_restart_what_fails_is_new_and_the_baseline_stays():
+    judge = Judge(["plasticity_loss"], calibration=2)
+    judge_all(judge, WELL, WELL, ILL, ILL)
+    judge.restart()
+    found = judge_all(judge, ILL, ILL)
+    assert [len(judgement.new) for judgement in found] == [0, 1]
+    assert len(judge.verdicts) == 2
+    judge.reset()
+    assert judge.verdicts == []
+    assert [len(judgement.new) for judgement in judge_all(judge, ILL, ILL)] == [0, 0]  # its own baseline
+
+
+def test_a_restored_judge_goes_on():
+    readings = [WELL, WELL, WELL, ILL, ILL, WELL, WELL, ILL, ILL]
+    whole = judge_all(Judge(["plasticity_loss"]), *readings)
+    for cut in range(len(readings)):
+        judge = Judge(["plasticity_loss"])
+        judge_all(judge, *readings[:cut])
+        file = io.BytesIO()
+        torch.save(judge.state_dict(), file)
+        file.seek(0)
+        again = Judge(["plasticity_loss"])
+        again.load_state_dict(torch.load(file, weights_only=True))
+        rest = [again.update(dormant(step, **readings[step])) for step in range(cut, len(readings))]
+        assert rest == whole[cut:]
+
+
+def test_a_rule_that_raises_is_left_out_with_one_warning():
+    class Broken(Rule):
+        """Divides by zero in ill layers."""
+
+        kind, family, measures = "broken", "plasticity", ("dormant_fraction",)
+
+        def severity(self, points, baseline):
+            return 1 / 0 if points["dormant_fraction"].value > 0.5 else 0.9
+
+        def evidence(self, points, baseline):
+            return ""
+
+    register_rule(Broken)
+    try:
+        judge = Judge(["broken", "plasticity_loss"], calibration=2)
+        judge_all(judge, WELL, WELL)
+        with pytest.warns(UserWarning, match="rule `broken` failed with ZeroDivisionError") as said:
+            found = judge_all(judge, ILL, ILL, WELL, WELL)
+    finally:
+        del RULES["broken"]
+    assert len(said) == 1
+    assert [judgement.judged for judgement in found] == [("plasticity_loss",)] * 4
+    assert len(found[1].new) == 1
+    assert found[3].healthy
+
+
+@pytest.mark.parametrize(
+    ("fraction", "nonfinite", "failure"),
+    [(0.2, 0.0, False), (0.2, 1.0, True), (0.2, None, True), (1.0, 0.0, True), (0.0, 1.0, False)],
+)
+def test_rows_that_the_model_masks_are_no_failure_while_training_is_finite(fraction, nonfinite, failure):
+    judge = Judge(["non_finite"])
+    for step in range(2):
+        points = [Point("collapse", "z", "nonfinite_fraction", step, fraction, 64)]
+        if nonfinite is not None:
+            points.append(Point("training", "", "nonfinite", step, nonfinite))
+        judgement = judge.update(points)
+    assert bool(judgement.new) == failure
+
+
+def test_of_many_layers_words_name_eight_and_data_all():
+    judge = Judge(["plasticity_loss"], calibration=1)
+    names = [f"block.{i}" for i in range(300)]
+    judge_all(judge, dict.fromkeys(names, 0.1), *[dict.fromkeys(names, 0.9)] * 2)
+    [verdict] = judge.verdicts
+    assert len(verdict.also) == 299
+    words = str(verdict)
+    assert "; also in `block.1`, in `block.2`" in words
+    assert ", in `block.8`, and 291 more. Bring units back" in words
+    assert "block.9`" not in words
+    assert len(judge.state_dict()["verdicts"][0]["also"]) == 299
