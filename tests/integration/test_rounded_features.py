@@ -1,4 +1,4 @@
-"""Neural collapse behind a LayerNorm, with more classes than features, is the same in every precision of the trainer."""
+"""Neural collapse behind a LayerNorm, with more classes than features, whatever the precision of the trainer."""
 
 import pytest
 import torch

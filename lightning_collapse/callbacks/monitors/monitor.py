@@ -17,7 +17,7 @@ from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import CURVES, Curve, register_monitor
-from lightning_collapse.utilities.trainer import batches_until, is_due, lighten_results, logging_step
+from lightning_collapse.utilities.trainer import batches_until, is_due, is_resumed, lighten_results, logging_step
 
 Name = tuple[str, str]
 """Of a reading: the layer and the measure."""
@@ -165,7 +165,7 @@ class Monitor(Callback, ABC):
         self._points, self._due = 0, False
         self.start(trainer, pl_module)
         state, self._restored = self._restored, {}
-        if state:
+        if state and is_resumed(trainer):
             with self.contained("the state in the checkpoint", "its curves go on without what came before"):
                 self._points = state["points"]
                 if self.window is not None and state["window"]:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -132,33 +131,6 @@ def test_a_layer_that_never_runs_and_bad_numbers_read_nan() -> None:
     keeper = PointKeeper()
     watch(model, sequences(4), keeper, GeometryPhaseMonitor("body", every_n_steps=2))
     assert {point.flag for point in keeper.points} == {Flag.FEW_ROWS}
-
-
-def test_resumed_phase_goes_on(tmp_path) -> None:
-    save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=6)
-    monitor = GeometryPhaseMonitor(every_n_steps=2)
-    watch(Language(), sequences(6), PointKeeper(), monitor, save, enable_checkpointing=True)
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][monitor.state_key]
-    state["state"]["tracker"].update(phase=2, extreme=1.0)
-    again, keeper = GeometryPhaseMonitor(every_n_steps=2), PointKeeper()
-    again.load_state_dict(state)
-    watch(Language(), sequences(6), keeper, again)
-    assert [point.value for point in keeper.curve("geometry/head.input/phase")] == [2.0, 2.0, 3.0, 3.0]
-
-
-@pytest.mark.filterwarnings("ignore:.*the fit ended before the first point")
-def test_resumed_window_has_the_sequences_of_both_fits(tmp_path) -> None:
-    save = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=3)
-    first, whole, resumed = GeometryPhaseMonitor(every_n_steps=4), PointKeeper(), PointKeeper()
-    options = {"max_epochs": -1}
-    watch(Language(), sequences(12), PointKeeper(), first, save, max_steps=3, enable_checkpointing=True, **options)
-    watch(Language(), sequences(12), whole, GeometryPhaseMonitor(every_n_steps=4), max_steps=4, **options)
-    again = GeometryPhaseMonitor(every_n_steps=4)
-    again.load_state_dict(torch.load(tmp_path / "mid.ckpt", weights_only=True)["callbacks"][first.state_key])
-    again.every_n_steps = 1  # its first batch ends in the point that was three quarters full
-    watch(Language(), sequences(12)[3:], resumed, again, max_steps=1, **options)
-    ns = [keeper.curve("geometry/head.input/n")[-1].value for keeper in (whole, resumed)]
-    assert ns == [48, 48]
 
 
 def test_phases_need_a_turn_that_lasts() -> None:

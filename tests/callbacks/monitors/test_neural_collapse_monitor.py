@@ -211,19 +211,6 @@ def test_compiled_model_reads_the_same() -> None:
     assert [p.value for p in compiled.points] == pytest.approx([p.value for p in plain.points], rel=1e-5, nan_ok=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*the fit ended before the first point")
-def test_resumed_window_goes_on(tmp_path) -> None:
-    first = NeuralCollapseMonitor(every_n_steps=4)
-    save = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=3)
-    run(Classifier(), data()[:3], first, save, enable_checkpointing=True)
-    again = NeuralCollapseMonitor(every_n_steps=4)
-    again.load_state_dict(torch.load(tmp_path / "mid.ckpt", weights_only=True)["callbacks"][first.state_key])
-    again.every_n_steps = 1  # its first batch ends in the point that was three quarters full
-    resumed = run(Classifier(), data()[3:4], again)
-    whole = run(Classifier(), data()[:4], NeuralCollapseMonitor(every_n_steps=4))
-    assert last(resumed) == pytest.approx(last(whole), rel=1e-9, nan_ok=True)
-
-
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
