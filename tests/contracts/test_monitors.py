@@ -133,7 +133,7 @@ def test_nothing_of_the_training_changes(name):
 
 @each
 @quiet
-@pytest.mark.filterwarnings("ignore:.*failed with ValueError")
+@pytest.mark.filterwarnings("ignore:.*(failed with ValueError|did not run|received no labelled|there were no rows)")
 @pytest.mark.parametrize("method", ["before_batch", "after_batch", "read", "points", "draw"])
 def test_what_fails_is_said_once_and_training_goes_on(name, method):
     def broken(*args, **kwargs):

@@ -165,6 +165,7 @@ def test_a_penalty_anchors_the_weights_for_use():
             return Averaged(self.parameters(), lr=0.01)
 
     model, penalty = Model(), MAS()
-    fit(model, [WeightPenalty(penalty)])
+    with pytest.warns(UserWarning, match="not those that task 0 has ended with"):
+        fit(model, [WeightPenalty(penalty)])
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(penalty.state["anchor"][name], parameter.detach() + 1 / 3)

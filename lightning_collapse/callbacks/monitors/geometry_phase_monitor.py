@@ -20,7 +20,7 @@ from lightning_collapse.functional.isotropic_null import expected_under_isotropy
 from lightning_collapse.functional.spectrum_shape import alpha_req
 from lightning_collapse.monitoring.evaluate import evaluate, flag_of
 from lightning_collapse.monitoring.feature_window import FeatureWindow
-from lightning_collapse.utilities.modules import Tap, default_taps, find_taps
+from lightning_collapse.utilities.modules import Tap, classification_head, find_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Curve, Measure
 
@@ -164,7 +164,7 @@ class GeometryPhaseMonitor(Monitor):
 
     def _choose(self, pl_module: LightningModule) -> Tap:
         if self.layer is None:
-            taps = [tap for tap in default_taps(pl_module) if tap.side == "input"]
+            taps = [tap for tap in [classification_head(pl_module)] if tap is not None]
             problem = "the model has no Linear layer."
         else:
             try:

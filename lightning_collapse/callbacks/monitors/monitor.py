@@ -76,6 +76,7 @@ class Monitor(Callback, ABC):
         self._warned: set[str] = set()
         self._restored: dict[str, Any] = {}
         self._state_key = ""
+        self._given = False
 
     @property
     def curves(self) -> list[str]:
@@ -158,6 +159,10 @@ class Monitor(Callback, ABC):
         self._restored = state_dict
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._given = bool(self._restored)  # by the user, and not by a tuner, which loads states after this
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not in `setup`: `configure_model` and sharding come later, and SWA deep-copies hooks registered there
         self._stop()
@@ -165,7 +170,7 @@ class Monitor(Callback, ABC):
         self._points, self._due = 0, False
         self.start(trainer, pl_module)
         state, self._restored = self._restored, {}
-        if state and is_resumed(trainer):
+        if state and (self._given or is_resumed(trainer)):
             with self.contained("the state in the checkpoint", "its curves go on without what came before"):
                 self._points = state["points"]
                 if self.window is not None and state["window"]:

@@ -29,10 +29,10 @@ from lightning_collapse.monitoring.to_host import to_host
 from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.features import evenly
-from lightning_collapse.utilities.modules import Tap, default_taps, find_taps
+from lightning_collapse.utilities.modules import Tap, classification_head, find_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
-from lightning_collapse.utilities.targets import targets_of
+from lightning_collapse.utilities.targets import shifted_labels, targets_of
 from lightning_collapse.utilities.trainer import logging_step
 from lightning_collapse.utilities.weight_matrices import whole
 
@@ -69,7 +69,8 @@ class NeuralCollapseMonitor(Monitor):
         layer: Name of the classifier; ``None`` is the last Linear layer. What it receives is what is measured.
         labels: A function from the batch to integer labels, as many as the classifier receives rows. ``None`` takes
             the second of a pair, or what a mapping holds under ``label``, ``labels``, ``target``, ``targets`` or ``y``.
-            The label -100 is skipped; so are soft labels, with a warning.
+            Those of causal language
+            models that are their inputs move to the outputs that predict them. The label -100 is skipped; so are soft labels, with a warning.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         rows: Rows of a point, on each process; ``None`` for two per feature or sixteen per class.
         loader: Batches of clean data, such as a ``DataLoader``, or a function without arguments that returns them
@@ -137,6 +138,7 @@ class NeuralCollapseMonitor(Monitor):
         self.epochs = epochs
         self.inputs = inputs
         self._tap: Tap | None = None
+        self._model: LightningModule | None = None
         self._clean: CleanPass | None = None
         self._moments: ClassMoments | None = None
         self._seen: Tensor | None = None
@@ -164,7 +166,7 @@ class NeuralCollapseMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tap = self._choose(pl_module)
+        self._tap, self._model = self._choose(pl_module), pl_module
         self._moments = self._empty(pl_module)
         self._seen = torch.zeros_like(self._moments.count)
         self._taken, self._latest, self._filler = 0, [], []
@@ -182,7 +184,7 @@ class NeuralCollapseMonitor(Monitor):
     def stop(self) -> None:
         if self._clean is not None:
             self._clean.remove()
-        self._clean = self._tap = None
+        self._clean = self._tap = self._model = None
         self._latest, self._filler = [], []
 
     @override
@@ -277,7 +279,7 @@ class NeuralCollapseMonitor(Monitor):
     def _choose(self, pl_module: LightningModule) -> Tap:
         call = f"`NeuralCollapseMonitor(layer={self.layer!r})`"
         if self.layer is None:
-            taps = [tap for tap in default_taps(pl_module) if tap.side == "input"]
+            taps = [tap for tap in [classification_head(pl_module)] if tap is not None]
         else:
             try:
                 taps = find_taps(pl_module, [f"{self.layer}:input"])
@@ -316,7 +318,7 @@ class NeuralCollapseMonitor(Monitor):
 
     def _labels_of(self, batch: Any) -> Tensor | None:
         try:
-            labels = targets_of(batch) if self.labels is None else self.labels(batch)
+            labels = self._default_labels(batch) if self.labels is None else self.labels(batch)
         except Exception as error:  # of the user's function: what is only watched goes on
             self.warn_once(f"`labels` failed: {type(error).__name__}: {error}")
             return None
@@ -327,6 +329,12 @@ class NeuralCollapseMonitor(Monitor):
             )
             return None
         return labels
+
+    def _default_labels(self, batch: Any) -> Tensor | None:
+        labels = targets_of(batch)
+        if not isinstance(labels, Tensor) or self._model is None:
+            return labels
+        return shifted_labels(batch, labels, self._model)
 
     def _labels_captured(self, captured: Captured, labels: Tensor) -> Tensor | None:
         """The label of every row that was captured; -100 for padding."""

@@ -23,7 +23,7 @@ from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot, 
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.spectral.sketch import GaussianSketch
 from lightning_collapse.utilities.distributed import all_reduce_sum
-from lightning_collapse.utilities.modules import Tap, clean_name, default_taps, find_taps
+from lightning_collapse.utilities.modules import Tap, activation_taps, default_taps, find_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Curve
 
@@ -48,7 +48,8 @@ class PlasticityMonitor(Monitor):
 
     Args:
         layers: Names of submodules, or glob patterns of them; ``"name:input"`` is what a module receives. ``None``
-            takes up to a dozen activation modules such as ``nn.ReLU``, where there are none the layers of
+            takes up to a dozen activation functions, see
+            :func:`~lightning_collapse.utilities.modules.activation_taps`; where there are none the layers of
             :func:`~lightning_collapse.utilities.default_taps`.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         batches: How many batches a point rests on, at most.
@@ -250,10 +251,4 @@ class PlasticityMonitor(Monitor):
                 raise MisconfigurationException(
                     f"`PlasticityMonitor(layers={list(self.layers)!r})`: {error}"
                 ) from error
-        names = [
-            clean_name(name)
-            for name, module in pl_module.named_modules()
-            if type(module).__module__ == "torch.nn.modules.activation" and not list(module.parameters())
-        ]
-        kept = names[:: -(-len(names) // 12)] if names else []
-        return find_taps(pl_module, kept) if kept else default_taps(pl_module)
+        return activation_taps(pl_module) or default_taps(pl_module)

@@ -19,7 +19,7 @@ from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.spectral.neighbors import nearest_distances
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_gather_rows
-from lightning_collapse.utilities.modules import Tap, default_taps, find_taps
+from lightning_collapse.utilities.modules import Tap, classification_head, find_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.targets import TARGET_KEYS, target_rows, targets_of
@@ -176,7 +176,7 @@ class RegressionCollapseMonitor(Monitor):
 
     def _choose(self, pl_module: LightningModule) -> Tap:
         if self.head is None:
-            taps = [tap for tap in default_taps(pl_module) if tap.side == "input"]
+            taps = [tap for tap in [classification_head(pl_module)] if tap is not None]
             problem = "the model has no Linear layer."
         else:
             try:
