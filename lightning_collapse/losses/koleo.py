@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.support.pairs import gather_rows, squared_distances
+from lightning_collapse.losses.support.pairs import gather_rows
 from lightning_collapse.losses.support.rows import unit_rows
 from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.spectral.neighbors import nearest_rows
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
@@ -56,8 +57,8 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
     """
     rows = unit_rows(stack_views("koleo_loss", features=features)[0])
     everything, first = gather_rows("koleo_loss", rows)
-    nearest = squared_distances(rows.detach(), everything.detach(), first).argmin(dim=1)
-    distances = torch.linalg.vector_norm(rows - everything[nearest], dim=1)
+    nearest = nearest_rows(everything, 1, first, len(rows)).squeeze(1)
+    distances = torch.linalg.vector_norm(rows - everything.index_select(0, nearest), dim=1)
     distances = torch.where(distances <= 4 * torch.finfo(rows.dtype).eps, 0.0, distances)
     return all_reduce_sum_with_grad(-(distances + eps).log().sum()) / len(everything)
 
