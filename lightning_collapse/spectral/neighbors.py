@@ -1,15 +1,15 @@
 """Exact nearest neighbours: from single precision with a bound on its error, from double where that is too rough."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.spectral.rows import finite_rows
 
-TILE_ELEMENTS = 1 << 18
-"""Most numbers of a tile of distances, or of the rows it compares: it bounds the memory, and stays in the cache."""
+TILE_ELEMENTS = 1 << 20
+"""Most numbers of a tile of distances: it bounds the memory."""
+DIFFERENCE_ELEMENTS = 1 << 18
+"""Most numbers of a tile of differences of rows, which stays in the processor's cache."""
 SPARE = 8
 """How many more than wanted are kept, to be measured where single precision cannot tell them apart."""
 ROUNDINGS = 16
@@ -53,7 +53,7 @@ def nearest_rows(
     """
     count = len(points) - first if count is None else count
     excluded = points.new_zeros(len(points), dtype=torch.bool) if excluded is None else excluded
-    found: Tensor = _nearest_rows(points, k, first, count, excluded)
+    found: Tensor = torch.ops.lightning_collapse.nearest_rows(points, k, first, count, excluded)
     return found
 
 
@@ -90,34 +90,40 @@ def nearest_distances(features: Tensor, k: int, mask: Tensor | None = None) -> t
         return distances, counts, repeated
     rows = _moderate(rows, counts)
     near = nearest_rows(rows, wanted, excluded=~counts)
-    for own in _tiles(torch.arange(len(rows), device=rows.device), wanted * rows.shape[1]):
+    for own in _tiles(torch.arange(len(rows), device=rows.device), wanted * rows.shape[1], DIFFERENCE_ELEMENTS):
         found = torch.linalg.vector_norm(rows[near[own]] - rows[own].unsqueeze(1), dim=2)
         neighbour = counts[near[own]] & counts[own].unsqueeze(1) & (near[own] != own.unsqueeze(1))
         distances[own, :wanted] = torch.where(neighbour, found, torch.inf).sort(dim=1).values
     return distances, counts, repeated
 
 
-@torch.library.custom_op("lightning_collapse::nearest_rows", mutates_args=())
-def _nearest_rows(points: Tensor, k: int, first: int, count: int, excluded: Tensor) -> Tensor:
-    """In double precision, without a wait for the device; one operator, so that the compiler need not look inside."""
-    return _search(points, k, torch.arange(first, first + count, device=points.device), excluded)
+# one operator, into which the compiler need not look, with a way of its own on processors
+OPERATOR = "lightning_collapse::nearest_rows"
+torch.library.define(OPERATOR, "(Tensor points, int k, int first, int count, Tensor excluded) -> Tensor")
 
 
-@_nearest_rows.register_fake
+@torch.library.register_fake(OPERATOR)  # type: ignore[untyped-decorator]
 def _(points: Tensor, k: int, first: int, count: int, excluded: Tensor) -> Tensor:
     return points.new_empty(count, k, dtype=torch.long)
 
 
-@_nearest_rows.register_kernel("cpu")
+@torch.library.impl(OPERATOR, "default")
+def _(points: Tensor, k: int, first: int, count: int, excluded: Tensor) -> Tensor:
+    """In double precision, without a wait for the device."""
+    return _search(points, k, torch.arange(first, first + count, device=points.device), excluded)
+
+
+@torch.library.impl(OPERATOR, "cpu")
 def _(points: Tensor, k: int, first: int, count: int, excluded: Tensor) -> Tensor:
     """In single precision, and again what that leaves open."""
     own = torch.arange(first, first + count)
     # whichever row is subtracted: each difference is rounded in proportion to itself
     rows = (points - points.mean(dim=0)).float()
-    near, certain = _candidates(rows, k, own, excluded)
+    energy = torch.linalg.vector_norm(rows, dim=1).square()
+    near, certain = _candidates(rows, energy, k, own, excluded)
     if not certain.all():
         own = own[~certain]
-        candidates, certain = _candidates(rows, k, own, excluded, spare=SPARE)
+        candidates, certain = _candidates(rows, energy, k, own, excluded, spare=SPARE)
         near[own - first] = _measured(points, k, own, candidates)
         if not certain.all():
             own = own[~certain]
@@ -125,31 +131,31 @@ def _(points: Tensor, k: int, first: int, count: int, excluded: Tensor) -> Tenso
     return near
 
 
-def _candidates(rows: Tensor, k: int, own: Tensor, excluded: Tensor, spare: int = 0) -> tuple[Tensor, Tensor]:
+def _candidates(
+    rows: Tensor, energy: Tensor, k: int, own: Tensor, excluded: Tensor, spare: int = 0
+) -> tuple[Tensor, Tensor]:
     """As many of the nearest as single precision finds, ``(n, k + spare)``; for whom the ``k`` nearest are among them.
 
     A place that no neighbour fills holds the point itself.
     """
-    values, near, itself = _best(rows, min(k + spare + 1, len(rows)), own, excluded)
+    values, near, rest, itself = _best(rows, energy, min(k + spare, len(rows) - 1), own, excluded)
     n = rows.shape[1] + ROUNDINGS
     gamma = n * 2.0**-24 / (1 - n * 2.0**-24)
-    norm = torch.linalg.vector_norm(rows, dim=1)
-    size, farthest = norm[own], norm[near[:, :k]].amax(dim=1)
+    size, farthest = energy[own].sqrt(), energy[near[:, :k]].amax(dim=1).sqrt()
     least = values[:, k - 1] - gamma * farthest * (size + farthest / 2)
     # what lies farther from the mean than this is, by the triangle inequality, no nearer than the k-th
-    reach = size + (size.square() - 2 * least).clamp_min(0).sqrt()
-    most = values[:, -1] + gamma * reach * (size + reach / 2) + n * TINY
+    reach = (size + (energy[own] - 2 * least).clamp_min(0).sqrt()).minimum(energy.amax().sqrt())
+    most = rest + gamma * reach * (size + reach / 2) + n * TINY
     # products of points with themselves, where they were read, show how precise all of them are
-    off = (itself - size.square() / 2).abs()
-    single = ~(off.masked_fill(off.isinf(), 0.0) > gamma / 4 * size.square()).any()
-    near = torch.where(values.isinf(), own.unsqueeze(1), near)
-    return near[:, : k + spare].contiguous(), single & (most < least)
+    off = (itself - energy[own] / 2).abs()
+    single = ~(off.masked_fill(off.isinf(), 0.0) > gamma / 4 * energy[own]).any()
+    return torch.where(values.isinf(), own.unsqueeze(1), near), single & (most < least)
 
 
 def _measured(points: Tensor, k: int, own: Tensor, candidates: Tensor) -> Tensor:
     """The ``k`` nearest of the candidates, by the differences of rows."""
     found = []
-    for part in _tiles(torch.arange(len(own)), candidates.shape[1] * points.shape[1]):
+    for part in _tiles(torch.arange(len(own)), candidates.shape[1] * points.shape[1], DIFFERENCE_ELEMENTS):
         there, here = candidates[part], own[part].unsqueeze(1)
         distances = torch.linalg.vector_norm(points[there].double() - points[here].double(), dim=2)
         nearest = distances.masked_fill_(there == here, torch.inf).topk(k, largest=False).indices
@@ -160,40 +166,42 @@ def _measured(points: Tensor, k: int, own: Tensor, candidates: Tensor) -> Tensor
 def _search(points: Tensor, k: int, own: Tensor, excluded: Tensor) -> Tensor:
     """The ``k`` nearest of the points ``own``, in double precision."""
     rows = points.to(accumulation_dtype(points.device))
-    return _best(rows - rows.mean(dim=0), k, own, excluded)[1]
+    rows = rows - rows.mean(dim=0)
+    return _best(rows, rows.square().sum(dim=1), k, own, excluded)[1]
 
 
-def _best(rows: Tensor, k: int, own: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``k`` best scores of the points ``own``, whose they are, and those with themselves, which are no rivals.
+def _best(rows: Tensor, energy: Tensor, k: int, own: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The ``k`` best scores of the points ``own`` and whose they are, the best of the rest, and those with themselves.
 
     A score is half the energy of a point less half its squared distance to another one: the larger, the nearer.
     """
-    half = (rows.square().sum(dim=1) / 2).masked_fill(excluded, torch.inf)
+    half = (energy / 2).masked_fill(excluded, torch.inf)
     found = []
-    for part in _tiles(own, len(rows)):
+    for part in _tiles(own, len(rows), TILE_ELEMENTS):
         scores = torch.addmm(half, rows[part], rows.T, beta=-1)
-        itself = scores.gather(1, part.unsqueeze(1))
+        itself = scores.gather(1, part.unsqueeze(1)).squeeze(1)
         scores.scatter_(1, part.unsqueeze(1), -torch.inf)
-        found.append((*_largest(scores, k), itself.squeeze(1)))
-    values, near, itself = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return values, near, itself
+        values, near = _largest(scores, k)
+        found.append((values, near, scores.scatter_(1, near, -torch.inf).amax(dim=1), itself))
+    values, near, rest, itself = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return values, near, rest, itself
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As ``topk``, but faster: the ``k`` largest numbers lie in the ``k`` groups with the largest maxima."""
     columns = scores.shape[1]
-    size = 1 << math.isqrt(columns // k).bit_length() - 1
+    size = min(max(columns // (4 * k), 1), 16)
     groups = columns // size
     index = torch.arange(columns, device=scores.device)
-    best = scores[:, : groups * size].unflatten(1, (size, groups)).amax(dim=1).topk(min(k, groups), dim=1).indices
+    best = scores[:, : groups * size].view(len(scores), size, groups).amax(dim=1).topk(min(k, groups), dim=1).indices
     members = (best.unsqueeze(2) + index[:size] * groups).flatten(1)
     members = torch.cat([members, index[groups * size :].expand(len(scores), -1)], dim=1)
     values, place = scores.gather(1, members).topk(k, dim=1)
     return values, members.gather(1, place)
 
 
-def _tiles(own: Tensor, width: int) -> tuple[Tensor, ...]:
-    return own.split(max(TILE_ELEMENTS // max(width, 1), 1))
+def _tiles(own: Tensor, width: int, elements: int) -> tuple[Tensor, ...]:
+    return torch.split(own, max(elements // max(width, 1), 1))
 
 
 def _repetitions(rows: Tensor, finite: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class CenteredBatch(NamedTuple):
     extra: Tensor
 
 
-def stack_views(function: str, **views: Tensor) -> Tensor:
-    """Check feature matrices and stack them to ``(V, N, D)``.
+def require_matrices(function: str, **views: Tensor) -> tuple[Tensor, ...]:
+    """Check feature matrices, each of shape ``(N, D)``, and return them.
 
     Args:
         function: What to call the caller in messages.
@@ -46,7 +46,12 @@ def stack_views(function: str, **views: Tensor) -> Tensor:
     if len(set(shapes.values())) > 1:
         found = " and ".join(f"`{name}` {shape}" for name, shape in shapes.items())
         raise ValueError(f"The views of `{function}` must have one shape, got {found}. Row i of both is one sample.")
-    return torch.stack(list(views.values()))
+    return tuple(views.values())
+
+
+def stack_views(function: str, **views: Tensor) -> Tensor:
+    """Check feature matrices as :func:`require_matrices` does, and stack them to ``(V, N, D)``."""
+    return torch.stack(require_matrices(function, **views))
 
 
 def center(
