@@ -46,7 +46,9 @@ def require_matrices(function: str, **views: Tensor) -> tuple[Tensor, ...]:
     if len(set(shapes.values())) > 1:
         found = " and ".join(f"`{name}` {shape}" for name, shape in shapes.items())
         raise ValueError(f"The views of `{function}` must have one shape, got {found}. Row i of both is one sample.")
-    return tuple(views.values())
+    # a node of its own, so that a loss hands on one gradient, however often it uses the features: the order in which
+    # several would be added to those of other losses is not decided here
+    return tuple(view.view_as(view) for view in views.values())
 
 
 def stack_views(function: str, **views: Tensor) -> Tensor:
