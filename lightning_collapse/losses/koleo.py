@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.pairs import gather_rows
 from lightning_collapse.losses.support.rows import unit_rows
-from lightning_collapse.losses.support.statistics import require_matrices
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.neighbors import nearest_rows
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
@@ -55,7 +55,7 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
         >>> koleo_loss(torch.eye(3)), koleo_loss(torch.ones(4, 3))
         (tensor(-0.3466), tensor(18.4207))
     """
-    (features,) = require_matrices("koleo_loss", features=features)
+    (features,) = separate_views("koleo_loss", features=features)
     rows = unit_rows(features)
     everything, first = gather_rows("koleo_loss", rows)
     nearest = nearest_rows(everything, 1, first, len(rows)).squeeze(1)
