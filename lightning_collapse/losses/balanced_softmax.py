@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.labels import named_rows
 from lightning_collapse.losses.support.rows import mean_of_rows
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 
 
@@ -41,7 +41,7 @@ def balanced_cross_entropy(logits: Tensor, labels: Tensor, class_counts: Tensor)
         >>> balanced_cross_entropy(torch.zeros(1, 2), torch.tensor([1]), torch.tensor([3.0, 1.0]))  # log 4
         tensor(1.3863)
     """
-    (logits,) = stack_views("balanced_cross_entropy", logits=logits)
+    (logits,) = separate_views("balanced_cross_entropy", logits=logits)
     if class_counts.shape != logits.shape[1:]:
         raise ValueError(
             f"`logits` of `balanced_cross_entropy` must have a column for each of {len(class_counts)} classes, got"

@@ -2,15 +2,15 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
+from lightning_collapse.losses.support.cross_correlation import correlation_terms
 from lightning_collapse.losses.support.products import product
-from lightning_collapse.losses.support.statistics import CenteredBatch, center, stack_views
+from lightning_collapse.losses.support.statistics import CenteredBatch, center, require_matrices
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
-from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
+from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.registry import register_loss
 
 
@@ -33,47 +33,19 @@ def barlow_twins_terms(first: Tensor, second: Tensor, eps: float = 1e-5) -> dict
     Raises:
         ValueError: If the views are not matrices of one shape, or have fewer than two rows over all processes.
     """
-    views = stack_views("barlow_twins_terms", first=first, second=second)
-    batch = center("barlow_twins_terms", views, extra=views.new_zeros(()), exact=True)
-    few = world_size() == 1 and views.shape[1] < views.shape[2]
-    diagonal, total = (_from_rows if few else _from_features)(batch, eps)
-    return {"invariance": (1 - diagonal).square().sum(), "redundancy": total}
+    views = require_matrices("barlow_twins_terms", first=first, second=second)
+    if world_size() == 1 and len(first) < first.shape[1]:
+        return _from_rows(center("barlow_twins_terms", views), eps)
+    return correlation_terms("barlow_twins_terms", views, eps)
 
 
-def cross_correlation(batch: CenteredBatch, dof: int | Tensor, eps: float) -> Tensor:
-    """Correlation ``(D, D)`` of the features of one view with those of the other.
-
-    Collective: every process must call it; one all-reduce of ``D * D + 2 D`` numbers.
-
-    Args:
-        batch: Two views.
-        dof: What sums of squares are divided by before ``eps`` is added: the number of samples, or one less.
-        eps: Added to variances.
-    """
-    dim = batch.rows.shape[-1]
-    products = product(batch.rows[0].mT, batch.rows[1]).flatten()
-    message = all_reduce_sum_with_grad(torch.cat([products, batch.rows.square().sum(dim=1).flatten()])) / dof
-    scale = (message[dim * dim :].view(2, dim) + eps).rsqrt()
-    return scale[0].unsqueeze(1) * message[: dim * dim].view(dim, dim) * scale[1]
-
-
-def diagonal_and_rest(correlation: Tensor) -> tuple[Tensor, Tensor]:
-    """Diagonal ``(D,)`` of a matrix, and the sum of squares off it."""
-    diagonal = correlation.diagonal()
-    return diagonal, (correlation - torch.diag(diagonal)).square().sum()
-
-
-def _from_features(batch: CenteredBatch, eps: float) -> tuple[Tensor, Tensor]:
-    """Diagonal ``(D,)`` of the cross-correlation, and the energy off it."""
-    return diagonal_and_rest(cross_correlation(batch, batch.samples, eps))
-
-
-def _from_rows(batch: CenteredBatch, eps: float) -> tuple[Tensor, Tensor]:
+def _from_rows(batch: CenteredBatch, eps: float) -> dict[str, Tensor]:
     """The same without a ``D x D`` matrix: the squared norm of ``A.mT @ B`` is that of their Gram matrices' product."""
     rows = batch.rows * (batch.rows.square().mean(dim=1, keepdim=True) + eps).rsqrt()
     gram = product(rows, rows.mT) / batch.samples
     diagonal = (rows[0] * rows[1]).sum(dim=0) / batch.samples
-    return diagonal, (gram[0] * gram[1]).sum() - diagonal.square().sum()
+    redundancy = (gram[0] * gram[1]).sum() - diagonal.square().sum()
+    return {"invariance": (1 - diagonal).square().sum(), "redundancy": redundancy}
 
 
 @register_loss

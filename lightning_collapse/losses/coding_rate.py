@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.products import logdet, product
 from lightning_collapse.losses.support.rows import require_rows, unit_rows
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
@@ -47,7 +47,8 @@ def coding_rate_loss(features: Tensor, eps: float = 0.2) -> Tensor:
         (tensor(-3.5835), tensor(-1.5223))
     """
     require_positive(eps=eps)
-    rows = unit_rows(stack_views("coding_rate_loss", features=features)[0])
+    (features,) = separate_views("coding_rate_loss", features=features)
+    rows = unit_rows(features)
     n, dim = rows.shape
     count: Tensor
     if world_size() == 1:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.support.statistics import center, stack_views, variances_and_covariance
+from lightning_collapse.losses.support.statistics import center, require_matrices, variances_and_covariance
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.registry import register_loss
 
@@ -38,8 +38,7 @@ def covariance_loss(features: Tensor) -> Tensor:
         >>> covariance_loss(torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]]))
         tensor(1.)
     """
-    views = stack_views("covariance_loss", features=features)
-    batch = center("covariance_loss", views, extra=views.new_zeros(()))
+    batch = center("covariance_loss", require_matrices("covariance_loss", features=features))
     _, energy = variances_and_covariance(batch)
     return energy.sum() / features.shape[1]
 

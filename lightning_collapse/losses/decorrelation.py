@@ -5,10 +5,10 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from lightning_collapse.losses.barlow_twins import cross_correlation, diagonal_and_rest
 from lightning_collapse.losses.base import AntiCollapseLoss
+from lightning_collapse.losses.support.cross_correlation import correlation_terms
 from lightning_collapse.losses.support.rows import unit_rows
-from lightning_collapse.losses.support.statistics import center, stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_positive
 from lightning_collapse.utilities.registry import register_loss
@@ -38,13 +38,10 @@ def feature_decorrelation_terms(
         ValueError: If the views are not matrices of one shape, or have fewer than two rows over all processes.
     """
     require_one_of(CONVENTIONS, convention=convention)
-    views = stack_views("feature_decorrelation_terms", first=first, second=second)
-    batch = center("feature_decorrelation_terms", unit_rows(views), extra=views.new_zeros(()))
-    correlation = cross_correlation(batch, batch.samples - 1, eps)
-    if convention == "code":
-        correlation = correlation * ((batch.samples - 1) / batch.samples)
-    diagonal, redundancy = diagonal_and_rest(correlation)
-    return {"invariance": (1 - diagonal).square().sum(), "redundancy": redundancy}
+    views = separate_views("feature_decorrelation_terms", first=first, second=second)
+    units = [unit_rows(view) for view in views]
+    name = "feature_decorrelation_terms"
+    return correlation_terms(name, units, eps, lost=1, mean_over_rows=convention == "code")
 
 
 @register_loss

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lightning_collapse.losses.support.rows import mean_of_rows, unit_rows
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
 
@@ -47,7 +47,7 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
     require_positive(temperature=temperature)
     if logits.ndim == 2 and teacher_logits.ndim == 2 and logits.shape[1] > teacher_logits.shape[1]:
         logits = logits[:, : teacher_logits.shape[1]]
-    student, teacher = stack_views("distillation_loss", logits=logits, teacher_logits=teacher_logits.detach())
+    student, teacher = separate_views("distillation_loss", logits=logits, teacher_logits=teacher_logits.detach())
     log_q, log_p = (student / temperature).log_softmax(dim=1), (teacher / temperature).log_softmax(dim=1)
     # not p * (log p - log q): 0 * inf where a class is masked by -inf
     divergence = (log_p.exp() * (log_p - log_q)).where(log_p > -float("inf"), 0.0).sum(dim=1, keepdim=True)
@@ -85,6 +85,6 @@ def feature_distillation_loss(features: Tensor, teacher_features: Tensor) -> Ten
         tensor(0.5000)
     """
     pair = {"features": features, "teacher_features": teacher_features.detach()}
-    student, teacher = stack_views("feature_distillation_loss", **pair)
+    student, teacher = separate_views("feature_distillation_loss", **pair)
     distance = 1 - (unit_rows(student) * unit_rows(teacher)).sum(dim=1, keepdim=True)
     return mean_of_rows("feature_distillation_loss", distance).squeeze(0)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.labels import count_classes, named_rows
 from lightning_collapse.losses.support.rows import mean_of_rows
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of
 
@@ -53,7 +53,7 @@ def dot_regression(features: Tensor, labels: Tensor, prototypes: Tensor, lengths
         tensor(0.2500)
     """
     require_one_of(LENGTHS, lengths=lengths)
-    (features,) = stack_views("dot_regression", features=features)
+    (features,) = separate_views("dot_regression", features=features)
     classes, dim = prototypes.shape
     if features.shape[1] != dim:
         raise ValueError(

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.support.pairs import gather_rows, squared_distances
+from lightning_collapse.losses.support.pairs import gather_rows
 from lightning_collapse.losses.support.rows import unit_rows
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
+from lightning_collapse.spectral.neighbors import nearest_rows
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
@@ -54,10 +55,11 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
         >>> koleo_loss(torch.eye(3)), koleo_loss(torch.ones(4, 3))
         (tensor(-0.3466), tensor(18.4207))
     """
-    rows = unit_rows(stack_views("koleo_loss", features=features)[0])
+    (features,) = separate_views("koleo_loss", features=features)
+    rows = unit_rows(features)
     everything, first = gather_rows("koleo_loss", rows)
-    nearest = squared_distances(rows.detach(), everything.detach(), first).argmin(dim=1)
-    distances = torch.linalg.vector_norm(rows - everything[nearest], dim=1)
+    nearest = nearest_rows(everything, 1, first, len(rows)).squeeze(1)
+    distances = torch.linalg.vector_norm(rows - everything.index_select(0, nearest), dim=1)
     distances = torch.where(distances <= 4 * torch.finfo(rows.dtype).eps, 0.0, distances)
     return all_reduce_sum_with_grad(-(distances + eps).log().sum()) / len(everything)
 

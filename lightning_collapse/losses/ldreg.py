@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.pairs import gather_rows, squared_distances
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
@@ -46,7 +46,7 @@ def ldreg_loss(features: Tensor, k: int = 64, form: Form = "paper", eps: float =
     """
     require_whole(2, k=k)
     require_one_of(FORMS, form=form)
-    rows = stack_views("ldreg_loss", features=features)[0]
+    (rows,) = separate_views("ldreg_loss", features=features)
     everything, first = gather_rows("ldreg_loss", rows.detach(), least=4)
     squares = squared_distances(rows, everything, first)
     near = squares.topk(min(k, len(everything) - 2), dim=1, largest=False).values

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.labels import count_classes, named_rows
 from lightning_collapse.losses.support.rows import sum_of_rows
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_whole
 
@@ -32,7 +32,7 @@ def long_tail_collapse_terms(features: Tensor, labels: Tensor, means: Tensor) ->
         ValueError: If ``features`` is not a matrix as wide as the means, the labels are not integers, one per row, or
             if there is no row over all processes.
     """
-    (features,) = stack_views("long_tail_collapse_terms", features=features)
+    (features,) = separate_views("long_tail_collapse_terms", features=features)
     classes, dim = means.shape
     if features.shape[1] != dim:
         raise ValueError(

@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.labels import named_rows
 from lightning_collapse.losses.support.rows import mean_of_rows
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.registry import register_loss
 
@@ -38,7 +38,7 @@ def max_suppression(logits: Tensor) -> Tensor:
         >>> max_suppression(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
         tensor(1.)
     """
-    (logits,) = stack_views("max_suppression", logits=logits)
+    (logits,) = separate_views("max_suppression", logits=logits)
     return mean_of_rows("max_suppression", (logits.amax(dim=1) - logits.mean(dim=1)).unsqueeze(1)).squeeze(0)
 
 
@@ -78,7 +78,7 @@ def label_smoothing_terms(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         >>> [round(value.item(), 3) for value in terms.values()]
         [2.17, 0.333, -0.667]
     """
-    (logits,) = stack_views("label_smoothing_terms", logits=logits)
+    (logits,) = separate_views("label_smoothing_terms", logits=logits)
     labels, named = named_rows("label_smoothing_terms", logits, labels, logits.shape[1])
     margins = logits.gather(1, labels.unsqueeze(1)) - logits
     cross_entropy = torch.logsumexp(-margins, dim=1)  # of logits less that of the label

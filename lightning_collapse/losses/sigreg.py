@@ -11,7 +11,7 @@ from lightning_collapse.losses.support.directions import random_directions
 from lightning_collapse.losses.support.products import product
 from lightning_collapse.losses.support.rows import require_rows
 from lightning_collapse.losses.support.shuffle import ShufflingLoss
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_whole
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
@@ -55,7 +55,7 @@ def sigreg_loss(features: Tensor, directions: Tensor, quadrature: Quadrature = "
         tensor(40.8921)
     """
     require_one_of(QUADRATURES, quadrature=quadrature)
-    (rows,) = stack_views("sigreg_loss", features=features)
+    (rows,) = separate_views("sigreg_loss", features=features)
     n, dim = rows.shape
     if directions.ndim != 2 or len(directions) != dim:
         raise ValueError(f"`directions` must have shape ({dim}, M), got {tuple(directions.shape)}: one per column.")

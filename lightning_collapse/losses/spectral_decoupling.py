@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.rows import mean_of_rows
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.registry import register_loss
 
@@ -37,7 +37,7 @@ def spectral_decoupling(logits: Tensor, target: float = 0.0) -> Tensor:
         >>> spectral_decoupling(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
         tensor(3.)
     """
-    (logits,) = stack_views("spectral_decoupling", logits=logits)
+    (logits,) = separate_views("spectral_decoupling", logits=logits)
     return mean_of_rows("spectral_decoupling", (logits - target).square().sum(dim=1, keepdim=True)).squeeze(0)
 
 

@@ -3,12 +3,13 @@
 import math
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.products import product
 from lightning_collapse.losses.support.rows import require_rows
-from lightning_collapse.losses.support.statistics import center, covariances, stack_views, without_mean
+from lightning_collapse.losses.support.statistics import center, covariances, separate_views, without_mean
 from lightning_collapse.losses.support.symmetric_power import iter_norm, symmetric_power
 from lightning_collapse.losses.support.whitening import cosine_distances
 from lightning_collapse.spectral.precision import full_precision
@@ -50,16 +51,16 @@ def transformed(
 ) -> tuple[dict[str, Tensor], int]:
     """The terms of :func:`spectral_transformation_terms`, called ``function`` in messages, and the number of axes."""
     require_one_of(AXES, axis=axis)
-    views = stack_views(function, first=first, second=second)
+    pair = separate_views(function, first=first, second=second)
     if axis == "features":
-        batch = center(function, views, views.new_zeros(()), grad_of_mean=True, exact=True)
+        batch = center(function, pair, grad_of_mean=True)
         covariance = covariances(batch)
         matrix = _transform(covariance, power, iterations)
         views = product(batch.rows, matrix)
         invariance = all_reduce_sum_with_grad(cosine_distances(views[0], views[1]).sum()) / batch.samples
     else:
-        rows, _ = all_gather_rows_with_grad(views)
-        require_rows(function, 2, rows.shape[1], views.shape[1])
+        rows, _ = all_gather_rows_with_grad(torch.stack(pair))
+        require_rows(function, 2, rows.shape[1], len(first))
         rows = without_mean(rows, dim=2)
         covariance = product(rows, rows.mT) / max(rows.shape[2] - 1, 1)
         matrix = _transform(covariance, power, iterations)

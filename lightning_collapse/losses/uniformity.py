@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.rows import require_rows, unit_rows
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_sum_with_grad, world_size
 from lightning_collapse.utilities.registry import register_loss
@@ -50,7 +50,8 @@ def uniformity_loss(features: Tensor, t: float = 2.0) -> Tensor:
         >>> uniformity_loss(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])), uniformity_loss(torch.ones(4, 3)).abs() < 1e-6
         (tensor(-8.), tensor(True))
     """
-    rows = unit_rows(stack_views("uniformity_loss", features=features)[0])
+    (features,) = separate_views("uniformity_loss", features=features)
+    rows = unit_rows(features)
     n = len(rows)
     everything, mask = all_gather_rows(rows)
     ranks = world_size()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.support.statistics import center, stack_views, variances
+from lightning_collapse.losses.support.statistics import center, require_matrices, variances
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.registry import register_loss
@@ -42,8 +42,7 @@ def variance_loss(features: Tensor, target_std: float = 1.0, eps: float = 1e-4) 
         >>> variance_loss(torch.zeros(4, 3)), variance_loss(torch.tensor([[2.0], [-2.0]]))
         (tensor(0.9900), tensor(0.))
     """
-    views = stack_views("variance_loss", features=features)
-    batch = center("variance_loss", views, extra=views.new_zeros(()))
+    batch = center("variance_loss", require_matrices("variance_loss", features=features))
     return variance_hinge(variances(batch), target_std, eps).sum()
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.support.statistics import center, covariances, stack_views, variances_and_covariance
+from lightning_collapse.losses.support.statistics import center, covariances, require_matrices, variances_and_covariance
 from lightning_collapse.losses.variance import variance_hinge
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_positive
@@ -35,9 +35,8 @@ def vcreg_terms(
     Raises:
         ValueError: If ``features`` is not a matrix, or has fewer than two rows over all processes.
     """
-    views = stack_views("vcreg_terms", features=features)
-    batch = center("vcreg_terms", views, extra=views.new_zeros(()))
-    dim = views.shape[-1]
+    batch = center("vcreg_terms", require_matrices("vcreg_terms", features=features))
+    dim = batch.rows.shape[-1]
     if delta is None:
         variance, energy = variances_and_covariance(batch)
     else:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.support.statistics import center, stack_views, variances_and_covariance
+from lightning_collapse.losses.support.statistics import center, separate_views, variances_and_covariance
 from lightning_collapse.losses.variance import variance_hinge
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_positive
@@ -42,11 +42,11 @@ def vicreg_terms(
         ValueError: If the views are not matrices of one shape, or have fewer than two rows over all processes.
     """
     require_one_of(CONVENTIONS, convention=convention)
-    views = stack_views("vicreg_terms", first=first, second=second)
+    views = separate_views("vicreg_terms", first=first, second=second)
     batch = center("vicreg_terms", views, extra=(views[0] - views[1]).square().sum())
     variance, energy = variances_and_covariance(batch)
     hinge = variance_hinge(variance, target_std, eps)
-    dim = views.shape[-1]
+    dim = batch.rows.shape[-1]
     as_code = convention == "code"
     return {
         "invariance": batch.extra / (batch.samples * dim if as_code else batch.samples),

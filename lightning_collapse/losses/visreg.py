@@ -10,7 +10,7 @@ from lightning_collapse.losses.support.directions import random_directions
 from lightning_collapse.losses.support.products import product
 from lightning_collapse.losses.support.rows import require_rows
 from lightning_collapse.losses.support.shuffle import ShufflingLoss
-from lightning_collapse.losses.support.statistics import stack_views
+from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.losses.support.whitening import SCOPES, Scope
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
@@ -39,7 +39,7 @@ def visreg_terms(features: Tensor, directions: Tensor, eps: float = 1e-4, scope:
         ValueError: If ``features`` is not a matrix, ``directions`` do not fit, or if there are fewer than two rows.
     """
     require_one_of(SCOPES, scope=scope)
-    (rows,) = stack_views("visreg_terms", features=features)
+    (rows,) = separate_views("visreg_terms", features=features)
     n, dim = rows.shape
     if directions.ndim != 2 or len(directions) != dim:
         raise ValueError(f"`directions` must have shape ({dim}, M), got {tuple(directions.shape)}: one per column.")

@@ -5,7 +5,13 @@ from torch import Tensor
 
 from lightning_collapse.losses.support.products import product
 from lightning_collapse.losses.support.shuffle import ShufflingLoss, permutation
-from lightning_collapse.losses.support.statistics import CenteredBatch, center, covariances, stack_views, without_mean
+from lightning_collapse.losses.support.statistics import (
+    CenteredBatch,
+    center,
+    covariances,
+    separate_views,
+    without_mean,
+)
 from lightning_collapse.losses.support.whitening import (
     SCOPES,
     Scope,
@@ -54,16 +60,17 @@ def wmse_loss(
             too few rows.
     """
     require_one_of(SCOPES, scope=scope)
-    views = stack_views("wmse_loss", first=first, second=second)
+    pair = separate_views("wmse_loss", first=first, second=second)
     if scope == "global":
-        batch = center("wmse_loss", views, views.new_zeros(()), views.shape[2] + 1, grad_of_mean=True, exact=True)
+        batch = center("wmse_loss", pair, rows=first.shape[1] + 1, grad_of_mean=True)
         return all_reduce_sum_with_grad(_distance(batch, eps, normalize)) / batch.samples
-    rows, dim = views.shape[1:]
+    rows, dim = first.shape
     if sub_batch <= dim:
         raise ValueError(
             f"`sub_batch` must be above the number of features, got {sub_batch} for {dim} features: fewer rows than"
             " that have no inverse covariance. Raise it, or project to fewer features."
         )
+    views = torch.stack(pair)
     total = views.new_zeros(())
     if rows > dim:
         total = torch.stack(list(_over_sub_batches(views, sub_batch, iterations, eps, normalize, step))).sum()

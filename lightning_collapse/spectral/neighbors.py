@@ -1,6 +1,4 @@
-"""Distances to the nearest rows, exact, in tiles."""
-
-from __future__ import annotations
+"""Exact nearest neighbours: from single precision with a bound on its error, from double where that is too rough."""
 
 import torch
 from torch import Tensor
@@ -8,10 +6,55 @@ from torch import Tensor
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.spectral.rows import finite_rows
 
-TILE_ELEMENTS = 1 << 22
-"""Most numbers of a tile of distances, or of the rows it compares: it bounds the memory."""
-DIFFERENCES = 2
-"""How many of the nearest are measured again by the difference of rows."""
+TILE_ELEMENTS = 1 << 20
+"""Most numbers of a tile of distances: it bounds the memory."""
+DIFFERENCE_ELEMENTS = 1 << 18
+"""Most numbers of a tile of differences of rows, which stays in the processor's cache."""
+SPARE = 8
+"""How many more than wanted are kept, to be measured where single precision cannot tell them apart."""
+ROUNDINGS = 16
+"""Those of a score beside its inner product, and as many again to spare."""
+TINY = 2.0**-125
+"""More than what underflow takes from a term of an inner product."""
+
+
+@torch.no_grad()
+@full_precision
+def nearest_rows(
+    points: Tensor, k: int, first: int = 0, count: int | None = None, excluded: Tensor | None = None
+) -> Tensor:
+    r"""Indices of the ``k`` nearest other points of each, as double precision finds them.
+
+    Distances come from a Gram matrix about the mean. Single precision has it for half the price, and errs in an inner
+    product of :math:`D` numbers by at most :math:`\gamma \|x\| \|y\|`, :math:`\gamma = n u / (1 - n u)`, with
+    :math:`n = D` roundings of :math:`u = 2^{-24}` [1] and a few more. A point whose ``k``-th neighbour is nearer than
+    the next one by more than both may err is done; if only a few more could be meant, these are measured one by one.
+    All others are searched again in double precision, which is right to 1e-7 of the points' spread. So is everything
+    on an accelerator, which must not be asked how many there are, and where products in single precision turn out to
+    be less than that (``torch.set_float32_matmul_precision``).
+
+    Args:
+        points: Shape ``(N, D)``.
+        k: How many neighbours, below ``N``.
+        first: The first point whose neighbours are wanted.
+        count: How many points from there on; all by default.
+        excluded: Points that are no neighbours, boolean ``(N,)``. If fewer than ``k`` are left, the last places hold
+            any of the others.
+
+    Returns:
+        Integers, shape ``(count, k)``, the nearest first as far as the precision of the search tells them apart.
+
+    References:
+        [1] Higham, *Accuracy and stability of numerical algorithms*, 2nd ed., SIAM 2002, section 3.1.
+
+    Example:
+        >>> nearest_rows(torch.tensor([[0.0], [1.0], [3.0]]), k=1).flatten()
+        tensor([1, 0, 1])
+    """
+    count = len(points) - first if count is None else count
+    excluded = points.new_zeros(len(points), dtype=torch.bool) if excluded is None else excluded
+    found: Tensor = torch.ops.lightning_collapse.nearest_rows(points, k, first, count, excluded)
+    return found
 
 
 @torch.no_grad()
@@ -19,9 +62,8 @@ DIFFERENCES = 2
 def nearest_distances(features: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Euclidean distances of every row to its ``k`` nearest others; a row that repeats an earlier one does not count.
 
-    From the Gram matrix of a tile of centered rows, in double precision (``float32`` on devices without): right to
-    1e-4 for distances of 1e-6 of the features' spread. The two nearest are measured again by the difference of rows,
-    where nothing cancels. Nothing here waits for the device. Work ``O(N ** 2 * D)``.
+    The neighbours of :func:`nearest_rows`, measured by the difference of rows, where nothing cancels. Nothing here
+    waits for the device. Work ``O(N ** 2 * D)``.
 
     Args:
         features: Shape ``(N, D)``.
@@ -43,25 +85,123 @@ def nearest_distances(features: Tensor, k: int, mask: Tensor | None = None) -> t
     repeated = _repetitions(rows, finite)
     counts = finite & ~repeated
     distances = rows.new_full((len(rows), k), torch.inf)
-    if not rows.numel():
+    wanted = min(k, len(rows) - 1)
+    if not rows.numel() or not wanted:
         return distances, counts, repeated
     rows = _moderate(rows, counts)
-    energy = rows.square().sum(dim=1)
-    wanted = min(k, len(rows))
-    tile = max(TILE_ELEMENTS // max(len(rows), DIFFERENCES * rows.shape[1]), 1)
-    index = torch.arange(len(rows), device=rows.device)
-    for start in range(0, len(rows), tile):
-        own = index[start : start + tile]
-        squares = energy[own].unsqueeze(1) + energy - 2 * rows[own] @ rows.T
-        excluded = ~counts | (index == own.unsqueeze(1))
-        squares = squares.masked_fill(excluded, torch.inf)
-        candidates = squares.topk(wanted, largest=False)
-        near = candidates.indices[:, :DIFFERENCES]
-        exact = torch.linalg.vector_norm(rows[near] - rows[own].unsqueeze(1), dim=2)
-        found = torch.cat([exact, candidates.values[:, DIFFERENCES:].clamp_min(0).sqrt()], dim=1)
-        found = torch.where(candidates.values.isinf() | ~counts[own].unsqueeze(1), torch.inf, found)
-        distances[own, :wanted] = found.sort(dim=1).values
+    near = nearest_rows(rows, wanted, excluded=~counts)
+    for own in _tiles(torch.arange(len(rows), device=rows.device), wanted * rows.shape[1], DIFFERENCE_ELEMENTS):
+        found = torch.linalg.vector_norm(rows[near[own]] - rows[own].unsqueeze(1), dim=2)
+        neighbour = counts[near[own]] & counts[own].unsqueeze(1) & (near[own] != own.unsqueeze(1))
+        distances[own, :wanted] = torch.where(neighbour, found, torch.inf).sort(dim=1).values
     return distances, counts, repeated
+
+
+# one operator, into which the compiler need not look, with a way of its own on processors
+OPERATOR = "lightning_collapse::nearest_rows"
+torch.library.define(OPERATOR, "(Tensor points, int k, int first, int count, Tensor excluded) -> Tensor")
+
+
+@torch.library.register_fake(OPERATOR)  # type: ignore[untyped-decorator]
+def _(points: Tensor, k: int, first: int, count: int, excluded: Tensor) -> Tensor:
+    return points.new_empty(count, k, dtype=torch.long)
+
+
+@torch.library.impl(OPERATOR, "default")
+def _(points: Tensor, k: int, first: int, count: int, excluded: Tensor) -> Tensor:
+    """In double precision, without a wait for the device."""
+    return _search(points, k, torch.arange(first, first + count, device=points.device), excluded)
+
+
+@torch.library.impl(OPERATOR, "cpu")
+def _(points: Tensor, k: int, first: int, count: int, excluded: Tensor) -> Tensor:
+    """In single precision, and again what that leaves open."""
+    own = torch.arange(first, first + count)
+    # whichever row is subtracted: each difference is rounded in proportion to itself
+    rows = (points - points.mean(dim=0)).float()
+    energy = torch.linalg.vector_norm(rows, dim=1).square()
+    near, certain = _candidates(rows, energy, k, own, excluded)
+    if not certain.all():
+        own = own[~certain]
+        candidates, certain = _candidates(rows, energy, k, own, excluded, spare=SPARE)
+        near[own - first] = _measured(points, k, own, candidates)
+        if not certain.all():
+            own = own[~certain]
+            near[own - first] = _search(points, k, own, excluded)
+    return near
+
+
+def _candidates(
+    rows: Tensor, energy: Tensor, k: int, own: Tensor, excluded: Tensor, spare: int = 0
+) -> tuple[Tensor, Tensor]:
+    """As many of the nearest as single precision finds, ``(n, k + spare)``; for whom the ``k`` nearest are among them.
+
+    A place that no neighbour fills holds the point itself.
+    """
+    values, near, rest, itself = _best(rows, energy, min(k + spare, len(rows) - 1), own, excluded)
+    n = rows.shape[1] + ROUNDINGS
+    gamma = n * 2.0**-24 / (1 - n * 2.0**-24)
+    size, farthest = energy[own].sqrt(), energy[near[:, :k]].amax(dim=1).sqrt()
+    least = values[:, k - 1] - gamma * farthest * (size + farthest / 2)
+    # what lies farther from the mean than this is, by the triangle inequality, no nearer than the k-th
+    reach = (size + (energy[own] - 2 * least).clamp_min(0).sqrt()).minimum(energy.amax().sqrt())
+    most = rest + gamma * reach * (size + reach / 2) + n * TINY
+    # products of points with themselves, where they were read, show how precise all of them are
+    off = (itself - energy[own] / 2).abs()
+    single = ~(off.masked_fill(off.isinf(), 0.0) > gamma / 4 * energy[own]).any()
+    return torch.where(values.isinf(), own.unsqueeze(1), near), single & (most < least)
+
+
+def _measured(points: Tensor, k: int, own: Tensor, candidates: Tensor) -> Tensor:
+    """The ``k`` nearest of the candidates, by the differences of rows."""
+    found = []
+    for part in _tiles(torch.arange(len(own)), candidates.shape[1] * points.shape[1], DIFFERENCE_ELEMENTS):
+        there, here = candidates[part], own[part].unsqueeze(1)
+        distances = torch.linalg.vector_norm(points[there].double() - points[here].double(), dim=2)
+        nearest = distances.masked_fill_(there == here, torch.inf).topk(k, largest=False).indices
+        found.append(there.gather(1, nearest))
+    return torch.cat(found)
+
+
+def _search(points: Tensor, k: int, own: Tensor, excluded: Tensor) -> Tensor:
+    """The ``k`` nearest of the points ``own``, in double precision."""
+    rows = points.to(accumulation_dtype(points.device))
+    rows = rows - rows.mean(dim=0)
+    return _best(rows, rows.square().sum(dim=1), k, own, excluded)[1]
+
+
+def _best(rows: Tensor, energy: Tensor, k: int, own: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The ``k`` best scores of the points ``own`` and whose they are, the best of the rest, and those with themselves.
+
+    A score is half the energy of a point less half its squared distance to another one: the larger, the nearer.
+    """
+    half = (energy / 2).masked_fill(excluded, torch.inf)
+    found = []
+    for part in _tiles(own, len(rows), TILE_ELEMENTS):
+        scores = torch.addmm(half, rows[part], rows.T, beta=-1)
+        itself = scores.gather(1, part.unsqueeze(1)).squeeze(1)
+        scores.scatter_(1, part.unsqueeze(1), -torch.inf)
+        values, near = _largest(scores, k)
+        found.append((values, near, scores.scatter_(1, near, -torch.inf).amax(dim=1), itself))
+    values, near, rest, itself = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return values, near, rest, itself
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As ``topk``, but faster: the ``k`` largest numbers lie in the ``k`` groups with the largest maxima."""
+    columns = scores.shape[1]
+    size = min(max(columns // (4 * k), 1), 16)
+    groups = columns // size
+    index = torch.arange(columns, device=scores.device)
+    best = scores[:, : groups * size].view(len(scores), size, groups).amax(dim=1).topk(min(k, groups), dim=1).indices
+    members = (best.unsqueeze(2) + index[:size] * groups).flatten(1)
+    members = torch.cat([members, index[groups * size :].expand(len(scores), -1)], dim=1)
+    values, place = scores.gather(1, members).topk(k, dim=1)
+    return values, members.gather(1, place)
+
+
+def _tiles(own: Tensor, width: int, elements: int) -> tuple[Tensor, ...]:
+    return torch.split(own, max(elements // max(width, 1), 1))
 
 
 def _repetitions(rows: Tensor, finite: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_collapse.layers import DirectPredictor, ETFClassifier, FedETFHead
 from lightning_collapse.losses import BalancedSoftmax, DotRegression, LongTailCollapse
+from lightning_collapse.spectral import neighbors
 from lightning_collapse.utilities.registry import LOSSES
 from tests.losses.cases import CASES
 
@@ -44,6 +45,13 @@ def test_losses(name: str) -> None:
     inputs = [view.float().requires_grad_() for view in case.active(shape, loss.views)]
     with NoWait():
         loss(*inputs).backward()
+
+
+def test_neighbours_on_an_accelerator() -> None:
+    """A processor has nothing to wait for, and a search of its own."""
+    rows = torch.randn(20, 3)
+    with NoWait():
+        neighbors._search(rows, 2, torch.arange(20), torch.zeros(20, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.products import product
 from lightning_collapse.losses.support.state import finite_or
-from lightning_collapse.losses.support.statistics import CenteredBatch, center, covariances, stack_views
+from lightning_collapse.losses.support.statistics import CenteredBatch, center, covariances, require_matrices
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.arguments import require_positive
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
@@ -59,12 +59,12 @@ def center_with_jitter(function: str, features: Tensor, jitter: float) -> Center
         ValueError: If ``features`` is not a matrix.
         TooFewRowsError: If there are fewer than two rows over all processes.
     """
-    views = stack_views(function, features=features)
+    views = list(require_matrices(function, features=features))
     if jitter:
         # after centering: what is added must not be rounded away beside a large mean
         noise = pattern(_first(features), len(features), features.shape[1], features.device).to(features)
-        views = torch.cat([views, noise.unsqueeze(0)])
-    batch = center(function, views, extra=views.new_zeros(()), exact=True)
+        views.append(noise)
+    batch = center(function, views)
     rows = batch.rows[0] + jitter * batch.rows[1] if jitter else batch.rows[0]
     return batch._replace(rows=rows)
 

@@ -29,11 +29,13 @@ def unit_rows(features: Tensor) -> Tensor:
         features: Shape ``(..., D)``, at least ``float32``.
     """
     # the largest entry first: squares of small numbers would underflow
-    largest = features.detach().abs().amax(dim=-1, keepdim=True)
+    largest = torch.linalg.vector_norm(features.detach(), torch.inf, dim=-1, keepdim=True)
     empty = largest == 0  # and not what is no number, which must not look like a row of zeros
-    scaled = features / torch.where(empty, torch.ones_like(largest), largest)
-    length = torch.where(empty, torch.ones_like(scaled), scaled).norm(dim=-1, keepdim=True)
-    return torch.where(empty, torch.zeros_like(scaled), scaled / length)
+    scaled = features / largest.masked_fill(empty, 1.0)
+    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    # times a reciprocal: the derivative of a quotient takes three more passes over the rows
+    units: Tensor = scaled * length.masked_fill(empty, torch.inf).reciprocal()
+    return units
 
 
 def mean_of_rows(function: str, values: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """Statistics of the global batch that losses are made of, and the covariance energy on the cheaper side."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,8 @@ class CenteredBatch(NamedTuple):
     extra: Tensor
 
 
-def stack_views(function: str, **views: Tensor) -> Tensor:
-    """Check feature matrices and stack them to ``(V, N, D)``.
+def require_matrices(function: str, **views: Tensor) -> tuple[Tensor, ...]:
+    """Check feature matrices, each of shape ``(N, D)``, and return them as they are.
 
     Args:
         function: What to call the caller in messages.
@@ -46,45 +47,57 @@ def stack_views(function: str, **views: Tensor) -> Tensor:
     if len(set(shapes.values())) > 1:
         found = " and ".join(f"`{name}` {shape}" for name, shape in shapes.items())
         raise ValueError(f"The views of `{function}` must have one shape, got {found}. Row i of both is one sample.")
-    return torch.stack(list(views.values()))
+    return tuple(views.values())
+
+
+def separate_views(function: str, **views: Tensor) -> tuple[Tensor, ...]:
+    """Check feature matrices as :func:`require_matrices` does; each gets one gradient, however often a loss uses it.
+
+    In which order several would be added to those of other losses is not decided by a loss.
+    """
+    return tuple(view.view_as(view) for view in require_matrices(function, **views))
+
+
+def stack_views(function: str, **views: Tensor) -> Tensor:
+    """Check feature matrices as :func:`require_matrices` does, and stack them to ``(V, N, D)``."""
+    return torch.stack(require_matrices(function, **views))
 
 
 def center(
-    function: str, views: Tensor, extra: Tensor, rows: int = 2, grad_of_mean: bool = False, exact: bool = False
+    function: str, views: Sequence[Tensor], extra: Tensor | None = None, rows: int = 2, grad_of_mean: bool = False
 ) -> CenteredBatch:
-    """Subtract the mean of the global batch.
+    """Subtract the mean of the global batch; nothing is left of equal rows, see :func:`without_mean`.
 
     Collective: every process must call it; one all-reduce of ``V * D + 2`` numbers. Only a process with fewer than
     ``rows`` rows waits for the count, to raise where, and only where, all others raise too.
 
     Args:
         function: What to call the caller in messages.
-        views: Shape ``(V, N, D)``; ``N`` may differ between processes.
+        views: Each of shape ``(N, D)``; ``N`` may differ between processes.
         extra: A scalar of this process to sum over all of them in the same message; keeps its gradient.
         rows: The fewest rows, over all processes, that will do.
         grad_of_mean: Whether the mean passes a gradient on: not needed where nothing but products of centered rows is
             summed, since what it would pass on is multiplied by their sum, which is zero.
-        exact: Whether nothing may be left of equal rows, as in :func:`without_mean`: for losses that hardly see the
-            scale of the features.
 
     Raises:
         TooFewRowsError: If there are fewer than ``rows`` rows over all processes.
     """
-    n = views.shape[1]
-    counted = views if grad_of_mean else views.detach()
+    n = len(views[0])
+    extra = views[0].new_zeros(()) if extra is None else extra
     if world_size() == 1:
         require_rows(function, rows, n, n)
-        return CenteredBatch(views - _mean(_sums(counted, 1, exact), n, views), n, extra)
-    sums = _sums(counted, 1, exact)
+        return CenteredBatch(_subtract_mean(torch.stack(tuple(views)), 1, grad_of_mean), n, extra)
+    together = torch.stack(tuple(views))
+    sums = _sums(together if grad_of_mean else together.detach(), 1)
     message = all_reduce_sum_with_grad(torch.cat([sums.new_full((1,), n), extra.reshape(1).to(sums), sums.flatten()]))
-    count, extra = message[0].detach().to(views), message[1].to(extra)
+    count, extra = message[0].detach().to(together), message[1].to(extra)
     require_rows(function, rows, count, n)
-    mean = _mean(message[2:].view_as(sums), count, views)
-    return CenteredBatch(views - (mean if grad_of_mean else mean.detach()), count, extra)
+    mean = (message[2:].view_as(sums) / count).to(together.dtype)
+    return CenteredBatch(together.sub_(mean if grad_of_mean else mean.detach()), count, extra)
 
 
 def without_mean(rows: Tensor, dim: int) -> Tensor:
-    """Subtract the mean over a dimension; nothing is left of equal numbers, whatever their size.
+    """Subtract the mean over a dimension; nothing is left of equal rows, whatever their size.
 
     A mean in the precision of the rows is rounded, and what is left of equal rows is then equal too, and not zero: a
     loss that does not see the scale of its input would take it for features.
@@ -93,22 +106,25 @@ def without_mean(rows: Tensor, dim: int) -> Tensor:
         >>> without_mean(torch.full((6, 1), 50.1), dim=0).any()
         tensor(False)
     """
-    return rows - _mean(_sums(rows, dim, exact=True), rows.shape[dim], rows)
+    return _subtract_mean(rows.clone(), dim, grad_of_mean=True)
 
 
-def _sums(rows: Tensor, dim: int, exact: bool) -> Tensor:
-    """Sums over a dimension, which stays; of equal numbers exact if asked for, in ``float64`` if the device has it."""
-    if not exact:
-        return rows.sum(dim=dim, keepdim=True)
-    n = rows.shape[dim]
-    first = rows.detach().narrow(dim, 0, min(n, 1)).sum(dim=dim, keepdim=True)
-    wide = accumulation_dtype(rows.device)
-    # about the first row: the sums over many rows themselves need no more than the precision of the rows
-    return (rows - first).sum(dim=dim, keepdim=True).to(wide) + n * first.to(wide)
+def _subtract_mean(rows: Tensor, dim: int, grad_of_mean: bool) -> Tensor:
+    """The same in place, by way of the first row."""
+    rows = rows.sub_(_first(rows, dim))
+    return rows.sub_((rows if grad_of_mean else rows.detach()).mean(dim=dim, keepdim=True))
 
 
-def _mean(sums: Tensor, count: int | Tensor, like: Tensor) -> Tensor:
-    return (sums / count).to(like.dtype)
+def _sums(rows: Tensor, dim: int) -> Tensor:
+    """Sums over a dimension, which stays; of equal numbers exact, in ``float64`` if the device has it."""
+    wide, first = accumulation_dtype(rows.device), _first(rows, dim)
+    # the sums over many rows themselves need no more than the precision of the rows
+    return (rows - first).sum(dim=dim, keepdim=True).to(wide) + rows.shape[dim] * first.to(wide)
+
+
+def _first(rows: Tensor, dim: int) -> Tensor:
+    """The first row, without gradient; zeros if there is none."""
+    return rows.detach().narrow(dim, 0, min(rows.shape[dim], 1)).sum(dim=dim, keepdim=True)
 
 
 def variances(batch: CenteredBatch) -> Tensor:
