@@ -158,9 +158,8 @@ def main() -> None:
     for name in given.rows or ROWS:
         start = time.monotonic()
         found = measure(ROWS[name], given.device, given.quick)
-        print(
-            f"{ROWS[name].title}: {found} (goal {ROWS[name].goal}, took {time.monotonic() - start:.0f} s)", flush=True
-        )
+        took = f"took {time.monotonic() - start:.0f} s"
+        print(f"{ROWS[name].title}: {found} (goal {ROWS[name].goal}, {took})", flush=True)
     if not given.rows or "compiled" in given.rows:
         print(f"compiled transformer, watched: {graphs(given.device)} graphs (goal 1)")
 

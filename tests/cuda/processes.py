@@ -1,4 +1,4 @@
-"""Sums over processes: two of them draw the same curves and train alike, through NCCL on GPUs, through gloo elsewhere."""
+"""Sums over processes: two draw the same curves and train alike, through NCCL on GPUs and through gloo elsewhere."""
 
 import torch
 from lightning.pytorch import Trainer

@@ -136,11 +136,9 @@ def monitors(device: str) -> Iterator[tuple[str, Found]]:
     for name in callbacks.__all__:
         cls = getattr(callbacks, name)
         if name.endswith("Monitor") and not isabstract(cls):
-            added = [] if name == "CollapseMonitor" else [callbacks.CollapseMonitor()]
-            found = between_points(
-                device, cls(), *added, callbacks.CollapseGuard("log"), outputs=1 if "Regression" in name else 4
-            )
-            yield name, found
+            watchers = [cls(), *([] if name == "CollapseMonitor" else [callbacks.CollapseMonitor()])]
+            outputs = 1 if "Regression" in name else 4
+            yield name, between_points(device, *watchers, callbacks.CollapseGuard("log"), outputs=outputs)
 
 
 def between_points(device: str, *added: Callback, outputs: int = 4) -> Found:

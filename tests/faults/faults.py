@@ -195,7 +195,6 @@ def callback_fails(case: Case, step: int, kind: str) -> None:
 
 @fault("None", "nan", "step raises")
 def loss_is_bad(case: Case, step: int, kind: str) -> None:
-    usual = case.model.loss
     bad = {"None": lambda loss: None, "nan": lambda loss: loss * torch.nan, "step raises": lambda loss: 1 / 0}[kind]
     cls = type(case.model)
 
@@ -204,37 +203,47 @@ def loss_is_bad(case: Case, step: int, kind: str) -> None:
             loss = super().training_step(batch, batch_idx)
             return bad(loss) if self.now == step else loss
 
-    assert usual
     case.model.__class__ = Bad
 
 
-@fault("dead", "replaced", "frozen", "thawed", "eval", "double", "moved", "zeroed", "hooked", "monkeypatched", "nan")
+def _replace(model: Lit, layer: nn.Module | None) -> None:
+    model.middle = layer  # type: ignore[assignment]
+
+
+def _move(model: Lit) -> None:
+    for parameter in model.middle.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def _fill(model: Lit, value: float) -> None:
+    with torch.no_grad():
+        for parameter in model.middle.parameters():
+            parameter.fill_(value)
+
+
+CHANGES: dict[str, Callable[[Lit], Any]] = {
+    "dead": lambda model: _replace(model, None),
+    "replaced": lambda model: _replace(model, nn.Linear(WIDTH, WIDTH).to(next(model.parameters()))),
+    "frozen": lambda model: model.middle.requires_grad_(False),
+    "thawed": lambda model: model.middle.requires_grad_(True),
+    "eval": lambda model: model.front.eval(),
+    "double": lambda model: model.middle.double(),
+    "moved": _move,
+    "zeroed": lambda model: _fill(model, 0),
+    "nan": lambda model: _fill(model, torch.nan),
+    "hooked": lambda model: model.middle.register_forward_hook(lambda module, args, output: output),
+    "monkeypatched": lambda model: setattr(model.middle, "forward", model.middle.forward),
+}
+
+
+@fault(*CHANGES)
 def layer_changes(case: Case, step: int, kind: str) -> None:
     if kind == "thawed":
         case.model.middle.requires_grad_(False)
 
     def act(trainer: Trainer, model: Lit) -> None:
-        middle = model.middle
-        case.strangers.extend(middle.modules())
-        with torch.no_grad():
-            if kind in ("dead", "replaced"):
-                first = next(middle.parameters())
-                model.middle = None if kind == "dead" else nn.Linear(WIDTH, WIDTH).to(first)  # type: ignore[assignment]
-            elif kind in ("frozen", "thawed"):
-                middle.requires_grad_(kind == "thawed")
-            elif kind == "eval":
-                model.front.eval()
-            elif kind == "double":
-                middle.double()
-            elif kind == "hooked":
-                middle.register_forward_hook(lambda module, args, output: output)
-            elif kind == "monkeypatched":
-                middle.forward = lambda h, forward=middle.forward: forward(h)  # type: ignore[method-assign]
-            for parameter in middle.parameters():
-                if kind in ("zeroed", "nan"):
-                    parameter.fill_(0 if kind == "zeroed" else torch.nan)
-                elif kind == "moved":
-                    parameter.data = parameter.data.clone()
+        case.strangers.extend(model.middle.modules())
+        CHANGES[kind](model)
 
     case.callbacks.append(At(step, act))
 
@@ -292,9 +301,8 @@ def disk(case: Case, step: int, kind: str) -> None:
     blocked.write_text("a file where a folder is expected")
     folder = blocked / "checkpoints" if kind == "unwritable" else case.folder / "checkpoints"
     case.options["enable_checkpointing"] = True
-    case.callbacks.append(
-        ModelCheckpoint(folder, every_n_train_steps=step if kind == "unwritable" else 1, save_top_k=-1)
-    )
+    every = step if kind == "unwritable" else 1
+    case.callbacks.append(ModelCheckpoint(folder, every_n_train_steps=every, save_top_k=-1))
 
 
 @fault("stop", "limit")

@@ -271,12 +271,10 @@ def _warnings(outcome: Outcome) -> Iterator[None]:
 
 def _refusing(error: BaseException, watchers: Sequence[Callback]) -> int | None:
     """Which watcher raised in ``on_fit_start`` what may be raised there."""
-    trace = error.__traceback__
+    trace = error.__traceback__ if isinstance(error, ValueError | TypeError | MisconfigurationException) else None
     while trace is not None:
         frame = trace.tb_frame
-        if frame.f_code.co_name in ("on_fit_start", "setup") and isinstance(
-            error, ValueError | TypeError | MisconfigurationException
-        ):
+        if frame.f_code.co_name in ("on_fit_start", "setup"):
             for i, watcher in enumerate(watchers):
                 if frame.f_locals.get("self") is watcher:
                     return i

@@ -72,7 +72,7 @@ def draw(seed: int) -> Setting:
         seed=seed,
         body=rng.choice(sorted(BODIES)),
         manual=rng.random() < 0.15,
-        compiled=often("", ["inner", "whole"], 0.06),
+        compiled=often("", ["inner", "whole"], 0.04),
         objective=rng.choice(["classes", "classes", "targets", "views"]),
         optimizer=optimizer,
         scheduler=often("none", ["step", "epoch"]),
@@ -105,9 +105,9 @@ def simpler(setting: Setting) -> Iterator[Setting]:
         for i in range(len(parts)):
             yield replace(setting, **{name: parts[:i] + parts[i + 1 :]})
     for field in fields(Setting):
-        if field.name not in ("seed", "watchers", "faults", "company", "stop_at"):
-            if getattr(setting, field.name) != field.default:
-                yield replace(setting, **{field.name: field.default})
+        kept = ("seed", "watchers", "faults", "company", "stop_at")
+        if field.name not in kept and getattr(setting, field.name) != field.default:
+            yield replace(setting, **{field.name: field.default})
     for i, (name, arguments) in enumerate(setting.watchers):
         for key in arguments.keys() - {"loaders"}:  # which has no default
             less = {other: value for other, value in arguments.items() if other != key}
