@@ -32,7 +32,6 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.losses
 	$(BIN)/python -m tests.benchmarks.monitor_overhead
 	$(BIN)/python -m tests.benchmarks.guard_overhead
-	$(BIN)/python -m tests.benchmarks.watched
 	$(BIN)/python -m tests.benchmarks.every_step
 	$(BIN)/python -m tests.benchmarks.attention_entropy
 	$(BIN)/python -m tests.benchmarks.weight_spectrum

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tests.benchmarks import watched as costs
+from tests.benchmarks import monitor_overhead as costs
 from tests.cuda import processes, waits
 
 MINUTES = 8
@@ -42,7 +42,7 @@ def table(device: str, until: float, quick: bool) -> None:
     """Print the cost of watching, row by row while there is time."""
     for name, row in costs.ROWS.items():
         if time.monotonic() > until:
-            print(f"{row.title}: left out, no time is left (python -m tests.benchmarks.watched {name!r})")
+            print(f"{row.title}: left out, no time is left (python -m tests.benchmarks.monitor_overhead {name!r})")
             continue
         print(f"{row.title}: {costs.measure(row, device, quick)} (goal {row.goal})", flush=True)
     print(f"compiled transformer, watched: {costs.graphs(device)} graphs (goal 1)")

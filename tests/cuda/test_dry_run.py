@@ -3,7 +3,7 @@
 import pytest
 from lightning.pytorch import Callback
 
-from tests.benchmarks import watched as costs
+from tests.benchmarks import monitor_overhead as costs
 from tests.cuda import __main__ as command
 from tests.cuda import waits
 
