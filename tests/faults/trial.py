@@ -59,13 +59,13 @@ def run(setting: Setting, fit: Fit = fit) -> Trial:
 
 def compare(bare: dict[str, Any], watched: dict[str, Any]) -> list[str]:
     """What differs, by name; tensors bit by bit."""
-    failures = [f"{name}: only bare" for name in bare if name not in watched]
-    failures += [f"{name}: only watched" for name in watched if name not in bare]
-    return failures + [
-        f"{name}: bare {_brief(bare[name])}, watched {_brief(watched[name])}"
-        for name in bare
-        if name in watched and not _same(bare[name], watched[name])
-    ]
+    failures = []
+    for name, value in bare.items():
+        if name not in watched:
+            failures.append(f"{name}: only bare")
+        elif not _same(value, watched[name]):
+            failures.append(f"{name}: bare {_brief(value)}, watched {_brief(watched[name])}")
+    return failures + [f"{name}: only watched" for name in watched if name not in bare]
 
 
 def shrink(trial: Trial, seconds: float = 120, fit: Fit = fit) -> Trial:
