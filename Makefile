@@ -5,7 +5,7 @@ PEERS := .venv-peers/bin
 DIST := .venv-dist/bin
 PEERS_READY := .venv-peers/.ready
 
-.PHONY: demo test bench peers zoo dist clean
+.PHONY: demo test bench faults cuda peers zoo dist clean
 
 demo: $(READY)
 	$(BIN)/python -m lightning_collapse demo
@@ -18,6 +18,14 @@ test: $(READY)
 
 zoo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m examples.zoo
+
+# random fits, bare and watched, must end alike
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --trials 1000 --seed 0 --workers 2
+
+# on a machine with a GPU, in at most eight minutes; says so in one line elsewhere
+cuda: $(READY)
+	$(BIN)/python -m tests.cuda
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.vicreg_covariance

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from lightning_collapse import AttentionEntropyMonitor
 from lightning_collapse.functional import attention_entropy
-from tests.benchmarks.monitor_overhead import Endless, Transformer
+from tests.benchmarks.models import Endless, Transformer
 
 ROUNDS = {1024: 40, 2048: 12}
 CADENCE = 50  # the trainer's default `log_every_n_steps`

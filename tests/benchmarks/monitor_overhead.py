@@ -1,179 +1,186 @@
-"""Share of the training time that monitors take at their defaults, point, logging and pictures included.
+"""What watching costs: ratios of the time of watched and bare fits, side by side in one process.
 
-One fit in which blocks of 50 steps with the monitor (one point each) alternate with blocks without it; the ratio is
-that of each watched block to the mean of its two neighbours, in processor time on one thread. Where a block takes
-seconds its noise hides a point of milliseconds, so the time inside the monitor's own callbacks is printed as well.
+Rows are monitors at their defaults, alone, with a guard and all together, on a perceptron, on scikit-learn's digits (a
+small network of 3 ms a step, where nothing hides) and on a transformer; three cheap monitors at every step; and a
+compiled transformer between points, with the number of its graphs. See ``tests.benchmarks.interleaved``.
 
-``CollapseMonitor`` on random batches; on scikit-learn's digits (64-256x4-10, or one output where the target is the
-digit as a number) the monitors of neural collapse, of regression collapse and of the intrinsic dimension.
-
-Run: ``python -m tests.benchmarks.monitor_overhead [mlp|transformer|nc|nrc|id]``. Budgets: 4 %, 1 % and 4 %.
+Run: ``python -m tests.benchmarks.monitor_overhead [ROW ...] [--quick] [--device cuda]``.
 """
 
+import argparse
 import logging
-import statistics
-import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from itertools import cycle, pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import isabstract
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from lightning_collapse import (
+    CollapseGuard,
     CollapseMonitor,
+    GradientMonitor,
     IntrinsicDimensionMonitor,
-    Monitor,
     NeuralCollapseMonitor,
     RegressionCollapseMonitor,
+    SpectralAlignmentMonitor,
+    callbacks,
 )
-from lightning_collapse.utilities.trainer import logging_step
+from tests.benchmarks.interleaved import Ratios, ratios
+from tests.benchmarks.models import MLP, Endless, Transformer, digits
 
-BLOCK = 50  # the trainer's default `log_every_n_steps`
-
-
-class Endless(IterableDataset[Any]):
-    """The same batches for ever: an epoch that ends would cost the block it ends in."""
-
-    def __init__(self, *batches: Any) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[Any]:
-        return cycle(self.batches)
+NOT_FOR_CLASSES = ("RegressionCollapseMonitor",)
 
 
-class EveryOtherBlock(Monitor):
-    """A monitor that is silent in every other block and times itself; goes before the class of one."""
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
 
-    spent = 0.0
+    Attributes:
+        title: What is watched by what.
+        goal: The ratio that it must not pass.
+        block: Optimizer steps of a block; 50 hold one point of the default cadence.
+        blocks: Of each side.
+    """
 
-    def cadence(self, trainer: Trainer) -> int:
-        return BLOCK if logging_step(trainer) // BLOCK % 2 else 0
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        start = time.process_time()
-        super().on_train_batch_start(*args)
-        self.spent += time.process_time() - start
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        start = time.process_time()
-        super().on_train_batch_end(*args)
-        self.spent += time.process_time() - start
-
-
-class Clock(Callback):
-    """Processor time of every block; listed first, so that a block ends after its point."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % BLOCK == 0:
-            self.marks.append(time.process_time())
+    title: str
+    goal: float
+    model: Callable[[], LightningModule]
+    data: Callable[[], IterableDataset[Any]]
+    watchers: Callable[[], Sequence[Callback]]
+    block: int = 50
+    blocks: int = 30
+    logs: bool = True
 
 
-class MLP(LightningModule):
-    """Four hidden layers of 256, with cross entropy; with one output the squared error."""
-
-    def __init__(self, inputs: int = 784, outputs: int = 10) -> None:
-        super().__init__()
-        sizes = [inputs, 256, 256, 256, 256]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(256, outputs))
-        self.loss = nn.functional.mse_loss if outputs == 1 else nn.functional.cross_entropy
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        return self.loss(self.net(x), y)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters())
+def perceptron_data() -> Endless:
+    """Noise with labels."""
+    return Endless((torch.randn(128, 784), torch.randint(10, (128,))))
 
 
-class Transformer(LightningModule):
-    """Four layers of width 128 on 128 sequences of 16 tokens."""
+def tokens(sequences: int = 128, length: int = 16) -> Endless:
+    """Random tokens with targets."""
+    return Endless((torch.randint(100, (sequences, length)), torch.randint(100, (sequences, length))))
+
+
+def guarded() -> list[Callback]:
+    """The two that the first lines of the documentation show."""
+    return [CollapseMonitor(), CollapseGuard()]
+
+
+def everything(*left_out: str) -> list[Callback]:
+    """Every monitor at its defaults, and a guard."""
+    names = [name for name in callbacks.__all__ if name.endswith("Monitor") and name not in left_out]
+    return [*(cls() for name in names if not isabstract(cls := getattr(callbacks, name))), CollapseGuard()]
+
+
+def every_step() -> list[Callback]:
+    """What is cheap enough for a point at every step."""
+    ratio = CollapseMonitor(measures=["participation_ratio"], every_n_steps=1)
+    return [SpectralAlignmentMonitor(every_n_steps=1), GradientMonitor(noise=False, every_n_steps=1), ratio]
+
+
+class Compiled(Transformer):
+    """A transformer whose layers run as compiled code; counts its graphs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(100, 128)
-        block = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(block, 4, enable_nested_tensor=False)
-        self.head = nn.Linear(128, 100)
+        self.graphs = 0
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        return nn.functional.cross_entropy(self.head(self.encoder(self.embed(x))).flatten(0, 1), y.flatten())
+    def configure_model(self) -> None:
+        if not isinstance(self.encoder, torch._dynamo.OptimizedModule):
+            self.encoder = torch.compile(self.encoder, backend=self.backend)  # type: ignore[assignment]
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters())
+    def backend(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        self.graphs += 1
+        return torch._dynamo.lookup_backend("inductor" if inputs[0].is_cuda else "eager")(graph, inputs)
 
 
-def digits(regression: bool = False) -> Endless:
-    """Whole batches of 128 of scikit-learn's digits."""
-    x, y = load_digits(return_X_y=True)
-    images, labels = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
-    targets = labels.unsqueeze(1).float() if regression else labels
-    return Endless(*zip(images.split(128)[:-1], targets.split(128)[:-1], strict=True))
+ROWS = {
+    "mlp": Row("CollapseMonitor, MLP 784-256x4-10", 1.02, MLP, perceptron_data, lambda: [CollapseMonitor()]),
+    "transformer": Row(
+        "CollapseMonitor, transformer", 1.005, Transformer, tokens, lambda: [CollapseMonitor()], blocks=3
+    ),
+    "guarded mlp": Row("collapse monitor and guard, MLP 784-256x4-10", 1.02, MLP, perceptron_data, guarded),
+    "guarded transformer": Row(
+        "collapse monitor and guard, transformer", 1.005, Transformer, tokens, guarded, blocks=3
+    ),
+    "id": Row(
+        "IntrinsicDimensionMonitor, digits MLP", 1.04, lambda: MLP(64), digits, lambda: [IntrinsicDimensionMonitor()]
+    ),
+    "digits": Row("collapse monitor and guard, digits MLP", 1.03, lambda: MLP(64), digits, guarded, blocks=40),
+    "all transformer": Row(
+        "all monitors, transformer", 1.03, Transformer, tokens, lambda: everything(*NOT_FOR_CLASSES), blocks=3
+    ),
+    "all digits": Row(
+        "all monitors, digits MLP", 1.15, lambda: MLP(64), digits, lambda: everything(*NOT_FOR_CLASSES), blocks=40
+    ),
+    "nrc": Row(
+        "RegressionCollapseMonitor, digits MLP",
+        1.03,
+        lambda: MLP(64, 1),
+        lambda: digits(regression=True),
+        lambda: [RegressionCollapseMonitor()],
+        blocks=40,
+    ),
+    "nc": Row("NeuralCollapseMonitor, digits MLP", 1.03, lambda: MLP(64), digits, lambda: [NeuralCollapseMonitor()]),
+    "every step": Row(
+        "three cheap monitors at every step, 2048 tokens", 1.04, Transformer, tokens, every_step, 1, 40, logs=False
+    ),
+    "compiled": Row(
+        "compiled transformer between points", 1.01, Compiled, tokens, lambda: [CollapseMonitor(every_n_steps=999)], 4
+    ),
+}
 
 
-def setting(kind: str) -> tuple[LightningModule, Endless, type[Monitor]]:
-    """What to fit, on what, watched by what."""
-    if kind == "mlp":
-        return MLP(), Endless((torch.randn(128, 784), torch.randint(10, (128,)))), CollapseMonitor
-    if kind == "transformer":
-        return Transformer(), Endless((torch.randint(100, (128, 16)), torch.randint(100, (128, 16)))), CollapseMonitor
-    if kind == "nrc":
-        return MLP(64, 1), digits(regression=True), RegressionCollapseMonitor
-    return MLP(64), digits(), {"nc": NeuralCollapseMonitor, "id": IntrinsicDimensionMonitor}[kind]
-
-
-def blocks(kind: str, points: int, folder: str) -> tuple[list[float], float, str]:
-    """Processor seconds of the blocks, unwatched and watched in turn; per point inside the monitor; its name."""
-    torch.manual_seed(0)
-    model, data, watch = setting(kind)
-    clock, monitor = Clock(), type(watch.__name__, (EveryOtherBlock, watch), {})()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=(2 * points + 3) * BLOCK + 1,
-        max_epochs=-1,
-        logger=TensorBoardLogger(folder),
-        callbacks=[clock, monitor],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+def graphs(device: str = "cpu") -> int:
+    """Graphs of a compiled transformer over a watched fit with points."""
+    torch._dynamo.reset()
+    model = Compiled()
+    options: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
-    trainer.fit(model, DataLoader(data, batch_size=None))
-    seconds = [end - start for start, end in pairwise(clock.marks)]
-    return seconds[2:], monitor.spent / (points + 1), watch.__name__  # the first two blocks, with one point, warm up
+    data = torch.utils.data.DataLoader(tokens(4), batch_size=None)
+    kind = "gpu" if device == "cuda" else "cpu"
+    Trainer(**options, accelerator=kind, max_steps=9, callbacks=[CollapseMonitor(every_n_steps=3)]).fit(model, data)
+    return model.graphs
 
 
-def main(kind: str, points: int) -> None:
-    """Print the mean and the median ratio: pictures are drawn at every tenth point, so the mean is what counts."""
-    with tempfile.TemporaryDirectory() as folder:
-        seconds, spent, watch = blocks(kind, points, folder)
-    watched = [2 * seconds[i] / (seconds[i - 1] + seconds[i + 1]) for i in range(1, len(seconds) - 1, 2)]
-    control = [2 * seconds[i] / (seconds[i - 2] + seconds[i + 2]) for i in range(2, len(seconds) - 2, 2)]
-    share = spent / statistics.median(seconds[::2])
-    title = f"{watch}() on {kind if kind in ('mlp', 'transformer') else 'digits'}"
-    print(f"{title}: {1000 * spent:.1f} ms per point in its callbacks, {100 * share:.2f} % of a block")
-    for name, ratios in ((title, watched), ("control: unwatched blocks", control)):
-        mean, median, error = statistics.mean(ratios), statistics.median(ratios), statistics.stdev(ratios)
-        print(
-            f"{name}: mean {mean:.4f} +- {error / len(ratios) ** 0.5:.4f}, median {median:.4f} ({len(ratios)} blocks)"
-        )
+def measure(row: Row, device: str = "cpu", quick: bool = False) -> Ratios:
+    """The ratios of a row; ``quick`` only shows that it runs."""
+    torch.manual_seed(0)
+    block, blocks = (min(row.block, 2), 2) if quick else (row.block, row.blocks)
+    return ratios(row.model, row.data(), row.watchers, block, blocks, device, row.logs)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print one line per row, with its goal."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.monitor_overhead")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--quick", action="store_true", help="show that it runs")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    given = parser.parse_args()
+    for name in given.rows or ROWS:
+        start = time.monotonic()
+        found = measure(ROWS[name], given.device, given.quick)
+        took = f"took {time.monotonic() - start:.0f} s"
+        print(f"{ROWS[name].title}: {found} (goal {ROWS[name].goal}, {took})", flush=True)
+    if not given.rows or "compiled" in given.rows:
+        print(f"compiled transformer, watched: {graphs(given.device)} graphs (goal 1)")
+
+
+def quiet() -> None:
+    """One thread, and no word of Lightning's."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for name, points in (("mlp", 40), ("nc", 40), ("nrc", 40), ("id", 40), ("transformer", 4)):
-        if len(sys.argv) < 2 or sys.argv[1] == name:
-            main(name, points)
+
+
+if __name__ == "__main__":
+    quiet()
+    main()

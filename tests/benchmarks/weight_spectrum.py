@@ -1,10 +1,8 @@
-"""Share of training time that ``WeightSpectrumMonitor()`` takes at its defaults, and ``GradientMonitor`` every step.
+"""Share of training time that ``WeightSpectrumMonitor()`` takes at its defaults.
 
 The transformer of ``monitor_overhead``, four layers of width 128 on 128 sequences of 16 tokens. A fit of it takes
 minutes between two points at the default cadence, so the cost of a point is measured at a cadence of 10, in the
-processor time of the monitor's own callbacks, and related to as many steps as the default cadence has. The gradient
-monitor at every step: steps with and without it alternate in one fit, and the ratio of each watched step to the mean
-of its two neighbours is printed.
+processor time of the monitor's own callbacks, and related to as many steps as the default cadence has.
 
 Run: ``python -m tests.benchmarks.weight_spectrum``.
 """
@@ -20,10 +18,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from lightning_collapse import GradientMonitor, WeightSpectrumMonitor
+from lightning_collapse import WeightSpectrumMonitor
 from lightning_collapse.utilities.points import Point
-from lightning_collapse.utilities.trainer import logging_step
-from tests.benchmarks.monitor_overhead import Endless, Transformer
+from tests.benchmarks.models import Endless, Transformer
 
 EVERY = 10
 
@@ -77,13 +74,6 @@ class Timed(WeightSpectrumMonitor):
         self.spent[-1] += time.process_time() - start
 
 
-class EveryOtherStep(GradientMonitor):
-    """At every step, but silent in every other."""
-
-    def cadence(self, trainer: Trainer) -> int:
-        return 1 if logging_step(trainer) % 2 else 0
-
-
 def fit(callbacks: list[Callback], steps: int) -> None:
     """Train the transformer for so many steps."""
     torch.manual_seed(0)
@@ -116,24 +106,8 @@ def spectra(points: int) -> None:
     )
 
 
-def gradients(steps: int) -> None:
-    """Ratio of a step with gradient norms to one without."""
-    clock = Clock()
-    fit([clock, EveryOtherStep()], 2 * steps + 6)
-    seconds = clock.seconds[4:]
-    watched = [2 * seconds[i] / (seconds[i - 1] + seconds[i + 1]) for i in range(1, len(seconds) - 1, 2)]
-    control = [2 * seconds[i] / (seconds[i - 2] + seconds[i + 2]) for i in range(2, len(seconds) - 2, 2)]
-    for name, ratios in (("GradientMonitor(every_n_steps=1)", watched), ("control: unwatched steps", control)):
-        error = statistics.stdev(ratios) / len(ratios) ** 0.5
-        print(
-            f"{name}: mean {statistics.mean(ratios):.4f} +- {error:.4f},"
-            f" median {statistics.median(ratios):.4f} ({len(ratios)} steps)"
-        )
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     spectra(6)
-    gradients(60)
