@@ -68,9 +68,9 @@ class NeuralCollapseMonitor(Monitor):
     Args:
         layer: Name of the classifier; ``None`` is the last Linear layer. What it receives is what is measured.
         labels: A function from the batch to integer labels, as many as the classifier receives rows. ``None`` takes
-            the second of a pair, or what a mapping holds under ``label``, ``labels``, ``target``, ``targets`` or ``y``.
-            Those of causal language
-            models that are their inputs move to the outputs that predict them. The label -100 is skipped; so are soft labels, with a warning.
+            the second of a pair, or what a mapping holds under ``label``, ``labels``, ``target``, ``targets`` or ``y``;
+            those of causal language models that are their inputs move to the outputs that predict them. The label -100
+            is skipped; so are soft labels, with a warning.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         rows: Rows of a point, on each process; ``None`` for two per feature or sixteen per class.
         loader: Batches of clean data, such as a ``DataLoader``, or a function without arguments that returns them
