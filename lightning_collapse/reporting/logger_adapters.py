@@ -15,8 +15,10 @@ import numpy.typing as npt
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from lightning_collapse.reporting.containments import METRICS, containment_of
+from lightning_collapse.utilities.trainer import tensorboard_writer
 
 P = ParamSpec("P")
 Handler = TypeVar("Handler", bound=Callable[..., None])
@@ -51,6 +53,17 @@ class Sink(Generic[P]):
             else:
                 consequence = "curves are not affected, and what else this logger refuses is missing without a warning"
                 containment_of(logger).catch(place, consequence, error)
+
+
+def log_curves(logger: Logger, values: Mapping[str, float], step: int) -> None:
+    """Send numbers to ``logger``; TensorBoard gets all of them in one record, which takes a tenth of the time."""
+    found = tensorboard_writer(logger)
+    if found is None:
+        logger.log_metrics(values, step=step)
+        return
+    writer, prefix = found
+    points = [Summary.Value(tag=prefix + name, simple_value=value) for name, value in values.items()]
+    writer.add_summary(Summary(value=points), step)
 
 
 @Sink

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_collapse.reporting.containments import METRICS, containment_of
+from lightning_collapse.reporting.logger_adapters import log_curves
 from lightning_collapse.utilities.points import Point
 
 
@@ -35,7 +36,7 @@ def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point
         containment = containment_of(logger)
         if METRICS not in containment.failed:
             with containment(METRICS, "this logger gets nothing from now on"):
-                logger.log_metrics(values, step=points[0].step)
+                log_curves(logger, values, points[0].step)
     for callback in trainer.callbacks:
         containment = containment_of(callback)
         if isinstance(callback, PointReader) and not containment.failed:

@@ -7,9 +7,10 @@ from math import isinf
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -164,6 +165,18 @@ def lighten_results(trainer: Trainer, is_detail: Callable[[str], bool]) -> bool:
     for name in details:
         del metrics[name]
     return True
+
+
+def tensorboard_writer(logger: Logger) -> tuple[Any, str] | None:
+    """The writer of a TensorBoard logger's event file and what precedes its tags; ``None`` for any other logger.
+
+    That is also one whose ``log_metrics`` is a subclass's own, and one of a process that does not write.
+    """
+    if type(logger).log_metrics is not TensorBoardLogger.log_metrics or rank_zero_only.rank != 0:
+        return None
+    experiment, prefix = logger.experiment, logger._prefix
+    writer = getattr(experiment, "file_writer", None)
+    return None if writer is None else (writer, f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else "")
 
 
 def _epoch_loop(trainer: Trainer) -> Any:
