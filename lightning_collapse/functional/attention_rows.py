@@ -19,7 +19,7 @@ from lightning_collapse.utilities.attention_calls import (
 )
 
 BLOCK = 2**22  # logits at a time: 16 MiB in single precision
-BLOCK_ON_CPU = 2**17  # what a core's own cache holds twice
+BLOCK_ON_CPU = 2**18  # logits and weights together fill a core's own cache
 LEAST = -80.0
 
 
@@ -143,7 +143,8 @@ def _in_blocks(call: AttentionCall) -> tuple[Tensor, Tensor]:
     size = BLOCK_ON_CPU if query.device.type == "cpu" else BLOCK
     rows = min(max(size // max(keys, 1), 1), length)
     some = min(max(size // max(keys * rows, 1), 1), heads)
-    transposed = call.key.repeat_interleave(heads // call.key.shape[1], dim=1).transpose(-2, -1)
+    # contiguous after the turn: the product is a third faster
+    turned = (call.key * _scale(call)).mT.contiguous().repeat_interleave(heads // call.key.shape[1], dim=1)
     mask = _mask(call)
     bias = query.new_zeros(1, 1, 1, 1) if mask is None else additive(mask)
     bias = bias[(None,) * (4 - bias.ndim)]
@@ -154,11 +155,10 @@ def _in_blocks(call: AttentionCall) -> tuple[Tensor, Tensor]:
         part = i, slice(head, head + some), slice(row, row + rows)
         shape = *query[part].shape[:2], keys
         block, weight = (buffer[: prod(shape)].view(shape) for buffer in (logits, weights))
-        block.copy_(bias[part])
         if i < visible.shape[0] and head < visible.shape[1]:  # once for each row of the mask
-            hidden = torch.le(block, hidden_below(block), out=weight).sum(dim=-1)
+            hidden = torch.le(bias[part], hidden_below(bias[part]), out=weight).sum(dim=-1)
             visible[part] = keys - hidden[: visible.shape[1]]
-        block.baddbmm_(query[part], transposed[i, part[1]], alpha=_scale(call))
+        torch.bmm(query[part], turned[i, part[1]], out=block).add_(bias[part])
         # below that a key has no weight, and exponentials that underflow are slow
         block.sub_(block.amax(dim=-1, keepdim=True)).clamp_(min=LEAST)
         mass = torch.exp(block, out=weight).sum(dim=-1)
