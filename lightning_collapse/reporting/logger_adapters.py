@@ -15,7 +15,6 @@ import numpy.typing as npt
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from tensorboard.compat.proto.summary_pb2 import Summary
 
 from lightning_collapse.reporting.containments import METRICS, containment_of
 from lightning_collapse.utilities.trainer import tensorboard_writer
@@ -61,6 +60,8 @@ def log_curves(logger: Logger, values: Mapping[str, float], step: int) -> None:
     if found is None:
         logger.log_metrics(dict(values), step=step)
         return
+    from tensorboard.compat.proto.summary_pb2 import Summary  # not at import, which brings no module that is not there
+
     writer, prefix = found
     points = [Summary.Value(tag=prefix + name, simple_value=value) for name, value in values.items()]
     writer.add_summary(Summary(value=points), step)
