@@ -37,6 +37,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.weight_spectrum
 	$(BIN)/python -m tests.benchmarks.neural_collapse
 	$(BIN)/python -m tests.benchmarks.continual
+	$(BIN)/python -m tests.benchmarks.compiled
 
 peers: $(PEERS_READY)
 	OMP_NUM_THREADS=1 $(PEERS)/python -m tests.benchmarks.peers

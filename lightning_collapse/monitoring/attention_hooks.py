@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
+from lightning_collapse.monitoring.graph_call import GraphCall, pack, unpack
+from lightning_collapse.monitoring.module_hook import ModuleHook
 from lightning_collapse.utilities.attention_calls import (
     AttentionCall,
     call_of_multi_head,
@@ -22,7 +24,7 @@ from lightning_collapse.utilities.attention_calls import (
     logits_of_softmax,
     sample,
 )
-from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, is_to_be_ignored
+from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, is_to_be_ignored, unheard
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """From a module and the arguments of its call to ``(query, key)`` or an :class:`AttentionCall`."""
@@ -35,7 +37,7 @@ _FUSED_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.Multihea
 
 
 class AttentionHooks:
-    """Hands every call of attention inside :meth:`listening`, by layer, to ``hear``; costs nothing outside.
+    """Hands every call of attention while :attr:`armed`, by layer, to ``hear``; costs nothing while not.
 
     Captured are ``F.scaled_dot_product_attention``, ``nn.MultiheadAttention`` (``F.multi_head_attention_forward``), and
     softmax over the last of four dimensions (attention written out, before dropout; learned sinks are no keys). A call
@@ -68,10 +70,25 @@ class AttentionHooks:
         self._names = {id(tap.module): tap.name for tap in layers}
         self._hear, self._failed, self._rows, self._max_rows = hear, failed, rows, max_rows
         self._outermost = outermost
+        self._listening: AbstractContextManager[None] | None = None
+
+    @property
+    def armed(self) -> bool:
+        """Whether to hear calls of attention now; what was armed last must be disarmed first."""
+        return self._listening is not None
+
+    @armed.setter
+    def armed(self, armed: bool) -> None:
+        before, self._listening = self._listening, None
+        if before is not None:
+            before.__exit__(None, None, None)
+        if armed:
+            listening = self._listen()
+            listening.__enter__()
+            self._listening = listening
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hear calls of attention until the block ends, also if it ends in an exception."""
+    def _listen(self) -> Iterator[None]:
         mode: Any = _Mode(self._call, self._outermost)
         running: list[str | None] = []
         aside: list[nn.Module] = []
@@ -132,7 +149,9 @@ class AttentionHooks:
 class ReadTaps:
     """Forward hooks on modules whose attention torch's functions do not show, each with a function that reads it.
 
-    They cost one ``if`` while not :attr:`armed`, and stay outside the graph of a compiled model.
+    They cost one ``if`` while not :attr:`armed`. In a compiled model they leave one graph without a break: the reader
+    is given the module's arguments outside of it, tensors and containers of them only, and ``None`` for what is neither
+    that nor a string or flag. What a reader calls is not heard by other hooks.
 
     Args:
         root: The model.
@@ -168,33 +187,64 @@ class ReadTaps:
             for module in find_modules(root, [pattern]).values()
         }
         self.taps = find_taps(root, list(readers))
-        self._handles: list[RemovableHandle] = [self._listen(tap, by_module[id(tap.module)]) for tap in self.taps]
+        self._hooks = [hook for tap in self.taps if (hook := self._hook(tap, by_module[id(tap.module)])) is not None]
 
     def remove(self) -> None:
         """Stop listening; may be called twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
-    def _listen(self, tap: Tap, reader: Reader) -> RemovableHandle:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.armed:
-                self._read(tap.name, reader, module, args, kwargs)
-
-        return tap.module.register_forward_pre_hook(before, with_kwargs=True)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _read(
-        self, name: str, reader: Reader, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if is_to_be_ignored():
+    def read(self, hook: _ReadHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read one call; for hooks."""
+        if not self.armed or is_to_be_ignored():
             return
         try:
-            with torch.no_grad():
-                call = AttentionCall(*reader(module, args, kwargs))
-                self._hear(name, few_rows(call, self.mask, self._rows, self._max_rows))
+            with torch.no_grad(), unheard():
+                call = AttentionCall(*hook.reader(module, args, kwargs))
+                self._hear(hook.name, few_rows(call, self.mask, self._rows, self._max_rows))
         except Exception as error:  # the reader is the user's
-            self._failed(name, error)
+            self._failed(hook.name, error)
+
+    def _hook(self, tap: Tap, reader: Reader) -> _ReadHook | None:
+        try:
+            return _ReadHook(self, tap, reader)
+        except Exception as error:  # a ScriptModule refuses hooks
+            self._failed(tap.name, error)
+            return None
+
+
+class _ReadHook(ModuleHook):
+    def __init__(self, owner: ReadTaps, tap: Tap, reader: Reader) -> None:
+        self.owner, self.name, self.reader = owner, tap.name, reader
+        self.module = ref(tap.module)
+        self.call = GraphCall(self._receive)
+        super().__init__(tap.module, before=True)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        if torch.compiler.is_compiling():
+            tensors: list[Tensor | None] = []
+            note = pack((args, value), tensors)
+            self.call(tensors, note)
+        elif self.owner.armed:
+            self.owner.read(self, module, args, value)
+
+    def _receive(self, tensors: Sequence[Tensor | None], note: str) -> None:
+        module = self.module()
+        if module is not None and self.owner.armed:
+            args, kwargs = unpack(note, tensors)
+            self.owner.read(self, module, args, kwargs)
+
+
+def names_attention(root: nn.Module) -> bool:
+    """Whether a module is called attention, by its class or by the attribute that holds it.
+
+    Example:
+        >>> names_attention(nn.Sequential(nn.Linear(2, 2))), names_attention(nn.TransformerEncoderLayer(8, 2))
+        (False, True)
+    """
+    names = (f"{name.rpartition('.')[2]} {type(module).__name__}".lower() for name, module in root.named_modules())
+    return any("attn" in name or "attention" in name for name in names)
 
 
 def few_rows(call: AttentionCall, mask: Tensor | None, rows: int, max_rows: int) -> AttentionCall:

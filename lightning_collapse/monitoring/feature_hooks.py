@@ -1,14 +1,20 @@
-"""Rows of chosen layers, copied out of the forward pass of the batches that matter."""
+"""Feature hooks: rows of chosen layers, copied out of the forward pass of the batches that matter."""
 
-from collections.abc import Callable, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
 
-from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly, token_at
-from lightning_collapse.utilities.modules import Tap, is_channels_first, is_to_be_ignored
+from lightning_collapse.monitoring.graph_call import GraphCall
+from lightning_collapse.monitoring.module_hook import ModuleHook
+from lightning_collapse.utilities.channel_axis import ChannelAxis
+from lightning_collapse.utilities.containment import Containment
+from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly, find_features, is_tokens, token_at
+from lightning_collapse.utilities.modules import Tap, is_to_be_ignored
 
 
 class Captured(NamedTuple):
@@ -18,11 +24,17 @@ class Captured(NamedTuple):
         rows: Copies of rows, shape ``(n, D)``.
         mask: Which of them are not padding, boolean ``(n,)``.
         returned: How many rows the layer returned, before the limit.
+        calls: How many of the rows are of each call of the layer, in order: ``rows.split(calls)`` are the views of a
+            siamese model.
+        sequences: Which sequence a row is of, counted through all calls, ``int64`` of shape ``(n,)``, where that was
+            asked for and the layer returned tokens.
     """
 
     rows: Tensor
     mask: Tensor
     returned: int
+    calls: tuple[int, ...] = ()
+    sequences: Tensor | None = None
 
 
 class FeatureHooks:
@@ -32,91 +44,197 @@ class FeatureHooks:
     recomputation in the backward pass. Rows are copied: a later in-place operation would change a view, and a slice
     would keep the whole activation alive. No graph is kept, and nothing waits for the device.
 
-    Compiled with the model, a hook adds one graph for armed steps and one more per further call of its layer: it
-    depends on nothing that changes from step to step, if :meth:`pop` is called after every armed one.
+    Compiled with the model, hooks leave it one graph without a break, and nothing that is set here has it compiled
+    anew. What fails inside a hook, and what cannot be read, is one warning that names the layer; copies and pickles of
+    the model carry no hooks.
 
     Args:
         taps: Where to listen.
         limit: Rows to copy per call, spread over all; by default four per feature, but 1024 at most.
         position: Copy this token of every sequence instead of all of them, see
             :func:`~lightning_collapse.utilities.features.token_at`.
+        containment: Where failures are told, in the name of its owner.
+        sequences: Copy whole sequences of tokens, as many as the limit allows but one at least, and say which row is of
+            which.
 
     Attributes:
         armed: Whether to copy rows now.
         mask: Padding mask ``(N, L)`` of the running batch; rows of tokens get their part of it.
         limits: Rows to copy per call of single taps, by name; those not named keep the ``limit``.
+        left_out: Why nothing is read of a tap, by name, of those that have failed.
     """
 
-    def __init__(self, taps: Sequence[Tap], limit: int | None = None, position: int | None = None) -> None:
+    def __init__(
+        self,
+        taps: Sequence[Tap],
+        limit: int | None = None,
+        position: int | None = None,
+        containment: Containment | None = None,
+        sequences: bool = False,
+    ) -> None:
         self.armed = False
         self.mask: Tensor | None = None
         self.limit = limit
         self.limits: Mapping[str, int] = {}
         self.position = position
-        self._calls: dict[str, list[tuple[Tensor, Tensor | None, int]]] = {tap.name: [] for tap in taps}
-        self._handles: list[RemovableHandle] = [self._listen(tap) for tap in taps]
+        self.containment = containment or Containment(type(self).__name__)
+        self.sequences = sequences
+        self.left_out: dict[str, str] = {}
+        self._doubted = False
+        self._calls: dict[str, list[_Call]] = {tap.name: [] for tap in taps}
+        self._hooks = [hook for tap in taps if (hook := self._hook(tap)) is not None]
 
     def pop(self) -> dict[str, Captured]:
-        """Hand over what was heard since the last time, by tap name; taps that did not run are missing.
+        """Hand over what was captured since the last time, by tap name; taps that did not run are missing.
 
         Calls that returned another number of features than the last one are left out.
         """
         self.mask = None
-        heard = {}
+        captured = {}
         for name, calls in self._calls.items():
-            alike = [call for call in calls if call[0].shape[1] == calls[-1][0].shape[1]]
+            alike = [call for call in calls if call.rows.shape[1] == calls[-1].rows.shape[1]]
             if alike:
-                masks = [
-                    rows.new_ones(len(rows), dtype=torch.bool) if mask is None else mask for rows, mask, _ in alike
-                ]
-                rows = _cat([rows for rows, _, _ in alike])
-                heard[name] = Captured(rows, _cat(masks), sum(returned for _, _, returned in alike))
+                captured[name] = _join(alike)
             calls.clear()
-        return heard
+        return captured
 
     def remove(self) -> None:
         """Stop listening and forget; may be called twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         self.armed = False
         self.pop()
 
-    def _listen(self, tap: Tap) -> RemovableHandle:
-        hear = self._ear(tap)
-        if tap.side == "input":
-
-            def before(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hear((*args, *kwargs.values()))
-
-            return tap.module.register_forward_pre_hook(before, with_kwargs=True)
-
-        def after(module: torch.nn.Module, args: Any, output: Any) -> None:
-            hear(output)
-
-        return tap.module.register_forward_hook(after)
-
-    def _ear(self, tap: Tap) -> Callable[[Any], None]:
-        name, channels_first = tap.name, is_channels_first(tap.module, tap.side)
-
-        def hear(value: Any) -> None:
-            if not self.armed or is_to_be_ignored():
-                return
+    def capture(self, hook: _Hook, value: Any) -> None:
+        """Copy rows of what a layer has returned; for hooks."""
+        if not self.armed or hook.failed or is_to_be_ignored():
+            return
+        try:
             with torch.no_grad():
-                rows, mask = self._rows_of(value, channels_first)
-                if rows is None:
-                    return
-                limit = self.limits.get(name) or self.limit or min(4 * rows.shape[1], 1024)
-                kept = evenly(rows.detach(), limit), mask if mask is None else evenly(mask, limit)
-                self._calls[name].append((*kept, rows.shape[0]))
+                self._calls[hook.name].append(self._read(hook, value))
+        except Exception as error:
+            hook.failed = not isinstance(error, NoFeaturesError)  # the next call may return another thing
+            self._leave_out(hook.name, error)
 
-        return hear
+    def _hook(self, tap: Tap) -> _Hook | None:
+        try:
+            return _Hook(self, tap)
+        except Exception as error:  # a ScriptModule refuses hooks
+            self._leave_out(tap.name, error)
+            return None
 
-    def _rows_of(self, value: Any, channels_first: bool) -> tuple[Tensor | None, Tensor | None]:
-        if self.position is None:
-            return as_rows(value, channels_first), as_row_mask(value, self.mask, channels_first)
-        return token_at(value, self.mask, self.position) or (None, None)
+    def _read(self, hook: _Hook, value: Any) -> _Call:
+        features = find_features(value)
+        if features is None:
+            raise NoFeaturesError(f"no floating-point numbers to read in {_describe(value)}")
+        if self.position is not None:
+            found = token_at(features, self.mask, self.position)
+            if found is None:
+                raise NoFeaturesError(f"no sequences of one length in {_describe(value)}")
+            rows: Tensor | None = as_rows(found[0])
+            mask: Tensor | None = found[1]
+        elif self.sequences and is_tokens(features, hook.axis):
+            return self._read_sequences(hook, features)
+        else:
+            if hook.axis.is_doubtful(features) and not self._doubted:
+                self._doubted = True
+                self._warn(hook, features)
+            rows, mask = as_rows(features, hook.axis), as_row_mask(features, self.mask, hook.axis)
+        if rows is None or not rows.shape[1]:
+            raise NoFeaturesError(f"no features in {_describe(value)}")
+        limit = self._limit(hook, rows.shape[1])
+        return _Call(evenly(rows.detach(), limit), mask if mask is None else evenly(mask, limit), rows.shape[0])
+
+    def _read_sequences(self, hook: _Hook, features: Tensor) -> _Call:
+        count, length, width = features.shape
+        picked = evenly(torch.arange(count, device=features.device), max(self._limit(hook, width) // max(length, 1), 1))
+        rows = as_rows(features.index_select(0, picked))
+        if rows is None or not width:
+            raise NoFeaturesError(f"no features in {_describe(features)}")
+        fits = self.mask is not None and self.mask.shape == features.shape[:2]
+        mask = self.mask.index_select(0, picked).flatten().bool() if fits and self.mask is not None else None
+        return _Call(rows.detach(), mask, count * length, picked.repeat_interleave(length), count)
+
+    def _limit(self, hook: _Hook, width: int) -> int:
+        return self.limits.get(hook.name) or self.limit or min(4 * width, 1024)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        self.left_out[name] = str(error)
+        self.containment.catch(f"reading layer `{name}`", "what fails is left out", error)
+
+    def _warn(self, hook: _Hook, maps: Tensor) -> None:
+        read = "(N, C, *)" if hook.axis.is_first(maps) else "(N, *, C)"
+        rank_zero_warn(
+            f"`{self.containment.owner}`: nothing in layer `{hook.name}` tells which axis of its output"
+            f" {tuple(maps.shape)} holds the channels; it is read as {read}. If that is wrong, watch a layer that ends"
+            " in a convolution, a norm or a linear map."
+        )
+
+
+class NoFeaturesError(TypeError):
+    """What a layer has returned cannot be read."""
+
+
+class _Hook(ModuleHook):
+    def __init__(self, owner: FeatureHooks, tap: Tap) -> None:
+        self.owner, self.name, self.before = owner, tap.name, tap.side == "input"
+        self.failed = False
+        self.axis = ChannelAxis(tap.module, tap.side)
+        self.call = GraphCall(self._receive)
+        super().__init__(tap.module, self.before)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        value = (*args, *value.values()) if self.before else value
+        if torch.compiler.is_compiling():
+            self.call([_in_graph(value)])
+        elif self.owner.armed:
+            self.owner.capture(self, value)
+
+    def _receive(self, tensors: Sequence[Tensor | None], note: str) -> None:
+        self.owner.capture(self, tensors[0])
+
+
+class _Call(NamedTuple):
+    rows: Tensor
+    mask: Tensor | None
+    returned: int
+    sequences: Tensor | None = None
+    total: int = 0  # sequences, of which some are here
+
+
+def _join(calls: Sequence[_Call]) -> Captured:
+    masks = [call.rows.new_ones(len(call.rows), dtype=torch.bool) if call.mask is None else call.mask for call in calls]
+    ids, start = [], 0
+    for call in calls:
+        if call.sequences is not None:
+            ids.append(call.sequences + start)
+        start += call.total
+    return Captured(
+        _cat([call.rows for call in calls]),
+        _cat(masks),
+        sum(call.returned for call in calls),
+        tuple(len(call.rows) for call in calls),
+        _cat(ids) if len(ids) == len(calls) else None,
+    )
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _in_graph(value: Any) -> Tensor | None:
+    """The features to hand out of a compiled graph, as a plain tensor; traced by the compiler."""
+    features = find_features(value)
+    if features is not None and features.is_nested:
+        features = as_rows(features) if features.ndim == 3 else None
+    if features is None or type(features) not in (Tensor, nn.Parameter):
+        return None
+    return features.detach()
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    shape = "nested" if value.is_nested else f"of shape {tuple(value.shape)}"
+    return f"a tensor {shape}, {value.dtype}, {value.layout}".replace("torch.", "")

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from lightning_collapse.monitoring.feature_buffer import Batch, FeatureBuffer, LayerFeatures
 from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
 from lightning_collapse.monitoring.sampling_plan import SamplingPlan
+from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.monitoring.training_flops import TrainingFlops
 from lightning_collapse.spectral.cost import rows_within
+from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import max_over_processes, world_size
 from lightning_collapse.utilities.features import evenly, padding_mask
-from lightning_collapse.utilities.modules import Tap, is_compiled, let_hooks_be_seen, weighted_layers
+from lightning_collapse.utilities.modules import Tap, let_hooks_be_seen, weighted_layers
 
 EVERYTHING = 1 << 31
 
@@ -25,10 +27,11 @@ class FeatureWindow:
 
     The first batch shows what a layer returns; from then on rows are copied in the batches that a point rests on, as
     few as hold the wanted number, and one more. A point that falls on a short batch is filled up from the ones before
-    it, whether the end of an epoch lies between them or not. Between points a forward pass costs one ``if`` per layer.
+    it, whether the end of an epoch lies between them or not. Forward passes outside of the training step do not count.
+    Between points a forward pass costs one ``if`` per layer.
 
     Args:
-        root: The model, for what a training step costs.
+        root: The ``LightningModule``, for its training step and for what that costs.
         taps: Where to look.
         device: Where rows of layers that have not run are said to be.
         rows: Rows of a point, on all processes together; a function of the layer's width; or ``None`` for four per
@@ -40,6 +43,7 @@ class FeatureWindow:
         paired: Leave out rows that nothing lies beside.
         take: Is given the rows of every batch of the window, what lies beside them, and the batches left, instead of
             the buffer; for sums that need no rows.
+        containment: Where failures of hooks are told, in the name of its owner.
 
     Attributes:
         hooks: The hooks.
@@ -60,6 +64,7 @@ class FeatureWindow:
         position: int | None = None,
         paired: bool = False,
         take: Callable[[Captured, Tensor | None, int], None] | None = None,
+        containment: Containment | None = None,
     ) -> None:
         let_hooks_be_seen(root)
         self.taps = list(taps)
@@ -68,8 +73,10 @@ class FeatureWindow:
         self.max_dim = max_dim
         self.plans: dict[str, SamplingPlan] = {}
         self._root, self._device = root, device
-        self.hooks = FeatureHooks(self.taps, limit, position)
-        self._flops = TrainingFlops(root) if rows is None else None
+        self.hooks = FeatureHooks(self.taps, limit, position, containment)
+        self._scope = StepScope(root)
+        self._requested = False
+        self._flops = TrainingFlops(root, containment) if rows is None else None
         self._batch_flops = 0
         self._buffer = FeatureBuffer(max_dim)
         self._usual: dict[str, int] = {}
@@ -101,7 +108,9 @@ class FeatureWindow:
         if self._flops is not None:
             self._flops.total = 0  # the sanity check has run through the model too
         if self.wants(batches_left):
-            self.listen(batch)
+            self._requested = True
+            self.hooks.mask, self.hooks.limits = padding_mask(batch), self._limits
+            self._scope.request(self.hooks)
             self._beside = beside
 
     def after_batch(self, batches_left: int, between: int) -> None:
@@ -114,8 +123,9 @@ class FeatureWindow:
             between: Batches from one point to the next.
         """
         self._time += 1
-        if not self.hooks.armed:
+        if not self._requested:
             return
+        self._requested = False
         captured = self.pop()
         beside = self._pair(captured)
         first = not self._negotiated
@@ -134,7 +144,7 @@ class FeatureWindow:
             self._buffer.add(name, batch, self._capacity(name))
 
     def listen(self, batch: Any, planned: bool = True) -> None:
-        """Copy rows until :meth:`pop`: as many as planned of every call of a layer, or as its limit allows."""
+        """Copy rows of all calls until :meth:`pop`: as many as planned of each, or as the limit of its layer allows."""
         self.hooks.armed, self.hooks.mask = True, padding_mask(batch)
         self.hooks.limits = self._limits if planned else {}
 
@@ -157,6 +167,7 @@ class FeatureWindow:
     def close(self) -> None:
         """Remove the hooks and forget the rows; may be called twice."""
         self.hooks.remove()
+        self._scope.remove()
         if self._flops is not None:
             self._flops.remove()
         self._buffer.clear()
@@ -228,5 +239,5 @@ class FeatureWindow:
         if self._flops is not None:
             self._flops.remove()
             self._flops = None
-        if self._take is None and not is_compiled(self._root):  # a limit that changes would have it compiled anew
+        if self._take is None:
             self._limits = {name: plan.rows_per_batch for name, plan in self.plans.items()}

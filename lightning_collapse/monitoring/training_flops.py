@@ -1,10 +1,15 @@
 """What one training step costs, counted from shapes alone: the measure of what monitoring may cost."""
 
+from __future__ import annotations
+
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.jit import ScriptModule
 
+from lightning_collapse.monitoring.module_hook import ModuleHook
+from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.modules import in_backward, is_compiled, weighted_layers
 
 
@@ -17,26 +22,28 @@ class TrainingFlops:
 
     Args:
         root: The model to count.
+        containment: Where failures are told, in the name of its owner.
 
     Attributes:
         total: Operations so far.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, containment: Containment | None = None) -> None:
         self.total = 0
-        self._handles: list[RemovableHandle] = []
+        self.containment = containment or Containment(type(self).__name__)
+        self._hooks: list[_Hook] = []
         if not is_compiled(root):
-            self._handles = [module.register_forward_hook(self._count) for _, module in weighted_layers(root)]
+            layers = [(name, layer) for name, layer in weighted_layers(root) if not isinstance(layer, ScriptModule)]
+            self._hooks = [_Hook(self, name, layer) for name, layer in layers]
 
     def remove(self) -> None:
         """Stop counting."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
-    def _count(self, module: nn.Module, args: Any, output: Any) -> None:
-        if in_backward():
-            return
+    def count(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Add what one call of a layer costs; for hooks."""
         transposed = getattr(module, "transposed", False)  # there every position of the input meets every weight
         output = args[0] if transposed else output
         output = output[0] if isinstance(output, tuple) and output else output
@@ -44,5 +51,19 @@ class TrainingFlops:
             return
         for weight in module.parameters(recurse=True):
             if weight.ndim >= 2:
-                channels = output.shape[1 if weight.ndim > 2 else -1]
+                channels = output.size(1 if weight.ndim > 2 else -1)  # a nested tensor has no shape
                 self.total += 6 * weight.numel() * output.numel() // channels
+
+
+class _Hook(ModuleHook):
+    def __init__(self, owner: TrainingFlops, name: str, layer: nn.Module) -> None:
+        self.owner, self.name = owner, name
+        super().__init__(layer)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        if torch.compiler.is_compiling() or in_backward():
+            return
+        try:
+            self.owner.count(module, args, value)
+        except Exception as error:
+            self.owner.containment.catch(f"counting operations of `{self.name}`", "they are not counted", error)

@@ -1,7 +1,8 @@
 """Which layers to look at, and what to call them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import chain, count, groupby, pairwise
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -200,13 +201,29 @@ def in_backward() -> bool:
 
 
 def is_to_be_ignored() -> bool:
-    """Whether the running forward call is not to be heard: a recomputation, or one inside ``torch.func.vmap`` and such.
+    """Whether the running forward call is not to be heard.
 
+    That is a recomputation, one inside :func:`unheard`, or one inside ``torch.func.vmap`` and such.
     Tensors of a function transform mean nothing once it has returned: what is kept of them raises when it is read.
     """
-    return in_backward() or (
-        not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+    return (
+        any(applies() for applies in _UNHEARD)
+        or in_backward()
+        or (not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None)
     )
+
+
+_UNHEARD: list[Callable[[], bool]] = []
+
+
+@contextmanager
+def unheard(applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Have hooks ignore what is called inside, where a function says so: a reader of attention calls layers too."""
+    _UNHEARD.append(applies)
+    try:
+        yield
+    finally:
+        _UNHEARD.pop()
 
 
 def _matches(name: str, pattern: str) -> bool:

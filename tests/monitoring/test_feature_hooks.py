@@ -1,6 +1,9 @@
 """Rows copied out of forward passes."""
 
+import copy
 import gc
+import pickle
+import warnings
 import weakref
 from typing import Any
 
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_collapse.monitoring.feature_hooks import FeatureHooks
+from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.modules import Tap
 
@@ -143,12 +147,17 @@ def test_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     assert torch.equal(taps.pop()["layer"].rows, torch.ones(4, 3))
 
 
-def test_what_has_no_features_is_not_a_call() -> None:
+@pytest.mark.parametrize("output", [None, "a", torch.tensor(1.0), torch.tensor([1]), {}, torch.zeros(3, 0)], ids=repr)
+def test_what_has_no_features_is_told_once(output: Any) -> None:
     layer = Call(lambda x: x)
     taps = listen(layer)
-    for output in (None, "a", torch.tensor(1.0), torch.tensor([1]), {}):
-        layer(output)
+    with pytest.warns(UserWarning, match="`FeatureHooks`: reading layer `layer` failed with NoFeaturesError") as told:
+        _ = [layer(output) for _ in range(2)]
+    assert len(told) == 1
     assert taps.pop() == {}
+    assert set(taps.left_out) == {"layer"}
+    layer(torch.ones(2, 3))  # another time it may have some
+    assert taps.pop()["layer"].returned == 2
 
 
 def test_tuples() -> None:
@@ -272,3 +281,114 @@ def test_the_model_computes_what_it_did() -> None:
     taps.armed = True
     assert torch.equal(layer(x), expected)
     assert not any("hook" in key for key in layer.state_dict())
+
+
+def test_what_fails_is_told_once_in_the_name_of_the_owner_and_dropped() -> None:
+    layer, other = nn.Linear(3, 2), nn.Linear(2, 2)
+    containment = Containment("SomeMonitor")
+    taps = FeatureHooks([Tap("layer", layer), Tap("other", other)], containment=containment)
+    taps.limits = {"layer": "three"}  # type: ignore[dict-item]
+    taps.armed = True
+    with pytest.warns(UserWarning, match="`SomeMonitor`: reading layer `layer` failed with TypeError") as told:
+        outputs = [other(layer(torch.ones(4, 3))) for _ in range(3)]
+    assert len(told) == 1
+    assert len(outputs) == 3
+    assert set(taps.pop()) == {"other"}
+    assert set(taps.left_out) == {"layer"}
+    taps.remove()
+    assert not layer._forward_hooks
+
+
+def test_calls_are_the_views_of_one_step() -> None:
+    layer = nn.Linear(3, 2)
+    taps = listen(layer, limit=3)
+    views = [layer(torch.randn(n, 3)) for n in (2, 5, 2)]
+    captured = taps.pop()["layer"]
+    assert captured.calls == (2, 3, 2)
+    first, second, third = captured.rows.split(captured.calls)
+    assert torch.equal(first, views[0])
+    assert torch.equal(second, evenly(views[1], 3))
+    assert torch.equal(third, views[2])
+    assert captured.sequences is None
+
+
+def test_whole_sequences_where_asked() -> None:
+    layer = Call()
+    taps = listen(layer, limit=13, sequences=True)
+    taps.mask = torch.ones(6, 4).tril()
+    tokens = torch.arange(48.0).view(6, 4, 2)
+    layer(tokens)
+    layer(tokens[:2])
+    captured = taps.pop()["layer"]
+    assert captured.calls == (12, 8)
+    assert captured.returned == 32
+    assert captured.sequences is not None
+    assert captured.sequences.dtype == torch.int64
+    picked = captured.sequences[:12:4].tolist()
+    assert torch.equal(captured.rows[:12], tokens[picked].flatten(0, 1))
+    assert torch.equal(captured.mask[:12], torch.ones(6, 4).tril()[picked].flatten().bool())
+    assert captured.sequences[12:].tolist() == [6] * 4 + [7] * 4
+    layer(tokens[:, 0])  # vectors are no sequences
+    assert taps.pop()["layer"].sequences is None
+
+
+HOW = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "deepcopy, then pickle": lambda module: pickle.loads(pickle.dumps(copy.deepcopy(module))),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_copies_are_not_heard_and_carry_nothing(how: str) -> None:
+    layer = nn.Sequential(nn.Linear(3, 2))
+    taps = FeatureHooks([Tap("layer", layer[0]), Tap("layer.input", layer[0], "input")])
+    taps.armed = True
+    copied = HOW[how](layer)
+    x = torch.randn(4, 3)
+    assert torch.equal(copied(x), layer(x))
+    assert {captured.returned for captured in taps.pop().values()} == {4}
+    assert b"lightning_collapse" not in pickle.dumps(layer)
+    if how == "deepcopy":
+        assert not copied[0]._forward_hooks
+        assert not copied[0]._forward_pre_hooks
+        assert not copied[0]._forward_pre_hooks_with_kwargs
+    assert len(layer[0]._forward_hooks) == len(layer[0]._forward_pre_hooks) == 1
+    taps.remove()
+    again = HOW[how](copied)
+    assert torch.equal(again(x), layer(x))
+
+
+def test_hooks_of_others_are_copied_as_ever() -> None:
+    layer, seen = nn.Linear(3, 2), []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    FeatureHooks([Tap("layer", layer)])
+    copied = copy.deepcopy(layer)
+    copied(torch.ones(1, 3))
+    copied(torch.ones(1, 3))
+    assert len(seen) == 2
+    assert len(copied._forward_hooks) == 1
+
+
+def test_a_script_module_is_left_out_by_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.warns(UserWarning, match="`script`.*not supported on ScriptModules"):
+        taps = FeatureHooks([Tap("script", script), Tap("other", nn.Linear(1, 1))])
+    assert set(taps.left_out) == {"script"}
+    taps.remove()
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 16), (2, 5, 6, 7, 16)])
+def test_maps_of_an_unknown_layer_are_doubted_once(shape: tuple[int, ...]) -> None:
+    layer, known = nn.ReLU(), nn.LayerNorm(16)
+    taps = FeatureHooks([Tap("layer", layer), Tap("known", known)])
+    taps.armed = True
+    known(torch.ones(shape))
+    with pytest.warns(UserWarning, match=r"nothing in layer `layer` tells .* read as \(N, C, \*\)") as told:
+        _ = [layer(torch.ones(shape)) for _ in range(2)]
+    assert len(told) == 1
+    found = taps.pop()
+    assert found["known"].rows.shape == (2, 16)
+    assert found["layer"].rows.shape == (4, shape[1])

@@ -1,11 +1,14 @@
 """Counted operations against arithmetic by hand."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_collapse.monitoring.training_flops import TrainingFlops
+from lightning_collapse.utilities.containment import Containment
 
 
 def count(model: nn.Module, *inputs: Tensor) -> int:
@@ -120,3 +123,50 @@ def test_compiled_models_get_no_hooks() -> None:
     compiled = torch.compile(model, backend="eager")
     TrainingFlops(compiled)
     assert not model[0]._forward_hooks
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors_count_their_tokens() -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(3, 12), torch.zeros(5, 12)], layout=torch.strided)
+    assert count(nn.Linear(12, 20), nested) == 6 * 8 * 12 * 20
+
+
+def test_a_compiled_function_that_calls_a_layer_is_compiled_once() -> None:
+    layer, graphs = nn.Linear(2, 2), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    flops = TrainingFlops(layer)
+    function = torch.compile(lambda x: layer(x), backend=backend, fullgraph=True)
+    for _ in range(3):
+        function(torch.ones(1, 2))
+    assert len(graphs) == 1
+    assert flops.total == 0
+    torch.compiler.reset()
+
+
+def test_what_fails_is_told_once_and_the_layer_runs() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 2, 2))  # a weight of channels, and an output without
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nested.nested_tensor([x, x[:1]])
+
+    model = nn.Sequential(Broken())
+    flops = TrainingFlops(model, Containment("SomeMonitor"))
+    with pytest.warns(UserWarning, match="`SomeMonitor`: counting operations of `0` failed") as told:
+        _ = [model(torch.ones(3, 2)) for _ in range(2)]
+    assert len([w for w in told if "SomeMonitor" in str(w.message)]) == 1
+    flops.remove()
+
+
+def test_copies_do_not_count() -> None:
+    model = nn.Linear(2, 2)
+    flops = TrainingFlops(model)
+    copy.deepcopy(model)(torch.zeros(1, 2))
+    assert flops.total == 0

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_collapse.utilities.features import PREFERRED_KEYS, as_row_mask, as_rows, evenly, token_at
+from lightning_collapse.utilities.channel_axis import ChannelAxis
+from lightning_collapse.utilities.features import PREFERRED_KEYS, as_row_mask, as_rows, evenly, sample_count, token_at
 
 
 class ModelOutput(OrderedDict):
@@ -148,7 +149,7 @@ def test_what_recurrent_and_attention_layers_return() -> None:
         torch.tensor(1.0),
         torch.tensor([1, 2]),
         torch.ones(2, 3, dtype=torch.bool),
-        torch.ones(2, 3, dtype=torch.complex64),
+        torch.eye(3).to_sparse(),
         [1, "a", None],
         {"hidden_states": ()},
         {"loss": 0.5, "n": 3},
@@ -223,3 +224,42 @@ def test_evenly_of_nothing() -> None:
 
 def test_sequences_without_tokens_have_no_last_one():
     assert token_at(torch.zeros(4, 0, 3), None, -1) is None
+
+
+def test_complex_features_are_twice_as_many_real_ones():
+    x = torch.complex(X, 2 * X)
+    rows = as_rows(x)
+    assert rows.shape == (4, 6)
+    assert torch.equal(rows.view(4, 3, 2), torch.stack([X, 2 * X], dim=2))
+    assert torch.equal(as_rows(x.conj())[:, 1], -rows[:, 1])
+    assert as_rows((x, X)) is X  # rotary frequencies stand beside what they turn
+    assert as_rows(torch.zeros(2, 3, 4, 4, dtype=torch.complex64)).shape == (2, 6)
+
+
+def test_eight_bits_are_made_float32():
+    assert torch.equal(as_rows(X.to(torch.float8_e4m3fn)), X)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_their_tokens(layout):
+    parts = [tensor(3, 2), tensor(1, 2)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    assert torch.equal(as_rows(nested), torch.cat(parts))
+    assert as_row_mask(nested, torch.ones(2, 3)) is None
+    assert sample_count(nested) == 2
+    assert token_at(nested, None, -1) is None
+    x = tensor(4, 2).requires_grad_()
+    as_rows(torch.nested.as_nested_tensor([x[:3], x[3:]], layout=layout)).sum().backward()
+    assert torch.equal(x.grad, torch.ones(4, 2))
+
+
+def test_other_nested_tensors_are_refused():
+    with pytest.raises(ValueError, match=r"only \(N, \*, D\)"):
+        as_rows(torch.nested.nested_tensor([tensor(3, 2, 4), tensor(1, 2, 4)], layout=torch.jagged))
+
+
+def test_channels_last_maps_are_averaged_over_what_is_not_channels():
+    maps = tensor(2, 7, 5, 3)
+    torch.testing.assert_close(as_rows(maps, ChannelAxis(nn.LayerNorm(3))), maps.mean(dim=(1, 2)))
+    torch.testing.assert_close(as_rows(maps, ChannelAxis(nn.Conv2d(1, 7, 1))), maps.mean(dim=(2, 3)))

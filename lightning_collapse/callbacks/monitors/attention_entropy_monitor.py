@@ -15,14 +15,14 @@ from typing_extensions import override
 from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
 from lightning_collapse.functional.attention_entropy import entropy_sums
 from lightning_collapse.functional.attention_rows import rows_of_call, rows_of_masked_logits
-from lightning_collapse.monitoring.attention_hooks import AttentionHooks, Captured, Reader, ReadTaps
+from lightning_collapse.monitoring.attention_hooks import AttentionHooks, Captured, Reader, ReadTaps, names_attention
+from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.modules import Tap, find_taps, is_compiled, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
-from lightning_collapse.utilities.training_step import wrap_training_step
 
 MAX_ROWS = 512
 _ZHAI = "Zhai et al., arXiv 2303.06296"
@@ -152,7 +152,7 @@ class AttentionEntropyMonitor(Monitor):
         self.overloaded_above = overloaded_above
         self._taps: AttentionHooks | None = None
         self._readers: ReadTaps | None = None
-        self._unwrap: Any = None
+        self._scope: StepScope | None = None
         self._names: list[str] = []
         self._armed = False
         self._reset()
@@ -180,14 +180,15 @@ class AttentionEntropyMonitor(Monitor):
                 f"`AttentionEntropyMonitor(layers={list(self.layers or ())!r})`: {error}"
             ) from error
         self._names = [tap.name for tap in taps]
+        self._scope = StepScope(pl_module)
 
     @override
     def stop(self) -> None:
         if self._readers is not None:
             self._readers.remove()
-        if self._unwrap is not None:
-            self._unwrap()
-        self._taps = self._readers = self._unwrap = None
+        if self._scope is not None:
+            self._scope.remove()
+        self._taps = self._readers = self._scope = None
         self._armed = False
         self._captured = {}
 
@@ -198,15 +199,12 @@ class AttentionEntropyMonitor(Monitor):
             self._captured.clear()
             mask = padding_mask(batch)
             for taps in (self._taps, self._readers):
-                if taps is not None:
+                if taps is not None and self._scope is not None:
                     taps.mask = mask if mask is None else mask.bool()
-        if self._readers is not None:
-            self._readers.armed = self._armed
+                    self._scope.request(taps)
 
     @override
     def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
-        if self._readers is not None:
-            self._readers.armed = False
         for taps in (self._taps, self._readers):
             if taps is not None:
                 taps.mask = None
@@ -221,7 +219,9 @@ class AttentionEntropyMonitor(Monitor):
         watched = [name for name in self._names if name in self._heads]
         if not watched:
             if not self._warned:  # else the reason has been told
-                self.warn_once(f"no attention was heard; its queries and keys are hidden. {_POINT_AT}")
+                named = names_attention(pl_module)
+                why = "its queries and keys are hidden" if named else "no module is called so, there may be none"
+                self.warn_once(f"no attention was heard; {why}. {_POINT_AT}")
             return {}
         return self._share(watched, pl_module.device)
 
@@ -268,14 +268,7 @@ class AttentionEntropyMonitor(Monitor):
             self.warn_once(f"compiled code hides its attention. {_POINT_AT}")
             return taps
         self._taps = AttentionHooks(taps, self._capture, self._failed, self.rows, MAX_ROWS, outermost)
-        self._unwrap = wrap_training_step(pl_module, self._around)
         return taps
-
-    def _around(self, training_step: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._armed or self._taps is None:
-            return training_step(*args, **kwargs)
-        with self._taps.listening():
-            return training_step(*args, **kwargs)
 
     def _capture(self, name: str, captured: Captured) -> None:
         readings = rows_of_masked_logits(captured) if isinstance(captured, Tensor) else rows_of_call(captured)

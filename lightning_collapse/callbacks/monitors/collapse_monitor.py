@@ -138,7 +138,14 @@ class CollapseMonitor(Monitor):
         taps = self._choose(pl_module)
         self._history = History()
         self.window = FeatureWindow(
-            pl_module, taps, pl_module.device, self.rows, self.max_overhead, self.max_dim, limit=self.rows
+            pl_module,
+            taps,
+            pl_module.device,
+            self.rows,
+            self.max_overhead,
+            self.max_dim,
+            limit=self.rows,
+            containment=self.contained,
         )
         if self.layers is None:
             names = ", ".join(tap.name for tap in taps)
@@ -254,9 +261,10 @@ class CollapseMonitor(Monitor):
             n, seen = (int(numbers.get((tap.name, key), 0)) for key in ("n", "seen"))
             flag = flag_of(n, seen, numbers.get((tap.name, "top"), nan), layer is not None and layer.sketched)
             if flag == Flag.NOT_CALLED:
-                self.warn_once(
+                self.warn_of_layer(
+                    tap.name,
                     f"layer `{tap.name}` did not run before every point; its curves read NaN there. If it is one that"
-                    " never runs, or whose outputs hold no floating-point tensor, choose other `layers`."
+                    " never runs choose other `layers`.",
                 )
             for measure in self._measures:
                 value = nan if flag in (Flag.NOT_CALLED, Flag.FEW_ROWS) else numbers[tap.name, measure.curve]

@@ -131,7 +131,9 @@ class GeometryPhaseMonitor(Monitor):
         rows = self.rows or (lambda width: min(4 * width, MAX_ROWS))
         limit = self.rows or MAX_ROWS
         # the spectrum of so few rows is taken by their side, however wide they are
-        self.window = FeatureWindow(pl_module, [tap], pl_module.device, rows, limit=limit, position=self.position)
+        self.window = FeatureWindow(
+            pl_module, [tap], pl_module.device, rows, limit=limit, position=self.position, containment=self.contained
+        )
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
@@ -146,7 +148,7 @@ class GeometryPhaseMonitor(Monitor):
         n, seen = (int(numbers.get((tap.name, key), 0)) for key in ("n", "seen"))
         flag = flag_of(n, seen, numbers.get((tap.name, "top"), nan), False)
         if flag == Flag.NOT_CALLED:
-            self.warn_once(f"layer `{tap.name}` did not run before a point. Choose another `layer`.")
+            self.warn_of_layer(tap.name, f"layer `{tap.name}` did not run before a point. Choose another `layer`.")
         width = self.window.plans[tap.name].width if tap.name in self.window.plans else 0
         lost = flag in (Flag.NOT_CALLED, Flag.FEW_ROWS)
         values = {m.curve: nan if lost else numbers[tap.name, m.curve] for m in _measures()}

@@ -103,7 +103,9 @@ class IntrinsicDimensionMonitor(Monitor):
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         taps = self._choose(pl_module)
-        self.window = FeatureWindow(pl_module, taps, pl_module.device, self.rows, max_dim=MAX_DIM, limit=self.rows)
+        self.window = FeatureWindow(
+            pl_module, taps, pl_module.device, self.rows, max_dim=MAX_DIM, limit=self.rows, containment=self.contained
+        )
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
@@ -133,9 +135,10 @@ class IntrinsicDimensionMonitor(Monitor):
                 Point(self.family, tap.name, key, step, value, int(own["n"]), flag=flag) for key, value in own.items()
             ]
             if flag == Flag.NOT_CALLED:
-                self.warn_once(
+                self.warn_of_layer(
+                    tap.name,
                     f"layer `{tap.name}` did not run before every point; its curves read NaN there. If it is one that"
-                    " never runs choose other `layers`."
+                    " never runs choose other `layers`.",
                 )
         return points
 

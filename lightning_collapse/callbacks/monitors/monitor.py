@@ -248,6 +248,11 @@ class Monitor(Callback, ABC):
             self._warned.add(message)
             rank_zero_warn(f"`{type(self).__name__}`: {message}")
 
+    def warn_of_layer(self, layer: str, message: str) -> None:
+        """Say something once about a layer of which nothing came, unless a hook has said already why."""
+        if self.window is None or layer not in self.window.hooks.left_out:
+            self.warn_once(message)
+
     def _stop(self) -> None:
         with self.contained("what it does at the end"):
             self.stop()

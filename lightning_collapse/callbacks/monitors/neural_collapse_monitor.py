@@ -172,7 +172,14 @@ class NeuralCollapseMonitor(Monitor):
         self._taken, self._latest, self._filler = 0, [], []
         wanted = self._wanted
         self.window = FeatureWindow(
-            pl_module, [self._tap], pl_module.device, wanted * world_size(), limit=wanted, paired=True, take=self._take
+            pl_module,
+            [self._tap],
+            pl_module.device,
+            wanted * world_size(),
+            limit=wanted,
+            paired=True,
+            take=self._take,
+            containment=self.contained,
         )
         if self.loader is not None:
             check_forward(pl_module, self.inputs)
@@ -220,7 +227,7 @@ class NeuralCollapseMonitor(Monitor):
         flag = Flag.NONFINITE if lost else Flag.OK
         if not n:
             flag = Flag.FEW_ROWS if lost else Flag.NOT_CALLED
-            self.warn_once(f"`{layer}` received no labelled rows before a point; its curves read NaN there.")
+            self.warn_of_layer(layer, f"`{layer}` received no labelled rows before a point; its curves read NaN there.")
             found = {name: value if name in ("n", "classes") else nan for name, value in found.items()}
         found["flag"] = float(flag)
         nulls = {"nc1": nc1_null(n, int(found["classes"]), self._shape[1])}

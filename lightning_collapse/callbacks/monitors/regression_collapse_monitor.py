@@ -116,7 +116,9 @@ class RegressionCollapseMonitor(Monitor):
                 " Name the one Linear layer that returns the predictions."
             )
         self._name, self._weight = tap.name.removesuffix(".input"), matrices[0].read
-        self.window = FeatureWindow(pl_module, [tap], pl_module.device, self.rows, limit=self.rows, paired=True)
+        self.window = FeatureWindow(
+            pl_module, [tap], pl_module.device, self.rows, limit=self.rows, paired=True, containment=self.contained
+        )
 
     @override
     def stop(self) -> None:
@@ -164,8 +166,9 @@ class RegressionCollapseMonitor(Monitor):
         n, seen = int(found.get("n", 0)), int(found.get("seen", 0))
         flag = _flag(n, int(found.get("neighbours", 0)), seen)
         if flag == Flag.NOT_CALLED:
-            self.warn_once(
-                f"there were no rows of `{self._name}` with targets before a point; its curves read NaN there."
+            self.warn_of_layer(
+                self._name,
+                f"there were no rows of `{self._name}` with targets before a point; its curves read NaN there.",
             )
         points = [
             Point(self.family, self._name, key, step, found.get(key, nan), int(found.get(behind, 0)), flag=flag)

@@ -23,6 +23,7 @@ from lightning_collapse.functional.spectral_alignment import (
 )
 from lightning_collapse.metrics.spectral_alignment import BINS, alignment_histogram
 from lightning_collapse.monitoring.input_projections import InputProjections, Projected
+from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.reporting import log_histogram
 from lightning_collapse.spectral.power_iteration import PowerIteration, TopSingularPair
 from lightning_collapse.spectral.precision import accumulation_dtype
@@ -134,6 +135,8 @@ class SpectralAlignmentMonitor(Monitor):
         self.rows = rows
         self._matrices: list[WeightMatrix] = []
         self._projections: InputProjections | None = None
+        self._scope: StepScope | None = None
+        self._told = False
         self._power = PowerIteration()
         self._pairs: dict[str, TopSingularPair] = {}
         self._histograms: list[float] = []
@@ -150,23 +153,27 @@ class SpectralAlignmentMonitor(Monitor):
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._matrices = self._choose(pl_module)
         let_hooks_be_seen(pl_module)
-        self._projections = InputProjections(self._matrices, self.rows)
+        self._projections = InputProjections(self._matrices, self.rows, self.contained)
+        self._scope = StepScope(pl_module)
         self._power = PowerIteration()
 
     @override
     def stop(self) -> None:
         if self._projections is not None:
             self._projections.remove()
-        self._projections = None
+        if self._scope is not None:
+            self._scope.remove()
+        self._projections = self._scope = None
         self._matrices, self._pairs, self._histograms = [], {}, []
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
-        if batches_left or self._projections is None or not self._matrices:
+        if batches_left or self._projections is None or self._scope is None or not self._matrices:
             return
         weights = {matrix.name: matrix.read() for matrix in self._matrices}
         self._pairs = self._power.step(weights, min(self.cadence(trainer), MOST_ITERATIONS))
-        self._projections.arm({name: pair.direction for name, pair in self._pairs.items()}, padding_mask(batch))
+        self._projections.aim({name: pair.direction for name, pair in self._pairs.items()}, padding_mask(batch))
+        self._scope.request(self._projections)
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
@@ -187,11 +194,7 @@ class SpectralAlignmentMonitor(Monitor):
         points: list[Point] = []
         for i, matrix in enumerate(self._matrices):
             points += self._points_of(matrix.name, step, {name: column[i] for name, column in columns.items()})
-            if points[-1].flag == Flag.NOT_CALLED:
-                self.warn_once(
-                    f"the inputs of `{matrix.name}` were not seen before every point; its curves read NaN there. If it"
-                    " never runs choose other `layers`."
-                )
+        self._tell_of([point.layer for point in points if point.measure == "flag" and point.value == Flag.NOT_CALLED])
         return points + self._aggregates(points, step, columns["residual"])
 
     @override
@@ -201,6 +204,19 @@ class SpectralAlignmentMonitor(Monitor):
             for logger in trainer.loggers:
                 own = counts[i * BINS : (i + 1) * BINS]
                 log_histogram(logger, f"{self.family}/{matrix.name}/alignment", own, _EDGES, step)
+
+    def _tell_of(self, unseen: Sequence[str]) -> None:
+        """Say once which matrices no module has received the inputs of: functions may be called with their weights."""
+        left_out = set() if self._projections is None else self._projections.left_out
+        unseen = [name for name in unseen if name not in left_out]
+        if unseen and not self._told:
+            self._told = True
+            more = f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""
+            self.warn_once(
+                f"the inputs of {', '.join(f'`{name}`' for name in unseen[:8])}{more} were not seen before every point;"
+                f" curves of {len(unseen)} of {len(self._matrices)} matrices read NaN there. If these never run, or"
+                " a function is called with their weights and not the module, choose other `layers`."
+            )
 
     def _choose(self, pl_module: LightningModule) -> list[WeightMatrix]:
         matrices = weight_matrices(pl_module)

@@ -173,7 +173,7 @@ class WeightSpectrumMonitor(Monitor):
         self._matrices = [chosen[name] for name in names]
         self._shapes = {name: shapes[name] for name in names}
         if self.every_n_steps is None:
-            self._flops = TrainingFlops(pl_module)
+            self._flops = TrainingFlops(pl_module, self.contained)
 
     @override
     def stop(self) -> None:

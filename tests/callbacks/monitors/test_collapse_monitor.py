@@ -341,7 +341,7 @@ def test_tuple_integer_and_odd_outputs():
             return self.head(self.lstm(features.unsqueeze(1))[0]).pow(2).mean()
 
     keeper = PointKeeper()
-    with pytest.warns(UserWarning, match="layer `classes` did not run"):
+    with pytest.warns(UserWarning, match="reading layer `classes` failed with NoFeaturesError"):
         fit(Module(), [monitor(layers=["odd", "classes", "lstm"]), keeper])
     assert {point.flag for point in keeper.curve("collapse/odd/effective_rank")} == {Flag.OK}
     assert {point.flag for point in keeper.curve("collapse/lstm/effective_rank")} == {Flag.OK}

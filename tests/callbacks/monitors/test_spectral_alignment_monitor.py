@@ -1,6 +1,7 @@
 """``SpectralAlignmentMonitor`` reads what the batch and the weights of a step say, and leaves the fit as it was."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -509,8 +510,30 @@ def test_what_was_heard_before_a_batch_that_never_ended_is_forgotten():
     heard = InputProjections(weight_matrices(nn.Sequential(layer)), limit=16)
     direction = {"0": torch.eye(4)[0]}
     for rows in (5, 2):
-        heard.arm(direction, None)
+        heard.aim(direction, None)
+        heard.armed = True
         layer(torch.ones(rows, 4))
     [projected] = heard.pop().values()
     assert projected.projections.tolist() == [1.0, 1.0]
     heard.remove()
+
+
+def test_weights_that_only_functions_use_are_told_once_with_their_count():
+    class Functional(Toy):
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.ModuleList(nn.Linear(8, 8) for _ in range(10))
+
+        def training_step(self, batch, batch_idx):
+            features = self.encoder(batch)
+            for layer in self.stack:
+                features = nn.functional.linear(features, layer.weight)
+            return self.head(features).pow(2).mean()
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(Functional(), [monitor(every_n_steps=2)])
+    [message] = [str(w.message) for w in told if "SpectralAlignmentMonitor" in str(w.message)]
+    assert "`stack.0`" in message
+    assert "`stack.7` and 2 more were not seen" in message
+    assert "10 of 13 matrices" in message
