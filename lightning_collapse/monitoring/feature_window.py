@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_collapse.monitoring.execution_order import ExecutionOrder
 from lightning_collapse.monitoring.feature_buffer import Batch, FeatureBuffer, LayerFeatures
 from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
 from lightning_collapse.monitoring.sampling_plan import SamplingPlan
@@ -16,6 +18,7 @@ from lightning_collapse.monitoring.training_flops import TrainingFlops
 from lightning_collapse.spectral.cost import rows_within
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import max_over_processes, world_size
+from lightning_collapse.utilities.execution import Execution
 from lightning_collapse.utilities.features import evenly, padding_mask
 from lightning_collapse.utilities.modules import Tap, let_hooks_be_seen, weighted_layers
 
@@ -38,12 +41,13 @@ class FeatureWindow:
             feature, as far as ``max_overhead`` allows.
         max_overhead: Share of the floating-point operations of training that a spectrum of these rows may cost.
         max_dim: Layers with more features are kept as a random projection to this many.
-        limit: Rows to copy per call of a layer; ``None`` for four per feature, but 1024 at most.
+        limit: Rows to copy per call of a layer; ``None`` for four per feature, but from 64 to 1024.
         position: Copy this token of every sequence only.
         paired: Leave out rows that nothing lies beside.
         take: Is given the rows of every batch of the window, what lies beside them, and the batches left, instead of
             the buffer; for sums that need no rows.
         containment: Where failures of hooks are told, in the name of its owner.
+        choose: Other taps, if the order in which the first batch runs the modules asks for others.
 
     Attributes:
         hooks: The hooks.
@@ -65,6 +69,7 @@ class FeatureWindow:
         paired: bool = False,
         take: Callable[[Captured, Tensor | None, int], None] | None = None,
         containment: Containment | None = None,
+        choose: Callable[[Execution], Sequence[Tap]] | None = None,
     ) -> None:
         let_hooks_be_seen(root)
         self.taps = list(taps)
@@ -73,8 +78,11 @@ class FeatureWindow:
         self.max_dim = max_dim
         self.plans: dict[str, SamplingPlan] = {}
         self._root, self._device = root, device
-        self.hooks = FeatureHooks(self.taps, limit, position, containment)
+        self._make_hooks = partial(FeatureHooks, limit=limit, position=position, containment=containment)
+        self.hooks = self._make_hooks(self.taps)
         self._scope = StepScope(root)
+        self._choose, self._chosen, self._execution = choose, self.taps, Execution(())
+        self._order = ExecutionOrder(root, self.hooks.containment.owner) if choose is not None else None
         self._requested = False
         self._flops = TrainingFlops(root, containment) if rows is None else None
         self._batch_flops = 0
@@ -107,10 +115,13 @@ class FeatureWindow:
         """
         if self._flops is not None:
             self._flops.total = 0  # the sanity check has run through the model too
+        if self._chosen != self.taps:
+            self.hooks.remove()
+            self.taps, self.hooks = self._chosen, self._make_hooks(self._chosen)
         if self.wants(batches_left):
             self._requested = True
             self.hooks.mask, self.hooks.limits = padding_mask(batch), self._limits
-            self._scope.request(self.hooks)
+            self._scope.request(self.hooks, *(() if self._order is None else (self._order,)))
             self._beside = beside
 
     def after_batch(self, batches_left: int, between: int) -> None:
@@ -142,6 +153,9 @@ class FeatureWindow:
             batch = batch.spread(plan.rows if first else plan.rows_per_batch)  # the first point rests on it alone
             self._usual[name] = max(self._usual.get(name, 0), len(batch.rows))
             self._buffer.add(name, batch, self._capacity(name))
+        if self._order is not None:
+            order, self._order = self._order, None
+            self._follow(order.pop())
 
     def listen(self, batch: Any, planned: bool = True) -> None:
         """Copy rows of all calls until :meth:`pop`: as many as planned of each, or as the limit of its layer allows."""
@@ -168,8 +182,9 @@ class FeatureWindow:
         """Remove the hooks and forget the rows; may be called twice."""
         self.hooks.remove()
         self._scope.remove()
-        if self._flops is not None:
-            self._flops.remove()
+        for listener in (self._flops, self._order):
+            if listener is not None:
+                listener.remove()
         self._buffer.clear()
         self._beside = None
 
@@ -181,12 +196,14 @@ class FeatureWindow:
             "time": self._time,
             "beside_width": self.beside_width,
             "usual": dict(self._usual),
+            "execution": [list(names) for names in self._execution],
             "rows": self._buffer.state_dict() if world_size() == 1 else {},  # a checkpoint holds those of one process
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was called; with several processes the rows start anew."""
-        names = [tap.name for tap in self.taps]
+        self._follow(Execution(*map(tuple, state["execution"])))
+        names = [tap.name for tap in self._chosen]
         self.plans = {name: SamplingPlan(*plan) for name, plan in state["plans"].items() if name in names}
         self._negotiated = bool(self.plans)
         self._batch_flops, self._time = state["batch_flops"], state["time"]
@@ -195,6 +212,17 @@ class FeatureWindow:
             self._buffer.load_state_dict(state["rows"], names, self._device)
         if self._negotiated:
             self._settle()
+            if self._order is not None:
+                self._order.remove()
+                self._order = None
+
+    def _follow(self, execution: Execution | None) -> None:
+        """Watch what the order of execution says from the next batch on; what it does not say has no point before."""
+        if self._choose is None or not execution or not execution.order:
+            return
+        self._execution, self._chosen = execution, list(self._choose(execution))
+        self.taps = [tap for tap in self.taps if tap in self._chosen]
+        self.plans = {tap.name: self.plans[tap.name] for tap in self.taps if tap.name in self.plans}
 
     def _capacity(self, name: str) -> int:
         """Rows of a point on this process: what as many full batches bring as the plan has, or less if it says so."""

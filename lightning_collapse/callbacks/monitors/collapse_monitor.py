@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import nan
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
@@ -28,7 +28,7 @@ from lightning_collapse.reporting import (
     log_text,
 )
 from lightning_collapse.utilities.distributed import world_size
-from lightning_collapse.utilities.modules import Tap, default_taps, find_taps
+from lightning_collapse.utilities.modules import default_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Curve, Measure, get_measure
 from lightning_collapse.utilities.trainer import logging_step
@@ -135,7 +135,7 @@ class CollapseMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        taps = self._choose(pl_module)
+        taps = self.choose_taps(self.layers, default_taps(pl_module), pl_module)
         self._history = History()
         self.window = FeatureWindow(
             pl_module,
@@ -146,6 +146,7 @@ class CollapseMonitor(Monitor):
             self.max_dim,
             limit=self.rows,
             containment=self.contained,
+            choose=partial(default_taps, pl_module) if self.layers is None else None,
         )
         if self.layers is None:
             names = ", ".join(tap.name for tap in taps)
@@ -235,14 +236,6 @@ class CollapseMonitor(Monitor):
         if self._points:
             with self.contained("drawing", "the picture is left out"):
                 self._draw_history(trainer, logging_step(trainer))
-
-    def _choose(self, pl_module: LightningModule) -> list[Tap]:
-        if self.layers is None:
-            return default_taps(pl_module)
-        try:
-            return find_taps(pl_module, self.layers)
-        except ValueError as error:
-            raise MisconfigurationException(f"`CollapseMonitor(layers={list(self.layers)!r})`: {error}") from error
 
     def _evaluate(self, layers: Mapping[str, LayerFeatures], pictures: bool) -> dict[Name, Tensor]:
         # every process must bring every layer, if only its width

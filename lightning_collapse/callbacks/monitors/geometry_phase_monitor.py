@@ -8,7 +8,6 @@ from functools import partial
 from math import nan
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
@@ -20,7 +19,6 @@ from lightning_collapse.functional.isotropic_null import expected_under_isotropy
 from lightning_collapse.functional.spectrum_shape import alpha_req
 from lightning_collapse.monitoring.evaluate import evaluate, flag_of
 from lightning_collapse.monitoring.feature_window import FeatureWindow
-from lightning_collapse.utilities.modules import Tap, classification_head, find_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Curve, Measure
 
@@ -126,7 +124,7 @@ class GeometryPhaseMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tap = self._choose(pl_module)
+        tap = self.choose_tap("layer", self.layer, pl_module)
         self.tracker.load_state_dict(self._fresh)
         rows = self.rows or (lambda width: min(4 * width, MAX_ROWS))
         limit = self.rows or MAX_ROWS
@@ -163,20 +161,6 @@ class GeometryPhaseMonitor(Monitor):
             Point(self.family, tap.name, curve, step, value, n, nulls.get(curve, nan), flag)
             for curve, value in values.items()
         ]
-
-    def _choose(self, pl_module: LightningModule) -> Tap:
-        if self.layer is None:
-            taps = [tap for tap in [classification_head(pl_module)] if tap is not None]
-            problem = "the model has no Linear layer."
-        else:
-            try:
-                taps = find_taps(pl_module, [self.layer])
-            except ValueError as error:
-                raise MisconfigurationException(f"`GeometryPhaseMonitor(layer={self.layer!r})`: {error}") from error
-            problem = f"it matches {len(taps)} layers, {', '.join(tap.name for tap in taps)}. Name one."
-        if len(taps) != 1:
-            raise MisconfigurationException(f"`GeometryPhaseMonitor(layer={self.layer!r})`: {problem}")
-        return taps[0]
 
 
 def _measures() -> list[Measure]:

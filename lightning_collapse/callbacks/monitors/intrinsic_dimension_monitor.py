@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import nan
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
@@ -17,7 +17,7 @@ from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.spectral.neighbors import nearest_distances
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_gather_rows
-from lightning_collapse.utilities.modules import Tap, default_taps, find_taps
+from lightning_collapse.utilities.modules import default_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 
@@ -102,9 +102,16 @@ class IntrinsicDimensionMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        taps = self._choose(pl_module)
+        taps = self.choose_taps(self.layers, default_taps(pl_module), pl_module)
         self.window = FeatureWindow(
-            pl_module, taps, pl_module.device, self.rows, max_dim=MAX_DIM, limit=self.rows, containment=self.contained
+            pl_module,
+            taps,
+            pl_module.device,
+            self.rows,
+            max_dim=MAX_DIM,
+            limit=self.rows,
+            containment=self.contained,
+            choose=partial(default_taps, pl_module) if self.layers is None else None,
         )
 
     @override
@@ -141,16 +148,6 @@ class IntrinsicDimensionMonitor(Monitor):
                     " never runs choose other `layers`.",
                 )
         return points
-
-    def _choose(self, pl_module: LightningModule) -> list[Tap]:
-        if self.layers is None:
-            return default_taps(pl_module)
-        try:
-            return find_taps(pl_module, self.layers)
-        except ValueError as error:
-            raise MisconfigurationException(
-                f"`IntrinsicDimensionMonitor(layers={list(self.layers)!r})`: {error}"
-            ) from error
 
 
 def _flag(different: float, finite: float, seen: float, sketched: bool) -> Flag:

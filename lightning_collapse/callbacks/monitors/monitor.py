@@ -6,15 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.to_host import Number, to_host
 from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish, try_again
 from lightning_collapse.utilities.containment import Containment
+from lightning_collapse.utilities.modules import Tap, classification_head, find_taps
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import CURVES, Curve, register_monitor
 from lightning_collapse.utilities.trainer import batches_until, is_due, is_resumed, lighten_results, logging_step
@@ -233,6 +235,41 @@ class Monitor(Callback, ABC):
     def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
         """Hand points on; see :func:`~lightning_collapse.reporting.publish`."""
         publish(trainer, pl_module, points)
+
+    def choose_taps(self, layers: Sequence[str] | None, default: Sequence[Tap], root: nn.Module) -> list[Tap]:
+        """Taps by the names or patterns that the argument ``layers`` holds, or the default ones without any.
+
+        Raises:
+            MisconfigurationException: If a pattern matches nothing.
+        """
+        if layers is None:
+            return list(default)
+        try:
+            return find_taps(root, layers)
+        except ValueError as error:
+            call = f"`{type(self).__name__}(layers={list(layers)!r})`"
+            raise MisconfigurationException(f"{call}: {error}") from error
+
+    def choose_tap(self, argument: str, name: str | None, root: nn.Module, suffix: str = "") -> Tap:
+        """The one tap that the argument names, or without a name the input of the last Linear of the model.
+
+        Raises:
+            MisconfigurationException: If there is none, or if there are several.
+        """
+        call = f"`{type(self).__name__}({argument}={name!r})`"
+        if name is None:
+            head = classification_head(root)
+            if head is None:
+                raise MisconfigurationException(f"{call}: the model has no Linear layer to end with. Name one.")
+            return head
+        try:
+            taps = find_taps(root, [name + suffix])
+        except ValueError as error:
+            raise MisconfigurationException(f"{call}: {error}") from error
+        if len(taps) != 1:
+            found = ", ".join(tap.name for tap in taps)
+            raise MisconfigurationException(f"{call}: it matches {len(taps)} layers, {found}. Name one.")
+        return taps[0]
 
     def warn_of_no_point(self, trainer: Trainer) -> None:
         """Say that the fit was too short for a point, unless none was wanted."""

@@ -29,7 +29,7 @@ from lightning_collapse.monitoring.to_host import to_host
 from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.features import evenly
-from lightning_collapse.utilities.modules import Tap, classification_head, find_taps
+from lightning_collapse.utilities.modules import Tap
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.targets import shifted_labels, targets_of
@@ -285,19 +285,11 @@ class NeuralCollapseMonitor(Monitor):
 
     def _choose(self, pl_module: LightningModule) -> Tap:
         call = f"`NeuralCollapseMonitor(layer={self.layer!r})`"
-        if self.layer is None:
-            taps = [tap for tap in [classification_head(pl_module)] if tap is not None]
-        else:
-            try:
-                taps = find_taps(pl_module, [f"{self.layer}:input"])
-            except ValueError as error:
-                raise MisconfigurationException(f"{call}: {error}") from error
-        if len(taps) != 1:
-            raise MisconfigurationException(f"{call} must name one classifier, and there are {len(taps)}.")
-        weight = getattr(taps[0].module, "weight", None)
+        tap = self.choose_tap("layer", self.layer, pl_module, ":input")
+        weight = getattr(tap.module, "weight", None)
         if not isinstance(weight, Tensor) or torch.nn.parameter.is_lazy(weight) or weight.ndim != 2 or len(weight) < 2:
             raise MisconfigurationException(
-                f"{call}: a classifier has a weight of shape (C, d) with at least two classes, and `{taps[0].name}` has"
+                f"{call}: a classifier has a weight of shape (C, d) with at least two classes, and `{tap.name}` has"
                 " none. Name the layer that returns the logits."
             )
         if weight.shape[1] > MAX_DIM:
@@ -305,7 +297,7 @@ class NeuralCollapseMonitor(Monitor):
                 f"{call}: the scatter of {weight.shape[1]} features would take {weight.shape[1] ** 2 * 8 / 2**30:.1f}"
                 f" GiB; up to {MAX_DIM} are watched. Feed `NeuralCollapse` with projected features instead."
             )
-        return taps[0]
+        return tap
 
     def _empty(self, pl_module: LightningModule) -> ClassMoments:
         return ClassMoments(*self._shape, device=pl_module.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import isfinite, nan, sqrt
 from typing import Any
 
@@ -23,7 +24,8 @@ from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot, 
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.spectral.sketch import GaussianSketch
 from lightning_collapse.utilities.distributed import all_reduce_sum
-from lightning_collapse.utilities.modules import Tap, activation_taps, default_taps, find_taps
+from lightning_collapse.utilities.execution import Execution
+from lightning_collapse.utilities.modules import Tap, activation_taps, default_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Curve
 
@@ -144,9 +146,15 @@ class PlasticityMonitor(Monitor):
                 "`PlasticityMonitor` cannot read the flattened parameters of `strategy='fsdp'`."
                 " Use `ModelParallelStrategy` with `fully_shard`."
             )
-        taps = self._choose(pl_module)
+        taps = self.choose_taps(self.layers, _default(pl_module), pl_module)
         self.window = FeatureWindow(
-            pl_module, taps, pl_module.device, self._rows, limit=ROWS, containment=self.contained
+            pl_module,
+            taps,
+            pl_module.device,
+            self._rows,
+            limit=ROWS,
+            containment=self.contained,
+            choose=partial(_default, pl_module) if self.layers is None else None,
         )
         self._parameters = {
             name: parameter for name, parameter in pl_module.named_parameters() if not nn.parameter.is_lazy(parameter)
@@ -245,12 +253,6 @@ class PlasticityMonitor(Monitor):
             readings |= {(group, "mean_weight"): total[0] / size, (group, "init_distance"): total[1]}
         return readings
 
-    def _choose(self, pl_module: LightningModule) -> list[Tap]:
-        if self.layers is not None:
-            try:
-                return find_taps(pl_module, self.layers)
-            except ValueError as error:
-                raise MisconfigurationException(
-                    f"`PlasticityMonitor(layers={list(self.layers)!r})`: {error}"
-                ) from error
-        return activation_taps(pl_module) or default_taps(pl_module)
+
+def _default(root: nn.Module, order: Execution | None = None) -> list[Tap]:
+    return activation_taps(root, order) or default_taps(root, order)

@@ -19,7 +19,6 @@ from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.spectral.neighbors import nearest_distances
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_gather_rows
-from lightning_collapse.utilities.modules import Tap, classification_head, find_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.targets import TARGET_KEYS, target_rows, targets_of
@@ -108,7 +107,7 @@ class RegressionCollapseMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tap = self._choose(pl_module)
+        tap = self.choose_tap("head", self.head, pl_module, ":input")
         matrices = weight_matrices(tap.module)
         if len(matrices) != 1:
             raise MisconfigurationException(
@@ -176,20 +175,6 @@ class RegressionCollapseMonitor(Monitor):
         ]
         own = {"n": float(n), "flag": float(flag)}
         return points + [Point(self.family, self._name, key, step, x, n, flag=flag) for key, x in own.items()]
-
-    def _choose(self, pl_module: LightningModule) -> Tap:
-        if self.head is None:
-            taps = [tap for tap in [classification_head(pl_module)] if tap is not None]
-            problem = "the model has no Linear layer."
-        else:
-            try:
-                taps = find_taps(pl_module, [f"{self.head}:input"])
-            except ValueError as error:
-                raise MisconfigurationException(f"`RegressionCollapseMonitor(head={self.head!r})`: {error}") from error
-            problem = f"it matches {len(taps)} layers. Name one."
-        if len(taps) != 1:
-            raise MisconfigurationException(f"`RegressionCollapseMonitor(head={self.head!r})`: {problem}")
-        return taps[0]
 
     def _targets_of(self, batch: Any) -> Tensor | None:
         try:

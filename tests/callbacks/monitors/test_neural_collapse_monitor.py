@@ -229,7 +229,7 @@ def test_bad_arguments(arguments: dict[str, Any], match: str) -> None:
     [
         ("haed", "'haed' matches no submodule"),
         ("body.1", "a classifier has a weight of shape"),
-        ("*", "must name one classifier, and there are 4"),
+        ("*", "it matches 4 layers, body.input, .* Name one"),
     ],
 )
 def test_what_is_no_classifier_is_refused_at_the_start(layer: str, match: str) -> None:
