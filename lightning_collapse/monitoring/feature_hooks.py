@@ -50,7 +50,7 @@ class FeatureHooks:
 
     Args:
         taps: Where to listen.
-        limit: Rows to copy per call, spread over all; by default four per feature, but from 64 to 1024.
+        limit: Rows to copy per call, spread over all; by default four per feature, but 1024 at most.
         position: Copy this token of every sequence instead of all of them, see
             :func:`~lightning_collapse.utilities.features.token_at`.
         containment: Where failures are told, in the name of its owner.
@@ -157,7 +157,7 @@ class FeatureHooks:
         return _Call(rows.detach(), mask, count * length, picked.repeat_interleave(length), count)
 
     def _limit(self, hook: _Hook, width: int) -> int:
-        return self.limits.get(hook.name) or self.limit or max(min(4 * width, 1024), 64)
+        return self.limits.get(hook.name) or self.limit or min(4 * width, 1024)
 
     def _leave_out(self, name: str, error: Exception) -> None:
         self.left_out[name] = str(error)

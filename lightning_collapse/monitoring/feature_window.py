@@ -41,7 +41,7 @@ class FeatureWindow:
             feature, as far as ``max_overhead`` allows.
         max_overhead: Share of the floating-point operations of training that a spectrum of these rows may cost.
         max_dim: Layers with more features are kept as a random projection to this many.
-        limit: Rows to copy per call of a layer; ``None`` for four per feature, but from 64 to 1024.
+        limit: Rows to copy per call of a layer; ``None`` for four per feature, but 1024 at most.
         position: Copy this token of every sequence only.
         paired: Leave out rows that nothing lies beside.
         take: Is given the rows of every batch of the window, what lies beside them, and the batches left, instead of
