@@ -17,6 +17,7 @@ from lightning_collapse.utilities.attention_calls import (
     is_visible,
     is_visible_logit,
 )
+from lightning_collapse.utilities.private_torch import cpu_attention, efficient_attention
 
 BLOCK = 2**22  # logits at a time: 16 MiB in single precision
 BLOCK_ON_CPU = 2**18  # logits and weights together fill a core's own cache
@@ -127,11 +128,9 @@ def _fused(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
             if mask is not None:
                 bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
                 bias = bias[(None,) * (4 - bias.ndim)].expand(-1, -1, query.shape[2], key.shape[2])
-            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            expected, log_mass = attend(query, key, key, 0.0, call.is_causal, attn_mask=bias, scale=scale)
+            expected, log_mass = cpu_attention(query, key, call.is_causal, bias, scale)
         else:
-            attend = torch.ops.aten._scaled_dot_product_efficient_attention
-            expected, log_mass, _, _ = attend(query, key, key, None, True, 0.0, call.is_causal, scale=scale)
+            expected, log_mass = efficient_attention(query, key, call.is_causal, scale)
     except (AttributeError, NotImplementedError, RuntimeError):  # these kernels are no promise of torch's
         return None
     return expected, log_mass[..., : query.shape[2]]  # CUDA pads to a multiple of 32

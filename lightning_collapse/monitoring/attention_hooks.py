@@ -10,7 +10,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -25,6 +24,7 @@ from lightning_collapse.utilities.attention_calls import (
     sample,
 )
 from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, is_to_be_ignored, unheard
+from lightning_collapse.utilities.private_torch import innermost_function_mode, is_fake
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """From a module and the arguments of its call to ``(query, key)`` or an :class:`AttentionCall`."""
@@ -267,10 +267,10 @@ class _Mode(TorchFunctionMode):
         output = func(*args, **kwargs)
         known = func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward or func in _SOFTMAX
         # torch 2.5 does not call it compiling when it traces a function through with tensors that hold nothing
-        if known and not torch.compiler.is_compiling() and not any(isinstance(arg, FakeTensor) for arg in args):
+        if known and not torch.compiler.is_compiling() and not any(map(is_fake, args)):
             self._call(self.layer, func, args, kwargs)
         return output
 
     def is_innermost(self) -> bool:
         """Whether no other mode has been entered since."""
-        return torch.overrides._get_current_function_mode() is self  # type: ignore[no-untyped-call]
+        return innermost_function_mode() is self

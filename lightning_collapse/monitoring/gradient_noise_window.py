@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_collapse.functional.gradient_noise import gradient_coherence, gradient_noise_scale
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.gradients import gradients_of, squared_norms
+from lightning_collapse.utilities.private_torch import foreach
 
 
 class Noise(NamedTuple):
@@ -81,14 +82,14 @@ class MicroBatches:
         old = [self._previous[i] for i, known in zip(found.indices, grown, strict=True) if known]
         new = [tensor for tensor, known in zip(found.tensors, grown, strict=True) if known]
         if old:
-            torch._foreach_sub_(old, new)  # the sign does not matter
+            foreach.sub_(old, new)  # the sign does not matter
         of_batch = [self._previous.get(i, tensor) for i, tensor in zip(found.indices, found.tensors, strict=True)]
         self._apart = self._apart + squared_norms(of_batch, self._device) @ shares * unscale
         if last:
             self._previous.clear()
             return
         if old:
-            torch._foreach_copy_(old, new)
+            foreach.copy_(old, new)
         for i, tensor in zip(found.indices, found.tensors, strict=True):
             if i not in self._previous:
                 self._previous[i] = tensor.clone()

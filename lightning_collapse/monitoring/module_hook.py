@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_collapse.utilities.private_torch import drop_forward_hook
+
 # private in torch 2.5
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
@@ -69,7 +71,4 @@ class ModuleHook:
         return getattr, (nullcontext(), "__exit__")  # takes any three arguments, and returns nothing
 
     def _leave(self, module: nn.Module) -> None:
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hook is self]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        drop_forward_hook(module, self)

@@ -11,6 +11,7 @@ from lightning_collapse.penalties.support.shards import Layout
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.gradients import local_part, shards_of
 from lightning_collapse.utilities.parameters import why_no_number
+from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.sharding import local
 from lightning_collapse.utilities.weight_matrices import whole
 
@@ -50,11 +51,11 @@ class ParameterSnapshot:
         now = [local_part(tensor) for tensor in known.values()]
         copies = [local_part(self._copies[name]) for name in known]
         if move:
-            torch._foreach_sub_(copies, now)
-        steps = copies if move else torch._foreach_sub(now, copies)
+            foreach.sub_(copies, now)
+        steps = copies if move else foreach.sub(now, copies)
         sums = _powers(list(known.values()), steps, order)
         if move:
-            torch._foreach_copy_(copies, now)
+            foreach.copy_(copies, now)
         return _placed(sums, [i for i, name in enumerate(tensors) if name in known], len(tensors))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ def _placed(sums: Tensor, places: Sequence[int], number: int) -> Tensor:
 def _powers(tensors: Sequence[Tensor], parts: Sequence[Tensor], order: int) -> Tensor:
     """Sums of ``|part| ** order``, weighed so that the sum over processes is that of the whole tensors."""
     wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-    norms = torch._foreach_norm(list(parts), order, dtype=wide)
+    norms = foreach.norm(list(parts), order, dtype=wide)
     device = parts[0].device
     total = torch.float32 if device.type == "mps" else torch.float64
     shares = [shards_of(tensor) / world_size() for tensor in tensors]

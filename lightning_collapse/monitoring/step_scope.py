@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from lightning_collapse.utilities.modules import unheard
-from lightning_collapse.utilities.training_step import is_in_another_hook, wrap_training_step
+from lightning_collapse.utilities.trainer import is_in_another_hook
+from lightning_collapse.utilities.training_step import wrap_training_step
 
 
 class Armable(Protocol):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_collapse.utilities.parameters import as_real
+from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.sharding import local
 
 
@@ -135,17 +136,17 @@ class CLASSP(Optimizer):
         grads = [torch.where(g.abs() > least, g, 0.0) for g in grads]
         wide = [w if w.dtype == total.dtype else w.to(total.dtype) for w, total in zip(weights, sums, strict=True)]
         if power == 2:
-            torch._foreach_addcmul_(sums, grads, grads)
+            foreach.addcmul_(sums, grads, grads)
         else:
-            grown = torch._foreach_abs(grads)
-            torch._foreach_add_(sums, torch._foreach_pow(grown, power) if power != 1 else grown)
+            grown = foreach.abs(grads)
+            foreach.add_(sums, foreach.pow(grown, power) if power != 1 else grown)
         if not group["apply_decay"]:
-            torch._foreach_add_(wide, grads, alpha=-group["lr"])
+            foreach.add_(wide, grads, alpha=-group["lr"])
         elif power == 2:
-            torch._foreach_addcdiv_(wide, grads, torch._foreach_sqrt(sums), value=-group["lr"])
+            foreach.addcdiv_(wide, grads, foreach.sqrt(sums), value=-group["lr"])
         else:
-            scales = torch._foreach_pow(sums, 1 / power) if power != 1 else sums
-            torch._foreach_addcdiv_(wide, grads, scales, value=-group["lr"])
+            scales = foreach.pow(sums, 1 / power) if power != 1 else sums
+            foreach.addcdiv_(wide, grads, scales, value=-group["lr"])
         for weight, new in zip(weights, wide, strict=True):
             if weight is not new:
                 weight.copy_(new)

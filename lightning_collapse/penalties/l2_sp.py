@@ -14,6 +14,7 @@ from lightning_collapse.penalties.base import Parameters
 from lightning_collapse.penalties.support.quadratic import QuadraticPenalty
 from lightning_collapse.penalties.support.shards import copy_of
 from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.registry import register_penalty
 
 
@@ -84,8 +85,8 @@ class L2SP(QuadraticPenalty):
 
     @override
     def _importances(self, parameters: Parameters) -> list[Tensor]:
-        pretrained = torch._foreach_mul(self._parts("pretrained", parameters), self.weight - self.new_weight)
-        torch._foreach_add_(pretrained, self.new_weight)
+        pretrained = foreach.mul(self._parts("pretrained", parameters), self.weight - self.new_weight)
+        foreach.add_(pretrained, self.new_weight)
         return list(pretrained)
 
     def _check(self, parameters: Mapping[str, Tensor]) -> None:

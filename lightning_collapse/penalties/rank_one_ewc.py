@@ -19,6 +19,7 @@ from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import clean_name
+from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.registry import register_penalty
 from lightning_collapse.utilities.sharding import local
 
@@ -98,7 +99,7 @@ class RankOneEWC(Penalty):
         pulls = [torch.zeros_like(anchors[name]) for name in pulled]
         for k, along in enumerate(self._along()):  # of all parameters, whichever the optimizer has
             directions = [self.state[f"direction{k}"][name] for name in pulled]
-            torch._foreach_add_(pulls, torch._foreach_mul(directions, self._coefficients[k] * along))
+            foreach.add_(pulls, foreach.mul(directions, self._coefficients[k] * along))
         add_to_gradients(list(pulled.values()), pulls, self.weight, scale)
 
     @override
@@ -175,7 +176,7 @@ class RankOneEWC(Penalty):
         if not known:
             return []
         here = [local(everything[name]) for name in known]
-        distances = torch._foreach_sub(here, [anchors[name] for name in known])
+        distances = foreach.sub(here, [anchors[name] for name in known])
         directions = [self.state[f"direction{k}"] for k in range(len(self._offsets))]
         products = [  # no matrix product: autocast would run it in half precision
             torch.stack([(direction[name] * distance).sum() for direction in directions])

@@ -13,6 +13,7 @@ from lightning_collapse.penalties.base import Parameters
 from lightning_collapse.penalties.support.path_integral import PathPenalty
 from lightning_collapse.penalties.support.shards import copy_of, largest
 from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.registry import register_penalty
 
 
@@ -91,7 +92,7 @@ class RWalk(PathPenalty):
         past.update({name: (past.get(name, scores[name]) + scores[name]) / 2 for name in seen})
         fishers, scored = (self._ranged(kind, seen) for kind in ("fisher", "past"))
         self._remember(parameters, {name: fishers[name] + scored[name] for name in seen}, kept=0.0)
-        torch._foreach_zero_(list(scores.values()))
+        foreach.zero_(list(scores.values()))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -104,8 +105,8 @@ class RWalk(PathPenalty):
 
     @override
     def _advance(self, parameters: Parameters, gradients: list[Tensor], steps: list[Tensor]) -> None:
-        torch._foreach_addcmul_(self._parts("squares", parameters), gradients, gradients)
-        torch._foreach_addcmul_(self._parts("drop", parameters), gradients, steps)
+        foreach.addcmul_(self._parts("squares", parameters), gradients, gradients)
+        foreach.addcmul_(self._parts("drop", parameters), gradients, steps)
         for name in parameters:
             self._steps[name] += 1
         self._close_window({n: p for n, p in parameters.items() if self._steps[n] == self.every_n_steps})
@@ -114,23 +115,23 @@ class RWalk(PathPenalty):
         if not parameters:
             return
         squares, drops, scores, marks = (self._parts(kind, parameters) for kind in ("squares", "drop", "score", "mark"))
-        torch._foreach_div_(squares, [float(self._steps[name]) for name in parameters])
+        foreach.div_(squares, [float(self._steps[name]) for name in parameters])
         fishers = self.state["fisher"]
         # where there is none yet it begins with the first squares, as in the authors' code
         fishers.update({name: squares[i].clone() for i, name in enumerate(parameters) if name not in fishers})
         running = self._parts("fisher", parameters)
         here = [copy_of(parameter) for parameter in parameters.values()]
-        distances = torch._foreach_sub(here, marks)
-        torch._foreach_mul_(distances, distances)
-        torch._foreach_mul_(distances, running)
-        torch._foreach_mul_(distances, 0.5)
-        torch._foreach_add_(distances, self.epsilon)
-        gains = torch._foreach_div(torch._foreach_clamp_min(drops, 0.0), distances)
-        torch._foreach_add_(scores, gains)
-        torch._foreach_lerp_(running, squares, self.alpha)
-        torch._foreach_copy_(marks, here)
-        torch._foreach_zero_(squares)
-        torch._foreach_zero_(drops)
+        distances = foreach.sub(here, marks)
+        foreach.mul_(distances, distances)
+        foreach.mul_(distances, running)
+        foreach.mul_(distances, 0.5)
+        foreach.add_(distances, self.epsilon)
+        gains = foreach.div(foreach.clamp_min(drops, 0.0), distances)
+        foreach.add_(scores, gains)
+        foreach.lerp_(running, squares, self.alpha)
+        foreach.copy_(marks, here)
+        foreach.zero_(squares)
+        foreach.zero_(drops)
         self._steps.update(dict.fromkeys(parameters, 0))
 
     def _ranged(self, kind: str, parameters: Parameters) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from lightning_collapse.penalties.base import Parameters
 from lightning_collapse.penalties.support.path_integral import PathPenalty
 from lightning_collapse.penalties.support.shards import copy_of
 from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.registry import register_penalty
 
 
@@ -67,8 +68,8 @@ class SynapticIntelligence(PathPenalty):
                 for name, parameter in parameters.items()
             },
         )
-        torch._foreach_zero_(list(paths.values()))
+        foreach.zero_(list(paths.values()))
 
     @override
     def _advance(self, parameters: Parameters, gradients: list[Tensor], steps: list[Tensor]) -> None:
-        torch._foreach_addcmul_(self._parts("path", parameters), gradients, steps)
+        foreach.addcmul_(self._parts("path", parameters), gradients, steps)

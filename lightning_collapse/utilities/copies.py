@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_collapse.utilities.private_torch import is_hook_table
 from lightning_collapse.utilities.sharding import local
+from lightning_collapse.utilities.trainer import forget_compilation, is_compiled_whole
 
 Module = TypeVar("Module", bound=nn.Module)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -28,18 +29,18 @@ def bare_copy(module: Module) -> Module:
     memo: dict[int, Any] = {}
     for part in module.modules():
         for name, value in vars(part).items():
-            if name in _HOOKS or name.removesuffix("_with_kwargs") in _HOOKS:
+            if is_hook_table(name):
                 memo[id(value)] = OrderedDict()  # what a hook belongs to would be copied too
             elif isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()  # kept from the last step; it cannot be copied
-    if compiled := getattr(module, "_compiler_ctx", None):
-        memo[id(compiled)] = {}
+    compiled = is_compiled_whole(module)
+    forget_compilation(None, memo, module)
     copy = deepcopy(module, memo)
     # functions are not copied: these would still run the original
     for name in (*_STEPS, *(("forward",) if compiled else ())):
         vars(copy).pop(name, None)
     if compiled:
-        copy._compiler_ctx = None  # type: ignore[assignment]
+        forget_compilation(copy, memo, module)
     return copy
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.parameters import as_real
+from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.sharding import local
 
 
@@ -45,7 +46,7 @@ def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros(0, dtype=wide, device=device)
     single = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    norms = torch._foreach_norm(list(tensors), 2, dtype=single)
+    norms = foreach.norm(list(tensors), 2, dtype=single)
     return torch.stack([norm.to(device) for norm in norms]).to(wide).square()
 
 

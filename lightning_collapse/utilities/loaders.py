@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_collapse.utilities.private_torch import forget_workers
+
 Loader = Iterable[Any] | Callable[[], Iterable[Any]]
 """Batches, or a function that returns them."""
 
@@ -50,7 +52,7 @@ def _apart(loader: Any) -> Any:
     if not isinstance(loader, DataLoader):
         return loader
     apart = copy(loader)
-    own: dict[str, Any] = {"_iterator": None, "persistent_workers": False}
+    own = forget_workers(loader)
     memo = {id(loader.dataset): loader.dataset}
     with suppress(Exception):  # what cannot be copied is shared, and its generators are put back, see `rewound`
         own |= {name: deepcopy(getattr(loader, name), memo) for name in ("generator", "sampler", "batch_sampler")}

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from lightning_collapse.utilities.private_torch import WRAPPERS
+
 _LISTS = (nn.ModuleList, nn.ModuleDict)
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _NUMBER = re.compile(r"\d+[a-z]?")
 Named = tuple[str, nn.Module]
 
@@ -19,7 +20,7 @@ def clean_name(name: str) -> str:
         'net.0.linear'
     """
     parts = name.split(".")
-    return ".".join(part for part in parts if part not in _WRAPPERS) or name
+    return ".".join(part for part in parts if part not in WRAPPERS) or name
 
 
 def named_modules(root: nn.Module) -> Iterator[Named]:

@@ -24,6 +24,13 @@ from lightning_collapse.utilities.module_tree import (
 )
 from lightning_collapse.utilities.module_tree import clean_name as clean_name
 from lightning_collapse.utilities.module_tree import weighted_layers as weighted_layers
+from lightning_collapse.utilities.private_torch import (
+    SHAPELESS,
+    autograd_is_running,
+    is_compiled_itself,
+    is_inside_transform,
+)
+from lightning_collapse.utilities.trainer import is_compiled_whole
 
 MAX_DEFAULT_LAYERS = 12
 INPUT_SUFFIX = ":input"
@@ -39,7 +46,6 @@ _CHANNELS_FIRST = (
     nn.AdaptiveMaxPool1d,
 )
 _NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
-_KEEPS_SHAPE = (nn.Identity, nn.GroupNorm, nn.modules.dropout._DropoutNd)
 T = TypeVar("T")
 
 
@@ -174,15 +180,14 @@ def is_channels_first(module: nn.Module, side: Literal["output", "input"] = "out
     """Whether ``module`` returns, or receives, ``(N, C, L)``: its last, or first, layer that cares about shape does."""
     layers = list(innermost(module))
     for layer in layers if side == "input" else reversed(layers):
-        if not isinstance(layer, _KEEPS_SHAPE) and not is_activation(layer):
+        if not isinstance(layer, SHAPELESS) and not is_activation(layer):
             return isinstance(layer, _CHANNELS_FIRST)
     return False
 
 
 def is_compiled(root: nn.Module) -> bool:
     """Whether ``torch.compile`` has wrapped a Lightning module or any module inside it."""
-    whole = getattr(root, "_compiler_ctx", None) is not None
-    return whole or any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in root.modules())
+    return is_compiled_whole(root) or any(map(is_compiled_itself, root.modules()))
 
 
 def let_hooks_be_seen(root: nn.Module) -> None:
@@ -197,7 +202,7 @@ def let_hooks_be_seen(root: nn.Module) -> None:
 def in_backward() -> bool:
     """Whether the autograd engine is running: then a forward call is activation checkpointing's recomputation."""
     # dynamo cannot trace the question, and recomputation of a compiled graph does not run Python again
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and autograd_is_running()
 
 
 def is_to_be_ignored() -> bool:
@@ -209,7 +214,7 @@ def is_to_be_ignored() -> bool:
     return (
         any(applies() for applies in _UNHEARD)
         or in_backward()
-        or (not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None)
+        or (not torch.compiler.is_compiling() and is_inside_transform())
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
+from lightning_collapse.utilities.private_torch import fsdp_groups, is_fully_sharded
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -39,8 +41,8 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     Meanwhile parameters are plain tensors, a forward or backward pass needs no other process, and as many of them may
     run as each likes. Where nothing is sharded nothing happens. Collective: every process must enter it.
     """
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "_get_fsdp_state") and hasattr(m, "unshard")]
-    groups = [group for module in modules for group in _groups(module)]
+    modules: list[Any] = [m for m in model.modules() if is_fully_sharded(m)]
+    groups = [group for module in modules for group in fsdp_groups(module)]
     kept = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
     try:
         for module in modules:
@@ -53,10 +55,3 @@ def unsharded(model: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info, group.reshard_after_backward = mesh, backward
         for module in modules:
             module.reshard()
-
-
-def _groups(module: Any) -> list[Any]:
-    """There is no public way to ask what `set_reshard_after_forward` has set."""
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)])
-    return [group for group in groups if group is not None]

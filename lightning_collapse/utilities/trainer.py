@@ -167,6 +167,27 @@ def lighten_results(trainer: Trainer, is_detail: Callable[[str], bool]) -> bool:
     return True
 
 
+def is_compiled_whole(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` has compiled the steps of a ``LightningModule``."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def forget_compilation(copy: Any, memo: dict[int, Any], module: Any) -> None:
+    """Have a deep copy of a ``LightningModule`` know nothing of compiled steps: with ``copy`` after, else before."""
+    if copy is not None:
+        copy._compiler_ctx = None
+    elif is_compiled_whole(module):
+        memo[id(module._compiler_ctx)] = {}
+
+
+def is_in_another_hook(module: nn.Module) -> bool:
+    """Whether Lightning runs a hook of a callback or of the module right now, and not the training step itself.
+
+    Under manual optimization it calls some from inside the step: ``on_before_backward``, ``on_before_optimizer_step``.
+    """
+    return getattr(module, "_current_fx_name", None) not in (None, "training_step")
+
+
 def tensorboard_writer(logger: Logger) -> tuple[Any, str] | None:
     """The writer of a TensorBoard logger's event file and what precedes its tags; ``None`` for any other logger.
 

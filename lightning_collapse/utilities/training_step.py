@@ -47,14 +47,6 @@ def wrap_training_step(module: nn.Module, around: Callable[..., Any]) -> Callabl
     return wrap_method(module, "training_step", around)
 
 
-def is_in_another_hook(module: nn.Module) -> bool:
-    """Whether Lightning runs a hook of a callback or of the module right now, and not the training step itself.
-
-    Under manual optimization it calls some from inside the step: ``on_before_backward``, ``on_before_optimizer_step``.
-    """
-    return getattr(module, "_current_fx_name", None) not in (None, "training_step")
-
-
 class _Wrapper:
     def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
         self.module, self.name = module, name

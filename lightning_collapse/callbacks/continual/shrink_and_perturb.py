@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.utilities.copies import bare_copy
+from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.trainer import is_sharded, logging_step
 
 _RESETS = ("reset_parameters", "_reset_parameters")  # the latter of `nn.MultiheadAttention` and `nn.Transformer`
@@ -138,8 +139,8 @@ class ShrinkAndPerturb(TaskAware):
         trained = _trained(pl_module)
         fresh = _trained_like(self._fresh(pl_module), trained)
         weights = list(trained.values())
-        torch._foreach_mul_(weights, self.shrink)
-        torch._foreach_add_(weights, fresh, alpha=self.perturb)
+        foreach.mul_(weights, self.shrink)
+        foreach.add_(weights, fresh, alpha=self.perturb)
         self._times += 1
 
     def _fresh(self, pl_module: LightningModule) -> nn.Module:

@@ -16,6 +16,7 @@ from lightning_collapse.callbacks.guard.action import Action, checkpoint_folder
 from lightning_collapse.callbacks.guard.training_health import weights_are_finite
 from lightning_collapse.callbacks.guard.training_state import Undo, apply, capture, describe, difference
 from lightning_collapse.rules import Judgement
+from lightning_collapse.utilities.private_torch import nested_schedulers, scheduler_rates
 from lightning_collapse.utilities.trainer import load_own_checkpoint, logging_step, save_state
 
 
@@ -162,7 +163,7 @@ def _scale_learning_rates(trainer: Trainer, factor: float) -> None:
                     group[name] = _scaled(group[name], factor)
     for config in trainer.lr_scheduler_configs:
         for scheduler in _nested(config.scheduler):
-            for name in ("base_lrs", "max_lrs", "_last_lr"):
+            for name in scheduler_rates(scheduler):
                 if isinstance(rates := getattr(scheduler, name, None), list):
                     setattr(scheduler, name, [_scaled(rate, factor) for rate in rates])
 
@@ -170,7 +171,7 @@ def _scale_learning_rates(trainer: Trainer, factor: float) -> None:
 def _nested(scheduler: Any) -> Iterator[Any]:
     """A scheduler and those it is made of."""
     yield scheduler
-    for inner in getattr(scheduler, "_schedulers", ()):
+    for inner in nested_schedulers(scheduler):
         yield from _nested(inner)
 
 

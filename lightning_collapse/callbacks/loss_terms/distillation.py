@@ -9,7 +9,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
@@ -22,6 +21,7 @@ from lightning_collapse.utilities.arguments import require_not_negative, require
 from lightning_collapse.utilities.copies import fill, frozen_copy, tensors_of
 from lightning_collapse.utilities.hooks import OwnedHook
 from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first
+from lightning_collapse.utilities.private_torch import tree_leaves
 from lightning_collapse.utilities.trainer import is_sharded
 
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_collapse.penalties.base import Parameters
 from lightning_collapse.penalties.support.quadratic import QuadraticPenalty
 from lightning_collapse.penalties.support.shards import wide
+from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.sharding import local
 
 
@@ -52,8 +53,8 @@ class PathPenalty(QuadraticPenalty):
         step = self._buffers.get(tuple(moving))
         if step is None:
             step = self._buffers[tuple(moving)] = _Step.for_parameters(moving)
-        torch._foreach_copy_(step.gradients, [_dense(p.grad) for p in moving.values() if p.grad is not None])
-        torch._foreach_copy_(step.before, [local(parameter) for parameter in moving.values()])
+        foreach.copy_(step.gradients, [_dense(p.grad) for p in moving.values() if p.grad is not None])
+        foreach.copy_(step.before, [local(parameter) for parameter in moving.values()])
         step.all_gradients.nan_to_num_(0.0, 0.0, 0.0)
         if scale is not None:
             step.all_gradients.div_(scale.to(step.all_gradients))
@@ -89,7 +90,7 @@ class PathPenalty(QuadraticPenalty):
         step, self._pending = self._pending, None
         if step is None:
             return
-        torch._foreach_sub_(step.before, [local(parameter) for parameter in step.parameters.values()])
+        foreach.sub_(step.before, [local(parameter) for parameter in step.parameters.values()])
         if self.counts_steps and self._doubtful and not step.all_changes.any():  # waits for the device
             return
         self._advance(step.parameters, step.gradients, step.before)

@@ -14,6 +14,7 @@ from lightning_collapse.penalties.support.consolidation import is_finite
 from lightning_collapse.penalties.support.shards import add_to_gradients, copy_of, largest, total
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.modules import clean_name
+from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.sharding import local
 
 
@@ -64,9 +65,9 @@ class QuadraticPenalty(Penalty):
         pulls = self._distances(pulled)
         importances = self._importances(pulled)
         if importances is not None:
-            torch._foreach_mul_(pulls, importances)
+            foreach.mul_(pulls, importances)
         if self.state["moment"]:
-            torch._foreach_sub_(pulls, self._parts("moment", pulled))
+            foreach.sub_(pulls, self._parts("moment", pulled))
         add_to_gradients(list(pulled.values()), pulls, 2 * self.strength, scale)
 
     @override
@@ -76,10 +77,10 @@ class QuadraticPenalty(Penalty):
             return _nothing(parameters)
         distances = self._distances(known)
         importances = self._importances(known)
-        terms = distances if importances is None else list(torch._foreach_mul(distances, importances))
+        terms = distances if importances is None else list(foreach.mul(distances, importances))
         if self.state["moment"]:
-            terms = list(torch._foreach_sub(terms, torch._foreach_mul(self._parts("moment", known), 2.0)))
-        value = total([product.sum() for product in torch._foreach_mul(terms, distances)], known.values())
+            terms = list(foreach.sub(terms, foreach.mul(self._parts("moment", known), 2.0)))
+        value = total([product.sum() for product in foreach.mul(terms, distances)], known.values())
         offsets = [self._offsets[name] for name in known if name in self._offsets]
         if offsets:
             value = value + torch.stack(offsets).sum().to(value)
@@ -161,7 +162,7 @@ class QuadraticPenalty(Penalty):
 
     def _distances(self, parameters: Parameters) -> list[Tensor]:
         here = [local(parameter) for parameter in parameters.values()]
-        return list(torch._foreach_sub(here, self._parts("anchor", parameters)))
+        return list(foreach.sub(here, self._parts("anchor", parameters)))
 
     def _importances(self, parameters: Parameters) -> list[Tensor] | None:
         """One for each parameter, or ``None`` for 1."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
+from lightning_collapse.utilities.private_torch import border_of
+
 Power = Literal["squares", "absolute", "signed"]
 """What of the gradients of samples is summed: squares, absolute values, or they themselves."""
 CHUNK = 2**21
@@ -275,7 +277,7 @@ class Sum(SampleGradients):
 
 def padded(inputs: Tensor, module: Any) -> Tensor:
     """Images ``(N, C, *sizes)`` with the border that a convolution adds."""
-    sides = module._reversed_padding_repeated_twice
+    sides = border_of(module)
     if not any(sides):
         return inputs
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum, world_size
 from lightning_collapse.utilities.gradients import shards_of
+from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.sharding import local
 
 
@@ -71,9 +72,9 @@ def add_to_gradients(parameters: Sequence[Tensor], pulls: list[Tensor], strength
         elif parameter.grad.is_sparse:
             parameter.grad = parameter.grad.to_dense()
     if scale is not None:
-        torch._foreach_mul_(pulls, scale.to(pulls[0]))
+        foreach.mul_(pulls, scale.to(pulls[0]))
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    torch._foreach_add_(gradients, pulls, alpha=strength)
+    foreach.add_(gradients, pulls, alpha=strength)
 
 
 def total(numbers: Sequence[Tensor], parameters: Iterable[Tensor]) -> Tensor:

@@ -1,0 +1,108 @@
+"""Private API of torch: the one file that knows it. What torch changes there is mended here."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.utils._pytree import tree_leaves as tree_leaves
+
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Names of the child that compilation, sharding and activation checkpointing hide a module under."""
+SHAPELESS = (nn.Identity, nn.GroupNorm, nn.modules.dropout._DropoutNd)
+"""Modules that return what they receive, whatever its shape."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Foreach:
+    """``torch._foreach_...`` without the prefix: one kernel for many tensors, which every optimizer of torch uses."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, f"_foreach_{name}")
+
+
+foreach = _Foreach()
+
+
+def autograd_is_running() -> bool:
+    """Whether the autograd engine runs a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_inside_transform() -> bool:
+    """Whether ``torch.func.vmap``, ``grad`` and such are being evaluated."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def innermost_function_mode() -> Any:
+    """The ``TorchFunctionMode`` that was entered last."""
+    return torch.overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
+
+
+def is_fake(value: object) -> bool:
+    """Whether a tensor holds no numbers, since something traces through."""
+    return isinstance(value, FakeTensor)
+
+
+def is_compiled_itself(module: nn.Module) -> bool:
+    """Whether a module was compiled in place, or wraps one that was compiled."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def is_hook_table(name: str) -> bool:
+    """Whether a module keeps hooks under this attribute."""
+    return name in _HOOKS or name.removesuffix("_with_kwargs") in _HOOKS
+
+
+def drop_forward_hook(module: nn.Module, hook: object) -> None:
+    """Take a forward hook or pre-hook off without its handle."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, registered in hooks.items() if registered is hook]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on a module."""
+    return hasattr(module, "_get_fsdp_state") and hasattr(module, "unshard")
+
+
+def fsdp_groups(module: Any) -> list[Any]:
+    """What ``set_reshard_after_forward`` has set of such a module: there is no public way to ask."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)])
+    return [group for group in groups if group is not None]
+
+
+def border_of(convolution: Any) -> Any:
+    """What a convolution pads its inputs by, in the order of ``torch.nn.functional.pad``."""
+    return convolution._reversed_padding_repeated_twice
+
+
+def cpu_attention(query: Tensor, key: Tensor, causal: bool, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Fused attention on the CPU with keys for values, and the logarithm of the mass of every row."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    expected, log_mass = attend(query, key, key, 0.0, causal, attn_mask=bias, scale=scale)
+    return expected, log_mass
+
+
+def efficient_attention(query: Tensor, key: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """The same on a GPU; the mass may be padded."""
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    expected, log_mass, _, _ = attend(query, key, key, None, True, 0.0, causal, scale=scale)
+    return expected, log_mass
+
+
+def forget_workers(loader: Any) -> dict[str, Any]:
+    """Attributes of a copy of a ``DataLoader`` that shares no worker with the original."""
+    return {"_iterator": None, "persistent_workers": False}
+
+
+def scheduler_rates(scheduler: Any) -> tuple[str, ...]:
+    """Names of the lists of learning rates that a scheduler keeps."""
+    return ("base_lrs", "max_lrs", "_last_lr")
+
+
+def nested_schedulers(scheduler: Any) -> tuple[Any, ...]:
+    """The schedulers that one is made of."""
+    return tuple(getattr(scheduler, "_schedulers", ()))
