@@ -1,4 +1,4 @@
-"""What every anti-collapse loss is: named terms, their coefficients, and the values they take at both ends."""
+"""Anti-collapse loss, the base class: named terms, their coefficients, and the values they take at both ends."""
 
 from typing import ClassVar, Literal
 

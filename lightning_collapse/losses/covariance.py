@@ -1,4 +1,4 @@
-"""The covariance term of VICReg: no feature may repeat another."""
+"""Covariance term of VICReg: no feature may repeat another."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Feature decorrelation of SimTPR: coordinates of two views' directions correlate with their twins and no others."""
+"""Feature decorrelation (SimTPR): coordinates of two views' directions correlate with their twins and no others."""
 
 import math
 from typing import Literal, get_args

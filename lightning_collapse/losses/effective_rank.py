@@ -1,4 +1,4 @@
-"""A floor under the effective rank and the spread of one layer's features."""
+"""Effective-rank hinge: a floor under the effective rank and the spread of one layer's features."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""KoLeo: no row may come close to its nearest neighbour, which raises the entropy of the directions."""
+"""KoLeo (Kozachenko-Leonenko entropy estimator): no row may come close to its nearest neighbour."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""LDReg: every row's neighbourhood is to have many dimensions."""
+"""LDReg (local dimensionality regularization): every row's neighbourhood is to have many dimensions."""
 
 import math
 from typing import Literal, get_args
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.support.pairs import gather_rows, squared_distances
+from lightning_collapse.losses.support.pairs import gather_rows
 from lightning_collapse.losses.support.statistics import separate_views
+from lightning_collapse.spectral.neighbors import nearest_squares
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad
@@ -48,8 +49,7 @@ def ldreg_loss(features: Tensor, k: int = 64, form: Form = "paper", eps: float =
     require_one_of(FORMS, form=form)
     (rows,) = separate_views("ldreg_loss", features=features)
     everything, first = gather_rows("ldreg_loss", rows.detach(), least=4)
-    squares = squared_distances(rows, everything, first)
-    near = squares.topk(min(k, len(everything) - 2), dim=1, largest=False).values
+    near = nearest_squares(rows, everything, min(k, len(everything) - 2), first)
     repeated = near == 0
     distances = torch.where(repeated, 0.0, torch.where(repeated, 1.0, near).sqrt())
     radius = distances[:, -1]

@@ -1,4 +1,4 @@
-"""A barrier before a singular covariance: every direction keeps some variance."""
+"""Log-determinant barrier before a singular covariance: every direction keeps some variance."""
 
 import math
 

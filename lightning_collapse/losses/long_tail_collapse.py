@@ -1,4 +1,4 @@
-"""Neural collapse of long-tailed classes, asked for with two terms on features and learned class means."""
+"""Neural collapse of long-tailed classes, as a loss: two terms on features and learned class means."""
 
 import math
 

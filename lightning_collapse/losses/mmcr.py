@@ -1,4 +1,4 @@
-"""MMCR: centroids of views span as many directions, and as evenly, as they can."""
+"""MMCR (maximum manifold capacity representations): centroids of views span many directions evenly."""
 
 import math
 from typing import Any

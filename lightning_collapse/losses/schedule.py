@@ -1,4 +1,4 @@
-"""Weights that change while training runs."""
+"""Weight schedules of a loss: linear warm-up and ramp."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

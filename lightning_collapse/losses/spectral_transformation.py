@@ -1,4 +1,4 @@
-"""Spectral transformation: two views agree after a function of their covariance has evened their spectra."""
+"""Spectral transformation loss: views agree after a function of their covariance has evened their spectra."""
 
 import math
 from typing import Literal, get_args

@@ -1,4 +1,4 @@
-"""T-REGS: the tree that joins all rows is to be long, while rows stay near a sphere."""
+"""T-REGS (minimum spanning tree regularization): the tree that joins all rows is long, and rows stay near a sphere."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The variance hinge of VICReg: no feature may stop varying."""
+"""Variance hinge of VICReg: no feature may stop varying."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""W-MSE: two views agree after each is whitened over small batches."""
+"""W-MSE (whitening mean squared error): two views agree after each is whitened over small batches."""
 
 import torch
 from torch import Tensor

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_collapse.losses import koleo_loss
 from lightning_collapse.spectral import neighbors
-from lightning_collapse.spectral.neighbors import nearest_distances, nearest_rows
+from lightning_collapse.spectral.neighbors import nearest_distances, nearest_rows, nearest_squares
 
 
 def scattered(rows: int, dim: int, seed: int = 0) -> Tensor:
@@ -120,6 +120,22 @@ def test_distances_are_those_of_rows_that_count() -> None:
     scale = distances[0, 0]
     assert (distances[counts] / scale).tolist() == [[1, 4, torch.inf], [1, 3, torch.inf], [3, 4, torch.inf]]
     assert distances[~counts].isinf().all()
+
+
+@pytest.mark.parametrize("tile", [1, 1 << 20])
+def test_squares_and_their_gradient(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "TILE_ELEMENTS", tile)
+    points = torch.cat([scattered(12, 4), scattered(2, 4)]).double()  # two of them twice
+    rows, same = (points[3:].clone().requires_grad_() for _ in range(2))
+    squares = (same.unsqueeze(1) - points).square().sum(dim=2)
+    own = torch.eye(len(points), dtype=torch.bool)[3:]
+    expected = squares.masked_fill(own, torch.inf).topk(5, largest=False).values
+    found = nearest_squares(rows, points, 5, first=3)
+    torch.testing.assert_close(found, expected)
+    slopes = scattered(*found.shape).double()
+    found.backward(slopes)
+    expected.backward(slopes)
+    torch.testing.assert_close(rows.grad, same.grad)
 
 
 def test_one_row_has_no_neighbour() -> None:

@@ -1,1 +1,1 @@
-"""What several losses share: rows and moments of the global batch, whitening, directions, permutations, state."""
+"""Helpers of several losses: rows and moments of the global batch, whitening, directions, permutations, state."""

@@ -1,4 +1,4 @@
-"""Covariance of rows with a fixed pattern that tells equal rows apart, of a batch or of a stream of them."""
+"""Jittered covariance: rows with a fixed pattern that tells equal ones apart, of a batch or of a stream of them."""
 
 import math
 

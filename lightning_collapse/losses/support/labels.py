@@ -1,4 +1,4 @@
-"""Labels as losses take them: which rows they name a class of, and how many of each there are."""
+"""Class labels as losses take them: which rows they name a class of, and how many of each there are."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Rows of the global batch, and distances between them, for losses that need neighbours and not only moments."""
+"""Pairwise distances, and the rows of the global batch they are taken of."""
 
 import torch
 from torch import Tensor

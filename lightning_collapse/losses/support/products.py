@@ -1,4 +1,4 @@
-"""Matrix functions whose gradients, too, are computed in full precision, and need no eigenvectors."""
+"""Matrix products and log-determinants whose gradients, too, are in full precision and need no eigenvectors."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rows as losses take them: enough of them, of unit length, and their mean over all processes."""
+"""Feature rows as losses take them: enough of them, of unit length, and their mean over all processes."""
 
 import torch
 from torch import Tensor

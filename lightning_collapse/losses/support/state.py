@@ -1,4 +1,4 @@
-"""What a loss remembers from one step to the next, for a resumed run to go on as if it had not been interrupted."""
+"""State of a loss from one step to the next, for a resumed run to go on as if it had not been interrupted."""
 
 from collections.abc import Hashable, Iterator, Mapping
 
@@ -28,16 +28,16 @@ def remembered(loss: nn.Module) -> dict[str, Tensor | None]:
     }
 
 
-def recall(loss: nn.Module, memory: Mapping[str, Tensor | None]) -> None:
+def recall(loss: nn.Module, state: Mapping[str, Tensor | None]) -> None:
     """Set the buffers of a loss to what :func:`remembered` returned; they keep their device and type.
 
     Args:
-        loss: The loss, changed in place. What ``memory`` does not name stays as it is.
-        memory: Buffers by name; names that the loss does not know are ignored.
+        loss: The loss, changed in place. What ``state`` does not name stays as it is.
+        state: Buffers by name; names that the loss does not know are ignored.
     """
     for key, (module, name) in _places(loss):
-        if key in memory:
-            value, buffer = memory[key], getattr(module, name)
+        if key in state:
+            value, buffer = state[key], getattr(module, name)
             if value is not None:
                 value = value.clone() if buffer is None else value.to(buffer, copy=True)
             setattr(module, name, value)
@@ -74,7 +74,7 @@ class OneStep:
 
 
 def finite_or(moved: Tensor, earlier: Tensor) -> Tensor:
-    """What a step has made of a memory, or ``earlier`` if there is a NaN or infinity in it; the device decides.
+    """What a step has made of a state, or ``earlier`` if there is a NaN or infinity in it; the device decides.
 
     One bad batch would stay in a running mean forever.
 

@@ -1,4 +1,4 @@
-"""Statistics of the global batch that losses are made of, and the covariance energy on the cheaper side."""
+"""Batch statistics over all processes: centered rows, variances, and the covariance energy on the cheaper side."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

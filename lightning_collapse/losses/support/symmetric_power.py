@@ -1,4 +1,4 @@
-"""A power of a covariance whose gradient bears equal eigenvalues, and Newton's iteration towards its inverse root."""
+"""Inverse powers of a covariance, with a gradient that bears equal eigenvalues, and Newton's iteration (IterNorm)."""
 
 from typing import Any
 
