@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import isabstract
 from typing import Any
 
 import torch
@@ -29,10 +28,10 @@ from lightning_collapse import (
     NeuralCollapseMonitor,
     RegressionCollapseMonitor,
     SpectralAlignmentMonitor,
-    callbacks,
 )
 from tests.benchmarks.interleaved import Ratios, ratios
 from tests.benchmarks.models import MLP, Endless, Transformer, digits
+from tests.monitors import MONITORS, make
 
 NOT_FOR_CLASSES = ("RegressionCollapseMonitor",)
 
@@ -75,8 +74,7 @@ def guarded() -> list[Callback]:
 
 def everything(*left_out: str) -> list[Callback]:
     """Every monitor at its defaults, and a guard."""
-    names = [name for name in callbacks.__all__ if name.endswith("Monitor") and name not in left_out]
-    return [*(cls() for name in names if not isabstract(cls := getattr(callbacks, name))), CollapseGuard()]
+    return [*(make(name) for name in MONITORS if name not in left_out), CollapseGuard()]
 
 
 def every_step() -> list[Callback]:

@@ -19,11 +19,10 @@ from torch.utils.data import DataLoader
 import lightning_collapse
 from lightning_collapse import CollapseGuard, CollapseMonitor, Monitor, callbacks
 from lightning_collapse.utilities.registry import CURVES, MONITORS
+from tests.monitors import ARGUMENTS
 from tests.toys import QUIET, MemoryLogger, PointKeeper, fit, weights
 
 OURS = {name: cls for name, cls in MONITORS.items() if cls.__module__.startswith("lightning_collapse.")}
-ARGUMENTS = {"ScalarMonitor": {"scalars": ["loss"]}}
-"""What a monitor cannot be made without."""
 each = pytest.mark.parametrize("name", OURS)
 quiet = pytest.mark.filterwarnings("ignore:.*(no attention|returns 3 numbers for 1 targets)")
 

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from inspect import isabstract
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_collapse import callbacks
 from lightning_collapse.utilities.registry import LOSSES, PENALTIES
 from tests.losses.cases import CASES as LOSS_CASES
+from tests.monitors import MONITORS, make
 from tests.penalties.cases import CASES as PENALTY_CASES
 from tests.penalties.toys import Classifier
 from tests.toys import QUIET
@@ -133,12 +133,10 @@ class Small(LightningModule):
 def monitors(device: str) -> Iterator[tuple[str, Found]]:
     """Every monitor beside a guard, and what waits in it between points; first of all a fit without any."""
     yield "no monitor", between_points(device)
-    for name in callbacks.__all__:
-        cls = getattr(callbacks, name)
-        if name.endswith("Monitor") and not isabstract(cls):
-            watchers = [cls(), *([] if name == "CollapseMonitor" else [callbacks.CollapseMonitor()])]
-            outputs = 1 if "Regression" in name else 4
-            yield name, between_points(device, *watchers, callbacks.CollapseGuard("log"), outputs=outputs)
+    for name in MONITORS:
+        watchers = [make(name), *([] if name == "CollapseMonitor" else [callbacks.CollapseMonitor()])]
+        outputs = 1 if "Regression" in name else 4
+        yield name, between_points(device, *watchers, callbacks.CollapseGuard("log"), outputs=outputs)
 
 
 def between_points(device: str, *added: Callback, outputs: int = 4) -> Found:

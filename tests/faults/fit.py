@@ -53,6 +53,7 @@ class Outcome:
 
 def fit(setting: Setting, watch: bool) -> Outcome:
     """Fit in a folder of its own, with every random state set."""
+    torch._dynamo.reset()  # code that an earlier fit has compiled would be compiled no more
     random.seed(setting.seed)
     np.random.seed(setting.seed)
     torch.manual_seed(setting.seed)

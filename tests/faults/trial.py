@@ -36,7 +36,6 @@ Fit = Callable[[Setting, bool], Outcome]
 
 def run(setting: Setting, fit: Fit = fit) -> Trial:
     """Fit twice and compare."""
-    torch._dynamo.reset()
     bare, refused = fit(setting, False), []
     watched = fit(setting, True)
     while watched.refused is not None and watched.refused < len(setting.watchers):

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import isabstract, signature
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,15 +14,10 @@ from lightning_collapse import callbacks
 from lightning_collapse.utilities.registry import MEASURES, register_measure
 from tests.faults.data import loader
 from tests.faults.faults import Case
+from tests.monitors import MONITORS, make
 
 Watcher = tuple[str, dict[str, Any]]
 """Name of a callback and its arguments, all of them plain."""
-
-MONITORS = {
-    name: cls
-    for name, cls in vars(callbacks).items()
-    if name in callbacks.__all__ and name.endswith("Monitor") and not isabstract(cls)
-}
 
 
 def _overwrite(values: Tensor) -> Tensor:
@@ -101,7 +96,10 @@ def build(watchers: tuple[Watcher, ...], case: Case, mapping: bool) -> list[Call
             (case.folder / "file").write_text("a file where a folder is expected")
             does = [_ignore if each == "ignores" else each for each in arguments["action"] if each != "nowhere"]
             arguments["action"] = does
-        made.append(Reader(**arguments) if name == "Reader" else getattr(callbacks, name)(**arguments))
+        if name in MONITORS:
+            made.append(make(name, **arguments))
+        else:
+            made.append(Reader(**arguments) if name == "Reader" else getattr(callbacks, name)(**arguments))
     return [*made, Reader()]
 
 

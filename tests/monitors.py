@@ -1,0 +1,20 @@
+"""Every monitor that the package exports, and arguments for those that have no defaults."""
+
+from inspect import isabstract
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from lightning_collapse import callbacks
+
+ARGUMENTS: dict[str, dict[str, Any]] = {"ScalarMonitor": {"scalars": ["loss"]}}
+MONITORS: dict[str, type[Callback]] = {
+    name: getattr(callbacks, name)
+    for name in callbacks.__all__
+    if name.endswith("Monitor") and not isabstract(getattr(callbacks, name))
+}
+
+
+def make(name: str, **arguments: Any) -> Callback:
+    """A new one at its defaults, but for these arguments."""
+    return MONITORS[name](**{**ARGUMENTS.get(name, {}), **arguments})
