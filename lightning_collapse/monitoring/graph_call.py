@@ -55,19 +55,21 @@ class GraphCall:
 
 
 def pack(value: Any, tensors: list[Tensor | None]) -> str:
-    """Write down what a value is made of, for :func:`unpack`, and put its tensors into a list; compilers trace it.
+    """Write down what a value is made of, for :func:`unpack`, and put its tensors into a list.
+
+    It is traced by compilers, which know no unions of types in torch 2.5.
 
     Tuples, lists and dicts are kept, and strings and flags in them; all else becomes ``None``.
     """
     if isinstance(value, Tensor):
         tensors.append(value.detach())
         return str(len(tensors) - 1)
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         items = "".join([pack(item, tensors) + "," for item in value])
         return f"[{items}]" if isinstance(value, list) else f"({items})"
     if isinstance(value, dict):
         return "{" + "".join([f"{key!r}:{pack(item, tensors)}," for key, item in value.items()]) + "}"
-    return repr(value) if isinstance(value, str | bool) else "None"
+    return repr(value) if isinstance(value, (str, bool)) else "None"
 
 
 def unpack(note: str, tensors: Sequence[Tensor | None]) -> Any:

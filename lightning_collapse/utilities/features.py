@@ -199,7 +199,7 @@ def _pick(output: Any, complex_too: bool) -> Tensor | None:
     if isinstance(output, Tensor):
         number = output.is_floating_point() or (complex_too and output.is_complex())
         return output if number and output.ndim and output.layout in _READABLE else None
-    if hasattr(output, "__dataclass_fields__") and not isinstance(output, Mapping | type):
+    if hasattr(output, "__dataclass_fields__") and not isinstance(output, (Mapping, type)):
         output = {name: getattr(output, name) for name in output.__dataclass_fields__}
     if isinstance(output, Mapping):
         for key in PREFERRED_KEYS:

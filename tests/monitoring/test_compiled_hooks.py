@@ -204,6 +204,7 @@ def test_what_fails_in_a_graph_is_told_and_the_graph_runs_on(monkeypatch: pytest
     assert set(hooks.pop()) == {"block1", "block2", "head.input"}
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.5 does not tell what is exported")
 def test_exported_programs_do_not_see_hooks() -> None:
     net = Net()
     hooks = hooked(net)

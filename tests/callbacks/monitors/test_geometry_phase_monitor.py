@@ -101,7 +101,7 @@ def test_monitoring_changes_nothing() -> None:
     assert torch.equal(rng, rng_watched)
 
 
-def test_a_compiled_model_costs_two_graphs_and_reads_the_same() -> None:
+def test_a_compiled_model_costs_no_graph_and_reads_the_same() -> None:
     graphs = []
 
     def backend(graph, inputs):
@@ -112,7 +112,7 @@ def test_a_compiled_model_costs_two_graphs_and_reads_the_same() -> None:
     watch(model, sequences(), plain, GeometryPhaseMonitor(every_n_steps=3))
     torch.compiler.reset()
     watch(torch.compile(model, backend=backend), sequences(), compiled, GeometryPhaseMonitor(every_n_steps=3))
-    assert len(graphs) <= 3
+    assert len(graphs) == 1
     for expected, found in zip(plain.points, compiled.points, strict=True):
         assert (found.key, found.step, found.n) == (expected.key, expected.step, expected.n)
         assert found.value == pytest.approx(expected.value, rel=1e-5, nan_ok=True)
