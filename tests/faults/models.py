@@ -194,7 +194,7 @@ class Lit(LightningModule):
         self.now += 1
         loss = self.loss(batch)
         self.ran.append(float(loss))
-        if self.logs:
+        if self.logs and not torch.compiler.is_compiling():  # torch 2.13 fails to compile a first `self.log`
             self.log("loss", loss)
         return loss
 
