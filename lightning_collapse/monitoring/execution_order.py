@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from lightning_collapse.monitoring.module_hook import ModuleHook
 from lightning_collapse.utilities.containment import Containment
@@ -55,6 +56,8 @@ class ExecutionOrder:
         self._layers = {clean_name(name) for name, _ in weighted_layers(root)}
         self._hooks: list[_NameHook] = []
         for name, module in () if is_compiled(root) else root.named_modules():
+            if isinstance(module, ScriptModule):  # refuses hooks
+                continue
             with self._contained(f"a hook on `{name}`"):
                 self._hooks += [_NameHook(self, clean_name(name), module)] if name else []
 
