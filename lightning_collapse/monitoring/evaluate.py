@@ -32,9 +32,10 @@ class Evaluation:
     Attributes:
         n: Finite rows of all processes, 0-dimensional.
         seen: Considered rows of all processes.
-        top: The largest centered singular value or, where nothing needs one, the centered features' norm.
+        top: The largest singular value or, where nothing needs one, the features' norm; of centered features, unless
+            only raw ones were asked for.
         values: Of every measure, by the name of its curve.
-        singular_values: Of the centered features, descending.
+        singular_values: Of the same features, descending, if something needs them.
     """
 
     n: Tensor
@@ -67,7 +68,9 @@ def evaluate(
         By the names of the layers; values are ``float64`` (``float32`` on devices without).
     """
     names, given = list(layers), list(layers.values())
-    kinds = {measure.spectrum for measure in measures if measure.kind == "spectrum"} | {"centered"}
+    kinds: set[str] = {measure.spectrum for measure in measures if measure.kind == "spectrum"}
+    if spectra or not kinds or any(measure.from_spectrum is not None for measure in measures):
+        kinds |= {"centered"}
     solved = {measure.spectrum for measure in measures if measure.kind == "spectrum" and measure.from_gram is None}
     solved |= {"centered"} if spectra else set()
     given, shared = _share(given, [m for m in measures if m.kind == "rows" and m.from_spectrum is None])
@@ -77,15 +80,15 @@ def evaluate(
         grams = {kind: _gram(group, [shared[i] for i in members], kind) for kind in kinds}
         records = {kind: record for kind, (_, record) in grams.items()}
         records |= {kind: finish_spectrum(eigenvalues(grams[kind][0]), records[kind]) for kind in solved}
-        centered = records["centered"]
-        norm = grams["centered"][0].diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()
-        top = values_of(centered)[..., 0] if "centered" in solved else norm
+        kind = "centered" if "centered" in kinds else "raw"
+        record = records[kind]
+        norm = grams[kind][0].diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()
+        top = values_of(record)[..., 0] if kind in solved else norm
         seen = [given[i].mask.sum() if (moments := shared[i]) is None else moments.seen for i in members]
-        columns = {m.curve: _evaluate(m, group, grams, records).to(centered.count).unbind() for m in measures}
+        columns = {m.curve: _evaluate(m, group, grams, records).to(record.count).unbind() for m in measures}
         for j, i in enumerate(members):
             values = {curve: column[j] for curve, column in columns.items()}
-            spectrum = centered.singular_values[j]
-            found[names[i]] = Evaluation(centered.count[j], seen[j], top[j], values, spectrum)
+            found[names[i]] = Evaluation(record.count[j], seen[j], top[j], values, record.singular_values[j])
     return {name: found[name] for name in names}
 
 
