@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from lightning_collapse.monitoring.graph_call import GraphCall, pack, unpack
-from lightning_collapse.monitoring.module_hook import ModuleHook
+from lightning_collapse.monitoring.module_hook import HookOwner, ModuleHook
 from lightning_collapse.utilities.attention_calls import (
     AttentionCall,
     call_of_multi_head,
@@ -146,7 +146,7 @@ class AttentionHooks:
         return logits_of_softmax(logits, self.mask, self._rows, self._max_rows)
 
 
-class ReadTaps:
+class ReadTaps(HookOwner):
     """Forward hooks on modules whose attention torch's functions do not show, each with a function that reads it.
 
     They cost one ``if`` while not :attr:`armed`. In a compiled model they leave one graph without a break: the reader

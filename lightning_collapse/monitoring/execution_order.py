@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
-from lightning_collapse.monitoring.module_hook import ModuleHook
+from lightning_collapse.monitoring.module_hook import HookOwner, ModuleHook
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import from_first_process
 from lightning_collapse.utilities.modules import (
@@ -21,7 +21,7 @@ from lightning_collapse.utilities.modules import (
 )
 
 
-class ExecutionOrder:
+class ExecutionOrder(HookOwner):
     """Listens to one training step for :func:`~lightning_collapse.utilities.default_taps`, and is then removed.
 
     Forward pre-hooks note the name of every module that is called, whether gradients pass through it, and the shapes of

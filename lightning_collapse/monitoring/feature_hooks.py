@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_collapse.monitoring.graph_call import GraphCall
-from lightning_collapse.monitoring.module_hook import ModuleHook
+from lightning_collapse.monitoring.module_hook import HookOwner, ModuleHook
 from lightning_collapse.utilities.channel_axis import ChannelAxis
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly, find_features, is_tokens, token_at
@@ -37,7 +37,7 @@ class Captured(NamedTuple):
     sequences: Tensor | None = None
 
 
-class FeatureHooks:
+class FeatureHooks(HookOwner):
     """Forward hooks that copy rows of features while :attr:`armed`, and cost one ``if`` while not.
 
     Every call of a layer counts (siamese models call it once per view), except activation checkpointing's

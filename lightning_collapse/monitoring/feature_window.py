@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_collapse.monitoring.execution_order import ExecutionOrder
 from lightning_collapse.monitoring.feature_buffer import Batch, FeatureBuffer, LayerFeatures
 from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
+from lightning_collapse.monitoring.module_hook import HookOwner
 from lightning_collapse.monitoring.sampling_plan import SamplingPlan
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.monitoring.training_flops import TrainingFlops
@@ -84,7 +85,8 @@ class FeatureWindow:
         self._choose, self._chosen, self._execution = choose, self.taps, Execution(())
         self._order = ExecutionOrder(root, self.hooks.containment.owner) if choose is not None else None
         self._requested = False
-        self._flops = TrainingFlops(root, containment) if rows is None else None
+        self._flops = TrainingFlops(root, containment) if max_overhead else None
+        self._budget = 0.0
         self._batch_flops = 0
         self._buffer = FeatureBuffer(max_dim)
         self._usual: dict[str, int] = {}
@@ -178,6 +180,15 @@ class FeatureWindow:
             found[name] = layer
         return found
 
+    def affordable(self, width: int) -> int:
+        """Rows whose spectrum costs no more than ``max_overhead``; at least 64, at most four per feature."""
+        return rows_within(self._budget, width)
+
+    @property
+    def listeners(self) -> list[HookOwner]:
+        """All that has hooks now."""
+        return [owner for owner in (self.hooks, self._flops, self._order) if owner is not None]
+
     def close(self) -> None:
         """Remove the hooks and forget the rows; may be called twice."""
         self.hooks.remove()
@@ -196,6 +207,7 @@ class FeatureWindow:
             "time": self._time,
             "beside_width": self.beside_width,
             "usual": dict(self._usual),
+            "budget": self._budget,
             "execution": [list(names) for names in self._execution],
             "rows": self._buffer.state_dict() if world_size() == 1 else {},  # a checkpoint holds those of one process
         }
@@ -206,7 +218,7 @@ class FeatureWindow:
         names = [tap.name for tap in self._chosen]
         self.plans = {name: SamplingPlan(*plan) for name, plan in state["plans"].items() if name in names}
         self._negotiated = bool(self.plans)
-        self._batch_flops, self._time = state["batch_flops"], state["time"]
+        self._batch_flops, self._time, self._budget = state["batch_flops"], state["time"], state["budget"]
         self.beside_width, self._usual = state["beside_width"], dict(state["usual"])
         if world_size() == 1:
             self._buffer.load_state_dict(state["rows"], names, self._device)
@@ -254,11 +266,11 @@ class FeatureWindow:
         own = [self._batch_flops, width, *(size for shape in shapes for size in shape)]
         # waits for the device off the step path: it happens once, as a rule
         self._batch_flops, self.beside_width, *numbers = map(int, max_over_processes(own, self._device))
-        budget = self.max_overhead * self._batch_flops * between / max(len(self.taps), 1)
+        self._budget = self.max_overhead * self._batch_flops * between / max(len(self.taps), 1)
         for tap, per_batch, width in zip(self.taps, numbers[::2], numbers[1::2], strict=True):
             if per_batch and tap.name not in self.plans:
                 rows = self.rows(width) if callable(self.rows) else self.rows
-                rows = rows or rows_within(budget, min(width, self.max_dim))
+                rows = rows or self.affordable(min(width, self.max_dim))
                 self.plans[tap.name] = SamplingPlan.make(rows, width, per_batch, between)
         self._negotiated = True
         self._settle()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_collapse.monitoring.graph_call import GraphCall
-from lightning_collapse.monitoring.module_hook import ModuleHook
+from lightning_collapse.monitoring.module_hook import HookOwner, ModuleHook
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.features import as_rows
 from lightning_collapse.utilities.modules import is_to_be_ignored
@@ -31,7 +31,7 @@ class Projected(NamedTuple):
     total: Tensor
 
 
-class InputProjections:
+class InputProjections(HookOwner):
     """Forward pre-hooks that project the inputs of matrices while :attr:`armed`, and cost one ``if`` while not.
 
     Every call of a module counts, except activation checkpointing's recomputation in the backward pass. Of more than

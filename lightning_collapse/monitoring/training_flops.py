@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
-from lightning_collapse.monitoring.module_hook import ModuleHook
+from lightning_collapse.monitoring.module_hook import HookOwner, ModuleHook
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.modules import in_backward, is_compiled, weighted_layers
 
 
-class TrainingFlops:
+class TrainingFlops(HookOwner):
     """Counts the floating-point operations of forward and backward through every layer that holds a weight.
 
     Six per weight and position (two forward, four backward); attention scores, normalisation and activations are left

@@ -7,8 +7,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_collapse import CollapseMonitor, IntrinsicDimensionMonitor, NeuralCollapseMonitor, PlasticityMonitor
-from tests.toys import QUIET, PointKeeper, Toy, fit
+from lightning_collapse import (
+    CollapseMonitor,
+    GeometryPhaseMonitor,
+    IntrinsicDimensionMonitor,
+    NeuralCollapseMonitor,
+    PlasticityMonitor,
+    SpectralAlignmentMonitor,
+)
+from lightning_collapse.utilities.registry import MONITORS
+from tests.toys import QUIET, PointKeeper, Toy, batches, fit
 
 N = "collapse/encoder/n"
 
@@ -105,3 +113,30 @@ def test_default_layers_follow_the_first_batch(tmp_path):
     assert {(p.key, p.step): repr(p.value) for p in rest} == {
         (p.key, p.step): repr(p.value) for p in points if p.step > 2
     }
+
+
+def test_hooks_are_off_while_the_model_is_validated():
+    """Torch has a faster way through a transformer without hooks, which rounds otherwise."""
+
+    class Seen(Toy):
+        hooks = 0
+
+        def validation_step(self, batch, batch_idx):
+            self.hooks += sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in self.modules())
+            return super().validation_step(batch, batch_idx)
+
+    keeper, model = PointKeeper(), Seen()
+    options = {**QUIET, "limit_val_batches": None, "num_sanity_val_steps": 2, "max_epochs": 2, "logger": False}
+    monitors = [CollapseMonitor(every_n_steps=1), SpectralAlignmentMonitor(every_n_steps=1)]
+    trainer = Trainer(**options, callbacks=[*monitors, keeper])
+    trainer.fit(model, batches(), batches(3))
+    assert model.hooks == 0
+    assert [point.n for point in keeper.curve("spectral_alignment/head/sign_diversity")] == [32] * 12
+    assert len(keeper.curve("collapse/head/n")) == 12
+
+
+def test_a_monitor_of_the_users_may_have_the_name_of_one_of_ours():
+    class CollapseMonitor(GeometryPhaseMonitor):
+        family = "mine"
+
+    assert MONITORS["CollapseMonitor"].__module__.startswith("lightning_collapse.")

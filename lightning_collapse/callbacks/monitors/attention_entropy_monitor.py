@@ -16,6 +16,7 @@ from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_l
 from lightning_collapse.functional.attention_entropy import entropy_sums
 from lightning_collapse.functional.attention_rows import rows_of_call, rows_of_masked_logits
 from lightning_collapse.monitoring.attention_hooks import AttentionHooks, Captured, Reader, ReadTaps, names_attention
+from lightning_collapse.monitoring.module_hook import HookOwner
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum, max_over_processes, world_size
@@ -181,6 +182,11 @@ class AttentionEntropyMonitor(Monitor):
             ) from error
         self._names = [tap.name for tap in taps]
         self._scope = StepScope(pl_module)
+
+    @property
+    @override
+    def listeners(self) -> list[HookOwner]:
+        return [] if self._readers is None else [self._readers]
 
     @override
     def stop(self) -> None:

@@ -191,6 +191,10 @@ class CollapseMonitor(Monitor):
             self._draw_history(trainer, step)
 
     @override
+    def hears_validation(self) -> bool:
+        return self.validation
+
+    @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -218,6 +222,7 @@ class CollapseMonitor(Monitor):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
         if not self.validation or self.window is None or trainer.sanity_checking:
             return
         with self.contained("reading validation batches", "the point is left out"):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_collapse.monitoring.feature_window import FeatureWindow
+from lightning_collapse.monitoring.module_hook import HookOwner
 from lightning_collapse.monitoring.to_host import Number, to_host
 from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish, try_again
 from lightning_collapse.utilities.containment import Containment
-from lightning_collapse.utilities.modules import Tap, classification_head, find_taps
+from lightning_collapse.utilities.modules import Tap, classification_head, find_taps, is_compiled
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import CURVES, Curve, register_monitor
 from lightning_collapse.utilities.trainer import batches_until, is_due, is_resumed, lighten_results, logging_step
@@ -79,6 +80,7 @@ class Monitor(Callback, ABC):
         self._restored: dict[str, Any] = {}
         self._state_key = ""
         self._given = False
+        self._paused: list[HookOwner] = []
 
     @property
     def curves(self) -> list[str]:
@@ -193,8 +195,10 @@ class Monitor(Callback, ABC):
             return
         self._every = every if logging_step(trainer) else 1  # the first step of a run ends in a point
         self._left = batches_until(trainer, self._every)
-        with self.contained("what it does before a batch"):
+        try:  # at every step, where a context costs as much as what is inside
             self.before_batch(trainer, batch, self._left)
+        except Exception as error:
+            self.contained.catch("what it does before a batch", "points may be missing", error)
 
     @override
     def on_train_batch_end(
@@ -203,12 +207,39 @@ class Monitor(Callback, ABC):
         if self._left >= 0:
             # that it was an epoch's last batch can be known only now, and only where that ends an accumulation early
             self._due = is_due(trainer, self._every) if trainer.accumulate_grad_batches > 1 else self._left == 0
-            with self.contained("what it does after a batch"):
+            try:
                 self.after_batch(trainer, pl_module, 0 if self._due else self._left)
+            except Exception as error:
+                self.contained.catch("what it does after a batch", "points may be missing", error)
         if self._publishes:
             due = [callback for callback in trainer.callbacks if isinstance(callback, Monitor) and callback._due]
             if due:
                 _publish_together(due, trainer, pl_module)
+
+    @property
+    def listeners(self) -> list[HookOwner]:
+        """All that has hooks on the model."""
+        return [] if self.window is None else self.window.listeners
+
+    def hears_validation(self) -> bool:
+        """Whether its hooks stay on the model while it is validated."""
+        return False
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # hooks keep torch from its fast path through a transformer, which rounds otherwise; compiled code keeps them
+        if not self.hears_validation() and not is_compiled(pl_module):
+            with self.contained("taking its hooks off for the validation", "they stay"):
+                for owner in self.listeners:
+                    owner.pause()
+                    self._paused.append(owner)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        paused, self._paused = self._paused, []
+        with self.contained("putting its hooks on again after the validation", "its curves end here"):
+            for owner in paused:
+                owner.resume()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -291,6 +322,7 @@ class Monitor(Callback, ABC):
             self.warn_once(message)
 
     def _stop(self) -> None:
+        self._paused = []
         with self.contained("what it does at the end"):
             self.stop()
         if self.window is not None:

@@ -23,8 +23,9 @@ from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot, absolute_sums
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.spectral.sketch import GaussianSketch
-from lightning_collapse.utilities.distributed import all_reduce_sum
+from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.execution import Execution
+from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.modules import Tap, activation_taps, default_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Curve
@@ -45,7 +46,8 @@ class PlasticityMonitor(Monitor):
     of the parameters is kept, also in the state. A layer that fades as a whole has no dormant units: see its
     ``mean_activation``.
 
-    A point rests on the training batches just before it, on four rows per feature, 1024 at least. Rows are those of
+    A point rests on the training batches just before it, on four rows per feature, 1024 at least; the rank on as many
+    of them as ``max_overhead`` allows: do not compare ranks of different models. Rows are those of
     :class:`~lightning_collapse.CollapseMonitor`: maps ``(N, C, H, W)`` count by their spatial mean.
 
     Args:
@@ -58,6 +60,7 @@ class PlasticityMonitor(Monitor):
         tau: Threshold of dormant units.
         max_dim: The rank of a layer with more features is that of a random projection to this many.
         distance: Whether to draw ``init_distance``.
+        max_overhead: Share of the floating-point operations of training that the ranks may cost.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, on a pattern
@@ -111,6 +114,7 @@ class PlasticityMonitor(Monitor):
         tau: float = 0.025,
         max_dim: int = 2048,
         distance: bool = True,
+        max_overhead: float = 0.005,
     ) -> None:
         super().__init__(every_n_steps)
         check_layers(layers, "activations")
@@ -120,6 +124,11 @@ class PlasticityMonitor(Monitor):
             raise ValueError(f"`tau` must not be negative, got {tau}.")
         if max_dim < 2:
             raise ValueError(f"`max_dim` must be at least 2, got {max_dim}.")
+        if not max_overhead > 0:
+            raise ValueError(
+                f"`max_overhead` is a share of the training cost and must be positive, got {max_overhead}."
+            )
+        self.max_overhead = max_overhead
         self.layers, self.batches, self.tau, self.max_dim, self.distance = layers, batches, tau, max_dim, distance
         self._sketches: dict[int, GaussianSketch] = {}
         self._parameters: dict[str, Tensor] = {}
@@ -152,6 +161,7 @@ class PlasticityMonitor(Monitor):
             taps,
             pl_module.device,
             self._rows,
+            max_overhead=self.max_overhead,
             limit=ROWS,
             containment=self.contained,
             choose=partial(_default, pl_module) if self.layers is None else None,
@@ -219,7 +229,9 @@ class PlasticityMonitor(Monitor):
             counts = torch.stack([kept.sum(), layer.mask.sum()]).to(dtype)
             sums.append(torch.cat([counts, size.sum(dim=0, dtype=dtype), (size > 0).sum(dim=0, dtype=dtype)]))
             rows = layer.rows if layer.width <= self.max_dim else self._sketch(layer)
-            narrow[name] = LayerFeatures(rows, layer.mask, layer.expected, layer.width)
+            most = self.window.affordable(rows.shape[1]) if self.window is not None else len(rows)
+            expected = min(layer.expected, most * world_size())
+            narrow[name] = LayerFeatures(evenly(rows, most), evenly(layer.mask, most), expected, layer.width)
         total = all_reduce_sum(torch.cat(sums))
         srank = replace(MEASURES["srank"], spectrum="raw")
         evaluated = evaluate(narrow, [srank])

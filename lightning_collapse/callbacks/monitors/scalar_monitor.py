@@ -90,10 +90,12 @@ class ScalarMonitor(Monitor):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
         self._seen = self._metrics(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         with self.contained("reading the metrics of validation", "the point is left out"):

@@ -23,6 +23,7 @@ from lightning_collapse.functional.spectral_alignment import (
 )
 from lightning_collapse.metrics.spectral_alignment import BINS, alignment_histogram
 from lightning_collapse.monitoring.input_projections import InputProjections, Projected
+from lightning_collapse.monitoring.module_hook import HookOwner
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.reporting import log_histogram
 from lightning_collapse.spectral.power_iteration import PowerIteration, TopSingularPair
@@ -156,6 +157,11 @@ class SpectralAlignmentMonitor(Monitor):
         self._projections = InputProjections(self._matrices, self.rows, self.contained)
         self._scope = StepScope(pl_module)
         self._power = PowerIteration()
+
+    @property
+    @override
+    def listeners(self) -> list[HookOwner]:
+        return [] if self._projections is None else [self._projections]
 
     @override
     def stop(self) -> None:
