@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_collapse.reporting import legend
-from lightning_collapse.utilities.registry import LOSSES, PENALTIES
+from lightning_collapse.utilities.registry import CURVES, LOSSES, MEASURES, MONITORS, PENALTIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,15 +17,15 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_block_runs(block, tmp_path, monkeypatch):
-    from lightning_collapse.utilities.registry import MEASURES
-
     monkeypatch.chdir(tmp_path)
-    known = dict(MEASURES)
+    # what a block registers is gone after it
+    known = [(table, dict(table)) for table in (MEASURES, CURVES, MONITORS)]
     try:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     finally:
-        MEASURES.clear()
-        MEASURES.update(known)
+        for table, before in known:
+            table.clear()
+            table.update(before)
 
 
 def test_table_of_measures_is_the_registry():

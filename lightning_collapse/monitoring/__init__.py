@@ -3,7 +3,8 @@
 from lightning_collapse.monitoring.attention_hooks import AttentionHooks
 from lightning_collapse.monitoring.execution_order import ExecutionOrder
 from lightning_collapse.monitoring.feature_hooks import FeatureHooks
+from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.monitoring.training_flops import TrainingFlops
 
-__all__ = ["AttentionHooks", "ExecutionOrder", "FeatureHooks", "StepScope", "TrainingFlops"]
+__all__ = ["AttentionHooks", "ExecutionOrder", "FeatureHooks", "FeatureWindow", "StepScope", "TrainingFlops"]
