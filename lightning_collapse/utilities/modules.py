@@ -24,6 +24,7 @@ from lightning_collapse.utilities.module_tree import (
 )
 from lightning_collapse.utilities.module_tree import clean_name as clean_name
 from lightning_collapse.utilities.module_tree import weighted_layers as weighted_layers
+from lightning_collapse.utilities.points import curve_part
 from lightning_collapse.utilities.private_torch import (
     SHAPELESS,
     autograd_is_running,
@@ -60,11 +61,15 @@ class Tap(NamedTuple):
 def curve_name(name: str) -> str:
     """Module name as part of a tag or file name: letters, digits, ``_``, ``-`` and single inner dots.
 
+    Letters of other alphabets are written as their code points, see
+    :func:`~lightning_collapse.utilities.points.curve_part`, so that two of them do not become the same underscore.
+
     Example:
-        >>> curve_name("../my block/<b>.0"), curve_name("head:input")
-        ('my_block__b_.0', 'head.input')
+        >>> curve_name("../my block/<b>.0"), curve_name("head:input"), curve_name("\u5934:input")
+        ('my_block__b_.0', 'head.input', '-5934-.input')
     """
     name = name[: -len(INPUT_SUFFIX)] + ".input" if name.endswith(INPUT_SUFFIX) else name
+    name = name if name.isascii() else re.sub(r"[^\x00-\x7f]+", lambda foreign: curve_part(foreign[0]), name)
     return re.sub(r"\.{2,}", ".", re.sub(r"[^\w.\-]", "_", name, flags=re.ASCII)).strip("._") or "layer"
 
 

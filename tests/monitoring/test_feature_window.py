@@ -1,9 +1,12 @@
 """The rows behind a point: whose they are, of how many batches, and of which layers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -140,3 +143,23 @@ def test_a_monitor_of_the_users_may_have_the_name_of_one_of_ours():
         family = "mine"
 
     assert MONITORS["CollapseMonitor"].__module__.startswith("lightning_collapse.")
+
+
+def test_names_that_no_logger_knows_stay_apart_and_are_explained(tmp_path):
+    class Foreign(Toy):
+        def __init__(self):
+            super().__init__()
+            self.add_module("\u7f16\u7801", nn.Linear(16, 8))
+            self.add_module("\u89e3\u7801", nn.Linear(8, 8))
+
+        def training_step(self, batch, batch_idx):
+            return self.get_submodule("\u89e3\u7801")(self.get_submodule("\u7f16\u7801")(batch)).pow(2).mean()
+
+    keeper, logger = PointKeeper(), CSVLogger(tmp_path)
+    names = ["\u7f16\u7801", "\u89e3\u7801"]
+    fit(Foreign(), [CollapseMonitor(names, every_n_steps=2), keeper], logger=logger)
+    layers = {point.layer for point in keeper.points}
+    assert len(layers) == 2
+    assert all(point.key.isascii() for point in keeper.points)
+    text = (Path(logger.log_dir) / "texts.md").read_text(encoding="utf-8")
+    assert all(f"`{layer}` is `{name}`" in text for layer, name in zip(sorted(layers), names, strict=True))

@@ -17,7 +17,7 @@ from lightning_collapse.monitoring.module_hook import HookOwner
 from lightning_collapse.monitoring.to_host import Number, to_host
 from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish, try_again
 from lightning_collapse.utilities.containment import Containment
-from lightning_collapse.utilities.modules import Tap, classification_head, find_taps, is_compiled
+from lightning_collapse.utilities.modules import Tap, classification_head, clean_name, find_taps, is_compiled
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import CURVES, Curve, register_monitor
 from lightning_collapse.utilities.trainer import batches_until, is_due, is_resumed, lighten_results, logging_step
@@ -180,6 +180,7 @@ class Monitor(Callback, ABC):
                 if self.window is not None and state["window"]:
                     self.window.load_state_dict(state["window"])
                 self.restore(state["state"])
+        self._explain_names(trainer, pl_module)
         monitors = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]
         self._publishes = monitors[-1] is self
         if monitors[0] is self:  # a run has one dashboard
@@ -320,6 +321,14 @@ class Monitor(Callback, ABC):
         """Say something once about a layer of which nothing came, unless a hook has said already why."""
         if self.window is None or layer not in self.window.hooks.left_out:
             self.warn_once(message)
+
+    def _explain_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log which layer is meant by a curve whose name not every logger could have shown as it is."""
+        watched = {id(tap.module): tap.name for tap in (self.window.taps if self.window is not None else ())}
+        names = {clean_name(name): watched.get(id(module), "") for name, module in pl_module.named_modules()}
+        foreign = [f"- `{curve}` is `{name}`" for name, curve in names.items() if curve and not name.isascii()]
+        for logger in trainer.loggers if foreign else ():
+            log_text(logger, f"{self.family}/names", "\n".join(foreign), step=0)
 
     def _stop(self) -> None:
         self._paused = []
