@@ -56,7 +56,7 @@ class Classifier(LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
-class CleanPass(Callback):
+class EvaluationPass(Callback):
     """After an epoch: the errors; and all of neural collapse where training error has just ended, and ever more rarely.
 
     In eval mode, over the whole of the training images.
@@ -106,11 +106,11 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(rows[HELD_OUT:], classes[HELD_OUT:]), TensorDataset(rows[:HELD_OUT], classes[:HELD_OUT])
 
 
-def collapse(kind: str, seed: int, steps: int) -> CleanPass:
+def collapse(kind: str, seed: int, steps: int) -> EvaluationPass:
     """Train once."""
     seed_everything(seed, verbose=False)
     train, test = digits(seed)
-    watch = CleanPass(train, test)
+    watch = EvaluationPass(train, test)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -126,13 +126,13 @@ def collapse(kind: str, seed: int, steps: int) -> CleanPass:
     return watch
 
 
-def table(runs: dict[tuple[str, int], CleanPass]) -> str:
+def table(runs: dict[tuple[str, int], EvaluationPass]) -> str:
     """Of each kind the median over the seeds and the range, in Markdown."""
     names = (*MEASURES, "nc4", "test error")
     lines = [f"| run | when | epoch | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
     for kind in KINDS:
         of_kind = [run for (some, _), run in runs.items() if some == kind]
-        whens: dict[str, Callable[[CleanPass], int | None]] = {
+        whens: dict[str, Callable[[EvaluationPass], int | None]] = {
             "first without training error": lambda run: run.zero_error,
             "end": lambda run: max(run.points),
         }
@@ -150,7 +150,7 @@ def _said(values: list[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
-def fell(run: CleanPass) -> float:
+def fell(run: EvaluationPass) -> float:
     """The last nc1 over the one when training error ended; NaN where it did not."""
     return nan if run.zero_error is None else run.points[max(run.points)]["nc1"] / run.points[run.zero_error]["nc1"]
 

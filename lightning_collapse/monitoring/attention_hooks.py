@@ -23,7 +23,7 @@ from lightning_collapse.utilities.attention_calls import (
     logits_of_softmax,
     sample,
 )
-from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, is_to_be_ignored, unheard
+from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, hooks_ignored, is_to_be_ignored
 from lightning_collapse.utilities.private_torch import innermost_function_mode, is_fake
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -37,21 +37,21 @@ _FUSED_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.Multihea
 
 
 class AttentionHooks:
-    """Hands every call of attention while :attr:`armed`, by layer, to ``hear``; costs nothing while not.
+    """Hands every call of attention while :attr:`armed`, by layer, to ``capture``; costs nothing while not.
 
     Captured are ``F.scaled_dot_product_attention``, ``nn.MultiheadAttention`` (``F.multi_head_attention_forward``), and
     softmax over the last of four dimensions (attention written out, before dropout; learned sinks are no keys). A call
     belongs to the innermost running layer. Results are not touched. Activation checkpointing's recomputation in the
-    backward pass is not heard; neither are torch's transformer layers in evaluation mode, which run as one fused
+    backward pass is not captured; neither are torch's transformer layers in evaluation mode, which run as one fused
     operation as long as nobody listens, nor compiled code.
 
     Args:
         layers: Where calls may belong to; other modules count as part of the one they run in.
-        hear: Called as ``hear(name, call)`` with some rows of a call, detached.
+        capture: Called as ``capture(name, call)`` with some rows of a call, detached.
         failed: Called with an exception that reading a call raised: the model's own call has gone well.
         rows: Queries to read of each sequence.
         max_rows: Queries to read of all sequences of a call together.
-        outermost: The layer that calls belong to while no other runs; ``None`` not to hear those.
+        outermost: The layer that calls belong to while no other runs; ``None`` not to capture those.
 
     Attributes:
         mask: Padding mask ``(B, L)`` of the running batch, boolean, true for real tokens, if there is one.
@@ -60,7 +60,7 @@ class AttentionHooks:
     def __init__(
         self,
         layers: Sequence[Tap],
-        hear: Callable[[str, Captured], None],
+        capture: Callable[[str, Captured], None],
         failed: Callable[[str, Exception], None],
         rows: int,
         max_rows: int,
@@ -68,13 +68,13 @@ class AttentionHooks:
     ) -> None:
         self.mask: Tensor | None = None
         self._names = {id(tap.module): tap.name for tap in layers}
-        self._hear, self._failed, self._rows, self._max_rows = hear, failed, rows, max_rows
+        self._capture, self._failed, self._rows, self._max_rows = capture, failed, rows, max_rows
         self._outermost = outermost
         self._listening: AbstractContextManager[None] | None = None
 
     @property
     def armed(self) -> bool:
-        """Whether to hear calls of attention now; what was armed last must be disarmed first."""
+        """Whether to capture calls of attention now; what was armed last must be disarmed first."""
         return self._listening is not None
 
     @armed.setter
@@ -125,9 +125,9 @@ class AttentionHooks:
             return
         try:
             with torch.no_grad():
-                heard = self._read(func, args, kwargs)
-                if heard is not None:
-                    self._hear(layer, heard)
+                captured = self._read(func, args, kwargs)
+                if captured is not None:
+                    self._capture(layer, captured)
         except Exception as error:  # reading is ours, the call was the model's
             self._failed(layer, error)
 
@@ -146,17 +146,17 @@ class AttentionHooks:
         return logits_of_softmax(logits, self.mask, self._rows, self._max_rows)
 
 
-class ReadTaps(HookOwner):
+class ReaderHooks(HookOwner):
     """Forward hooks on modules whose attention torch's functions do not show, each with a function that reads it.
 
     They cost one ``if`` while not :attr:`armed`. In a compiled model they leave one graph without a break: the reader
     is given the module's arguments outside of it, tensors and containers of them only, and ``None`` for what is neither
-    that nor a string or flag. What a reader calls is not heard by other hooks.
+    that nor a string or flag. What a reader calls is not captured by other hooks.
 
     Args:
         root: The model.
         readers: A reader for each name or glob pattern of modules.
-        hear: As in :class:`AttentionHooks`.
+        capture: As in :class:`AttentionHooks`.
         failed: As in :class:`AttentionHooks`.
         rows: Queries to read of each sequence.
         max_rows: Queries to read of all sequences of a call together.
@@ -173,14 +173,14 @@ class ReadTaps(HookOwner):
         self,
         root: nn.Module,
         readers: Mapping[str, Reader],
-        hear: Callable[[str, Captured], None],
+        capture: Callable[[str, Captured], None],
         failed: Callable[[str, Exception], None],
         rows: int,
         max_rows: int,
     ) -> None:
         self.armed = False
         self.mask: Tensor | None = None
-        self._hear, self._failed, self._rows, self._max_rows = hear, failed, rows, max_rows
+        self._capture, self._failed, self._rows, self._max_rows = capture, failed, rows, max_rows
         by_module = {
             id(module): reader
             for pattern, reader in readers.items()
@@ -200,9 +200,9 @@ class ReadTaps(HookOwner):
         if not self.armed or is_to_be_ignored():
             return
         try:
-            with torch.no_grad(), unheard():
+            with torch.no_grad(), hooks_ignored():
                 call = AttentionCall(*hook.reader(module, args, kwargs))
-                self._hear(hook.name, few_rows(call, self.mask, self._rows, self._max_rows))
+                self._capture(hook.name, few_rows(call, self.mask, self._rows, self._max_rows))
         except Exception as error:  # the reader is the user's
             self._failed(hook.name, error)
 
@@ -215,7 +215,7 @@ class ReadTaps(HookOwner):
 
 
 class _ReadHook(ModuleHook):
-    def __init__(self, owner: ReadTaps, tap: Tap, reader: Reader) -> None:
+    def __init__(self, owner: ReaderHooks, tap: Tap, reader: Reader) -> None:
         self.owner, self.name, self.reader = owner, tap.name, reader
         self.module = ref(tap.module)
         self.call = GraphCall(self._receive)

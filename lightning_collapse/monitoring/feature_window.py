@@ -127,7 +127,7 @@ class FeatureWindow:
             self._beside = beside
 
     def after_batch(self, batches_left: int, between: int) -> None:
-        """Take in what was heard.
+        """Take in what was captured.
 
         Collective after the first batch, and at points while a layer has not run yet.
 
@@ -165,7 +165,7 @@ class FeatureWindow:
         self.hooks.limits = self._limits if planned else {}
 
     def pop(self) -> dict[str, Captured]:
-        """Cease to copy, and hand over what was heard."""
+        """Cease to copy, and hand over what was captured."""
         self.hooks.armed = False
         return self.hooks.pop()
 

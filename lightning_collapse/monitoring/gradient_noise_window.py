@@ -31,7 +31,7 @@ class Noise(NamedTuple):
     samples: int
 
 
-class MicroBatches:
+class GradientNoiseWindow:
     """Follows the accumulated gradient through one window and takes it apart again.
 
     After each backward pass the gradient has grown by that of the micro-batch, so a copy of what it was before gives

@@ -40,7 +40,7 @@ class InputProjections(HookOwner):
     model stays one graph. What fails inside a hook is one warning that names the matrices.
 
     Args:
-        matrices: Whose inputs to hear; those with none are passed over.
+        matrices: Whose inputs to capture; those with none are passed over.
         limit: Rows per call and matrix.
         containment: Where failures are told, in the name of its owner.
 
@@ -63,7 +63,7 @@ class InputProjections(HookOwner):
         self._names = list(names.values())
         self._directions: list[Tensor] = []
         self._joint: dict[int, Tensor] = {}
-        self._heard: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in names]
+        self._captured: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in names]
         modules: dict[nn.Module, list[tuple[int, Input]]] = {}
         for i, place in enumerate(names):
             modules.setdefault(place.module, []).append((i, place))
@@ -72,7 +72,7 @@ class InputProjections(HookOwner):
 
     def aim(self, directions: Mapping[str, Tensor], mask: Tensor | None) -> None:
         """Project the inputs of the coming batch on these unit vectors ``(I,)``, by name of the matrix, once armed."""
-        self.pop()  # what was heard before a batch that was then left out
+        self.pop()  # what was captured before a batch that was then left out
         self._directions = [torch.stack([directions[name] for name in names], dim=1) for names in self._names]
         self._joint = {
             places[0]: torch.cat([self._directions[i] for i in places], dim=1)
@@ -82,19 +82,19 @@ class InputProjections(HookOwner):
         self.mask = mask
 
     def pop(self) -> dict[str, Projected]:
-        """Stop projecting and hand over what was heard, by name; matrices that did not run are missing."""
+        """Stop projecting and hand over what was captured, by name; matrices that did not run are missing."""
         self.armed, self.mask = False, None
-        heard = {}
-        for names, calls in zip(self._names, self._heard, strict=True):
+        captured = {}
+        for names, calls in zip(self._names, self._captured, strict=True):
             if calls:
                 projections, norms, total = calls[0]
                 if len(calls) > 1:
                     projections, norms = (torch.cat([call[j] for call in calls]) for j in (0, 1))
                     total = torch.stack([call[2] for call in calls]).sum(dim=0)
                 for i, name in enumerate(names):
-                    heard[name] = Projected(projections[:, i], norms, total)
+                    captured[name] = Projected(projections[:, i], norms, total)
             calls.clear()
-        return heard
+        return captured
 
     def remove(self) -> None:
         """Stop listening and forget; may be called twice."""
@@ -133,11 +133,11 @@ class InputProjections(HookOwner):
             if (found := self._project(values[0], joint)) is not None:
                 widths = [self._directions[i].shape[1] for i, _ in places]
                 for (i, _), part in zip(places, torch.split(found[0], widths, dim=1), strict=True):
-                    self._heard[i].append((part, *found[1:]))
+                    self._captured[i].append((part, *found[1:]))
             return
         for (i, _), value in zip(places, values, strict=True):
             if (found := self._project(value, self._directions[i])) is not None:
-                self._heard[i].append(found)
+                self._captured[i].append(found)
 
     def _project(self, value: Any, directions: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Projections ``(n, k)`` on directions ``(I, k)``, norms ``(n,)`` and the sum ``(I,)`` of some of the rows."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from lightning_collapse.utilities.modules import unheard
+from lightning_collapse.utilities.modules import hooks_ignored
 from lightning_collapse.utilities.trainer import is_in_another_hook
 from lightning_collapse.utilities.training_step import wrap_training_step
 
@@ -63,7 +63,7 @@ class StepScope:
         for hook in hooks:
             hook.armed = True
         try:
-            with unheard(lambda: is_in_another_hook(self._module)):
+            with hooks_ignored(lambda: is_in_another_hook(self._module)):
                 return step(*args, **kwargs)
         finally:
             for hook in reversed(hooks):

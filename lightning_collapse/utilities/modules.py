@@ -211,9 +211,9 @@ def in_backward() -> bool:
 
 
 def is_to_be_ignored() -> bool:
-    """Whether the running forward call is not to be heard.
+    """Whether the running forward call is not to be captured.
 
-    That is a recomputation, one inside :func:`unheard`, or one inside ``torch.func.vmap`` and such.
+    That is a recomputation, one inside :func:`hooks_ignored`, or one inside ``torch.func.vmap`` and such.
     Tensors of a function transform mean nothing once it has returned: what is kept of them raises when it is read.
     """
     return (
@@ -227,7 +227,7 @@ _UNHEARD: list[Callable[[], bool]] = []
 
 
 @contextmanager
-def unheard(applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
+def hooks_ignored(applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Have hooks ignore what is called inside, where a function says so: a reader of attention calls layers too."""
     _UNHEARD.append(applies)
     try:

@@ -18,7 +18,7 @@ _PARTS = ("q", "k", "v")
 
 
 class Input(NamedTuple):
-    """Where the rows that a matrix multiplies can be heard: an argument of a module's call.
+    """Where the rows that a matrix multiplies can be captured: an argument of a module's call.
 
     Attributes:
         module: The module to hook.
@@ -39,7 +39,7 @@ class WeightMatrix(NamedTuple):
         module: The module that holds it.
         read: Returns the matrix that is in effect now, shape ``(O, I)``, without graph: adapters added,
             parametrizations applied, shards gathered. On sharded weights it is collective: call it on every process.
-        input: Where its input rows can be heard; ``None`` where no module receives them as they are (convolutions
+        input: Where its input rows can be captured; ``None`` where no module receives them as they are (convolutions
             would need unfolding, recurrent cells and the output projection of ``nn.MultiheadAttention`` never show
             theirs).
     """
@@ -76,10 +76,10 @@ def weight_matrices(root: nn.Module, embeddings: bool = False) -> list[WeightMat
         for group in _groups(module, name):
             new = {id(source) for source in group.sources} - seen
             seen |= new
-            for part, read, heard in group.parts if new else ():
+            for part, read, captured in group.parts if new else ():
                 plain = curve_name(clean_name(f"{name}.{part}".strip(".")))
                 unique = next(n for n in chain([plain], (f"{plain}_{i}" for i in count(2))) if n not in found)
-                found[unique] = WeightMatrix(unique, module, read, heard)
+                found[unique] = WeightMatrix(unique, module, read, captured)
     return list(found.values())
 
 
@@ -115,13 +115,13 @@ def _groups(module: nn.Module, name: str) -> Iterator[_Group]:
         if not all(shape) or (len(shape) > 2 and not hasattr(core, "kernel_size")):  # expert stacks and the like
             continue
         linear = attribute == "weight" and len(shape) == 2 and not isinstance(core, nn.Embedding | nn.EmbeddingBag)
-        heard = Input(module) if linear else None
+        captured = Input(module) if linear else None
         read = _reader(module, attribute)
         outputs, inputs = reversed(shape) if linear and _is_transposed(core) else shape[:2]
         if linear and outputs == 3 * inputs and name.rpartition(".")[2].lower() in _PACKED:
-            yield _Group([(part, _third(read, i), heard) for i, part in enumerate(_PARTS)], sources)
+            yield _Group([(part, _third(read, i), captured) for i, part in enumerate(_PARTS)], sources)
         else:
-            yield _Group([("" if attribute == "weight" else attribute, read, heard)], sources)
+            yield _Group([("" if attribute == "weight" else attribute, read, captured)], sources)
 
 
 def _attention(module: nn.MultiheadAttention) -> Iterator[_Group]:

@@ -70,7 +70,7 @@ def synced(name: str, case: str, rank: int) -> dict[str, Any]:
     return {"value": value, "kept": all(torch.equal(before[s], after[s]) for s in STATES), "again": again}
 
 
-def unheard(expected: int) -> Tensor | str:
+def hooks_ignored(expected: int) -> Tensor | str:
     """Reading of a layer that ran on no process."""
     layer = LayerFeatures(torch.zeros(0, DIM), torch.zeros(0, dtype=torch.bool), expected)
     try:
@@ -99,7 +99,7 @@ def worker(rank: int, folder: str) -> None:
     stepwise = METRICS["ParticipationRatio"](DIM, dist_sync_on_step=True)
     result["step"] = [stepwise(rows[:5]) for rows, _ in batches("uneven", rank)[:1]] + [stepwise.compute()]
     result["sketch"] = GaussianSketch(9, 4).matrix
-    result["unheard"] = {expected: unheard(expected) for expected in (DIM - 1, DIM + 1)}
+    result["hooks_ignored"] = {expected: hooks_ignored(expected) for expected in (DIM - 1, DIM + 1)}
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -188,7 +188,7 @@ def test_sync_on_step(ranks: list[dict[Any, Any]]) -> None:
 @pytest.mark.parametrize("expected", [DIM - 1, DIM + 1], ids=["by rows", "by moments"])
 def test_a_layer_that_ran_on_no_process_is_read(expected: int, ranks: list[dict[Any, Any]]) -> None:
     for result in ranks:
-        vector = result["unheard"][expected]
+        vector = result["hooks_ignored"][expected]
         assert isinstance(vector, Tensor), vector
         assert vector.tolist() == [0.0, 0.0, 0.0]
 

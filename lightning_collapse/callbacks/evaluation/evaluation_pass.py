@@ -28,7 +28,7 @@ PER_DECADE = 8
 Inputs = Callable[[LightningModule, Any], Any]
 
 
-class CleanReading(NamedTuple):
+class EvaluationReading(NamedTuple):
     """What a pass brought, of all processes.
 
     Attributes:
@@ -40,7 +40,7 @@ class CleanReading(NamedTuple):
     agreement: Tensor
 
 
-class CleanPass:
+class EvaluationPass:
     """Class statistics of a classifier's inputs over a whole loader, twice: the second time for NC4.
 
     Every submodule is in eval mode meanwhile, whatever its own ``train`` method would do, the trainer says that it
@@ -77,7 +77,7 @@ class CleanPass:
         """Stop listening."""
         self._taps.remove()
 
-    def run(self, trainer: Trainer, pl_module: LightningModule, moments: ClassMoments) -> CleanReading | None:
+    def run(self, trainer: Trainer, pl_module: LightningModule, moments: ClassMoments) -> EvaluationReading | None:
         """Fill ``moments`` and compare with their means; ``None`` if that failed on any process. Collective."""
         with preserved_fit(trainer, pl_module):
             if not self._each(trainer, pl_module, moments.update):
@@ -96,7 +96,7 @@ class CleanPass:
 
             if not self._each(trainer, pl_module, compare):
                 agreement.zero_()
-            return CleanReading(moments, all_reduce_sum(agreement))
+            return EvaluationReading(moments, all_reduce_sum(agreement))
 
     def _each(self, trainer: Trainer, pl_module: LightningModule, take: Callable[[Tensor, Tensor], None]) -> bool:
         """Give ``take`` the rows and labels of every batch, and say whether all processes could."""

@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
 from lightning_collapse.functional.attention_entropy import entropy_sums
 from lightning_collapse.functional.attention_rows import rows_of_call, rows_of_masked_logits
-from lightning_collapse.monitoring.attention_hooks import AttentionHooks, Captured, Reader, ReadTaps, names_attention
+from lightning_collapse.monitoring.attention_hooks import AttentionHooks, Captured, Reader, ReaderHooks, names_attention
 from lightning_collapse.monitoring.module_hook import HookOwner
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.spectral.precision import accumulation_dtype
@@ -74,8 +74,8 @@ class AttentionEntropyMonitor(Monitor):
 
     Args:
         layers: Names of submodules, or glob patterns of them, whose attention counts, each with all that runs inside
-            it; ``None`` for every one that is heard. Or a mapping from patterns to functions that read: called before
-            the module, without gradient, with the module and its arguments. A function must not draw random numbers.
+            it; ``None`` for every one that is captured. Or a mapping from patterns to functions that read: called
+            before the module, without gradient, with the module and its arguments. A function must not draw random numbers.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         rows: Queries to read of each sequence; of a large batch some sequences, 512 queries in all.
         collapsed_below: Heads with less normalized entropy count as collapsed. No paper that we could read states a
@@ -152,7 +152,7 @@ class AttentionEntropyMonitor(Monitor):
         self.collapsed_below = collapsed_below
         self.overloaded_above = overloaded_above
         self._taps: AttentionHooks | None = None
-        self._readers: ReadTaps | None = None
+        self._readers: ReaderHooks | None = None
         self._scope: StepScope | None = None
         self._names: list[str] = []
         self._armed = False
@@ -227,7 +227,7 @@ class AttentionEntropyMonitor(Monitor):
             if not self._warned:  # else the reason has been told
                 named = names_attention(pl_module)
                 why = "its queries and keys are hidden" if named else "no module is called so, there may be none"
-                self.warn_once(f"no attention was heard; {why}. {_POINT_AT}")
+                self.warn_once(f"no attention was captured; {why}. {_POINT_AT}")
             return {}
         return self._share(watched, pl_module.device)
 
@@ -243,7 +243,7 @@ class AttentionEntropyMonitor(Monitor):
             heads.append(of_layer[of_layer[:, 0] > 0])
             if points[-1].flag == Flag.NOT_CALLED:
                 self.warn_once(
-                    f"the attention of `{name}` was not heard before every point; its curves read NaN there."
+                    f"the attention of `{name}` was not captured before every point; its curves read NaN there."
                 )
         return points + self._summary(step, heads) if points else []
 
@@ -254,12 +254,12 @@ class AttentionEntropyMonitor(Monitor):
             # a pattern may well match more than attention; a name is meant
             meant = isinstance(self.layers, Mapping) or (self.layers is not None and name in self.layers)
             if meant and name not in self._heads:
-                self.warn_once(f"the attention of `{name}` was never heard. {_POINT_AT}")
+                self.warn_once(f"the attention of `{name}` was never captured. {_POINT_AT}")
 
     def _listen(self, pl_module: LightningModule) -> list[Tap]:
         if isinstance(self.layers, Mapping):
             let_hooks_be_seen(pl_module)
-            self._readers = ReadTaps(pl_module, self.layers, self._capture, self._failed, self.rows, MAX_ROWS)
+            self._readers = ReaderHooks(pl_module, self.layers, self._capture, self._failed, self.rows, MAX_ROWS)
             return self._readers.taps
         outermost = None
         if self.layers is None:
@@ -290,7 +290,7 @@ class AttentionEntropyMonitor(Monitor):
         self.warn_once(f"the attention of `{name}` could not be read: {type(error).__name__}: {error}")
 
     def _agree(self, device: torch.device) -> None:
-        """Let every process know every layer that any has heard, and its heads. Collective."""
+        """Let every process know every layer that any has captured, and its heads. Collective."""
         found = {name: len(sums) for name, (sums, _) in self._captured.items()}
         if world_size() > 1 and self._news:  # at a point, and as a rule once: it waits for the device
             heads = map(int, max_over_processes([found.get(name, 0) for name in self._names], device))

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
-from lightning_collapse.monitoring.gradient_noise_window import MicroBatches, Noise
+from lightning_collapse.monitoring.gradient_noise_window import GradientNoiseWindow, Noise
 from lightning_collapse.utilities.batch import batch_size
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.gradients import gradients_of, squared_norms
@@ -111,7 +111,7 @@ class GradientMonitor(Monitor):
         self._names: list[str] = []
         self._belongs = torch.zeros(0, 0)  # which parameters are inside which of them
         self._norms: list[tuple[list[int], list[float], Tensor]] = []
-        self._window: MicroBatches | None = None
+        self._window: GradientNoiseWindow | None = None
         self._size = self._accumulated = 1
 
     @override
@@ -153,7 +153,7 @@ class GradientMonitor(Monitor):
         if not self.noise or batches_left >= trainer.accumulate_grad_batches or trainer.accumulate_grad_batches < 2:
             return
         if self._window is None:
-            self._window = MicroBatches(self._parameters, trainer.lightning_module.device)
+            self._window = GradientNoiseWindow(self._parameters, trainer.lightning_module.device)
         self._size = self.micro_batch_size or batch_size(batch)
         self._accumulated = trainer.accumulate_grad_batches
 

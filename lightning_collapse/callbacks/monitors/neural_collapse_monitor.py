@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_collapse.callbacks.evaluation.evaluation_pass import (
-    CleanPass,
+    EvaluationPass,
     Inputs,
     Loader,
     check_forward,
@@ -139,7 +139,7 @@ class NeuralCollapseMonitor(Monitor):
         self.inputs = inputs
         self._tap: Tap | None = None
         self._model: LightningModule | None = None
-        self._clean: CleanPass | None = None
+        self._clean: EvaluationPass | None = None
         self._moments: ClassMoments | None = None
         self._seen: Tensor | None = None
         self._taken = 0
@@ -183,7 +183,7 @@ class NeuralCollapseMonitor(Monitor):
         )
         if self.loader is not None:
             check_forward(pl_module, self.inputs)
-            self._clean = CleanPass(
+            self._clean = EvaluationPass(
                 self._tap, self.loader, self.inputs, self._labels_of, self._labels_captured, self.warn_once
             )
 

@@ -62,8 +62,8 @@ class SpectralAlignmentMonitor(Monitor):
     the power iteration, and ``n``, the fewest rows behind a matrix. Besides, to loggers that can show them, every
     tenth point: a histogram of the cosines per matrix.
 
-    The singular vector is that of the weights which the heard batch is multiplied by: it is followed right before the
-    last batch of the step, by one step of power iteration per optimizer step since the last point, ten at most, and is
+    The singular vector is that of the weights which the captured batch is multiplied by: it is followed right before
+    the last batch of the step, by one step of power iteration per optimizer step since the last point, ten at most, and is
     part of the callback's state. A point in an accumulation window that the end of an epoch cuts short where the
     trainer could not foresee it is left out.
 
@@ -233,20 +233,20 @@ class SpectralAlignmentMonitor(Monitor):
                 raise MisconfigurationException(f"{self._call}: {error}") from error
             inside = {id(module) for root in chosen.values() for module in root.modules()}
             matrices = [matrix for matrix in matrices if id(matrix.module) in inside]
-        heard = [matrix for matrix in matrices if matrix.input is not None]
+        captured = [matrix for matrix in matrices if matrix.input is not None]
         silent = [matrix.name for matrix in matrices if matrix.input is None]
-        if self.layers is not None and not heard:
+        if self.layers is not None and not captured:
             raise MisconfigurationException(
                 f"{self._call} matches no layer whose inputs meet a weight matrix as rows"
                 f" ({', '.join(silent) or 'there is no matrix'}). Name linear layers, or modules that hold some."
             )
         if self.layers is None:
             rank_zero_info(
-                f"`{type(self).__name__}` watches {len(heard)} weight matrices."
+                f"`{type(self).__name__}` watches {len(captured)} weight matrices."
                 + (f" Of {len(silent)} others no module receives the inputs as rows." if silent else "")
                 + " Choose with `layers=[...]`."
             )
-        return heard
+        return captured
 
     @property
     def _call(self) -> str:
@@ -294,7 +294,7 @@ def _evaluate(
 ) -> dict[str, Tensor]:
     """Numbers of every matrix, by name: seen and finite rows, residual, gap, and the values of the curves.
 
-    Collective: every process calls it with the same matrices; one may have heard nothing.
+    Collective: every process calls it with the same matrices; one may have captured nothing.
     """
     weights = torch.stack([x for pair in pairs.values() for x in (pair.residual, pair.gap, pair.norm)]).view(-1, 3)
     captured = {name: captured.get(name) or _silence(pair.direction) for name, pair in pairs.items()}

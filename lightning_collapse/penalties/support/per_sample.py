@@ -278,13 +278,13 @@ def _backward(
     retain_graph: bool = True,
 ) -> tuple[Sent, list[Tensor | None]]:
     """What arrives at each call of each layer, and at parameters."""
-    edges = [call.edge for heard in calls.values() for call in heard]
+    edges = [call.edge for captured in calls.values() for call in captured]
     ends: list[Any] = [*edges, *parameters]
     if not ends:
         return {}, []
     found = torch.autograd.grad(outputs, ends, column.to(outputs.dtype), retain_graph=retain_graph, allow_unused=True)
     arrived = iter(found)
-    return {module: [next(arrived) for _ in heard] for module, heard in calls.items()}, list(arrived)
+    return {module: [next(arrived) for _ in captured] for module, captured in calls.items()}, list(arrived)
 
 
 def _graph(outputs: Tensor) -> tuple[set[int], int]:

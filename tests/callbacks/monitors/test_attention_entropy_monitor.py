@@ -298,7 +298,7 @@ def test_attention_of_the_model_itself():
 
 @pytest.mark.parametrize("reader", [read_qkv, lambda *call: AttentionCall(*read_qkv(*call)[:2], is_causal=True)])
 def test_hidden_attention_and_how_to_point_at_it(reader):
-    with pytest.warns(UserWarning, match=r"no attention was heard; its queries and keys are hidden.*layers=\{"):
+    with pytest.warns(UserWarning, match=r"no attention was captured; its queries and keys are hidden.*layers=\{"):
         _, trainer = fitted(lambda: GPT(how="hidden"), [watch()])
     assert not layers_of(trainer)
     _, trainer = fitted(lambda: GPT(how="hidden"), [watch(layers={"blocks.*.attn": reader})])
@@ -349,7 +349,7 @@ def test_a_layer_that_rests():
             return super().training_step(batch, batch_idx)
 
     keeper = PointKeeper()
-    with pytest.warns(UserWarning, match=r"attention of `blocks.1.attn` was not heard before every point"):
+    with pytest.warns(UserWarning, match=r"attention of `blocks.1.attn` was not captured before every point"):
         fitted(Resting, [watch(), keeper])
     points = keeper.curve("attention/blocks.1.attn/entropy_mean")
     assert [point.flag for point in points] == [Flag.OK, Flag.OK, Flag.NOT_CALLED, Flag.OK]
@@ -447,7 +447,7 @@ def test_a_model_without_attention_is_told_once_and_trains():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         fit(Toy(), [watch(), CollapseMonitor(every_n_steps=3)])
-    [message] = [str(w.message) for w in told if "no attention was heard" in str(w.message)]
+    [message] = [str(w.message) for w in told if "no attention was captured" in str(w.message)]
     assert "hidden" not in message
     assert "there may be none" in message
 
