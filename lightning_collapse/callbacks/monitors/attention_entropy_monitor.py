@@ -75,7 +75,8 @@ class AttentionEntropyMonitor(Monitor):
     Args:
         layers: Names of submodules, or glob patterns of them, whose attention counts, each with all that runs inside
             it; ``None`` for every one that is captured. Or a mapping from patterns to functions that read: called
-            before the module, without gradient, with the module and its arguments. A function must not draw random numbers.
+            before the module, without gradient, with the module and its arguments. A function must not draw random
+            numbers.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         rows: Queries to read of each sequence; of a large batch some sequences, 512 queries in all.
         collapsed_below: Heads with less normalized entropy count as collapsed. No paper that we could read states a

@@ -63,8 +63,8 @@ class SpectralAlignmentMonitor(Monitor):
     tenth point: a histogram of the cosines per matrix.
 
     The singular vector is that of the weights which the captured batch is multiplied by: it is followed right before
-    the last batch of the step, by one step of power iteration per optimizer step since the last point, ten at most, and is
-    part of the callback's state. A point in an accumulation window that the end of an epoch cuts short where the
+    the last batch of the step, by one step of power iteration per optimizer step since the last point, ten at most, and
+    is part of the callback's state. A point in an accumulation window that the end of an epoch cuts short where the
     trainer could not foresee it is left out.
 
     Watched are the inputs of every layer with a matrix for a weight, query, key and value of an attention module each
