@@ -24,12 +24,17 @@ def to_host(readings: Mapping[Name, Tensor]) -> dict[Name, Number]:
         A number for every 0-dimensional tensor, a list of numbers for every vector; in double precision, where the
         device has it.
 
+    Raises:
+        ValueError: If a reading has more dimensions.
+
     Example:
         >>> to_host({"rank": torch.tensor(2.5), "histogram": torch.tensor([1, 0, 3])})
         {'rank': 2.5, 'histogram': [1.0, 0.0, 3.0]}
     """
     if not readings:
         return {}
+    if odd := [name for name, x in readings.items() if x.ndim > 1]:
+        raise ValueError(f"a reading is a number or a vector, and {odd[0]!r} has {readings[odd[0]].ndim} dimensions.")
     device = next((x.device for x in readings.values() if x.device.type != "cpu"), torch.device("cpu"))
     dtype = accumulation_dtype(device)
     scalars = [x for x in readings.values() if not x.ndim]

@@ -311,3 +311,21 @@ def test_a_guard_may_stand_before_the_monitors():
     _, trainer = run(guard, CollapseMonitor(every_n_steps=1))
     assert trainer.state.finished
     assert guard.verdicts == []
+
+
+class Odd(Monitor):
+    """Returns what is no reading: a matrix."""
+
+    def start(self, trainer, pl_module):
+        pass
+
+    def read(self, trainer, pl_module):
+        return {("a", "b"): torch.zeros(2, 2)}
+
+
+def test_odd_readings_of_one_monitor_leave_the_others_theirs():
+    keeper = PointKeeper()
+    with pytest.warns(UserWarning, match="`Odd`: bringing readings to the host failed"):
+        _, trainer = run(CollapseMonitor(["body"], every_n_steps=4), Odd(every_n_steps=4), keeper)
+    assert trainer.state.finished
+    assert [point.step for point in keeper.points if point.measure == "effective_rank"] == [0, 3, 7]

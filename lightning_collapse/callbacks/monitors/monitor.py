@@ -370,11 +370,18 @@ def _publish_together(monitors: Sequence[Monitor], trainer: Trainer, pl_module: 
                 found = monitor.read(trainer, pl_module)
                 readings.update({(monitor, name): tensor for name, tensor in found.items()})
                 numbers[monitor] = {}
-    for (monitor, name), number in to_host(readings).items():  # the one transfer of a step
+    try:
+        arrived = to_host(readings)  # the one transfer of a step
+    except Exception:  # of a monitor of the user's own; each by itself, so that the others have theirs
+        arrived = {}
+        for monitor in numbers:
+            with monitor.contained("bringing readings to the host", "the point is left out"):
+                arrived |= to_host({key: value for key, value in readings.items() if key[0] is monitor})
+    for (monitor, name), number in arrived.items():
         numbers[monitor][name] = number
     for monitor, own in numbers.items():
         with monitor.contained("making points", "the point is left out"):
-            points += monitor.points(step, own)
+            points += [point._replace(value=float(point.value)) for point in monitor.points(step, own)]
     publish(trainer, pl_module, points)
     for monitor in monitors:
         with monitor.contained("drawing", "the picture is left out"):
