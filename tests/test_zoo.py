@@ -54,6 +54,23 @@ def test_twins_differ_in_one_setting_only(specimen):
     assert type(sick.model) is type(healthy.model)
 
 
+@pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda specimen: specimen.name)
+def test_claims_are_known_kinds_and_healthy_runs_have_none(specimen):
+    assert set(specimen.claims) <= set(RULES)
+    assert (specimen.kind in specimen.claims) == (specimen.kind is not None)
+    assert specimen.kind is not None or not specimen.claims
+    assert specimen.family
+    assert specimen.onset >= 0
+
+
+def test_the_outcome_is_read_in_evaluation_mode_and_is_the_held_out_score_by_default():
+    habitat = BY_NAME[CHEAP[0]].build(0, False)
+    assert habitat.result() == habitat.held_out()
+    assert habitat.model.training
+    own = replace(habitat, outcome=lambda model: float(model.training or torch.is_grad_enabled()))
+    assert own.result() == 0.0
+
+
 @pytest.mark.parametrize("name", CHEAP)
 def test_same_seed_gives_the_same_verdicts_and_the_twin_none(name):
     specimen = BY_NAME[name]

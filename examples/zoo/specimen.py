@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
@@ -22,6 +23,8 @@ class Habitat:
         held_out: Accuracy on held-out data, or another score of which 1 is best.
         every: Steps between two points, as ``Trainer(log_every_n_steps)``.
         trainer: Further arguments of the ``Trainer``.
+        outcome: What became of the model, read once after training; higher is better, ``held_out`` by default. It
+            reads the model and held-out data only, so it does not know what any monitor saw.
     """
 
     model: LightningModule
@@ -32,6 +35,17 @@ class Habitat:
     held_out: Callable[[], float]
     every: int = 5
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    outcome: Callable[[Any], float] | None = None
+
+    def result(self) -> float:
+        """The outcome, in evaluation mode and without gradients; a twin fails if its own is clearly lower."""
+        training = [module.training for module in self.model.modules()]
+        self.model.eval()
+        with torch.no_grad():
+            result = self.held_out() if self.outcome is None else self.outcome(self.model)
+        for module, flag in zip(self.model.modules(), training, strict=True):
+            module.training = flag
+        return result
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,9 @@ class Specimen:
         sick: Its value that causes the failure.
         layers: Glob patterns of the layers that count as right.
         develops: Whether it begins healthy; else it is sick from the first step, and there is no lead to win.
+        family: What it trains, to group specimens in tables.
+        claims: All kinds of verdict that are right of the sick run; ``kind`` alone by default.
+        onset: Step at which the fault is planted.
     """
 
     name: str
@@ -59,6 +76,13 @@ class Specimen:
     sick: Any = None
     layers: tuple[str, ...] = ("*",)
     develops: bool = True
+    family: str = "basic"
+    claims: tuple[str, ...] = ()
+    onset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in self.claims:
+            object.__setattr__(self, "claims", (self.kind, *self.claims))  # the class is frozen
 
     def build(self, seed: int, sick: bool) -> Habitat:
         """The failing run, or its twin."""
