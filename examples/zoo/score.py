@@ -1,8 +1,7 @@
-"""Runs specimens, reads simple baselines in the same runs, and says who saw what, when."""
+"""Runs of specimens: all that a guard and its opponents may read, recorded once."""
 
 import logging
 import math
-import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 
 from lightning_collapse import CollapseGuard, fit_tasks
-from lightning_collapse.callbacks import Verdict
+from lightning_collapse.rules import Judge, Judgement, Task, Verdict
+from lightning_collapse.utilities.points import Point
 
 from .specimen import Habitat, Specimen
 
-CALM, WINDOW, LOSS, GRADIENT, DROP = 20, 100, 2.0, 3.0, 0.1
-STDS = tuple(round(0.02 * 1.3**i, 3) for i in range(15))
-"""Thresholds to choose the one of the normalized standard deviation from."""
+UNKNOWN = Task()
 
 
 @dataclass
@@ -82,7 +80,7 @@ def normalized_std(rows: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """What was seen in one run; steps count from 1.
+    """What was seen in one run; steps count from 1, on from task to task.
 
     Attributes:
         specimen: Name.
@@ -90,50 +88,54 @@ class Run:
         sick: Whether the fault was planted.
         steps: Its length.
         verdicts: Kind, layer and step of every verdict, in order.
-        loss: First step at which the loss was twice the median of the last hundred steps.
-        gradient: The same, for the gradient's norm and three times.
-        score: First step at which the held-out score was 0.1 below its best so far.
-        std: Step and value of the normalized standard deviation.
+        turns: What the judge was given: the step, the task and the points; ``None`` where a fit began anew.
+        loss: Of every step.
+        gradient: Norm of the gradient at every step.
+        std: Step and value of the normalized standard deviation of the embedding.
+        outcome: Step and value of the held-out score.
     """
 
     specimen: str
     seed: int
     sick: bool
     steps: int
-    verdicts: tuple[tuple[str, str, int], ...]
-    loss: int | None
-    gradient: int | None
-    score: int | None
-    std: tuple[tuple[int, float], ...]
-
-    @property
-    def shown(self) -> int:
-        """The first step at which loss, gradient or held-out score show it; the last step if none does."""
-        return min((step for step in (self.loss, self.gradient, self.score) if step is not None), default=self.steps)
-
-    def below(self, threshold: float) -> int | None:
-        """First step at which the normalized standard deviation is below a threshold."""
-        return next((step for step, value in self.std if value < threshold), None)
+    verdicts: tuple[tuple[str, str, int], ...] = ()
+    turns: tuple[tuple[int, Task, tuple[Point, ...]] | None, ...] = field(default=(), repr=False)
+    loss: tuple[float, ...] = field(default=(), repr=False)
+    gradient: tuple[float, ...] = field(default=(), repr=False)
+    std: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    outcome: tuple[tuple[int, float], ...] = field(default=(), repr=False)
 
 
-def exceeds(curve: Sequence[float], factor: float) -> int | None:
-    """First step, from 1, at which a curve is above ``factor`` times its running median, or not finite."""
-    for i, value in enumerate(curve):
-        if not math.isfinite(value):
-            return i + 1
-        if i >= CALM and value > factor * statistics.median(curve[max(0, i - WINDOW) : i]):
-            return i + 1
-    return None
+class Recorder(Judge):
+    """A judge that keeps what it is given, so that other rules can be tried on it."""
+
+    def __init__(self, plain: Plain) -> None:
+        self.turns: list[tuple[int, Task, tuple[Point, ...]] | None] = []
+        self.plain = plain
+        super().__init__()
+
+    def reset(self) -> None:
+        """A fit begins anew."""
+        self.turns.append(None)
+        super().reset()
+
+    def update(self, points: Sequence[Point], task: Task = UNKNOWN) -> Judgement:
+        """Judge, and keep."""
+        self.turns.append((len(self.plain.loss), task, tuple(points)))
+        return super().update(points, task)
 
 
-def dropped(curve: dict[int, float]) -> int | None:
-    """First step at which a score is 0.1 below its best so far."""
-    best = -math.inf
-    for step, value in curve.items():
-        best = max(best, value)
-        if not value >= best - DROP:
-            return step
-    return None
+def replay(run: Run, judge: Judge) -> list[tuple[Verdict, int]]:
+    """What another judge says of the same points: verdicts and the steps at which they fall."""
+    found: list[tuple[Verdict, int]] = []
+    for turn in run.turns:
+        if turn is None:
+            judge.reset()
+        else:
+            step, task, points = turn
+            found += [(verdict, step) for verdict in judge.update(points, task).new]
+    return found
 
 
 def run(specimen: Specimen, seed: int, sick: bool) -> Run:
@@ -148,8 +150,10 @@ def run(specimen: Specimen, seed: int, sick: bool) -> Run:
     def note(trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         verdicts.append((verdict.kind, verdict.layer, len(plain.loss)))
 
+    guard = CollapseGuard(action=note)
+    guard.judge = recorder = Recorder(plain)
     # the guard acts before `plain` has counted the step, so that comes first
-    callbacks = [plain, *habitat.monitors, CollapseGuard(action=note), score]
+    callbacks = [plain, *habitat.monitors, guard, score]
 
     def make_trainer() -> Trainer:
         settings: dict[str, Any] = {"accelerator": "cpu", "max_epochs": -1, "logger": False, **habitat.trainer}
@@ -172,8 +176,9 @@ def run(specimen: Specimen, seed: int, sick: bool) -> Run:
         sick,
         len(plain.loss),
         tuple(verdicts),
-        exceeds(plain.loss, LOSS),
-        exceeds(plain.gradient, GRADIENT),
-        dropped(score.held_out),
+        tuple(recorder.turns),
+        tuple(plain.loss),
+        tuple(plain.gradient),
         tuple(plain.std.items()),
+        tuple(score.held_out.items()),
     )

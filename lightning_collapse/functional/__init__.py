@@ -99,6 +99,7 @@ from lightning_collapse.functional.stability_gap import (
     windowed_plasticity,
     worst_case_accuracy,
 )
+from lightning_collapse.functional.views import recall_at_1
 
 __all__ = [
     "Cdnv",
@@ -177,6 +178,7 @@ __all__ = [
     "pq_index",
     "quartile_ratio",
     "rankme",
+    "recall_at_1",
     "regression_collapse",
     "relative_spread",
     "sign_diversity",

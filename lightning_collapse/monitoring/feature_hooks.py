@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,8 @@ class Captured(NamedTuple):
             siamese model.
         sequences: Which sequence a row is of, counted through all calls, ``int64`` of shape ``(n,)``, where that was
             asked for and the layer returned tokens.
+        views: Rows that may be two views of one thing, shape ``(2, n, D)``, where that was asked for: those of the
+            first two calls, if they returned as many, or those of the two halves of a single call.
     """
 
     rows: Tensor
@@ -35,6 +37,7 @@ class Captured(NamedTuple):
     returned: int
     calls: tuple[int, ...] = ()
     sequences: Tensor | None = None
+    views: Tensor | None = None
 
 
 class FeatureHooks(HookOwner):
@@ -59,6 +62,8 @@ class FeatureHooks(HookOwner):
 
     Attributes:
         armed: Whether to copy rows now.
+        views: Rows to copy of each view, 0 for none.
+        halved: Taps whose single call may hold two views one behind the other; ``None`` for all of them.
         mask: Padding mask ``(N, L)`` of the running batch; rows of tokens get their part of it.
         limits: Rows to copy per call of single taps, by name; those not named keep the ``limit``.
         left_out: Why nothing is read of a tap, by name, of those that have failed.
@@ -79,6 +84,8 @@ class FeatureHooks(HookOwner):
         self.position = position
         self.containment = containment or Containment(type(self).__name__)
         self.sequences = sequences
+        self.views = 0
+        self.halved: Collection[str] | None = None
         self.left_out: dict[str, str] = {}
         self._doubted = False
         self._calls: dict[str, list[_Call]] = {tap.name: [] for tap in taps}
@@ -144,7 +151,18 @@ class FeatureHooks(HookOwner):
         if rows is None or not rows.shape[1]:
             raise NoFeaturesError(f"no features in {_describe(value)}")
         limit = self._limit(hook, rows.shape[1])
-        return _Call(evenly(rows.detach(), limit), mask if mask is None else evenly(mask, limit), rows.shape[0])
+        views = self._views(hook.name, rows, mask) if self.views else ()
+        kept = evenly(rows.detach(), limit), mask if mask is None else evenly(mask, limit)
+        return _Call(*kept, rows.shape[0], views=views)
+
+    def _views(self, name: str, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+        """Rows of a call, NaN for padding; of a first one also those of its halves. Of the first two calls only."""
+        earlier = len(self._calls[name])
+        if earlier > 1:
+            return ()
+        rows = rows.detach() if mask is None else rows.detach().where(mask.unsqueeze(1), torch.nan)
+        halves = not earlier and rows.shape[0] % 2 == 0 and (self.halved is None or name in self.halved)
+        return tuple(evenly(part, self.views) for part in (rows, *(rows.chunk(2) if halves else ())))
 
     def _read_sequences(self, hook: _Hook, features: Tensor) -> _Call:
         count, length, width = features.shape
@@ -201,6 +219,7 @@ class _Call(NamedTuple):
     returned: int
     sequences: Tensor | None = None
     total: int = 0  # sequences, of which some are here
+    views: tuple[Tensor, ...] = ()
 
 
 def _join(calls: Sequence[_Call]) -> Captured:
@@ -216,7 +235,14 @@ def _join(calls: Sequence[_Call]) -> Captured:
         sum(call.returned for call in calls),
         tuple(len(call.rows) for call in calls),
         _cat(ids) if len(ids) == len(calls) else None,
+        _two_views(calls),
     )
+
+
+def _two_views(calls: Sequence[_Call]) -> Tensor | None:
+    if len(calls) > 1 and calls[0].returned == calls[1].returned and calls[0].views and calls[1].views:
+        return torch.stack([calls[0].views[0], calls[1].views[0]])
+    return torch.stack(calls[0].views[1:]) if len(calls) == 1 and len(calls[0].views) > 1 else None
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

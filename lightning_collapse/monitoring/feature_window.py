@@ -16,6 +16,7 @@ from lightning_collapse.monitoring.module_hook import HookOwner
 from lightning_collapse.monitoring.sampling_plan import SamplingPlan
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.monitoring.training_flops import TrainingFlops
+from lightning_collapse.monitoring.view_pairs import ROWS, ViewPairs
 from lightning_collapse.spectral.cost import rows_within
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import max_over_processes, world_size
@@ -49,10 +50,12 @@ class FeatureWindow:
             the buffer; for sums that need no rows.
         containment: Where failures of hooks are told, in the name of its owner.
         choose: Other taps, if the order in which the first batch runs the modules asks for others.
+        views: Keep rows of two views of the same samples too, of layers that see two.
 
     Attributes:
         hooks: The hooks.
         plans: How rows of each layer are collected, of those that have run.
+        pairs: The views, if they were asked for.
         unpaired: Rows that a layer returned and what was given beside them, if the latest batch had unlike numbers.
         beside_width: Numbers that lie beside a row; 0 before there were any.
     """
@@ -71,6 +74,7 @@ class FeatureWindow:
         take: Callable[[Captured, Tensor | None, int], None] | None = None,
         containment: Containment | None = None,
         choose: Callable[[Execution], Sequence[Tap]] | None = None,
+        views: bool = False,
     ) -> None:
         let_hooks_be_seen(root)
         self.taps = list(taps)
@@ -78,6 +82,7 @@ class FeatureWindow:
         self.max_overhead = max_overhead
         self.max_dim = max_dim
         self.plans: dict[str, SamplingPlan] = {}
+        self.pairs = ViewPairs() if views else None
         self._root, self._device = root, device
         self._make_hooks = partial(FeatureHooks, limit=limit, position=position, containment=containment)
         self.hooks = self._make_hooks(self.taps)
@@ -123,6 +128,9 @@ class FeatureWindow:
         if self.wants(batches_left):
             self._requested = True
             self.hooks.mask, self.hooks.limits = padding_mask(batch), self._limits
+            if self.pairs is not None:
+                self.hooks.views = ROWS if self.pairs.open or self.pairs.layers else 0
+                self.hooks.halved = None if self.pairs.open else self.pairs.layers
             self._scope.request(self.hooks, *(() if self._order is None else (self._order,)))
             self._beside = beside
 
@@ -151,6 +159,8 @@ class FeatureWindow:
             if self._take is not None:
                 self._take(of_layer, beside.get(name), batches_left)
                 continue
+            if self.pairs is not None and of_layer.views is not None and of_layer.views.shape[2] <= self.max_dim:
+                self.pairs.add(name, self._time, of_layer.views)
             batch = Batch(self._time, of_layer.rows, of_layer.mask, beside.get(name))
             batch = batch.spread(plan.rows if first else plan.rows_per_batch)  # the first point rests on it alone
             self._usual[name] = max(self._usual.get(name, 0), len(batch.rows))
@@ -180,6 +190,12 @@ class FeatureWindow:
             found[name] = layer
         return found
 
+    def views(self) -> dict[str, Tensor]:
+        """Sums over pairs of views, of layers that see two or may, see :class:`ViewPairs`. Collective."""
+        if self.pairs is None:
+            return {}
+        return self.pairs.read(list(self.plans), self._time - self.window + 1, self._device)
+
     def affordable(self, width: int) -> int:
         """Rows whose spectrum costs no more than ``max_overhead``; at least 64, at most four per feature."""
         return rows_within(self._budget, width)
@@ -197,6 +213,8 @@ class FeatureWindow:
             if listener is not None:
                 listener.remove()
         self._buffer.clear()
+        if self.pairs is not None:
+            self.pairs.clear()
         self._beside = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,6 +227,7 @@ class FeatureWindow:
             "usual": dict(self._usual),
             "budget": self._budget,
             "execution": [list(names) for names in self._execution],
+            "views": {} if self.pairs is None else self.pairs.state_dict(rows=world_size() == 1),
             "rows": self._buffer.state_dict() if world_size() == 1 else {},  # a checkpoint holds those of one process
         }
 
@@ -222,6 +241,8 @@ class FeatureWindow:
         self.beside_width, self._usual = state["beside_width"], dict(state["usual"])
         if world_size() == 1:
             self._buffer.load_state_dict(state["rows"], names, self._device)
+        if self.pairs is not None and state.get("views"):
+            self.pairs.load_state_dict(state["views"], self._device)
         if self._negotiated:
             self._settle()
             if self._order is not None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import ClassVar, TypeVar
 
+from lightning_collapse.rules.history import Evidence
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
@@ -27,6 +28,8 @@ class Rule(ABC):
         family: First part of the names of the curves it reads.
         measures: Last parts of the names of the curves it reads.
         optional: The same, of curves it reads where a monitor draws them.
+            Those of another family are called ``"{family}/{measure}"``.
+        follows: Those of its curves whose history it reads, likewise, ``"training/loss"`` among them.
         of_training: Measures of the family :data:`TRAINING` that it reads where they are known.
         lower_is_worse: Those of its measures of which, all else equal, a lower value is never less severe.
         higher_is_worse: The same for higher values. What is in neither has no such direction: the docstring says why.
@@ -46,6 +49,7 @@ class Rule(ABC):
     family: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
+    follows: ClassVar[tuple[str, ...]] = ()
     of_training: ClassVar[tuple[str, ...]] = ()
     lower_is_worse: ClassVar[tuple[str, ...]] = ()
     higher_is_worse: ClassVar[tuple[str, ...]] = ()
@@ -67,6 +71,21 @@ class Rule(ABC):
     @abstractmethod
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """The numbers the verdict rests on, in words."""
+
+    def weigh(self, evidence: Evidence) -> float:
+        """The severity, for a rule that reads more than the latest points; called in place of :meth:`severity`."""
+        return self.severity(evidence.points, evidence.baseline)
+
+    def tell(self, evidence: Evidence) -> str:
+        """The words, for such a rule; called in place of :meth:`evidence`."""
+        return self.evidence(evidence.points, evidence.baseline)
+
+    @property
+    def followed(self) -> list[tuple[str, str]]:
+        """Family and measure of the curves that it follows."""
+        return [
+            (family or self.family, measure) for family, _, measure in (name.rpartition("/") for name in self.follows)
+        ]
 
     def update_baseline(self, so_far: float, value: float, count: int) -> float:
         """What ``count`` first values of a curve and the next one come to: the largest of them."""

@@ -1,12 +1,13 @@
 """Judge: from points to verdicts, with patience, hysteresis and a baseline per layer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import isfinite
 from typing import Any
 
 from lightning_collapse.rules.base import ALL, RULES, TRAINING, Rule
+from lightning_collapse.rules.history import Curve, Evidence, History
 from lightning_collapse.rules.streak import Change, Streak
 from lightning_collapse.rules.task import TASKS, Task
 from lightning_collapse.rules.verdict import Verdict
@@ -31,6 +32,7 @@ class Judgement:
         recovered: Kind and layer of those that were active before these points and are no more.
         notices: What was found for the first time and is no failure.
         healthy: Whether nothing looks ill at its last point, and nothing that ran at this step could not be read.
+        severities: How far beyond its line everything is that was judged, by kind and layer; what is no failure is 0.
     """
 
     step: int = 0
@@ -40,6 +42,7 @@ class Judgement:
     recovered: tuple[Place, ...] = ()
     notices: tuple[Verdict, ...] = ()
     healthy: bool = False
+    severities: Mapping[Place, float] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -104,6 +107,7 @@ class Judge:
         self.verdicts.clear()
         self.notices.clear()
         self._baselines: dict[Place, dict[str, Baseline]] = {}
+        self._history = History()
         self._containment = Containment("CollapseGuard")
         self._failed: set[str] = set()
         self.restart()
@@ -133,10 +137,11 @@ class Judge:
         rules = [rule for rule in self.rules_for(task).values() if rule.family in families]
         if not rules:
             return Judgement()
+        self._history.update(points, {curve for rule in rules for curve in rule.followed})
         turn = _Turn(points[0].step, task)
         for rule in (rule for rule in rules if rule.kind not in self._failed):
             with self._containment(f"rule `{rule.kind}`", "it judges nothing from now on", partial(self._drop, rule)):
-                self._apply(rule, families[rule.family], training, turn)
+                self._apply(rule, _readable_layers(rule, families, training), turn)
         rules = [rule for rule in rules if rule.kind not in self._failed]
         active = tuple(place for place, streak in self._streaks.items() if streak.active)
         new = self._grouper.sort(self.verdicts, turn.triggered, list(families), active)
@@ -144,17 +149,19 @@ class Judge:
         notices = [verdict for verdict in turn.notices if self._is_first(verdict)]
         self.notices += notices
         judged = tuple(rule.kind for rule in rules)
-        return Judgement(turn.step, judged, tuple(new), active, tuple(turn.recovered), tuple(notices), healthy)
+        return Judgement(
+            turn.step, judged, tuple(new), active, tuple(turn.recovered), tuple(notices), healthy, turn.severities
+        )
 
-    def _apply(self, rule: Rule, layers: Mapping[str, Points], training: Points, turn: "_Turn") -> None:
+    def _apply(self, rule: Rule, layers: Mapping[str, Points], turn: "_Turn") -> None:
         """Judge all layers by one rule."""
-        layers = {layer: {**training, **points} for layer, points in layers.items() if rule.readable(points)}
         baselines = {layer: self._update_baseline(rule, layer, points) for layer, points in layers.items()}
         for layer, points in layers.items():
             place, baseline = (rule.kind, layer), baselines[layer]
             if not rule.applies_to(layer, turn.task) or (rule.needs_full_baseline and not self._is_full(rule, place)):
                 continue
-            severity = rule.severity(points, baseline)
+            evidence = Evidence(layer, points, baseline, self._history_for(rule, layer), turn.task)
+            severity = rule.weigh(evidence)
             expected = rule.expected(layer, points, baseline, turn.task)
             streak = self._streaks.setdefault(place, Streak())
             change = streak.update(rule, self.patience, 0.0 if expected else severity, turn.step)
@@ -168,13 +175,19 @@ class Judge:
                     since = other.since if other_change is Change.TRIGGERED else None
             if not rule.informative:
                 self._healthy[place] = bool(expected) or not (severity >= rule.healthy or streak.active)
+                turn.severities[place] = 0.0 if expected else severity
             if since is not None:
                 where = rule.worst_layer(layers, baselines) if layer == ALL else layer
-                evidence = rule.evidence(points, baseline) + (f"; {expected}" if expected else "")
+                words = rule.tell(evidence) + (f"; {expected}" if expected else "")
                 is_notice = rule.informative or bool(expected)
                 advice = "" if is_notice else rule.advice
-                verdict = Verdict(rule.kind, where, since, turn.step, evidence, severity, advice)
+                verdict = Verdict(rule.kind, where, since, turn.step, words, severity, advice)
                 (turn.notices if is_notice else turn.triggered).append(verdict)
+
+    def _history_for(self, rule: Rule, layer: str) -> dict[str, Curve]:
+        """Histories of a layer, by the names that the rule has for them."""
+        found = self._history.of(layer, rule.followed)
+        return {name: found[key] for name, key in zip(rule.follows, rule.followed, strict=True) if key in found}
 
     def _drop(self, rule: Rule) -> None:
         """Leave a rule out that has raised an exception."""
@@ -213,6 +226,7 @@ class Judge:
                 {"kind": kind, "layer": layer, "curves": {name: asdict(baseline) for name, baseline in curves.items()}}
                 for (kind, layer), curves in self._baselines.items()
             ],
+            "history": self._history.state_dict(),
             "streaks": _listed(self._streaks),
             "expected": _listed(self._expected),
             "healthy": [{"kind": kind, "layer": layer, "is": now} for (kind, layer), now in self._healthy.items()],
@@ -227,6 +241,7 @@ class Judge:
             (entry["kind"], entry["layer"]): {name: Baseline(**of) for name, of in entry["curves"].items()}
             for entry in state_dict["baselines"]
         }
+        self._history.load_state_dict(state_dict["history"])
         self._streaks, self._expected = (_from_list(state_dict[name]) for name in ("streaks", "expected"))
         self._healthy = {(entry["kind"], entry["layer"]): entry["is"] for entry in state_dict["healthy"]}
         self._grouper.load_state_dict(state_dict["grouper"])
@@ -240,6 +255,20 @@ class _Turn:
         self.triggered: list[Verdict] = []
         self.notices: list[Verdict] = []
         self.recovered: list[Place] = []
+        self.severities: dict[Place, float] = {}
+
+
+def _readable_layers(
+    rule: Rule, families: Mapping[str, Mapping[str, Points]], training: Points
+) -> dict[str, dict[str, Point]]:
+    """Points of the layers that the rule can judge, with those of other families that it reads."""
+    others = [(name, *name.rpartition("/")[::2]) for name in rule.optional if "/" in name]
+    layers = {}
+    for layer, points in families[rule.family].items():
+        if rule.readable(points):
+            beside = {name: families.get(family, {}).get(layer, {}).get(measure) for name, family, measure in others}
+            layers[layer] = {**training, **points, **{name: point for name, point in beside.items() if point}}
+    return layers
 
 
 def _by_family(points: Sequence[Point]) -> tuple[dict[str, dict[str, dict[str, Point]]], dict[str, Point]]:

@@ -149,6 +149,11 @@ def naive_uniformity(x: Matrix) -> float:
     return float(np.log(np.mean([np.exp(-2 * np.sum((u[i] - u[j]) ** 2)) for i in range(len(u)) for j in range(i)])))
 
 
+def naive_recall_at_1(x: Matrix, y: Matrix) -> float:
+    cosine = unit(x) @ unit(y).T
+    return float(np.mean([np.argmax(row) == i for i, row in enumerate(cosine)]))
+
+
 def naive_alignment(x: Matrix, y: Matrix) -> float:
     return float(np.mean(np.sum((unit(x) - unit(y)) ** 2, axis=1)))
 
@@ -172,6 +177,7 @@ REFERENCES: dict[str, Callable[..., float]] = {
     "participation_ratio": naive_participation_ratio,
     "quartile_ratio": naive_quartile_ratio,
     "rankme": naive_rankme,
+    "recall_at_1": naive_recall_at_1,
     "relative_spread": naive_relative_spread,
     "srank": naive_srank,
     "stable_rank": naive_stable_rank,
@@ -195,6 +201,7 @@ BOUNDS: dict[str, Callable[[int, int], tuple[float, float]]] = {
     "numerical_rank": lambda n, d: (0, min(n - 1, d)),
     "quartile_ratio": lambda n, d: (1, math.inf),
     "rankme": lambda n, d: (1, min(n, d) * (1 + 2e-6 * min(n, d))),  # the epsilon exceeds K by a hair
+    "recall_at_1": lambda n, d: (0, 1),
     "relative_spread": lambda n, d: (0, 1),
     "svd_entropy": lambda n, d: (0, 1),
     "top_k_share": lambda n, d: (1 / min(n - 1, d), 1),
@@ -202,8 +209,8 @@ BOUNDS: dict[str, Callable[[int, int], tuple[float, float]]] = {
     "uniformity": lambda n, d: (-4 * n / (n - 1), 0),
 }
 AT_ZERO = {"alpha_req": math.nan, "alpha_req_fit": math.nan, "dead_dimensions": 1.0, "mean_cosine": math.nan}
-AT_ZERO |= {"uniformity": math.nan, "alignment": math.nan, "direction_spread": math.nan}
-STEPS = {"dead_dimensions", "numerical_rank", "srank"}
+AT_ZERO |= {name: math.nan for name in ("uniformity", "alignment", "direction_spread", "recall_at_1")}
+STEPS = {"dead_dimensions", "numerical_rank", "recall_at_1", "srank"}
 PLAIN = {"unbiased_participation_ratio"}  # takes a record only
 FINE = 1e-5
 

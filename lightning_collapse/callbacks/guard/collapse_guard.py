@@ -71,6 +71,7 @@ class CollapseGuard(Callback):
         task: One of :data:`~lightning_collapse.rules.TASKS`; ``None`` to infer it.
 
     Attributes:
+        judge: The :class:`~lightning_collapse.rules.Judge` that it hands all points to.
         verdicts: Every :class:`~lightning_collapse.rules.Verdict` so far, in order.
         notices: What rules found that is no failure, as verdicts; each layer's once.
         task: The :class:`~lightning_collapse.rules.Task` it takes the fit for.
@@ -105,7 +106,7 @@ class CollapseGuard(Callback):
         self.rules = rules
         self.task = Task(task or "")
         self._requested = task
-        self._judge = Judge(rules, patience, calibration)
+        self.judge = Judge(rules, patience, calibration)
         self._actions = make_actions(action, list(self._rules))
         self._fresh = deepcopy(states_of(self._actions))
         self._health = TrainingHealth()
@@ -115,20 +116,20 @@ class CollapseGuard(Callback):
     @property
     def verdicts(self) -> list[Verdict]:
         """Every verdict so far, in order."""
-        return self._judge.verdicts
+        return self.judge.verdicts
 
     @property
     def notices(self) -> list[Verdict]:
         """What was found that is no failure; each layer's once."""
-        return self._judge.notices
+        return self.judge.notices
 
     @property
     def _rules(self) -> dict[str, Rule]:
-        return self._judge.rules_for(self.task)
+        return self.judge.rules_for(self.task)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"judge": self._judge.state_dict(), "actions": states_of(self._actions)}
+        return {"judge": self.judge.state_dict(), "actions": states_of(self._actions)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -136,7 +137,7 @@ class CollapseGuard(Callback):
             rank_zero_warn("`CollapseGuard`: the checkpoint is of version 0.1.0; what it knew of the run is dropped.")
             return
         self._loaded = True
-        self._judge.load_state_dict(state_dict["judge"])
+        self.judge.load_state_dict(state_dict["judge"])
         load_states(self._actions, state_dict["actions"])
 
     @override
@@ -148,7 +149,7 @@ class CollapseGuard(Callback):
         if not (self._given or is_resumed(trainer)):
             # of several tasks, each a fit, the later ones are compared with the baseline of the first
             if not any(isinstance(callback, TaskAware) and callback.task_index for callback in trainer.callbacks):
-                self._judge.reset()
+                self.judge.reset()
             load_states(self._actions, deepcopy(self._fresh))
         self._loaded = self._given = self._inferred = False
         self._containment = Containment(type(self).__name__)
@@ -182,7 +183,7 @@ class CollapseGuard(Callback):
         health: list[Point] = []
         with self._containment("asking whether training is finite", "every row that is not counts as a failure"):
             health = self._health.points(trainer, pl_module, points)
-        judgement = self._judge.update([*points, *health], self.task)
+        judgement = self.judge.update([*points, *health], self.task)
         if not judgement.judged:
             return
         self._say(judgement)
@@ -192,7 +193,7 @@ class CollapseGuard(Callback):
             self._run(action, lambda action: action.on_points(trainer, pl_module, judgement))
         for action in self._actions if judgement.new else ():
             if self._run(action, lambda action: action.on_verdict(trainer, pl_module, judgement)):
-                self._judge.restart()
+                self.judge.restart()
 
     def _infer_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         self.task = infer_task(trainer, pl_module, batch, self._requested)

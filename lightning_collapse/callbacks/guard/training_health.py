@@ -1,4 +1,4 @@
-"""Training health: whether loss, gradients and weights are finite, asked at points and only where rows are not."""
+"""Training health: the loss since the last point, and whether all is finite, asked where rows are not."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_collapse.rules import TRAINING
 from lightning_collapse.spectral.precision import accumulation_dtype
+from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.parameters import as_real, why_no_number
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.sharding import local
@@ -16,30 +17,44 @@ ROWS = "nonfinite_fraction"
 
 
 class TrainingHealth:
-    """Tells rows that the model masks from a training that fails.
+    """Tells whether the loss goes on falling, and rows that the model masks from a training that fails.
 
-    Between points nothing is computed: the latest loss is kept where it lies.
+    Between points losses are added up where they lie, and nothing waits for them.
     """
 
     def __init__(self) -> None:
         self._loss: Tensor | None = None
+        self._count = 0
 
     def note_loss(self, loss: Tensor) -> None:
-        """Keep the loss of the running step, without its graph."""
-        self._loss = loss.detach()
+        """Add the loss of the running step, without its graph."""
+        if self._loss is None:
+            self._loss = torch.zeros((), device=loss.device, dtype=accumulation_dtype(loss.device))
+        self._loss += loss.detach().mean()
+        self._count += 1
 
     def points(self, trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> list[Point]:
-        """The reading ``nonfinite`` of the training, 1 or 0, if one of the points counts rows that are not finite.
+        """Readings of the training: ``loss``, its mean since the last point, and ``nonfinite``, 1 or 0, if need be.
 
-        Collective, and waits for the device then: every process must bring the same points.
+        The latter is asked if one of the points counts rows that are not finite. Collective, and waits for the device:
+        every process must bring the same points.
         """
-        if not any(point.measure == ROWS and point.value > 0 for point in points):
-            return []
-        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        loss = [self._loss] if self._loss is not None else []
-        finite = _are_finite(pl_module, [*loss, *gradients, *pl_module.parameters()])
-        finite = trainer.strategy.reduce_boolean_decision(finite)
-        return [Point(TRAINING, "", "nonfinite", points[0].step, float(not finite))]
+        found, step = [], points[0].step
+        loss, count, self._loss, self._count = self._loss, self._count, None, 0
+        total = torch.tensor([0.0, float(count)], device=pl_module.device, dtype=accumulation_dtype(pl_module.device))
+        if loss is not None:
+            total[0] = loss
+        summed, count_of_all = all_reduce_sum(total).tolist()
+        if count_of_all:
+            found.append(Point(TRAINING, "", "loss", step, summed / count_of_all))
+        if any(point.measure == ROWS and point.value > 0 for point in points):
+            gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+            finite = _are_finite(
+                pl_module, [*([loss] if loss is not None else ()), *gradients, *pl_module.parameters()]
+            )
+            finite = trainer.strategy.reduce_boolean_decision(finite)
+            found.append(Point(TRAINING, "", "nonfinite", step, float(not finite)))
+        return found
 
 
 def weights_are_finite(trainer: Trainer, pl_module: LightningModule) -> bool:

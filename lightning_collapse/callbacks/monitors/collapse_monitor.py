@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import nan
+from math import nan, sqrt
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -35,6 +35,7 @@ from lightning_collapse.utilities.trainer import logging_step
 
 PICTURE_EVERY = 10
 _HISTOGRAM = "log10_std"
+VIEWS = "views"
 
 
 class CollapseMonitor(Monitor):
@@ -45,6 +46,9 @@ class CollapseMonitor(Monitor):
     - ``collapse/{layer}/{measure}`` for every measure;
     {curves}
     - ``val/collapse/...``: the same of the validation batches, with ``validation=True``.
+
+    The curves ``views/...`` are of layers that see two views of the same samples, in two calls of a training step or
+    one behind the other in a batch: those in which one view finds the other far above chance at the first points.
 
     Besides, to loggers that can show them, every tenth point: a histogram of log10 standard deviations along the
     principal axes per layer, and a picture of the first measure over layers and steps.
@@ -81,6 +85,10 @@ class CollapseMonitor(Monitor):
         Curve("n", "rows behind the point, over all processes", "0 to infinity", "few: do not read the ranks"),
         Curve("nonfinite_fraction", "rows left out for NaN or infinity", "0 to 1", "above 0"),
         Curve("flag", "why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`", "0 to 7", "above 0"),
+        Curve("recall_at_1", "rows whose nearest other view is their own", "0 to 1", "as at its start", family=VIEWS),
+        Curve("chance", "the same by chance", "0 to 1", "never", family=VIEWS),
+        Curve("alignment", "squared distance of two views on the sphere", "0 to 4", "near 0", family=VIEWS),
+        Curve("uniformity", "log of the mean potential between rows", "-4 n / (n - 1) to 0", "near 0", family=VIEWS),
     )
     identity = ("layers", "measures", "every_n_steps")
 
@@ -131,7 +139,8 @@ class CollapseMonitor(Monitor):
     @override
     def curves(self) -> list[str]:
         """Names of the measures it draws, and of what goes with them."""
-        return [*(measure.curve for measure in self._measures), *(curve.name for curve in self.declares)]
+        own = (curve.name for curve in self.declares if not curve.family)
+        return [*(measure.curve for measure in self._measures), *own]
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,6 +156,7 @@ class CollapseMonitor(Monitor):
             limit=self.rows,
             containment=self.contained,
             choose=partial(default_taps, pl_module) if self.layers is None else None,
+            views=True,
         )
         if self.layers is None:
             names = ", ".join(tap.name for tap in taps)
@@ -171,11 +181,15 @@ class CollapseMonitor(Monitor):
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
         pictures = bool(trainer.loggers) and self._points % PICTURE_EVERY == 0
-        return {} if self.window is None else self._evaluate(self.window.features(), pictures)
+        if self.window is None:
+            return {}
+        views = {(name, VIEWS): sums for name, sums in self.window.views().items()}
+        return self._evaluate(self.window.features(), pictures) | views
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
         points = self._make_points(self.family, step, numbers)
+        points += self._view_points(step, {layer: sums for (layer, name), sums in numbers.items() if name == VIEWS})
         first = self._measures[0].curve  # for the picture, as a share of what noise reads where there is such a null
         shown = {point.layer: point for point in points if point.measure == first}
         self._history.append(step, {name: p.value / p.null if p.null > 0 else p.value for name, p in shown.items()})
@@ -271,6 +285,20 @@ class CollapseMonitor(Monitor):
                 points.append(Point(family, tap.name, measure.curve, step, value, n, null, flag))
             own = {"n": float(n), "nonfinite_fraction": 1 - n / seen if seen else nan, "flag": float(flag)}
             points += [Point(family, tap.name, name, step, value, n, flag=flag) for name, value in own.items()]
+        return points
+
+    def _view_points(self, step: int, sums: Mapping[str, list[float]]) -> list[Point]:
+        if self.window is None or self.window.pairs is None:
+            return []
+        self.window.pairs.judge(sums)
+        points = []
+        for layer, (pairs, hits, chances, apart, uniform) in sums.items():
+            if layer in self.window.pairs.layers and pairs:
+                recall, chance = hits / pairs, chances / pairs
+                error = sqrt(max(recall * (1 - recall), chance) / pairs)
+                values = {"chance": chance, "alignment": apart / pairs, "uniformity": uniform / pairs}
+                points.append(Point(VIEWS, layer, "recall_at_1", step, recall, int(pairs), chance, error=error))
+                points += [Point(VIEWS, layer, name, step, value, int(pairs)) for name, value in values.items()]
         return points
 
     def _draw_history(self, trainer: Trainer, step: int) -> None:

@@ -1,0 +1,127 @@
+"""History of curves: the first and the last points of those that rules follow, in constant memory."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite, nan, sqrt
+from statistics import median
+from typing import Any
+
+from lightning_collapse.rules.task import Task
+from lightning_collapse.rules.trend import NORMAL_MAD, Trend
+from lightning_collapse.utilities.points import Point
+
+LAST = 5
+"""Points that the present level of a curve is the median of."""
+
+
+class Curve(Trend):
+    """A curve so far: where it began, where it is and which way it goes.
+
+    Attributes:
+        count: Points so far.
+        first: The first value.
+
+    Example:
+        >>> curve = Curve()
+        >>> for step, value in enumerate([8.0, 5.0, 4.0, 4.1, 3.9, 4.0]):
+        ...     curve.update(step, value)
+        >>> curve.first, curve.level
+        (8.0, 4.0)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.first = nan
+
+    def update(self, step: int, value: float) -> None:
+        """Take another point in; one that is not finite is left out."""
+        before = self._steps
+        super().update(step, value)
+        if self._steps is not before:
+            self.count += 1
+            self.first = self._values[0] if self.count == 1 else self.first
+
+    @property
+    def level(self) -> float:
+        """Median of the last five points; NaN before there is one."""
+        return median(self._values[-LAST:]) if self._values else nan
+
+    @property
+    def level_error(self) -> float:
+        """Standard error of the level, from how the last points scatter about their trend; NaN before 6 points."""
+        if not isfinite(self.slope):
+            return nan
+        tilted = [y - self.slope * t for t, y in zip(self._steps, self._values, strict=True)]
+        center = median(tilted)
+        # the median of a few normal values varies by a quarter more than their mean
+        return 1.25 * NORMAL_MAD * median(abs(y - center) for y in tilted) / sqrt(LAST)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {**super().state_dict(), "count": self.count, "first": self.first}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        super().load_state_dict(state_dict)
+        self.count, self.first = state_dict["count"], state_dict["first"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known of a layer at a point.
+
+    Attributes:
+        layer: Its name.
+        points: Of this step by measure: those of the rule's family, those of the training, and those of other families
+            as ``"{family}/{measure}"``, where the rule names them so.
+        baseline: What the first points come to, see :meth:`Rule.update_baseline`.
+        history: Of the curves that the rule follows, by the same names.
+        task: What the network is trained for.
+    """
+
+    layer: str
+    points: Mapping[str, Point]
+    baseline: Mapping[str, float]
+    history: Mapping[str, Curve]
+    task: Task
+
+
+class History:
+    """The curves that any rule follows."""
+
+    def __init__(self) -> None:
+        self._curves: dict[tuple[str, str, str], Curve] = {}
+
+    def update(self, points: Iterable[Point], followed: Collection[tuple[str, str]]) -> None:
+        """Take the points of one step in; ``followed`` are families and measures."""
+        for point in points:
+            if (point.family, point.measure) in followed:
+                self._curves.setdefault((point.family, point.layer, point.measure), Curve()).update(
+                    point.step, point.value
+                )
+
+    def of(self, layer: str, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Curve]:
+        """Curves of a layer by family and measure, if there are any; a curve without a layer belongs to every layer."""
+        found: dict[tuple[str, str], Curve] = {}
+        for family, measure in names:
+            curve = self._curves.get((family, layer, measure)) or self._curves.get((family, "", measure))
+            if curve is not None:
+                found[family, measure] = curve
+        return found
+
+    def clear(self) -> None:
+        """Forget all curves."""
+        self._curves.clear()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What a resumed run must know: lists, numbers and strings."""
+        return [{"curve": list(key), "state": curve.state_dict()} for key, curve in self._curves.items()]
+
+    def load_state_dict(self, state: Iterable[Mapping[str, Any]]) -> None:
+        """Go on where a checkpoint of the run left off."""
+        self.clear()
+        for entry in state:
+            family, layer, measure = entry["curve"]
+            self._curves[family, layer, measure] = curve = Curve()
+            curve.load_state_dict(entry["state"])
