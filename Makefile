@@ -38,6 +38,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.neural_collapse
 	$(BIN)/python -m tests.benchmarks.continual
 	$(BIN)/python -m tests.benchmarks.compiled
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.false_alarms
 
 peers: $(PEERS_READY)
 	OMP_NUM_THREADS=1 $(PEERS)/python -m tests.benchmarks.peers

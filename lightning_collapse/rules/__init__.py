@@ -3,6 +3,7 @@
 from lightning_collapse.rules.attention import AttentionEntropyCollapse, AttentionOverload
 from lightning_collapse.rules.base import ALL, HEALTHY, RULES, TRAINING, Rule, register_rule
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
+from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.explosion import LossExplosion
 from lightning_collapse.rules.forgetting import CatastrophicForgetting
 from lightning_collapse.rules.judge import Judge, Judgement
@@ -11,6 +12,7 @@ from lightning_collapse.rules.non_finite import NonFinite
 from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
 from lightning_collapse.rules.task import TASKS, Task
+from lightning_collapse.rules.trend import Trend
 from lightning_collapse.rules.verdict import Verdict
 from lightning_collapse.rules.verdict_grouper import VerdictGrouper
 
@@ -24,6 +26,7 @@ __all__ = [
     "AttentionOverload",
     "CatastrophicForgetting",
     "CompleteCollapse",
+    "Detector",
     "DimensionalCollapse",
     "Judge",
     "Judgement",
@@ -35,6 +38,7 @@ __all__ = [
     "RegressionOverCompression",
     "Rule",
     "Task",
+    "Trend",
     "Verdict",
     "VerdictGrouper",
     "register_rule",

@@ -9,6 +9,7 @@ from tests.benchmarks import (
     attention_entropy,
     continual,
     every_step,
+    false_alarms,
     guard_overhead,
     losses,
     monitor_overhead,
@@ -53,6 +54,11 @@ def _monitor_overhead(monkeypatch):
     monitor_overhead.main()
 
 
+def _false_alarms(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["false_alarms", "--quick"])
+    false_alarms.main()
+
+
 def _guard_overhead(monkeypatch):
     monkeypatch.setattr(guard_overhead, "BLOCK", 4)
     guard_overhead.main(3)
@@ -67,6 +73,7 @@ BENCHMARKS = {
     "attention_entropy": _attention_entropy,
     "continual": _continual,
     "every_step": _every_step,
+    "false_alarms": _false_alarms,
     "guard_overhead": _guard_overhead,
     "losses": lambda monkeypatch: losses.compare(losses.PAIRS, rounds=1),
     "monitor_overhead": _monitor_overhead,
