@@ -15,7 +15,6 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from lightning_collapse.monitoring.graph_call import GraphCall, pack, unpack
-from lightning_collapse.monitoring.module_hook import HookOwner, ModuleHook
 from lightning_collapse.utilities.attention_calls import (
     AttentionCall,
     call_of_multi_head,
@@ -23,6 +22,7 @@ from lightning_collapse.utilities.attention_calls import (
     logits_of_softmax,
     sample,
 )
+from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
 from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, hooks_ignored, is_to_be_ignored
 from lightning_collapse.utilities.private_torch import innermost_function_mode, is_fake
 

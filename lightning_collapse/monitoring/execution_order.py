@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
-from lightning_collapse.monitoring.module_hook import HookOwner, ModuleHook
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import from_first_process
+from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
 from lightning_collapse.utilities.modules import (
     Execution,
     clean_name,

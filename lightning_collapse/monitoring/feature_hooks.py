@@ -10,10 +10,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_collapse.monitoring.graph_call import GraphCall
-from lightning_collapse.monitoring.module_hook import HookOwner, ModuleHook
 from lightning_collapse.utilities.channel_axis import ChannelAxis
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly, find_features, is_tokens, token_at
+from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
 from lightning_collapse.utilities.modules import Tap, is_to_be_ignored
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lightning_collapse.monitoring.execution_order import ExecutionOrder
 from lightning_collapse.monitoring.feature_buffer import Batch, FeatureBuffer, LayerFeatures
 from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
-from lightning_collapse.monitoring.module_hook import HookOwner
 from lightning_collapse.monitoring.sampling_plan import SamplingPlan
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.monitoring.training_flops import TrainingFlops
@@ -22,6 +21,7 @@ from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import max_over_processes, world_size
 from lightning_collapse.utilities.execution import Execution
 from lightning_collapse.utilities.features import evenly, padding_mask
+from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import Tap, let_hooks_be_seen, weighted_layers
 
 EVERYTHING = 1 << 31

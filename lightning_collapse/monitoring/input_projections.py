@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_collapse.monitoring.graph_call import GraphCall
-from lightning_collapse.monitoring.module_hook import HookOwner, ModuleHook
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.features import as_rows
+from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
 from lightning_collapse.utilities.modules import is_to_be_ignored
 from lightning_collapse.utilities.weight_matrices import Input, WeightMatrix
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
-from lightning_collapse.monitoring.module_hook import HookOwner, ModuleHook
 from lightning_collapse.utilities.containment import Containment
+from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
 from lightning_collapse.utilities.modules import in_backward, is_compiled, weighted_layers
 
 

@@ -1,39 +1,159 @@
-"""Module hooks that belong to one module: no copy of it carries them."""
+"""Module hooks that belong to one module: neither its copies nor its pickles take them along."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
+from weakref import ref
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_collapse.utilities.private_torch import drop_forward_hook, is_hook_table
+
+# private in torch 2.5
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+_STATE = "__getstate__"
 
 
-class OwnedHook:
-    """A hook for ``register_forward_hook`` and its like that acts on one module and on no copy.
+class OwnedAttribute:
+    """Base of an attribute ``name`` of one module; in copies it is what was there ``before``, ``None`` for nothing."""
 
-    PyTorch copies the hooks of a module with it, and what they belong to; a closure cannot be pickled at all. Of this
-    one a deep copy or a pickle holds a function of the standard library that does nothing.
+    name: str
+    before: Any
+
+
+def own(module: nn.Module) -> None:
+    """Have copies and pickles of a module leave out its :class:`ModuleHook` and :class:`OwnedAttribute`.
+
+    Both ask an object for its state by ``__getstate__``, which an instance may have of its own. Where its class is
+    copied by other rules they stand.
+    """
+    cls = type(module)
+    if not hasattr(cls, "__deepcopy__") and cls.__reduce_ex__ is object.__reduce_ex__:
+        vars(module).setdefault(_STATE, _State(module))
+
+
+def disown(module: nn.Module) -> None:
+    """Have the module copied as its class has it, unless something owned is still there."""
+    mine = vars(module)
+    hooks = [hook for name, table in mine.items() if is_hook_table(name) for hook in table.values()]
+    owned = any(isinstance(value, ModuleHook | OwnedAttribute) for value in (*mine.values(), *hooks))
+    if not owned and isinstance(mine.get(_STATE), _State):
+        del mine[_STATE]
+
+
+class ModuleHook:
+    """A forward hook or pre-hook; a function or subclasses say what it does, and it never changes what it sees.
+
+    Copies and pickles of the module are without it. Where its class has a way of its own to copy, a deep copy gets a
+    hook that takes itself off at the first call, and a pickle a function of the standard library that does nothing, so
+    that it loads where this package is not installed. Programs that are exported do not see it.
 
     Args:
-        module: The module it is registered on.
-        function: What to call, as the hook would be called.
+        module: Where to hook.
+        before: Whether to hook the inputs: :meth:`run` gets ``args`` and ``kwargs`` instead of ``args`` and ``output``.
+        function: What :meth:`run` calls.
+
+    Raises:
+        Exception: What ``module`` raises if it refuses hooks, as ``torch.jit.ScriptModule`` may.
 
     Example:
         >>> from copy import deepcopy
         >>> seen, layer = [], nn.Identity()
-        >>> handle = layer.register_forward_hook(OwnedHook(layer, lambda module, args, output: seen.append(output)))
-        >>> layer(1), deepcopy(layer)(2), seen
-        (1, 2, [1])
+        >>> hook = ModuleHook(layer, function=lambda module, args, output: seen.append(output))
+        >>> layer(1), deepcopy(layer)(2), seen, len(deepcopy(layer)._forward_hooks)
+        (1, 2, [1], 0)
     """
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        self.module, self.function = module, function
+    def __init__(self, module: nn.Module, before: bool = False, function: Callable[..., None] | None = None) -> None:
+        self._module, self._before, self._function = ref(module), before, function
+        self._handle: RemovableHandle | None = None
+        self.attach()
 
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        """Of another module, such as a shallow copy, nothing."""
-        return self.function(module, *args) if module is self.module else None
+    def attach(self) -> None:
+        """Put the hook on, again after :meth:`remove`."""
+        module = self._module()
+        if module is not None:
+            self._handle = (
+                module.register_forward_pre_hook(self, with_kwargs=True)
+                if self._before
+                else module.register_forward_hook(self)
+            )
+            own(module)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return nullcontext().__exit__
+    def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        """What the hook does with the arguments of a call and its output, or its keyword arguments."""
+        if self._function is not None:
+            self._function(module, args, value)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")
+    def remove(self) -> None:
+        """Take the hook off; may be called twice."""
+        module = self._module()
+        if module is not None and self._handle is not None:
+            self._handle.remove()
+            disown(module)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        """Run, but for an export."""
+        if not _is_exporting():
+            self.run(module, args, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHook:
+        copy = ModuleHook(nn.Identity())  # of a module that is gone by now
+        copy._function = copy._leave
+        return copy
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (nullcontext(), "__exit__")  # takes any three arguments, and returns nothing
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        if not torch.compiler.is_compiling():
+            drop_forward_hook(module, self)
+
+
+class HookOwner:
+    """Has hooks, which can be taken off for a while: torch has faster ways through a module without any."""
+
+    _hooks: Sequence[ModuleHook] = ()
+
+    def pause(self) -> None:
+        """Take the hooks off until :meth:`resume`."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def resume(self) -> None:
+        """Put the hooks on again."""
+        for hook in self._hooks:
+            hook.attach()
+
+
+class _State:
+    """Called for the state of a module, it returns that without what is owned."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = ref(module)
+
+    def __call__(self) -> Any:
+        module = self._module()
+        return _without(getattr(type(module), _STATE, vars)(module))  # before Python 3.11 few classes have one
+
+
+def _without(state: Any) -> Any:
+    if not isinstance(state, dict):
+        return state
+    clean = {name: value for name, value in state.items() if not isinstance(value, _State)}
+    for name, value in state.items():
+        while isinstance(value, OwnedAttribute) and value.name == name:
+            value = clean[name] = value.before
+            if value is None:
+                del clean[name]
+    tables = {name: table for name, table in clean.items() if is_hook_table(name)}
+    keys = {key for table in tables.values() for key, hook in table.items() if isinstance(hook, ModuleHook)}
+    for name, table in tables.items():
+        if not keys.isdisjoint(table):
+            clean[name] = OrderedDict((key, hook) for key, hook in table.items() if key not in keys)
+    return clean

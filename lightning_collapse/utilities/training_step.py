@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_collapse.utilities.hooks import OwnedAttribute, disown, own
+
 
 def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
     """Replace ``module.name`` by ``around(method, *args, **kwargs)`` until the returned function is called.
@@ -39,6 +41,7 @@ def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Cal
     """
     wrapper = _Wrapper(module, name, around)
     setattr(module, name, wrapper)
+    own(module)
     return wrapper.take_off
 
 
@@ -47,7 +50,7 @@ def wrap_training_step(module: nn.Module, around: Callable[..., Any]) -> Callabl
     return wrap_method(module, "training_step", around)
 
 
-class _Wrapper:
+class _Wrapper(OwnedAttribute):
     def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
         self.module, self.name = module, name
         self.before: Any = vars(module).get(name)
@@ -77,3 +80,4 @@ class _Wrapper:
                 delattr(self.module, self.name)
             else:
                 setattr(self.module, self.name, top.before)
+        disown(self.module)

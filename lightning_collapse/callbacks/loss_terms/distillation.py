@@ -19,7 +19,7 @@ from lightning_collapse.losses.distillation import distillation_loss, feature_di
 from lightning_collapse.losses.schedule import Weight
 from lightning_collapse.utilities.arguments import require_not_negative, require_one_of, require_positive
 from lightning_collapse.utilities.copies import fill, frozen_copy, tensors_of
-from lightning_collapse.utilities.hooks import OwnedHook
+from lightning_collapse.utilities.hooks import ModuleHook
 from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first
 from lightning_collapse.utilities.private_torch import tree_leaves
 from lightning_collapse.utilities.trainer import is_sharded
@@ -119,11 +119,11 @@ class Distillation(AuxiliaryLoss, TaskAware):
         around = {key: part for key, part in _parts(pl_module).items() if any(m is layer for m in part.modules())}
         if self.outputs is not None:
             around = {name: layer}
-        handles = [layer.register_forward_hook(OwnedHook(layer, self._capture))]
+        hooks = [ModuleHook(layer, function=self._capture)]
         for key, part in around.items():
-            handles.append(part.register_forward_pre_hook(OwnedHook(part, self._enter(key)), with_kwargs=True))
-            handles.append(part.register_forward_hook(OwnedHook(part, self._leave(key))))  # after `_capture`
-        return [handle.remove for handle in handles]
+            hooks.append(ModuleHook(part, before=True, function=self._enter(key)))
+            hooks.append(ModuleHook(part, function=self._leave(key)))  # after `_capture`
+        return [hook.remove for hook in hooks]
 
     @override
     def reset(self) -> None:

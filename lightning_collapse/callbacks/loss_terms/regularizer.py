@@ -13,7 +13,7 @@ from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.support.state import OneStep, keep, recall, remembered
 from lightning_collapse.utilities.features import sample_count
-from lightning_collapse.utilities.hooks import OwnedHook
+from lightning_collapse.utilities.hooks import ModuleHook
 from lightning_collapse.utilities.modules import in_backward, is_channels_first
 from lightning_collapse.utilities.optimizers import searches_line
 
@@ -116,7 +116,7 @@ class Regularizer(AuxiliaryLoss):
         self._one_step = OneStep() if any(map(searches_line, trainer.optimizers)) else None
         self.loss.to(pl_module.device)
         self._channels_first = is_channels_first(layer)
-        return [layer.register_forward_hook(OwnedHook(layer, self._collect)).remove]
+        return [ModuleHook(layer, function=self._collect).remove]
 
     @override
     def reset(self) -> None:

@@ -16,11 +16,11 @@ from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_l
 from lightning_collapse.functional.attention_entropy import entropy_sums
 from lightning_collapse.functional.attention_rows import rows_of_call, rows_of_masked_logits
 from lightning_collapse.monitoring.attention_hooks import AttentionHooks, Captured, Reader, ReaderHooks, names_attention
-from lightning_collapse.monitoring.module_hook import HookOwner
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.features import padding_mask
+from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import Tap, find_taps, is_compiled, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_collapse.monitoring.feature_window import FeatureWindow
-from lightning_collapse.monitoring.module_hook import HookOwner
 from lightning_collapse.monitoring.to_host import Number, to_host
 from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish, try_again
 from lightning_collapse.utilities.containment import Containment
+from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import Tap, classification_head, clean_name, find_taps, is_compiled
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import CURVES, Curve, register_monitor

@@ -23,13 +23,13 @@ from lightning_collapse.functional.spectral_alignment import (
 )
 from lightning_collapse.metrics.spectral_alignment import BINS, alignment_histogram
 from lightning_collapse.monitoring.input_projections import InputProjections, Projected
-from lightning_collapse.monitoring.module_hook import HookOwner
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.reporting import log_histogram
 from lightning_collapse.spectral.power_iteration import PowerIteration, TopSingularPair
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.features import padding_mask
+from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import find_modules, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
