@@ -106,3 +106,35 @@ def scheduler_rates(scheduler: Any) -> tuple[str, ...]:
 def nested_schedulers(scheduler: Any) -> tuple[Any, ...]:
     """The schedulers that one is made of."""
     return tuple(getattr(scheduler, "_schedulers", ()))
+
+
+def packs_saved_tensors() -> bool:
+    """Whether what autograd saves is packed by hooks at present, as inside of activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def saved_tensors(node: Any, packed: bool = False) -> dict[str, Tensor]:
+    """What a node of the autograd graph keeps for its derivative, by the name that the derivative has for it.
+
+    What hooks have packed is left out, since to unpack it may compute a part of the model again.
+
+    Args:
+        node: A ``grad_fn`` before the backward pass.
+        packed: Whether hooks may have packed something; where torch cannot say of what, nothing is read.
+    """
+    found: dict[str, Tensor] = {}
+    prefix = "_raw_saved_"
+    for raw in [name for name in dir(node) if name.startswith(prefix)]:
+        name = raw.removeprefix(prefix)
+        kept = getattr(node, raw, None)
+        several = kept if isinstance(kept, tuple | list) else (kept,)
+        if any(getattr(one, "unpack_hook", True if packed else None) is not None for one in several):
+            continue
+        try:
+            values = getattr(node, "saved_tensors" if name == "tensors" else f"_saved_{name}")
+        except RuntimeError:  # changed in place since, or freed
+            continue
+        for i, value in enumerate(values if isinstance(values, tuple | list) else (values,)):
+            if isinstance(value, Tensor):
+                found[name if len(several) == 1 else f"{name}{i}"] = value
+    return found

@@ -1,0 +1,191 @@
+"""Comparisons of a loss: nodes of its autograd graph that compare what a model returned with a constant, or with itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_collapse.monitoring.autograd_graph import AutogradGraph, Below, Node, children, kind
+from lightning_collapse.monitoring.call_record import Seen
+from lightning_collapse.monitoring.value_comparison import Sample, sample_of
+
+CLASSES = ("NllLoss", "NllLoss2D", "MultiMarginLoss", "MultiMargin", "CtcLoss")
+NUMBERS = ("MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss")
+YES_OR_NO = ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "SoftMarginLoss", "MultilabelMarginLoss")
+_PROBABILITIES = ("LogSoftmax", "Softmax", "Sigmoid", "LogSigmoid", "Log", "LogSigmoidForward")
+_PICKS = ("Gather", "Index", "IndexSelect", "Take")
+_ERRORS = ("Pow", "Abs", "Mul", "LinalgVectorNorm", "Norm")
+_PAIRS = ("Mul", "Mm", "Bmm", "Dot", "Mv", "Cdist", "PairwiseDistance", *NUMBERS)
+_VIEWS = (
+    "View",
+    "UnsafeView",
+    "Reshape",
+    "ReshapeAlias",
+    "Squeeze",
+    "Unsqueeze",
+    "Transpose",
+    "Permute",
+    "T",
+    "ToCopy",
+)
+_SAVED = ("target", "targets", "other", "self")
+
+
+@dataclass
+class Comparison:
+    """One place where a loss compares.
+
+    Attributes:
+        node: The node.
+        sort: ``"classes"``, ``"numbers"``, ``"yes or no"``, ``"probabilities"``, ``"pick"`` (an element is chosen by an
+            index), ``"weight"`` (terms are multiplied by it) or ``"pair"`` (both sides have a gradient).
+        below: What is compared, up to the last weights.
+        constant: What it is compared with; ``None`` where that has a gradient, or must be computed.
+        sample: Its first rows, where they are computed: an error was saved and not the target.
+        classes: Of how many classes one is right, 0 where that is not known.
+        given: Tensors of the batch that the constant is, or was made of, with how.
+    """
+
+    node: Node
+    sort: str
+    below: Below
+    constant: Tensor | None = None
+    sample: Sample | None = None
+    classes: int = 0
+    given: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The operation."""
+        return kind(self.node)
+
+    def rows(self) -> Sample | None:
+        """The first rows of the constant, on the host."""
+        if self.sample is None:
+            self.sample = sample_of(self.constant)
+        return self.sample
+
+
+def comparisons(graph: AutogradGraph) -> list[Comparison]:
+    """All comparisons between the loss and the last weights, from the loss on."""
+    found = []
+    for node in graph.region():
+        name = kind(node)
+        if name in (*CLASSES, *NUMBERS, *YES_OR_NO):
+            found += _of_loss(graph, node, name)
+        elif name in _PICKS:
+            found += [Comparison(node, "pick", graph.below(graph.data(node)), index) for index in _index(graph, node)]
+        elif name in _ERRORS or name in _PAIRS:
+            found += _error(graph, node) or _product(graph, node, name)
+    return found
+
+
+def _of_loss(graph: AutogradGraph, node: Node, name: str) -> list[Comparison]:
+    saved = graph.saved(node)
+    sides = [child for child, _ in node.next_functions[:2]]
+    if len(sides) > 1 and None not in sides and sides[0] != sides[1]:
+        return _pair(graph, node, sides)
+    target = saved.get("self") if sides[0] is None else saved.get("target", saved.get("targets"))
+    if target is None:
+        return []
+    sort = "classes" if name in CLASSES else "numbers" if name in NUMBERS else "yes or no"
+    below = graph.below(graph.data(node))
+    return [Comparison(node, sort, below, target, classes=_classes(saved) if sort == "classes" else 0)]
+
+
+def _classes(saved: dict[str, Tensor]) -> int:
+    scores = saved.get("self", saved.get("log_probs"))
+    if scores is None:
+        return 0
+    return scores.shape[1] if scores.ndim in (2, 4) else scores.shape[-1] if scores.ndim else 0
+
+
+def _error(graph: AutogradGraph, node: Node) -> list[Comparison]:
+    """Of ``(prediction - target) ** 2`` and such: the difference is saved, and the prediction was recorded."""
+    inner = children(node)
+    while len(inner) == 1 and kind(inner[0]) in (*_VIEWS, "Add", "Clamp", "Mul") and len(children(inner[0])) == 1:
+        inner = children(inner[0])  # such as the constant that keeps a norm from zero
+    difference = inner[0] if inner else None
+    if difference is None or any(child != difference for child in inner) or kind(difference) != "Sub":
+        return []
+    sides = [child for child, _ in difference.next_functions]
+    if None not in sides:
+        return _pair(graph, node, sides) if sides[0] != sides[1] else []
+    saved = graph.saved(node).get("self")
+    prediction = next((side for side in sides if side is not None), None)
+    if saved is None or prediction is None:
+        return []
+    sign = 1 if sides[0] is None else -1
+    below, seen = graph.below([prediction]), _value_of(graph, prediction)
+    sample = _sum(seen, saved, sign) if seen is not None else None
+    return [Comparison(difference, "numbers", below, None, sample)]
+
+
+def _value_of(graph: AutogradGraph, node: Node) -> Seen | None:
+    """What a module returned that is the value of a node, but for its shape."""
+    while True:
+        for call in graph.record.calls:
+            for output in call.outputs:
+                if output.node is not None and output.node == node:
+                    return output
+        inner = children(node)
+        if kind(node) not in _VIEWS or len(inner) != 1:
+            return None
+        node = inner[0]
+
+
+def _sum(seen: Seen, difference: Tensor, sign: int) -> Sample | None:
+    if seen.values is None or seen.numel != difference.numel():
+        return None
+    error = sample_of(difference)
+    if error is None:
+        return None
+    n = min(seen.values.numel(), error.values.numel())
+    prediction = seen.values.flatten()[:n].cpu().double()
+    values = prediction + sign * error.values.flatten()[:n]
+    width = difference.numel() // max(len(difference), 1) if difference.ndim else 1
+    values = values[: n // width * width].view(-1, *difference.shape[1:]) if difference.ndim else values
+    return Sample(tuple(difference.shape), values, False)
+
+
+def _product(graph: AutogradGraph, node: Node, name: str) -> list[Comparison]:
+    sides = [child for child, _ in node.next_functions[:2]]
+    if name not in _PAIRS or len(sides) < 2 or sides[0] is None is sides[1]:
+        return []
+    if None not in sides:
+        return _pair(graph, node, sides)
+    saved = graph.saved(node)
+    constant = saved.get("self" if sides[0] is None else "other", saved.get("mat2"))
+    varying: Any = next(side for side in sides if side is not None)
+    if constant is None or constant.numel() < 2:
+        return []
+    source = varying
+    while kind(source) in (*_VIEWS, "Neg") and len(children(source)) == 1:
+        source = children(source)[0]
+    of_probabilities = kind(source) in _PROBABILITIES
+    sort, classes = "probabilities" if of_probabilities else "weight", 0
+    if of_probabilities:
+        result = graph.saved(source).get("result")
+        dim = getattr(source, "_saved_dim", None)
+        if result is not None and isinstance(dim, int):
+            classes = result.shape[dim - 2**64 if dim > 2**63 else dim]
+    return [Comparison(node, sort, graph.below([varying]), constant, classes=classes)]
+
+
+def _pair(graph: AutogradGraph, node: Node, sides: list[Node]) -> list[Comparison]:
+    """Both sides are what modules returned, with weights behind them."""
+    parts = [graph.below([side]) for side in sides[:2]]
+    if not all(part.ends and part.modules for part in parts):
+        return []
+    return [Comparison(node, "pair", graph.below(sides[:2]))]
+
+
+def _index(graph: AutogradGraph, node: Node) -> list[Tensor]:
+    """What chooses one number of each row; not what chooses rows."""
+    chosen = [value for name, value in graph.saved(node).items() if name.startswith("ind")]
+    if (kind(node) == "Index" and len(chosen) < 2) or kind(node) == "IndexSelect":
+        return []
+    return [value for value in chosen if value.dtype in (torch.long, torch.int) and value.numel() > 1]
