@@ -1,10 +1,23 @@
 """The engine under every monitor: hooks, sampling plan, feature buffer, evaluation of measures; no Lightning in it."""
 
 from lightning_collapse.monitoring.attention_hooks import AttentionHooks
+from lightning_collapse.monitoring.call_record import CallRecord
 from lightning_collapse.monitoring.execution_order import ExecutionOrder
 from lightning_collapse.monitoring.feature_hooks import FeatureHooks
 from lightning_collapse.monitoring.feature_window import FeatureWindow
+from lightning_collapse.monitoring.loss_graph import read_loss
+from lightning_collapse.monitoring.loss_use import LossUse
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.monitoring.training_flops import TrainingFlops
 
-__all__ = ["AttentionHooks", "ExecutionOrder", "FeatureHooks", "FeatureWindow", "StepScope", "TrainingFlops"]
+__all__ = [
+    "AttentionHooks",
+    "CallRecord",
+    "ExecutionOrder",
+    "FeatureHooks",
+    "FeatureWindow",
+    "LossUse",
+    "StepScope",
+    "TrainingFlops",
+    "read_loss",
+]

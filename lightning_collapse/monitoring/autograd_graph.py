@@ -1,4 +1,4 @@
-"""Autograd graph of a loss: its nodes in breadth-first order, which of them multiply by weights, and what lies between."""
+"""Autograd graph of a loss: its nodes, which of them multiply by weights, and what lies between."""
 
 from __future__ import annotations
 

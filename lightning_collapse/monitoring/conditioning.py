@@ -23,7 +23,7 @@ NUMBER, WAVES, POSITIONS, INDEX = (
     "it receives one index per sample, beside maps or sequences",
 )
 ROUTER, VARIANCE = "its softmax weighs what others return", "its exponential scales what others return"
-_VIEWS = [
+_VIEWS: tuple[str, ...] = (
     "View",
     "UnsafeView",
     "Reshape",
@@ -33,14 +33,10 @@ _VIEWS = [
     "Transpose",
     "Permute",
     "T",
-    "ToCopy",
-    "Expand",
-    "Clone",
-    "Alias",
-    "Neg",
-]
+)
+_VIEWS += ("ToCopy", "Expand", "Clone", "Alias", "Neg")
 _SCALES = ("Mul", "Div", "Add", "Sub", "Clamp")
-_CHOICES = [
+_CHOICES: tuple[str, ...] = (
     "Topk",
     "Sort",
     "Gather",
@@ -51,12 +47,9 @@ _CHOICES = [
     "Unbind",
     "Scatter",
     "ScatterAdd",
-    "MaskedFill",
-    "Where",
-    "Sum",
-    "Clamp",
-]
-_CHOSEN = (*_VIEWS, *_CHOICES, "Div")
+)
+_CHOICES += ("MaskedFill", "Where", "Sum", "Clamp", "Div")
+_CHOSEN = (*_VIEWS, *_CHOICES)
 _POSITIONS, _WAVES = 4, 4
 
 

@@ -1,4 +1,4 @@
-"""Comparisons of a loss: nodes of its autograd graph that compare what a model returned with a constant, or with itself."""
+"""Comparisons of a loss: nodes of its graph that compare what a model returned with a constant or with itself."""
 
 from __future__ import annotations
 

@@ -1,8 +1,20 @@
 """Task: what a network is trained for, as far as it changes what counts as a failure."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-TASKS = ("classification", "regression", "self-supervised", "language model")
+TASKS = (
+    "classification",
+    "multi-label",
+    "regression",
+    "language model",
+    "self-supervised",
+    "reconstruction",
+    "denoising",
+    "reinforcement",
+)
+"""Classes that exclude each other; several answers that do not; numbers; tokens; features compared with features; what
+the network receives; noise that was added to it; outputs that actions choose."""
 
 
 @dataclass(frozen=True)
@@ -11,13 +23,17 @@ class Task:
 
     Attributes:
         name: One of :data:`TASKS`; empty if it is not known, which changes nothing.
-        why: What it was inferred from, in words; empty if it was told.
+        why: What it was inferred from, in words; empty if it was told. Of an unknown one, why it is not known.
         directions: How many directions the last features keep when training succeeds: neural collapse leaves ``C - 1``
             of ``C`` classes (Papyan, Han & Donoho, 2020, arXiv 2008.08186), regression as many as there are targets
-            (Andriopoulos et al., 2024, arXiv 2409.04180). 0 where there is no such end.
+            (Andriopoulos et al., 2024, arXiv 2409.04180), and so do several labels that do not exclude each other,
+            whose scores are as many; never more than there are features. 0 where there is no such end.
         last: Names of the layers from the one before the output layer on.
-        outputs: Those of them whose outputs follow targets, so that nothing is said of how they lie.
+        outputs: Those of them whose outputs the loss compares with targets, so that nothing is said of how they lie.
         kinds: What is judged: kinds of the rules whose curves are drawn.
+        conditioning: Names of layers that hold few directions by design: what embeds one number or a position,
+            routers, heads of a variance.
+        reasons: Why, for each of these, in words.
     """
 
     name: str = ""
@@ -26,6 +42,8 @@ class Task:
     last: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
     kinds: frozenset[str] = frozenset()
+    conditioning: frozenset[str] = frozenset()
+    reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         ends = f", which may end in {self.directions} direction(s)" if self.directions else ""

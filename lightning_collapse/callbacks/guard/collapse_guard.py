@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.guard.action import Action, action_name, load_states, states_of
 from lightning_collapse.callbacks.guard.arguments import ActionLike, check_rules, make_actions
+from lightning_collapse.callbacks.guard.loss_reader import LossReader
 from lightning_collapse.callbacks.guard.required_monitors import available, require_available
 from lightning_collapse.callbacks.guard.task_inference import infer_task
 from lightning_collapse.callbacks.guard.training_health import TrainingHealth
@@ -50,7 +51,7 @@ class CollapseGuard(Callback):
 
     The task decides which rules apply and what is expected: the last features of a classifier or of a regression may
     end in as few directions as there are classes less one, or targets, and that is a notice and no failure. It is given
-    with ``task``, or inferred and said when training starts, see
+    with ``task``, or inferred from what the first loss compares, and said, see
     :func:`~lightning_collapse.callbacks.guard.task_inference.infer_task`; an unknown one changes nothing.
 
     **Logged metrics**: ``guard/{kind}``, such as ``guard/complete_collapse``, the number of layers so judged; with a
@@ -111,7 +112,8 @@ class CollapseGuard(Callback):
         self._fresh = deepcopy(states_of(self._actions))
         self._health = TrainingHealth()
         self._containment = Containment(type(self).__name__)
-        self._loaded = self._given = self._inferred = False
+        self._reader: LossReader | None = None
+        self._loaded = self._given = False
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -151,8 +153,9 @@ class CollapseGuard(Callback):
             if not any(isinstance(callback, TaskAware) and callback.task_index for callback in trainer.callbacks):
                 self.judge.reset()
             load_states(self._actions, deepcopy(self._fresh))
-        self._loaded = self._given = self._inferred = False
+        self._loaded = self._given = False
         self._containment = Containment(type(self).__name__)
+        self._reader = LossReader(pl_module, self._containment)
         self._health = TrainingHealth()
         self.task = Task(self._requested or "")
         require_available(self._rules, trainer.callbacks, requested=self.rules is not None)
@@ -161,14 +164,22 @@ class CollapseGuard(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._inferred:
-            self._inferred = True
-            with self._containment("inferring the task", "the task stays unknown"):
-                self._infer_task(trainer, pl_module, batch)
+        if self._reader is not None:
+            with self._containment("listening to the loss", "the task stays unknown", self._reader.remove):
+                self._reader.before_batch(batch)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._health.note_loss(loss)
+        if self._reader is not None and self._reader.before_backward(loss):
+            self._infer_task(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._reader is not None and self._reader.after_batch():
+            self._infer_task(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -195,16 +206,23 @@ class CollapseGuard(Callback):
             if self._run(action, lambda action: action.on_verdict(trainer, pl_module, judgement)):
                 self.judge.restart()
 
-    def _infer_task(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        self.task = infer_task(trainer, pl_module, batch, self._requested)
-        self.task = replace(self.task, kinds=available(self._rules, trainer.callbacks))
+    def _infer_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        use, self._reader = self._reader.use if self._reader is not None else None, None
+        with self._containment("inferring the task", "the task stays unknown"):
+            self.task = infer_task(trainer, pl_module, use, self._requested)
+            self.task = replace(self.task, kinds=available(self._rules, trainer.callbacks))
+        if not self._requested:
+            self._say_task()
+
+    def _say_task(self) -> None:
         outputs = ", ".join(f"`{layer}`" for layer in sorted(self.task.outputs))
         said = f" How the outputs of {outputs} lie is up to the targets, and not judged." if outputs else ""
-        if self.task.name and not self._requested:
-            rank_zero_info(
-                f"`CollapseGuard` takes this for {self.task}, from {self.task.why}. Say otherwise with"
-                f" `task=`: {', '.join(TASKS)}.{said}"
-            )
+        told = f"`task=`: {', '.join(TASKS)}."
+        if self.task.name:
+            taken = f"takes this for {self.task}, from {self.task.why}. Say otherwise with {told}{said}"
+        else:
+            taken = f"does not know the task: {self.task.why}. Every layer is judged; say it with {told}"
+        rank_zero_info(f"`CollapseGuard` {taken}")
 
     @staticmethod
     def _say(judgement: Judgement) -> None:
@@ -223,6 +241,9 @@ class CollapseGuard(Callback):
         return done
 
     def _detach(self, trainer: Trainer) -> None:
+        if self._reader is not None:
+            self._reader.remove()
+            self._reader = None
         for action in self._actions:
             with self._containment(f"the end of action `{action_name(action)}`", "it may leave something behind"):
                 action.detach()

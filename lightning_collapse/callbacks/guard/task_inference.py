@@ -1,70 +1,75 @@
-"""Task inference: what a module is trained for, from its monitors, its first batch and its last layer."""
+"""Task inference: what a module is trained for, from what its loss compares, or from its monitors."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_collapse.monitoring.loss_use import LossUse
 from lightning_collapse.rules import Task
-from lightning_collapse.utilities.modules import clean_name, weighted_layers
-from lightning_collapse.utilities.targets import TARGET_KEYS, targets_of
+from lightning_collapse.utilities.modules import INPUT_SUFFIX, clean_name, curve_name, weighted_layers
 
-WITH_TARGETS = ("classification", "regression", "language model")
+OUTPUTS_FOLLOW = ("classification", "multi-label", "regression", "language model")
 OF_FAMILY = {"neural_collapse": "classification", "regression_collapse": "regression"}
 
 
-def infer_task(trainer: Trainer, pl_module: LightningModule, batch: Any, requested: str | None = None) -> Task:
-    """The task of a fit; looks at kinds and shapes of tensors only, so nothing waits for the device.
+def infer_task(
+    trainer: Trainer, pl_module: LightningModule, use: LossUse | None = None, requested: str | None = None
+) -> Task:
+    """The task of a fit, and the layers whose outputs follow targets.
 
-    In this order: what was requested; a monitor of neural collapse (classification) or of regression collapse
-    (regression), if not both; then the batch. Whole numbers as inputs, with none or as many as targets: a language
-    model. Whole numbers as targets: classification. Targets of the shape of the inputs, or none: self-supervised, since
-    two views look like that. Other targets: regression. Where it ends is read from the width of the last layer with a
-    weight, in the order in which the module defines them.
+    In this order: what was requested; what the loss compares; a monitor of neural collapse (classification) or of
+    regression collapse (regression), if not both; else it is unknown. The layers are those that the loss compares with
+    targets. Where that cannot be read, and the task has targets, it is the last layer with a weight, in the order in
+    which the module defines them, and its width says where the task ends.
+
+    Args:
+        trainer: For its monitors.
+        pl_module: For its last layer.
+        use: What the loss uses, see :func:`~lightning_collapse.monitoring.read_loss`.
+        requested: The task that was told.
 
     Returns:
-        Without a name where the batch says nothing.
+        Without a name where nothing tells.
     """
+    use = use or LossUse(why="no loss was seen")
     families = {getattr(callback, "family", "") for callback in trainer.callbacks}
     by_monitor = {OF_FAMILY[family] for family in families & OF_FAMILY.keys()}
     if requested is not None:
         name, why = requested, ""
+    elif use.task:
+        name, why = use.task, use.why
     elif len(by_monitor) == 1:
         [name], why = by_monitor, "its monitors"
     else:
-        name, why = _of_batch(batch)
+        name, why = "", use.why
+    reasons = {curve_name(layer): reason for layer, reason in use.conditioning.items()}
+    blank = Task(name, why, conditioning=frozenset(reasons), reasons=reasons)
+    if requested == "self-supervised" != use.task or not name:
+        return blank
+    if use.compared:
+        directions = use.directions if name == use.task else 0
+        return _with_layers(blank, directions, map(_tap_name, use.last), map(_tap_name, use.compared))
+    return _by_registration(blank, pl_module, use.directions) if name in OUTPUTS_FOLLOW else blank
+
+
+def _with_layers(task: Task, directions: int, last: Iterable[str], outputs: Iterable[str]) -> Task:
+    return replace(task, directions=directions, last=frozenset(last), outputs=frozenset(outputs))
+
+
+def _tap_name(name: str) -> str:
+    suffix = ".input"
+    return curve_name(name.removesuffix(suffix) + INPUT_SUFFIX if name.endswith(suffix) else name)
+
+
+def _by_registration(task: Task, pl_module: LightningModule, directions: int) -> Task:
     layers = [(clean_name(layer), module) for layer, module in weighted_layers(pl_module)]
     width = _width(layers[-1][1]) if layers else 0
-    ends = {"classification": max(width - 1, 1), "regression": width} if width else {}
+    ends = {"classification": max(width - 1, 1), "regression": width, "multi-label": width} if width else {}
     names = [layer for layer, _ in layers]
     last = _ending_behind(pl_module, names[-2:]) | {f"{layer}.input" for layer in names[-1:]}
-    return Task(name, why, ends.get(name, 0), last, _heads(names, name, width, batch))
-
-
-def _of_batch(batch: Any) -> tuple[str, str]:
-    inputs, targets = _inputs_of(batch), targets_of(batch)
-    if inputs is None:
-        return "", ""
-    words = not inputs.is_floating_point() and inputs.ndim == 2
-    if words and (targets is None or targets.shape == inputs.shape):
-        return "language model", "whole numbers as inputs, and none or as many as targets"
-    if targets is None:
-        return "self-supervised", "a batch without targets"
-    if not targets.is_floating_point():
-        return "classification", "whole numbers as targets"
-    if targets.shape == inputs.shape:
-        return "self-supervised", "two views of one shape in a batch"
-    return "regression", "real numbers as targets"
-
-
-def _inputs_of(batch: Any) -> Tensor | None:
-    if isinstance(batch, Mapping):
-        inputs = (value for key, value in batch.items() if key not in TARGET_KEYS)
-        found: Any = next((value for value in inputs if isinstance(value, Tensor)), None)
-    else:
-        found = batch[0] if isinstance(batch, Sequence) and not isinstance(batch, str) and batch else batch
-    return found if isinstance(found, Tensor) else None
+    return _with_layers(task, directions or ends.get(task.name, 0), last, _heads(names))
 
 
 def _width(layer: nn.Module) -> int:
@@ -73,12 +78,9 @@ def _width(layer: nn.Module) -> int:
     return width if isinstance(width, int) else 0
 
 
-def _heads(layers: Sequence[str], task: str, width: int, batch: Any) -> frozenset[str]:
-    """The last layer and modules that hold no other, if its outputs can be those of a task with targets."""
-    if not layers or task not in WITH_TARGETS:
-        return frozenset()
-    targets = targets_of(batch)
-    if task == "regression" and targets is not None and width != (targets.shape[-1] if targets.ndim > 1 else 1):
+def _heads(layers: Sequence[str]) -> frozenset[str]:
+    """The last layer and modules that hold no other."""
+    if not layers:
         return frozenset()
     parts = layers[-1].split(".")
     around = (".".join(parts[:i]) for i in range(1, len(parts)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader
 
 from lightning_collapse import CollapseGuard
@@ -16,29 +17,61 @@ from tests.toys import HEALTHY, Claims, fit
 pytestmark = pytest.mark.filterwarnings("ignore:`.*Monitor`. the fit ended before")  # planted points instead
 
 REAL = torch.randn(8, 16)
-LABELS, TOKENS = torch.zeros(8, dtype=torch.long), torch.zeros(8, 16, dtype=torch.long)
+LABELS, TOKENS = torch.zeros(8, dtype=torch.long), torch.randint(3, (8, 16))
 BATCHES = {
     "labels": [REAL, LABELS],
     "targets": [REAL, torch.randn(8, 3)],
-    "two views": [REAL, REAL],
+    "two views": [REAL, REAL + 1],
+    "labels that ride along": {"views": [REAL, REAL + 1], "y": LABELS},
     "no targets": REAL,
     "tokens": TOKENS,
-    "next tokens": [TOKENS, TOKENS],
+    "next tokens": [TOKENS, TOKENS.roll(-1, 1)],
     "texts with labels": {"input_ids": TOKENS, "labels": LABELS},
-    "texts and next tokens": {"input_ids": TOKENS, "labels": TOKENS},
+    "texts and next tokens": {"input_ids": TOKENS, "labels": TOKENS.clone()},
     "texts with scores": {"input_ids": TOKENS, "labels": torch.randn(8)},
     "no tensors": ["a", "b"],
 }
 
 
 class Net(LightningModule):
+    """Its loss is the one that the names of :data:`BATCHES` promise."""
+
     def __init__(self, outputs=3):
         super().__init__()
+        self.table = nn.Embedding(3, 16)
         self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
         self.head = nn.Linear(32, outputs)
 
+    def forward(self, x):
+        return self.head(self.body(x))
+
     def training_step(self, batch, batch_idx):
-        return self.head(self.body(torch.ones(8, 16))).pow(2).mean()
+        views, y = (batch["views"], None) if isinstance(batch, dict) and "views" in batch else (batch, None)
+        if isinstance(batch, dict) and "labels" in batch:
+            views, y = batch["input_ids"], batch["labels"]
+        if isinstance(views, (list, tuple)):
+            views, y = views
+        if not isinstance(views, torch.Tensor):
+            return self(torch.ones(8, 16)).pow(2).mean()
+        if y is None and views.is_floating_point():
+            y = views + 1
+        if views.is_floating_point():
+            return self._real(views, y)
+        return self._words(views, views if y is None else y)
+
+    def _real(self, x, y):
+        if y.shape == x.shape:
+            return -(self(x) * self(y)).sum(1).mean()
+        scores = self(x)
+        return mse_loss(scores, y[:, : scores.shape[1]]) if y.ndim > 1 else cross_entropy(scores, y)
+
+    def _words(self, x, y):
+        if y.ndim > 1:
+            shift = 0 if y.data_ptr() != x.data_ptr() else 1
+            scores = self(self.table(x))[:, : x.shape[1] - shift]
+            return cross_entropy(scores.flatten(0, 1), y[:, shift:].flatten() % scores.shape[2])
+        scores = self(self.table(x).mean(1))
+        return mse_loss(scores[:, 0], y) if y.is_floating_point() else cross_entropy(scores, y)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -57,6 +90,7 @@ def taken(batch, *monitors, task=None, outputs=3):
         ("labels", "classification", 2),
         ("targets", "regression", 3),
         ("two views", "self-supervised", 0),
+        ("labels that ride along", "self-supervised", 0),
         ("no targets", "self-supervised", 0),
         ("tokens", "language model", 0),
         ("next tokens", "language model", 0),
@@ -66,7 +100,7 @@ def taken(batch, *monitors, task=None, outputs=3):
         ("no tensors", "", 0),
     ],
 )
-def test_from_the_batch(batch, name, directions):
+def test_from_the_loss(batch, name, directions):
     task = taken(BATCHES[batch])
     assert (task.name, task.directions) == (name, directions)
 
