@@ -23,32 +23,11 @@ NUMBER, WAVES, POSITIONS, INDEX = (
     "it receives one index per sample, beside maps or sequences",
 )
 ROUTER, VARIANCE = "its softmax weighs what others return", "its exponential scales what others return"
-_VIEWS: tuple[str, ...] = (
-    "View",
-    "UnsafeView",
-    "Reshape",
-    "ReshapeAlias",
-    "Squeeze",
-    "Unsqueeze",
-    "Transpose",
-    "Permute",
-    "T",
-)
-_VIEWS += ("ToCopy", "Expand", "Clone", "Alias", "Neg")
+_VIEWS: tuple[str, ...] = ("View", "UnsafeView", "Reshape", "ReshapeAlias", "Squeeze", "Unsqueeze", "Transpose")
+_VIEWS += ("Permute", "T", "ToCopy", "Expand", "Clone", "Alias", "Neg")
 _SCALES = ("Mul", "Div", "Add", "Sub", "Clamp")
-_CHOICES: tuple[str, ...] = (
-    "Topk",
-    "Sort",
-    "Gather",
-    "Index",
-    "Select",
-    "Slice",
-    "Split",
-    "Unbind",
-    "Scatter",
-    "ScatterAdd",
-)
-_CHOICES += ("MaskedFill", "Where", "Sum", "Clamp", "Div")
+_CHOICES: tuple[str, ...] = ("Topk", "Sort", "Gather", "Index", "Select", "Slice", "Split", "Unbind", "Scatter")
+_CHOICES += ("ScatterAdd", "MaskedFill", "Where", "Sum", "Clamp", "Div")
 _CHOSEN = (*_VIEWS, *_CHOICES)
 _POSITIONS, _WAVES = 4, 4
 

@@ -103,6 +103,12 @@ def _classes(saved: dict[str, Tensor]) -> int:
     return scores.shape[1] if scores.ndim in (2, 4) else scores.shape[-1] if scores.ndim else 0
 
 
+def is_log_probability(node: Node) -> bool:
+    """Whether a value is a logarithm of probabilities: a log-softmax, or scores less their log-sum-exp."""
+    normalized = kind(node) == "Sub" and any(kind(child) == "Logsumexp" for child in children(node))
+    return normalized or kind(node) in ("LogSoftmax", "Log")
+
+
 def _error(graph: AutogradGraph, node: Node) -> list[Comparison]:
     """Of ``(prediction - target) ** 2`` and such: the difference is saved, and the prediction was recorded."""
     inner = children(node)
@@ -165,7 +171,7 @@ def _product(graph: AutogradGraph, node: Node, name: str) -> list[Comparison]:
     source = varying
     while kind(source) in (*_VIEWS, "Neg") and len(children(source)) == 1:
         source = children(source)[0]
-    of_probabilities = kind(source) in _PROBABILITIES
+    of_probabilities = kind(source) in _PROBABILITIES or is_log_probability(source)
     sort, classes = "probabilities" if of_probabilities else "weight", 0
     if of_probabilities:
         result = graph.saved(source).get("result")

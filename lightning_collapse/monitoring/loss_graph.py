@@ -102,7 +102,7 @@ def _match(graph: AutogradGraph, batch: dict[str, Tensor], found: list[Compariso
                 fed[name] = "input"
             elif not given.integer and any(abs(correlation(one, given)) > _ALIKE for one in received):
                 fed[name] = "noised input"
-    _tokens_by_value(graph, samples, tokens)
+    _tokens_by_value(graph, storages, samples, tokens)
     fed |= dict.fromkeys(tokens, "input")
     return Evidence(graph, found, batch, fed, tokens, samples, received)
 
@@ -144,12 +144,14 @@ def _fed(graph: AutogradGraph, storages: dict[int, list[str]]) -> tuple[dict[str
     return fed, tokens
 
 
-def _tokens_by_value(graph: AutogradGraph, samples: dict[str, Sample | None], tokens: dict[str, int]) -> None:
-    """Tokens that were cut, such as those that a decoder receives."""
+def _tokens_by_value(
+    graph: AutogradGraph, storages: dict[int, list[str]], samples: dict[str, Sample | None], tokens: dict[str, int]
+) -> None:
+    """Copies of tokens that were cut, such as those that a decoder receives."""
     for call in graph.record.calls:
         rows = graph.record.tables.get(call.name, 0)
         for seen in call.inputs if rows else ():
-            looked_up = _sample(seen)
+            looked_up = None if seen.pointer in storages else _sample(seen)
             for name, given in samples.items():
                 if given is not None and looked_up is not None and given.integer and relation(looked_up, given):
                     tokens.setdefault(name, rows)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from lightning_collapse.monitoring.autograd_graph import AutogradGraph, Node, children, kind
-from lightning_collapse.monitoring.loss_comparisons import Comparison
+from lightning_collapse.monitoring.loss_comparisons import Comparison, is_log_probability
 from lightning_collapse.monitoring.loss_use import Evidence, LossUse
 from lightning_collapse.monitoring.value_comparison import is_masked_part, is_mixture, relation
 
@@ -71,10 +71,10 @@ def _picks(evidence: Evidence) -> tuple[list[Comparison], list[Comparison]]:
     for one in picks:
         source = _through_views(children(one.node)[0])
         result = graph.saved(source).get("result") if kind(source) == "LogSoftmax" else None
-        if kind(source) == "LogSoftmax" and not _is_weighed(graph, evidence.found, one.node):
+        if is_log_probability(source) and not _is_weighed(graph, evidence.found, one.node):
             classes = result.shape[-1] if result is not None else 0
             chosen.append(replace(one, sort="classes", classes=classes))
-        elif kind(source) == "LogSoftmax" or any(
+        elif is_log_probability(source) or any(
             one.node in other.below.between for other in evidence.found if other.sort == "numbers"
         ):
             actions.append(one)
@@ -128,7 +128,8 @@ def _are_tokens(evidence: Evidence, one: Comparison, names: list[str]) -> bool:
         return False
     if any(name in evidence.tokens or one.given[name] == "shifted" for name in names):
         return True
-    if one.classes in [rows for name, rows in evidence.tokens.items() if _is_sequence(evidence, name)]:
+    sequences = [rows for name, rows in evidence.tokens.items() if evidence.batch[name].ndim > 1]
+    if one.classes in sequences and any(evidence.batch[name].ndim > 1 for name in names):
         return True
     for name in names:
         for token in evidence.tokens:
@@ -136,10 +137,6 @@ def _are_tokens(evidence: Evidence, one: Comparison, names: list[str]) -> bool:
             if made is not None and given is not None and made.shape == given.shape and len(made.shape) > 1:
                 return relation(made, given) == "shifted" or is_masked_part(made, given)
     return False
-
-
-def _is_sequence(evidence: Evidence, name: str) -> bool:
-    return evidence.batch[name].ndim > 1
 
 
 def _is_own(evidence: Evidence, one: Comparison, name: str) -> bool:

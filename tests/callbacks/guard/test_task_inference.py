@@ -105,12 +105,13 @@ def test_from_the_loss(batch, name, directions):
     assert (task.name, task.directions) == (name, directions)
 
 
-def test_a_monitor_knows_better_and_two_that_disagree_do_not():
+def test_a_monitor_speaks_where_the_loss_does_not_and_two_that_disagree_do_not():
     labels = Claims("neural_collapse")
     real = Claims("regression_collapse")
-    assert taken(BATCHES["no tensors"], labels).name == "classification"
-    assert taken(BATCHES["labels"], real).name == "regression"
-    assert taken(BATCHES["labels"], labels, real).name == "classification"  # by the batch
+    task = taken(BATCHES["no tensors"], labels)
+    assert (task.name, task.outputs, task.directions) == ("classification", {"head"}, 2)
+    assert taken(BATCHES["no tensors"], labels, real).name == ""
+    assert taken(BATCHES["labels"], real).name == "classification"  # by the loss
 
 
 def test_it_is_said_once_and_not_where_it_was_told(caplog):
@@ -118,10 +119,16 @@ def test_it_is_said_once_and_not_where_it_was_told(caplog):
         taken(BATCHES["labels"])
     [said] = [record.message for record in caplog.records if "takes this for" in record.message]
     assert said == (
-        "`CollapseGuard` takes this for classification, which may end in 2 direction(s), from whole numbers as targets."
-        " Say otherwise with `task=`: classification, regression, self-supervised, language model."
+        "`CollapseGuard` takes this for classification, which may end in 2 direction(s), from its loss, which compares"
+        " the output of `head` with `1` of the batch (NllLoss). Say otherwise with `task=`: classification,"
+        " multi-label, regression, language model, self-supervised, reconstruction, denoising, reinforcement."
         " How the outputs of `head` lie is up to the targets, and not judged."
     )
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert taken(BATCHES["no tensors"]).outputs == set()
+    [said] = [record.message for record in caplog.records if "`task=`" in record.message]
+    assert "does not know the task: nothing that the loss compares was found in the batch. Every layer is" in said
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert taken(BATCHES["labels"], task="self-supervised").directions == 0
@@ -237,8 +244,8 @@ class Tower(Net):
         self.body.append(nn.Linear(32, 8))
         del self.head
 
-    def training_step(self, batch, batch_idx):
-        return self.body(torch.ones(8, 16)).pow(2).mean()
+    def forward(self, x):
+        return self.body(x)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +253,9 @@ class Tower(Net):
     [
         (Net(3), "labels", {"head"}),
         (Net(3), "targets", {"head"}),
-        (Net(4), "targets", set()),  # three targets
         (Net(3), "no targets", set()),
-        (Tower(), "labels", {"body.4"}),  # not all of the body
+        (Tower(), "labels", {"body", "body.4"}),  # one and the same tensor
+        (Net(3), "no tensors", set()),
     ],
 )
 def test_which_outputs_are_left_to_the_targets(net, batch, outputs, caplog):
@@ -256,5 +263,5 @@ def test_which_outputs_are_left_to_the_targets(net, batch, outputs, caplog):
     with caplog.at_level(logging.INFO):
         fit(net, [Claims(), guard], DataLoader([BATCHES[batch]], batch_size=None))
     assert guard.task.outputs == outputs
-    [said] = [record.message for record in caplog.records if "takes this" in record.message]
+    [said] = [record.message for record in caplog.records if "`task=`" in record.message]
     assert ("How the outputs of" in said) == bool(outputs)
