@@ -15,6 +15,8 @@ from . import (
     posterior,
     sharp_attention,
 )
+from .generative import GENERATIVE
+from .vision import VISION
 
 SPECIMENS = (
     invariance_alone.SPECIMEN,
@@ -30,4 +32,6 @@ SPECIMENS = (
     forgetting.SPECIMEN,
     dormant_units.SPECIMEN,
     *healthy.SPECIMENS,
+    *VISION,
+    *GENERATIVE,
 )

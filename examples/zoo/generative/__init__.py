@@ -1,1 +1,12 @@
-GENERATIVE = ()
+"""Networks that make images: failures with their twins, and healthy runs that look like one."""
+
+from . import bottleneck, codebook, conv_vae, denoiser, gan, healthy
+
+GENERATIVE = (
+    bottleneck.SPECIMEN,
+    conv_vae.SPECIMEN,
+    gan.SPECIMEN,
+    codebook.SPECIMEN,
+    denoiser.SPECIMEN,
+    *healthy.SPECIMENS,
+)

@@ -1,1 +1,35 @@
-VISION = ()
+"""Convolutional networks and vision transformers: failures with their twins, and healthy runs that look like one."""
+
+from . import (
+    clusters,
+    decay,
+    decorrelation,
+    dense,
+    dino,
+    early_dip,
+    fine_tuning,
+    no_skip,
+    odd_layers,
+    schedules,
+    simsiam,
+    temperature,
+    triplets,
+    two_towers,
+)
+
+VISION = (
+    simsiam.SPECIMEN,
+    dino.SPECIMEN,
+    *decorrelation.SPECIMENS,
+    clusters.SPECIMEN,
+    temperature.SPECIMEN,
+    triplets.SPECIMEN,
+    two_towers.SPECIMEN,
+    no_skip.SPECIMEN,
+    decay.SPECIMEN,
+    fine_tuning.SPECIMEN,
+    *schedules.SPECIMENS,
+    *dense.SPECIMENS,
+    *odd_layers.SPECIMENS,
+    early_dip.SPECIMEN,
+)

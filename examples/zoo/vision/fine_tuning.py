@@ -14,12 +14,12 @@ from .parts import conv_net, digit_images, probe
 
 
 @cache
-def pretrained(seed: int, steps: int = 150) -> dict[str, Tensor]:
+def pretrained(seed: int, norm: str = "group", steps: int = 150) -> dict[str, Tensor]:
     """Weights of an encoder that learned all ten digits."""
     images, labels, _, _ = digit_images(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(conv_net(norm="group"), nn.Linear(64, 10))
+        model = Classifier(conv_net(norm=norm), nn.Linear(64, 10))
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         batches = iter(loader(images, labels, size=64, seed=seed))
         for _ in range(steps):

@@ -1,7 +1,7 @@
 """Complete collapse: metric learning from the hardest negatives, whose least loss at first is one point for all."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.zoo.material import loader, neighbour_accuracy
 from examples.zoo.specimen import Habitat, Specimen
@@ -29,11 +29,21 @@ class Triplets(Learner):
         embedded = self.encoder(batch[0])
         distance = (embedded.unsqueeze(1) - embedded).square().sum(dim=2).add(1e-12).sqrt()
         same = batch[1].unsqueeze(1) == batch[1]
-        positive = distance.masked_fill(~same, -1.0).amax(dim=1, keepdim=True)
+        chosen = torch.rand_like(distance).masked_fill(~same, -1.0).argmax(dim=1, keepdim=True)
+        positive = distance.gather(1, chosen)
         far = same if self.hardest else same | (distance <= positive)
         negative = distance.masked_fill(far, torch.inf).amin(dim=1, keepdim=True)
         missed: Tensor = (positive - negative + MARGIN).clamp_min(0)  # none where no other image is farther
         return missed.mean()
+
+
+def apart(encoder: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """How often the nearest image of another class is farther than the nearest of the same by half the margin."""
+    embedded = encoder(images)
+    distance = torch.cdist(embedded, embedded).fill_diagonal_(torch.inf)
+    same = labels.unsqueeze(1) == labels
+    own, other = (distance.masked_fill(away, torch.inf).amin(dim=1) for away in (~same, same))
+    return float((other > own + MARGIN / 2).double().mean())
 
 
 def make(seed: int, hardest: bool) -> Habitat:
@@ -47,6 +57,7 @@ def make(seed: int, hardest: bool) -> Habitat:
         embedding=model.encoder,
         held_out=lambda: neighbour_accuracy(model.encoder, data),
         every=10,
+        outcome=lambda _: apart(model.encoder, *data[2:]),
     )
 
 

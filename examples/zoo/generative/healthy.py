@@ -1,0 +1,28 @@
+"""Healthy autoencoders that look ill: a head for logarithms of variances, and a codebook that begins with one code."""
+
+import torch
+
+from examples.zoo.generative.codebook import VQVAE
+from examples.zoo.generative.conv_vae import VAE, told
+from examples.zoo.generative.parts import explained, generative
+from examples.zoo.specimen import Habitat, Specimen
+
+
+def log_variances(seed: int) -> Habitat:
+    """A light prior: means tell much, and variances of all codes are nearly the same."""
+    model = VAE(0.02)
+    return generative(model, seed, model.log_variance, lambda test: told(model, test))
+
+
+def one_code_at_first(seed: int) -> Habitat:
+    """Codes begin so close to each other that one is the nearest of nearly all rows; restarts spread them."""
+    model = VQVAE(restarts=True)
+    with torch.no_grad():
+        model.codebook.codes.mul_(0.01)
+    return generative(model, seed, model.encoder, lambda test: explained(lambda x: model.quantize(x)[0], test))
+
+
+SPECIMENS = (
+    Specimen("log-variances", log_variances, "a head that says nearly the same of all images", family="autoencoder"),
+    Specimen("one code at first", one_code_at_first, "a codebook at its start", family="vector quantization"),
+)
