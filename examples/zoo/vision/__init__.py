@@ -2,6 +2,7 @@
 
 from . import (
     clusters,
+    curriculum,
     decay,
     decorrelation,
     dense,
@@ -10,6 +11,7 @@ from . import (
     fine_tuning,
     no_skip,
     odd_layers,
+    odd_tables,
     schedules,
     simsiam,
     temperature,
@@ -31,5 +33,7 @@ VISION = (
     *schedules.SPECIMENS,
     *dense.SPECIMENS,
     *odd_layers.SPECIMENS,
+    *odd_tables.SPECIMENS,
+    curriculum.SPECIMEN,
     early_dip.SPECIMEN,
 )

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from examples.zoo.material import Classifier, accuracy, loader
 from examples.zoo.specimen import Habitat, Specimen
+from examples.zoo.vision.transformer import Transformer
 from lightning_collapse import CollapseMonitor, NeuralCollapseMonitor, PlasticityMonitor, SpectralAlignmentMonitor
 
 from .parts import digit_images
@@ -14,33 +15,11 @@ from .parts import digit_images
 ONSET = 150
 
 
-class Patches(nn.Module):
-    """A small vision transformer on four patches of four by four pixels and a class token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(1, 48, 2, stride=2)
-        self.token, self.place = (nn.Parameter(0.1 * torch.randn(1, length, 48)) for length in (1, 17))
-        layers = (
-            nn.TransformerEncoderLayer(48, 4, 96, dropout=0.0, batch_first=True, norm_first=True) for _ in range(3)
-        )
-        self.blocks = nn.ModuleList(layers)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The class token."""
-        tokens = self.embed(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.token.expand(len(tokens), -1, -1), tokens], dim=1) + self.place
-        for layer in self.blocks:
-            tokens = layer(tokens)
-        first: Tensor = tokens[:, 0]
-        return first
-
-
 class Decayed(Classifier):
     """A classifier by SGD whose body decays by ``later`` from a step on."""
 
     def __init__(self, later: float) -> None:
-        super().__init__(Patches(), nn.Linear(48, 10), rate=0.02, momentum=0.9)
+        super().__init__(Transformer((2, 2), 16, 32, 3), nn.Linear(32, 10), rate=0.02, momentum=0.9)
         self.later = later
 
     def configure_optimizers(self) -> Any:

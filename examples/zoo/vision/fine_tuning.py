@@ -35,7 +35,7 @@ def make(seed: int, factor: float) -> Habitat:
     images, labels, test, classes = data
     body = conv_net(norm="group")
     body.load_state_dict(pretrained(seed))
-    model: Any = Classifier(body, nn.Linear(64, 2), rate=1e-3 * factor)
+    model: Any = Classifier(body, nn.Linear(64, 2), rate=2e-3 * factor)
     return Habitat(
         model,
         [loader(images[:200], labels[:200] % 2, size=50, seed=seed)],

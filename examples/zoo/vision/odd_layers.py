@@ -1,17 +1,14 @@
-"""Healthy networks with a layer or rows that look ill: frozen, narrow, missing, or of a single target."""
+"""Healthy networks with a layer that looks ill: frozen in evaluation mode, or two features wide."""
 
 from typing import Any
 
-import torch
-from sklearn.datasets import load_wine
-from torch import Tensor, nn
+from torch import nn
 
-from examples.zoo.material import Classifier, Learner, diabetes, explained, loader, mlp
+from examples.zoo.material import Classifier, loader, mlp
 from examples.zoo.specimen import Habitat, Specimen
 from examples.zoo.vision.fine_tuning import pretrained
 from examples.zoo.vision.parts import conv_net, digit_images
 from examples.zoo.vision.schedules import classify
-from lightning_collapse import CollapseMonitor, PlasticityMonitor, RegressionCollapseMonitor, SpectralAlignmentMonitor
 
 
 class Frozen(Classifier):
@@ -41,60 +38,7 @@ def narrow(seed: int) -> Habitat:
     return classify(data, Classifier(body, head, rate=5e-3), loader(*data[:2], size=64, seed=seed), steps=500)
 
 
-class Gaps(Classifier):
-    """A classifier behind a fixed projection of standardized measures; rows with a gap are left out behind it."""
-
-    body: nn.Sequential
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of the rows without a gap."""
-        projected = self.body[0](batch[0])
-        whole = projected.isfinite().all(dim=1)
-        return nn.functional.cross_entropy(self.head(self.body[1](projected[whole])), batch[1][whole])
-
-
-def missing_rows(seed: int) -> Habitat:
-    """Wines of which a quarter lack a measure."""
-    table, kinds = (torch.tensor(part) for part in load_wine(return_X_y=True))
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(kinds), generator=generator)
-    table, kinds = ((table - table.mean(dim=0)) / table.std(dim=0)).float()[order], kinds[order]
-    data = table[60:].clone(), kinds[60:], table[:60], kinds[:60]
-    data[0][torch.rand(len(data[0]), generator=generator) < 0.25, 3] = torch.nan
-    body = nn.Sequential(nn.Linear(13, 32).requires_grad_(False), nn.Sequential(nn.ReLU(), mlp(32, 64, 64), nn.ReLU()))
-    return classify(data, Gaps(body, nn.Linear(64, 3)), loader(*data[:2], size=32, seed=seed), steps=300)
-
-
-class Regressor(Learner):
-    """Features, a head for one target, and squared error."""
-
-    def __init__(self) -> None:
-        super().__init__(rate=1e-3, decay=0.05)
-        self.body, self.head = nn.Sequential(mlp(8, 64, 64), nn.ReLU()), nn.Linear(64, 1)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Squared error."""
-        return nn.functional.mse_loss(self.head(self.body(batch[0])), batch[1])
-
-
-def one_target(seed: int) -> Habitat:
-    """The progress of diabetes: one direction of features is all that counts."""
-    inputs, targets, test, truth = diabetes(seed)
-    model = Regressor()
-    return Habitat(
-        model,
-        [loader(inputs, targets[:, :1], size=64, seed=seed)],
-        [CollapseMonitor(), SpectralAlignmentMonitor(), RegressionCollapseMonitor(), PlasticityMonitor()],
-        steps=300,
-        embedding=model.body,
-        held_out=lambda: explained(nn.Sequential(model.body, model.head), test, truth[:, :1]),
-        every=10,
-    )
-
-
 SPECIMENS = (
     Specimen("frozen layers", frozen_layers, "layers in evaluation mode", family="convolutional classifier"),
     Specimen("two features", narrow, "a bottleneck by design", family="convolutional classifier"),
-    Specimen("missing rows", missing_rows, "rows that are not numbers, left out by the model", family="table"),
-    Specimen("one target", one_target, "regression onto one direction", family="table"),
 )

@@ -1,12 +1,11 @@
 """Healthy image classifiers whose data, learning rate or length of training is out of the ordinary."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from examples.zoo.material import Classifier, accuracy, loader
 from examples.zoo.specimen import Habitat, Specimen
@@ -42,28 +41,6 @@ def short_last_batches(seed: int) -> Habitat:
     return classify(data, classifier(), batches)
 
 
-class Curriculum(IterableDataset[tuple[Tensor, Tensor]]):
-    """First two digits, then one more every thirty batches, then all."""
-
-    def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
-        self.images, self.labels, self.seed = images, labels, seed
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator, step = torch.Generator().manual_seed(self.seed), 0
-        while True:
-            known = (self.labels < 2 + step // 30).nonzero().squeeze(1)
-            rows = known[torch.randint(len(known), (64,), generator=generator)]
-            yield self.images[rows], self.labels[rows]
-            step += 1
-
-
-def curriculum(seed: int) -> Habitat:
-    """One class after the other."""
-    data = digit_images(seed)
-    batches: Any = DataLoader(Curriculum(*data[:2], seed), batch_size=None)
-    return classify(data, classifier("group"), batches)
-
-
 def tiny_steps(seed: int) -> Habitat:
     """A learning rate of 1e-5: hardly anything moves, and what was random stays so."""
     data = digit_images(seed)
@@ -82,7 +59,6 @@ SPECIMENS = tuple(
     for name, make, says in (
         ("warm restarts", warm_restarts, "jumps of the learning rate"),
         ("short last batches", short_last_batches, "batches of two among those of 96"),
-        ("curriculum", curriculum, "few classes at first"),
         ("tiny steps", tiny_steps, "nothing moves"),
         ("folded classes", folded_classes, "neural collapse of a convolutional classifier"),
     )

@@ -7,32 +7,14 @@ from torch import Tensor, nn
 
 from examples.zoo.material import loader, mlp
 from examples.zoo.specimen import Habitat, Specimen
+from examples.zoo.vision.transformer import Transformer
 from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor
 
 from .parts import Learner, block, digit_images
 
 
-class Columns(nn.Module):
-    """A transformer that reads the lower half of an image column by column."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.place = nn.Linear(4, 32), nn.Parameter(0.1 * torch.randn(8, 32))
-        layers = (nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True) for _ in range(2))
-        self.blocks = nn.ModuleList(layers)
-        self.head = nn.Linear(32, 32)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The mean over columns."""
-        tokens = self.embed(images[:, 0].transpose(1, 2)) + self.place
-        for layer in self.blocks:
-            tokens = layer(tokens)
-        embedded: Tensor = self.head(tokens.mean(dim=1))
-        return embedded
-
-
 class Towers(Learner):
-    """A convolutional network for the upper half of an image, a transformer for the lower half.
+    """A convolutional network for the upper half of an image, a transformer for columns of the lower half.
 
     Args:
         factor: Of the learning rate of the transformer.
@@ -42,7 +24,7 @@ class Towers(Learner):
         super().__init__(rate=2e-3)
         self.factor = factor
         self.upper = nn.Sequential(block(1, 16), block(16, 32, 2), nn.Flatten(), mlp(256, 64, 32))
-        self.lower = Columns()
+        self.lower = nn.Sequential(Transformer((4, 1), 8, 32, 2), nn.Linear(32, 32))
         self.scale = nn.Parameter(torch.tensor(2.3))
 
     def configure_optimizers(self) -> Any:
