@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.zoo.specimen import Habitat, Specimen
+from examples.zoo.vision.parts import usage
 
 from .parts import Learner, decoder, encoder, explained, generative
 
@@ -22,7 +23,7 @@ class Codebook(nn.Module):
     def __init__(self, restarts: bool) -> None:
         super().__init__()
         self.restarts = restarts
-        self.codes = nn.Parameter(torch.randn(CODES, WIDTH), requires_grad=not restarts)
+        self.codes = nn.Parameter((2 * torch.rand(CODES, WIDTH) - 1) / CODES, requires_grad=not restarts)
         self.register_buffer("counts", torch.ones(CODES))
 
     def choose(self, rows: Tensor) -> Tensor:
@@ -62,6 +63,14 @@ class VQVAE(Learner):
         codes, loss = self.codebook(self.encoder(images).view(-1, WIDTH))
         return self.decoder(codes.view(len(images), -1)), loss
 
+    def fidelity(self, images: Tensor) -> float:
+        """Share of the pixels' variance that reconstructions explain."""
+        return explained(lambda some: self.quantize(some)[0], images)
+
+    def variety(self, images: Tensor) -> float:
+        """Share of the codebook in use, as a perplexity."""
+        return usage(-torch.cdist(self.encoder(images).view(-1, WIDTH), self.codebook.codes))
+
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """Squared error and the loss of the codebook."""
         images, loss = self.quantize(batch[0])
@@ -71,7 +80,7 @@ class VQVAE(Learner):
 def make(seed: int, restarts: bool) -> Habitat:
     """Digits without labels."""
     model = VQVAE(restarts)
-    return generative(model, seed, model.encoder, lambda test: explained(lambda x: model.quantize(x)[0], test))
+    return generative(model, seed, model.encoder, model.fidelity, model.variety)
 
 
 SPECIMEN = Specimen(

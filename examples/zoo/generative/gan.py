@@ -28,8 +28,8 @@ class GAN(Learner):
         self.discriminator = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(512, 1))
 
     def configure_optimizers(self) -> Any:
-        """Without momentum, as usual for two players."""
-        return torch.optim.AdamW(self.parameters(), lr=self.rate, betas=(0.0, 0.99), weight_decay=0.0)
+        """The usual momentum, with which two players are hard to balance."""
+        return torch.optim.AdamW(self.parameters(), lr=self.rate, betas=(0.9, 0.99), weight_decay=0.0)
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """Both players' losses; each sees its own parameters only."""
@@ -46,18 +46,22 @@ class GAN(Learner):
 
 
 def covered(generator: nn.Module, seed: int) -> float:
-    """Perplexity of the digits that 400 generated images resemble most, times how near they come to real ones."""
+    """Share of the ten digits (as a perplexity) among generated images, times the share that look like any digit.
+
+    Most real images have another one nearer than 2.
+    """
     images, labels, _, _ = digit_images(seed)
     noise = torch.randn(400, NOISE, generator=torch.Generator().manual_seed(0))
     distance, nearest = torch.cdist(generator(noise).flatten(1), images.flatten(1)).min(dim=1)
-    share = labels[nearest].bincount(minlength=10) / 400
-    return float(torch.special.entr(share).sum().exp()) / 10 + 0 * float(distance.mean())
+    like = distance < 2.5
+    share = labels[nearest[like]].bincount(minlength=10) / like.sum().clamp_min(1)
+    return float(torch.special.entr(share).sum().exp() / 10 * like.double().mean())
 
 
 def make(seed: int, penalty: float) -> Habitat:
     """Digits without labels."""
     model = GAN(penalty)
-    return generative(model, seed, model.generator, lambda _: covered(model.generator, seed), steps=500)
+    return generative(model, seed, model.generator, lambda _: covered(model.generator, seed), size=32)
 
 
 SPECIMEN = Specimen(

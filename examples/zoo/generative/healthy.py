@@ -4,7 +4,7 @@ import torch
 
 from examples.zoo.generative.codebook import VQVAE
 from examples.zoo.generative.conv_vae import VAE, told
-from examples.zoo.generative.parts import explained, generative
+from examples.zoo.generative.parts import generative
 from examples.zoo.specimen import Habitat, Specimen
 
 
@@ -15,11 +15,11 @@ def log_variances(seed: int) -> Habitat:
 
 
 def one_code_at_first(seed: int) -> Habitat:
-    """Codes begin so close to each other that one is the nearest of nearly all rows; restarts spread them."""
+    """Codes begin on one side, where a single one is the nearest of all rows; restarts spread them."""
     model = VQVAE(restarts=True)
     with torch.no_grad():
-        model.codebook.codes.mul_(0.01)
-    return generative(model, seed, model.encoder, lambda test: explained(lambda x: model.quantize(x)[0], test))
+        model.codebook.codes.add_(2.0)
+    return generative(model, seed, model.encoder, model.fidelity, model.variety)
 
 
 SPECIMENS = (

@@ -35,16 +35,16 @@ def generative(
     embedding: nn.Module,
     held_out: Callable[[Tensor], float],
     outcome: Callable[[Tensor], float] | None = None,
-    steps: int = 400,
+    size: int = 64,
     monitors: tuple[Callback, ...] = (),
 ) -> Habitat:
     """Digits without labels; both scores are of held-out images."""
     images, _, test, _ = digit_images(seed)
     return Habitat(
         model,
-        [loader(images, size=64, seed=seed)],
+        [loader(images, size=size, seed=seed)],
         [CollapseMonitor(), SpectralAlignmentMonitor(), *monitors],
-        steps=steps,
+        steps=400,
         embedding=embedding,
         held_out=lambda: held_out(test),
         every=10,

@@ -38,7 +38,7 @@ class Regressor(Learner):
     """Features, a head for one target, and squared error."""
 
     def __init__(self) -> None:
-        super().__init__(rate=1e-3, decay=0.05)
+        super().__init__(rate=3e-4, decay=0.05)
         self.body, self.head = nn.Sequential(mlp(8, 64, 64), nn.ReLU()), nn.Linear(64, 1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Complete collapse: metric learning from the hardest negatives, whose least loss at first is one point for all."""
+"""Complete collapse: metric learning from the hardest negatives, which wrong labels make impossible to push away."""
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class Triplets(Learner):
     """
 
     def __init__(self, hardest: bool) -> None:
-        super().__init__(rate=1e-2, momentum=0.9)
+        super().__init__(rate=3e-3)
         self.hardest = hardest
         self.encoder = conv_net(norm="none", outputs=32)
 
@@ -47,11 +47,17 @@ def apart(encoder: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def make(seed: int, hardest: bool) -> Habitat:
-    """Digits with labels."""
+    """Digits with labels, of which three in ten were drawn at random: the hardest negatives are often of the class."""
     data, model = digit_images(seed), Triplets(hardest)
+    generator = torch.Generator().manual_seed(seed)
+    wrong, drawn = (
+        torch.rand(len(data[1]), generator=generator) < 0.3,
+        torch.randint(10, data[1].shape, generator=generator),
+    )
+    labels = torch.where(wrong, drawn, data[1])
     return Habitat(
         model,
-        [loader(*data[:2], size=64, seed=seed)],
+        [loader(data[0], labels, size=64, seed=seed)],
         [CollapseMonitor(), SpectralAlignmentMonitor()],
         steps=400,
         embedding=model.encoder,
@@ -64,7 +70,7 @@ def make(seed: int, hardest: bool) -> Habitat:
 SPECIMEN = Specimen(
     "hardest negatives",
     make,
-    "one point for all images is where the hardest triplets pull first",
+    "negatives that look like the positives pull all images onto one point",
     kind="complete_collapse",
     setting="hardest",
     healthy=False,
