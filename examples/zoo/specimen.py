@@ -9,6 +9,25 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
+KINDS = frozenset(
+    {
+        "attention_entropy_collapse",
+        "attention_overload",
+        "catastrophic_forgetting",
+        "complete_collapse",
+        "dimensional_collapse",
+        "loss_explosion",
+        "minority_collapse",
+        "non_finite",
+        "partial_collapse",
+        "plasticity_loss",
+        "posterior_collapse",
+        "prototype_collapse",
+        "regression_over_compression",
+    }
+)
+"""What may be wrong with a run, whether or not there is a rule that says so."""
+
 
 @dataclass(frozen=True)
 class Habitat:

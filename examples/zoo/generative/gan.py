@@ -48,7 +48,7 @@ class GAN(Learner):
 def covered(generator: nn.Module, seed: int) -> float:
     """Share of the ten digits (as a perplexity) among generated images, times the share that look like any digit.
 
-    Most real images have another one nearer than 2.
+    All real images have another one nearer than 2.
     """
     images, labels, _, _ = digit_images(seed)
     noise = torch.randn(400, NOISE, generator=torch.Generator().manual_seed(0))

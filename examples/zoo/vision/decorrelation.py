@@ -57,7 +57,7 @@ SPECIMENS = tuple(
         claims=("partial_collapse",),
     )
     for name, loss, norm, healthy, sick in (
-        ("VICReg without covariance", vicreg, "group", 1.0, 1e-4),
+        ("convolutional VICReg without covariance", vicreg, "group", 1.0, 1e-4),
         ("Barlow Twins without decorrelation", barlow, "batch", 5e-3, 1e-7),
     )
 )
