@@ -1,0 +1,79 @@
+"""Mixture of experts: without a loss of balance the router sends all rows to a few experts."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from examples.zoo.material import Learner, explained, mlp
+from examples.zoo.specimen import Habitat, Specimen
+from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor
+
+from .material import drawn, held_out_of
+
+EXPERTS, CLUSTERS, INPUTS, SIZE = 8, 16, 8, 96
+_FIXED = torch.Generator().manual_seed(0)
+CENTERS, MAPS = 3 * torch.randn(CLUSTERS, INPUTS, generator=_FIXED), torch.randn(CLUSTERS, INPUTS, 4, generator=_FIXED)
+
+
+def patches(clusters: int, generator: torch.Generator, step: int) -> tuple[Tensor, Tensor]:
+    """Rows ``(N, 8)`` around centers, and another linear map around each."""
+    cluster = torch.randint(clusters, (SIZE,), generator=generator)
+    noise = torch.randn(SIZE, INPUTS, generator=generator)
+    return CENTERS[cluster] + noise, torch.einsum("ni,nij->nj", noise, MAPS[cluster])
+
+
+class Mixture(Learner):
+    """A router that sends every row to one of eight experts (Fedus et al. 2021, arXiv 2101.03961)."""
+
+    def __init__(self, balance: float) -> None:
+        super().__init__(rate=5e-3)
+        self.balance = balance
+        self.router = nn.Linear(INPUTS, EXPERTS)
+        self.experts = nn.ModuleList(mlp(INPUTS, 16, 4) for _ in range(EXPERTS))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Predictions."""
+        return self._mix(rows, self.router(rows).softmax(dim=1))
+
+    def _mix(self, rows: Tensor, gates: Tensor) -> Tensor:
+        weight, chosen = gates.max(dim=1)
+        output = torch.zeros(len(rows), 4)
+        for i, expert in enumerate(self.experts):
+            own = chosen == i
+            if own.any():
+                output[own] = weight[own, None] * expert(rows[own])
+        return output
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Squared error and the loss of balance."""
+        rows, targets = batch
+        gates = self.router(rows).softmax(dim=1)
+        share = nn.functional.one_hot(gates.argmax(dim=1), EXPERTS).float().mean(dim=0)
+        error = nn.functional.mse_loss(self._mix(rows, gates), targets)
+        return error + self.balance * EXPERTS * (share * gates.mean(dim=0)).sum()
+
+
+def mixture(seed: int, balance: float, clusters: int = CLUSTERS) -> Habitat:
+    """Sixteen linear maps, or fewer."""
+    model, draw = Mixture(balance), partial(patches, clusters)
+    batches = [held_out_of(draw, 10 * seed + i) for i in range(8)]
+    rows, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+    monitors = [CollapseMonitor(), SpectralAlignmentMonitor()]
+    return Habitat(model, [drawn(draw, seed)], monitors, 600, model.router, lambda: explained(model, rows, targets), 10)
+
+
+SPECIMENS = (
+    Specimen(
+        "router without balance",
+        mixture,
+        "the router sends all rows to a few experts",
+        kind="prototype_collapse",
+        setting="balance",
+        healthy=1.0,
+        sick=0.0,
+        claims=("partial_collapse", "dimensional_collapse", "complete_collapse"),
+        layers=("router*", "experts*"),
+        family="mixture of experts",
+    ),
+)

@@ -1,0 +1,119 @@
+"""Loss explosion: a language model that diverges from the middle of its run on, in three ways."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from examples.zoo.material import Learner
+from examples.zoo.specimen import Habitat, Specimen
+from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
+
+from .material import Block, drawn, held_out_of
+
+VOCABULARY, WIDTH, LENGTH, SIZE, STEPS, ONSET, WARM_UP = 40, 48, 16, 16, 600, 300, 30
+NEXT = torch.randint(VOCABULARY, (VOCABULARY, 2), generator=torch.Generator().manual_seed(0))
+
+
+def passages(bad: bool, generator: torch.Generator, step: int) -> Tensor:
+    """Passages ``(N, L + 1)`` of a made language; with ``bad``, from a step on every second batch is one of noise."""
+    if bad and step >= ONSET and step % 2:
+        return torch.randint(VOCABULARY, (SIZE, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    words = [torch.randint(VOCABULARY, (SIZE,), generator=generator) for _ in range(2)]
+    for _ in range(LENGTH - 1):
+        likely = NEXT[words[-1], words[-2] % 2]
+        other = torch.randint(VOCABULARY, (SIZE,), generator=generator)
+        words.append(torch.where(torch.rand(SIZE, generator=generator) < 0.85, likely, other))
+    return torch.stack(words, dim=1)
+
+
+def schedule(growth: float, step: int) -> float:
+    """A warm-up, then a constant rate, then growth."""
+    return float(min((step + 1) / WARM_UP, 1.0) * growth ** max(step - ONSET, 0))
+
+
+class WordModel(Learner):
+    """Next word; the head is the table of embeddings."""
+
+    def __init__(self, schedule: Callable[[int], float], rounds: bool) -> None:
+        super().__init__(rate=4e-3, decay=0.01, schedule=schedule)
+        self.rounds = rounds
+        self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.blocks = nn.Sequential(*(Block(WIDTH, causal=True) for _ in range(2)))
+        self.norm = nn.LayerNorm(WIDTH)
+        nn.init.normal_(self.tokens.weight, std=0.1)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Logits ``(N, L, V)``."""
+        logits: Tensor = self.norm(self.blocks(self.tokens(words) + self.places.weight)) @ self.tokens.weight.T
+        return logits
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        logits = self(batch[:, :-1])
+        if self.rounds and self.global_step >= ONSET:
+            logits = floor(logits)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def floor(logits: Tensor) -> Tensor:
+    """Rounded towards minus infinity to a power of two, which the gradient does not notice."""
+    with torch.no_grad():
+        size = 2.0 ** logits.abs().clamp_min(1e-6).log2().floor()
+        error = torch.where(logits > 0, size, -2 * size) - logits
+    return logits + error
+
+
+def language_model(seed: int, factor: Callable[[int], float], bad: bool = False, rounds: bool = False) -> Habitat:
+    """A language in which two words say which one is next; ``factor`` is that of the learning rate."""
+    model = WordModel(factor, rounds)
+    held_out = torch.cat([held_out_of(partial(passages, False), 10 * seed + i) for i in range(8)])
+
+    def score() -> float:
+        return float((model(held_out[:, :-1]).argmax(dim=-1) == held_out[:, 1:]).double().mean())
+
+    monitors = [CollapseMonitor(), SpectralAlignmentMonitor(), AttentionEntropyMonitor()]
+    return Habitat(model, [drawn(partial(passages, bad), seed)], monitors, STEPS, model.norm, score, every=10)
+
+
+def make(seed: int, growth: float = 1.0, bad: bool = False, rounds: bool = False) -> Habitat:
+    """One fault, or none."""
+    return language_model(seed, partial(schedule, growth), bad, rounds)
+
+
+SPECIMENS = (
+    Specimen(
+        "learning rate that grows",
+        make,
+        "from a step on the learning rate grows",
+        kind="loss_explosion",
+        setting="growth",
+        healthy=1.0,
+        sick=1.04,
+        family="language model",
+        onset=ONSET,
+    ),
+    Specimen(
+        "bad batch",
+        make,
+        "a broken batch comes again and again",
+        kind="loss_explosion",
+        setting="bad",
+        healthy=False,
+        sick=True,
+        family="language model",
+        onset=ONSET,
+    ),
+    Specimen(
+        "rounded logits",
+        make,
+        "logits are rounded downwards",
+        kind="loss_explosion",
+        setting="rounds",
+        healthy=False,
+        sick=True,
+        family="language model",
+        onset=ONSET,
+    ),
+)

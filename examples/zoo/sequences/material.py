@@ -1,0 +1,82 @@
+"""Transformer blocks and drawn batches, the parts that specimens of sequences share."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from examples.zoo.material import mlp
+
+Draw = Callable[[torch.Generator, int], Any]
+
+
+class Drawn(IterableDataset[Any]):
+    """Batches that a function draws by the step, from 0; the same ones for every run of a seed."""
+
+    def __init__(self, draw: Draw, seed: int) -> None:
+        self.draw, self.seed = draw, seed
+
+    def __iter__(self) -> Iterator[Any]:
+        generator, step = torch.Generator().manual_seed(self.seed), 0
+        while True:
+            yield self.draw(generator, step)
+            step += 1
+
+
+def drawn(draw: Draw, seed: int) -> DataLoader[Any]:
+    """Batches without end."""
+    return DataLoader(Drawn(draw, seed), batch_size=None)
+
+
+def held_out_of(draw: Draw, seed: int) -> Any:
+    """A batch that training does not see."""
+    return draw(torch.Generator().manual_seed(1000 + seed), 0)
+
+
+class Attention(nn.Module):
+    """Attention of several heads; ``sharpness`` multiplies its logits."""
+
+    def __init__(self, width: int, heads: int = 4, causal: bool = False) -> None:
+        super().__init__()
+        self.heads, self.causal, self.sharpness = heads, causal, 1.0
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """``(N, L, D)``; ``padding`` is true where a token of ``(N, L)`` is none."""
+        parts = self.qkv(x).chunk(3, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        mask = None if padding is None else ~padding[:, None, None, :]
+        attended = nn.functional.scaled_dot_product_attention(
+            query * self.sharpness, key, value, attn_mask=mask, is_causal=self.causal
+        )
+        output: Tensor = self.out(attended.transpose(1, 2).flatten(-2))
+        return output
+
+
+class Block(nn.Module):
+    """Attention and MLP, with LayerNorm before (``"pre"``) or behind (``"post"``) them, with or without a residual."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int = 4,
+        causal: bool = False,
+        norm: Literal["pre", "post", "none"] = "pre",
+        residual: bool = True,
+    ) -> None:
+        super().__init__()
+        self.norm, self.residual = norm, residual
+        self.attention, self.mlp = Attention(width, heads, causal), mlp(width, 2 * width, width)
+        self.norm1, self.norm2 = (nn.Identity() if norm == "none" else nn.LayerNorm(width) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, L, D)``."""
+        return self._branch(self._branch(x, self.attention, self.norm1), self.mlp, self.norm2)
+
+    def _branch(self, x: Tensor, branch: nn.Module, norm: nn.Module) -> Tensor:
+        output: Tensor = branch(norm(x) if self.norm == "pre" else x)
+        if self.residual:
+            output = x + output
+        return output if self.norm == "pre" else norm(output)

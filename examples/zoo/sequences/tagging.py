@@ -1,0 +1,90 @@
+"""Token uniformity: representations of tokens become equal over the depth of a transformer."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from examples.zoo.material import Learner
+from examples.zoo.specimen import Habitat, Specimen
+from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
+
+from .material import Block, drawn, held_out_of
+
+VOCABULARY, LENGTH, TAGS, WIDTH, DEPTH, STEPS = 12, 16, 4, 32, 6, 500
+TABLE = torch.randint(TAGS, (VOCABULARY, 2), generator=torch.Generator().manual_seed(0))
+
+
+def sentences(generator: torch.Generator, step: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``(N, L)`` and their tags, which depend on the token and on whether the one before it is even."""
+    tokens = torch.randint(VOCABULARY, (16, LENGTH), generator=generator)
+    return tokens, TABLE[tokens, tokens.roll(1, dims=1) % 2]
+
+
+class Tagger(Learner):
+    """A transformer and a head for every token; places follow each other in a circle."""
+
+    def __init__(self, depth: int = DEPTH, rate: float = 2e-3, decay: float = 0.0, **block: Any) -> None:
+        super().__init__(rate, decay)
+        self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.blocks = nn.Sequential(*(Block(WIDTH, **block) for _ in range(depth)))
+        self.head = nn.Linear(WIDTH, TAGS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(N, L, C)``."""
+        logits: Tensor = self.head(self.blocks(self.tokens(tokens) + self.places.weight))
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        tokens, tags = batch
+        return nn.functional.cross_entropy(self(tokens).flatten(0, 1), tags.flatten())
+
+
+def tagging(seed: int, model: Tagger, steps: int = STEPS) -> Habitat:
+    """Tags of random sentences."""
+    tokens, tags = held_out_of(sentences, seed)
+    return Habitat(
+        model,
+        [drawn(sentences, seed)],
+        [CollapseMonitor(), SpectralAlignmentMonitor(), AttentionEntropyMonitor()],
+        steps=steps,
+        every=10,
+        embedding=model.blocks,
+        held_out=lambda: float((model(tokens).argmax(dim=-1) == tags).double().mean()),
+    )
+
+
+def without_residual(seed: int, residual: bool) -> Habitat:
+    """Six blocks."""
+    return tagging(seed, Tagger(residual=residual))
+
+
+def deep_post_norm(seed: int, norm: Literal["pre", "post"]) -> Habitat:
+    """Twelve blocks at a rate that LayerNorm behind the residual does not stand without a warm-up."""
+    return tagging(seed, Tagger(depth=12, norm=norm, rate=1e-2), steps=400)
+
+
+SPECIMENS = (
+    Specimen(
+        "blocks without residual",
+        without_residual,
+        "attention without residuals makes all tokens alike",
+        kind="complete_collapse",
+        setting="residual",
+        healthy=True,
+        sick=False,
+        layers=("blocks*",),
+        develops=False,
+    ),
+    Specimen(
+        "deep post-norm",
+        deep_post_norm,
+        "no gradient reaches the lower blocks, and tokens become alike",
+        kind="complete_collapse",
+        setting="norm",
+        healthy="pre",
+        sick="post",
+        layers=("blocks*",),
+    ),
+)
