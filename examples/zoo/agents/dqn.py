@@ -1,54 +1,30 @@
 """Deep Q-networks in a gridworld: with a target network at a small rate, or without one at a large rate."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from examples.zoo.material import Learner, mlp
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import CollapseMonitor, PlasticityMonitor, SpectralAlignmentMonitor
 
 from .gridworld import GridWorld, efficiency
+from .replay import Replay
 
-SIZE, WORLDS, BATCH, CAPACITY, REFRESH, DISCOUNT, STEPS = 6, 16, 64, 4000, 25, 0.9, 800
-
-
-class Replay(IterableDataset[tuple[Tensor, ...]]):
-    """Plays with the network as it is and yields transitions of the past."""
-
-    def __init__(self, model: "QNetwork", seed: int) -> None:
-        self.model, self.seed = model, seed
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        world = GridWorld(self.model.size, WORLDS, generator)
-        parts: tuple[Tensor, ...] | None = None
-        while True:
-            cells = world.cells
-            with torch.no_grad():
-                actions = self.model(cells).argmax(dim=1)
-            random = torch.rand(WORLDS, generator=generator) < 0.3
-            actions = torch.where(random, torch.randint(self.model.actions, (WORLDS,), generator=generator), actions)
-            new = cells, actions, *world.step(actions)
-            parts = (
-                new if parts is None else tuple(torch.cat(pair)[-CAPACITY:] for pair in zip(parts, new, strict=True))
-            )
-            rows = torch.randint(len(parts[0]), (BATCH,), generator=generator)
-            yield tuple(part[rows] for part in parts)
+SIZE, REFRESH, DISCOUNT, STEPS = 6, 25, 0.9, 800
 
 
 class QNetwork(Learner):
     """Values of actions in a cell, from an embedding of its number."""
 
-    def __init__(self, slow: bool, rate: float, size: int = SIZE, actions: int = 4) -> None:
+    def __init__(self, slow: bool, rate: float, size: int = SIZE) -> None:
         super().__init__(rate)
-        self.slow, self.size, self.actions = slow, size, actions
+        self.slow, self.size = slow, size
         self.body = nn.Sequential(nn.Embedding(size**2, 64), mlp(64, 64, 64), nn.ReLU())
-        self.head = nn.Linear(64, actions)
+        self.head = nn.Linear(64, 4)
         self.target = copy.deepcopy(nn.Sequential(self.body, self.head)).requires_grad_(False)
 
     def forward(self, cells: Tensor) -> Tensor:
@@ -75,7 +51,7 @@ def dqn(seed: int, model: QNetwork) -> Habitat:
     world = GridWorld(model.size, 1, torch.Generator())
     return Habitat(
         model,
-        [DataLoader(Replay(model, seed), batch_size=None)],
+        [DataLoader(Replay(model, model.size, seed), batch_size=None)],
         [CollapseMonitor(), SpectralAlignmentMonitor(), PlasticityMonitor()],
         steps=STEPS,
         every=20,

@@ -1,38 +1,17 @@
 """Policy gradient in a gridworld whose features die at a large rate, with no entropy to hold them."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from examples.zoo.material import Learner, mlp
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import CollapseMonitor, PlasticityMonitor, SpectralAlignmentMonitor
 
 from .gridworld import GridWorld, efficiency
+from .rollouts import HORIZON, SIZE, Rollouts
 
-SIZE, WORLDS, HORIZON, DISCOUNT, STEPS = 5, 24, 8, 0.9, 600
-
-
-class Rollouts(IterableDataset[tuple[Tensor, ...]]):
-    """Plays some steps with the policy as it is."""
-
-    def __init__(self, model: "ActorCritic", seed: int) -> None:
-        self.model, self.seed = model, seed
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        world = GridWorld(SIZE, WORLDS, generator)
-        while True:
-            played = []
-            for _ in range(HORIZON):
-                cells = world.cells
-                with torch.no_grad():
-                    chances = self.model(cells)[0].softmax(dim=1).nan_to_num(0.25)
-                actions = torch.multinomial(chances, 1, generator=generator).squeeze(1)
-                played.append((cells, actions, *world.step(actions)))
-            yield tuple(torch.stack(part) for part in zip(*played, strict=True))
+DISCOUNT, STEPS = 0.9, 600
 
 
 class ActorCritic(Learner):
@@ -62,7 +41,8 @@ class ActorCritic(Learner):
         chosen = log_chances.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         entropy = -(log_chances.exp() * log_chances).sum(dim=-1).mean()
         gain = (chosen * (returns - values).detach()).mean() + self.entropy * entropy
-        return 0.5 * nn.functional.mse_loss(values, returns) - gain
+        total: Tensor = 0.5 * nn.functional.mse_loss(values, returns) - gain
+        return total
 
 
 def make(seed: int, careful: bool) -> Habitat:

@@ -13,7 +13,10 @@ from .material import drawn, held_out_of
 
 EXPERTS, CLUSTERS, INPUTS, SIZE = 8, 16, 8, 96
 _FIXED = torch.Generator().manual_seed(0)
-CENTERS, MAPS = 3 * torch.randn(CLUSTERS, INPUTS, generator=_FIXED), torch.randn(CLUSTERS, INPUTS, 4, generator=_FIXED)
+CENTERS, MAPS = (
+    6 + 1.5 * torch.randn(CLUSTERS, INPUTS, generator=_FIXED),
+    torch.randn(CLUSTERS, INPUTS, 4, generator=_FIXED),
+)
 
 
 def patches(clusters: int, generator: torch.Generator, step: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +33,7 @@ class Mixture(Learner):
         super().__init__(rate=5e-3)
         self.balance = balance
         self.router = nn.Linear(INPUTS, EXPERTS)
-        self.experts = nn.ModuleList(mlp(INPUTS, 16, 4) for _ in range(EXPERTS))
+        self.experts = nn.ModuleList(mlp(INPUTS, 12, 4) for _ in range(EXPERTS))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Predictions."""
@@ -51,7 +54,8 @@ class Mixture(Learner):
         gates = self.router(rows).softmax(dim=1)
         share = nn.functional.one_hot(gates.argmax(dim=1), EXPERTS).float().mean(dim=0)
         error = nn.functional.mse_loss(self._mix(rows, gates), targets)
-        return error + self.balance * EXPERTS * (share * gates.mean(dim=0)).sum()
+        total: Tensor = error + self.balance * EXPERTS * (share * gates.mean(dim=0)).sum()
+        return total
 
 
 def mixture(seed: int, balance: float, clusters: int = CLUSTERS) -> Habitat:

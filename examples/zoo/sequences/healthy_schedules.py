@@ -2,8 +2,8 @@
 
 from examples.zoo.specimen import Habitat, Specimen
 
-from .language import language_model
-from .tagging import Tagger, tagging
+from .tagger import Tagger, tagging
+from .word_model import language_model
 
 
 def heavy_decay(seed: int) -> Habitat:

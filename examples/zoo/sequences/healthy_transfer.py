@@ -1,4 +1,4 @@
-"""Healthy transfer that looks dangerous: an adapter of one direction, and a fine-tuning that has little left to learn."""
+"""Healthy transfer that looks dangerous: adapters of one direction, and little that is left to learn."""
 
 from examples.zoo.specimen import Habitat, Specimen
 

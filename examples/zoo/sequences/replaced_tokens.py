@@ -7,9 +7,9 @@ from examples.zoo.material import Learner
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
-from .language import VOCABULARY, passages
 from .material import drawn, held_out_of
 from .transformer import Transformer
+from .word_model import VOCABULARY, passages
 
 MASK, WEIGHT = VOCABULARY, 10.0
 
@@ -26,8 +26,8 @@ class Electra(Learner):
         """Tokens of which some are the generator's, the generator's logits, and which were masked."""
         masked = torch.rand(tokens.shape) < 0.2
         logits = self.generator(tokens.masked_fill(masked, MASK))
-        drawn_tokens = torch.distributions.Categorical(logits=logits.detach()).sample()
-        return torch.where(masked, drawn_tokens, tokens), logits, masked
+        guesses = (logits.detach() - torch.empty_like(logits).exponential_().log()).argmax(dim=-1)
+        return torch.where(masked, guesses, tokens), logits, masked
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Cross-entropy of the masked, and of the replaced."""

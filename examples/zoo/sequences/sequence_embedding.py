@@ -1,4 +1,6 @@
-"""Joint embedding of sequences: a recurrent encoder whose views are to agree, with or without other rows as negatives."""
+"""Joint embedding of sequences: a recurrent encoder whose views are to agree, with negatives or without."""
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ def waves(generator: torch.Generator, step: int, size: int = SIZE) -> tuple[Tens
 
 
 class Encoder(nn.Module):
-    """A GRU; the mean of its states."""
+    """A GRU; its last state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +32,7 @@ class Encoder(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """``(N, D)``."""
-        features: Tensor = self.out(self.gru(rows)[0].mean(dim=1))
+        features: Tensor = self.out(self.gru(rows)[0][:, -1])
         return features
 
 
@@ -55,17 +57,12 @@ class Agreement(Learner):
 def make(seed: int, negatives: bool) -> Habitat:
     """Waves without labels."""
     model = Agreement(negatives)
-    (known, kinds), (test, of_test) = (held_out_of(waves_of(size), seed + 100 * i) for i, size in enumerate((300, 300)))
-    data = known, kinds, test, of_test
+    data = *held_out_of(partial(waves, size=300), seed), *held_out_of(partial(waves, size=300), 100 + seed)
     monitors = [CollapseMonitor(), SpectralAlignmentMonitor()]
     loaders = [drawn(waves, seed)]
     return Habitat(
         model, loaders, monitors, 400, model.projector, lambda: neighbour_accuracy(model.encoder, data), every=10
     )
-
-
-def waves_of(size: int):  # type: ignore[no-untyped-def]
-    return lambda generator, step: waves(generator, step, size)
 
 
 SPECIMENS = (

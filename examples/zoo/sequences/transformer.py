@@ -44,7 +44,7 @@ class Transformer(Learner):
         return nn.functional.cross_entropy(self(batch[0]).flatten(0, 1), batch[1].flatten())
 
 
-def by_token(seed: int, model: Learner, draw: Draw, steps: int = 400, **settings: Any) -> Habitat:
+def by_token(seed: int, model: Transformer, draw: Draw, steps: int = 400, **settings: Any) -> Habitat:
     """Watch a transformer that has a target for every token."""
     tokens, targets = held_out_of(draw, seed)
 

@@ -1,4 +1,4 @@
-"""Words and sentences of the documentation of Python's language."""
+"""Words and passages of the documentation of Python's language."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor
 
-VOCABULARY, LONGEST, SHORTEST, FEWEST = 400, 20, 6, 40
+VOCABULARY, LONGEST, SHORTEST, FEWEST = 400, 32, 8, 8
 UNKNOWN, PADDING = 1, 0
 
 
@@ -21,17 +21,17 @@ def words() -> dict[str, int]:
 
 
 @cache
-def sentences() -> tuple[Tensor, Tensor]:
-    """Sentences ``(S, L)``, padded with 0, and the numbers of their topics, those that have forty or more."""
+def passages() -> tuple[Tensor, Tensor]:
+    """Passages ``(S, L)`` of a topic, the last one padded, and the numbers of topics, those that have eight or more."""
     known, rows, labels = words(), list[list[int]](), list[int]()
     for name in sorted(topics):
-        own = [[known.get(word, UNKNOWN) for word in _words(part)] for part in re.split(r"[.:]\s", topics[name])]
-        own = [numbers[:LONGEST] for numbers in own if len(numbers) >= SHORTEST]
-        if len(own) >= FEWEST:
-            labels += [len(set(labels))] * len(own)
-            rows += own
-    padded = [numbers + [PADDING] * (LONGEST - len(numbers)) for numbers in rows]
-    return torch.tensor(padded), torch.tensor(labels)
+        own = [known.get(word, UNKNOWN) for word in _words(topics[name])]
+        cut = [own[i : i + LONGEST] for i in range(0, len(own), LONGEST)]
+        cut = [numbers for numbers in cut if len(numbers) >= SHORTEST]
+        if len(cut) >= FEWEST:
+            labels += [len(set(labels))] * len(cut)
+            rows += cut
+    return torch.tensor([numbers + [PADDING] * (LONGEST - len(numbers)) for numbers in rows]), torch.tensor(labels)
 
 
 def _words(passage: str) -> list[str]:

@@ -7,33 +7,9 @@ from examples.zoo.material import Learner, accuracy, loader
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import CollapseMonitor, NeuralCollapseMonitor, SpectralAlignmentMonitor
 
-NODES, CLASSES, INPUTS, WIDTH, DEPTH, STEPS = 240, 4, 8, 32, 16, 400
+from .community import CLASSES, INPUTS, NODES, Convolution, community
 
-
-def community(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs of nodes, the normalized adjacency with loops, and to which of four communities nodes belong."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(NODES) % CLASSES
-    inputs = nn.functional.one_hot(labels, INPUTS) + 1.5 * torch.randn(NODES, INPUTS, generator=generator)
-    chance = torch.where(labels[:, None] == labels, 0.08, 0.01)
-    edges = (torch.rand(NODES, NODES, generator=generator) < chance).float().triu(1)
-    edges = edges + edges.T + torch.eye(NODES)
-    root = edges.sum(dim=1).rsqrt()
-    return inputs, root[:, None] * edges * root, labels
-
-
-class Convolution(nn.Module):
-    """A graph convolution (Kipf & Welling 2017, arXiv 1609.02907), with a residual or without."""
-
-    def __init__(self, adjacency: Tensor, residual: bool) -> None:
-        super().__init__()
-        self.register_buffer("adjacency", adjacency)
-        self.linear, self.residual = nn.Linear(WIDTH, WIDTH), residual
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Nodes ``(V, D)``."""
-        new: Tensor = self.linear(self.adjacency @ x).relu()
-        return x + new if self.residual else new
+WIDTH, DEPTH, STEPS = 32, 16, 400
 
 
 class GraphNetwork(Learner):
@@ -41,9 +17,9 @@ class GraphNetwork(Learner):
 
     def __init__(self, inputs: Tensor, adjacency: Tensor, residual: bool) -> None:
         super().__init__(rate=3e-3)
-        self.register_buffer("inputs", inputs)
+        self.inputs = nn.Parameter(inputs, requires_grad=False)
         self.embed = nn.Linear(INPUTS, WIDTH)
-        self.convolutions = nn.Sequential(*(Convolution(adjacency, residual) for _ in range(DEPTH)))
+        self.convolutions = nn.Sequential(*(Convolution(adjacency, WIDTH, residual) for _ in range(DEPTH)))
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, nodes: Tensor) -> Tensor:

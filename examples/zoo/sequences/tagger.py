@@ -1,12 +1,12 @@
-"""Token uniformity: representations of tokens become equal over the depth of a transformer."""
+"""A tagger of random sentences: what a token is called depends on the token before it."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from examples.zoo.material import Learner
-from examples.zoo.specimen import Habitat, Specimen
+from examples.zoo.specimen import Habitat
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
 from .material import Block, drawn, held_out_of
@@ -53,38 +53,3 @@ def tagging(seed: int, model: Tagger, steps: int = STEPS) -> Habitat:
         embedding=model.blocks,
         held_out=lambda: float((model(tokens).argmax(dim=-1) == tags).double().mean()),
     )
-
-
-def without_residual(seed: int, residual: bool) -> Habitat:
-    """Six blocks."""
-    return tagging(seed, Tagger(residual=residual))
-
-
-def deep_post_norm(seed: int, norm: Literal["pre", "post"]) -> Habitat:
-    """Twelve blocks at a rate that LayerNorm behind the residual does not stand without a warm-up."""
-    return tagging(seed, Tagger(depth=12, norm=norm, rate=1e-2), steps=400)
-
-
-SPECIMENS = (
-    Specimen(
-        "blocks without residual",
-        without_residual,
-        "attention without residuals makes all tokens alike",
-        kind="complete_collapse",
-        setting="residual",
-        healthy=True,
-        sick=False,
-        layers=("blocks*",),
-        develops=False,
-    ),
-    Specimen(
-        "deep post-norm",
-        deep_post_norm,
-        "no gradient reaches the lower blocks, and tokens become alike",
-        kind="complete_collapse",
-        setting="norm",
-        healthy="pre",
-        sick="post",
-        layers=("blocks*",),
-    ),
-)

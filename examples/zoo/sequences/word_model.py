@@ -1,4 +1,4 @@
-"""Loss explosion: a language model that diverges from the middle of its run on, in three ways."""
+"""A made language in which two words say which one is likely next, and a causal transformer that learns it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.zoo.material import Learner
-from examples.zoo.specimen import Habitat, Specimen
+from examples.zoo.specimen import Habitat
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
 from .material import Block, drawn, held_out_of
@@ -26,11 +26,6 @@ def passages(bad: bool, generator: torch.Generator, step: int) -> Tensor:
         other = torch.randint(VOCABULARY, (SIZE,), generator=generator)
         words.append(torch.where(torch.rand(SIZE, generator=generator) < 0.85, likely, other))
     return torch.stack(words, dim=1)
-
-
-def schedule(growth: float, step: int) -> float:
-    """A warm-up, then a constant rate, then growth."""
-    return float(min((step + 1) / WARM_UP, 1.0) * growth ** max(step - ONSET, 0))
 
 
 class WordModel(Learner):
@@ -75,45 +70,3 @@ def language_model(seed: int, factor: Callable[[int], float], bad: bool = False,
 
     monitors = [CollapseMonitor(), SpectralAlignmentMonitor(), AttentionEntropyMonitor()]
     return Habitat(model, [drawn(partial(passages, bad), seed)], monitors, STEPS, model.norm, score, every=10)
-
-
-def make(seed: int, growth: float = 1.0, bad: bool = False, rounds: bool = False) -> Habitat:
-    """One fault, or none."""
-    return language_model(seed, partial(schedule, growth), bad, rounds)
-
-
-SPECIMENS = (
-    Specimen(
-        "learning rate that grows",
-        make,
-        "from a step on the learning rate grows",
-        kind="loss_explosion",
-        setting="growth",
-        healthy=1.0,
-        sick=1.04,
-        family="language model",
-        onset=ONSET,
-    ),
-    Specimen(
-        "bad batch",
-        make,
-        "a broken batch comes again and again",
-        kind="loss_explosion",
-        setting="bad",
-        healthy=False,
-        sick=True,
-        family="language model",
-        onset=ONSET,
-    ),
-    Specimen(
-        "rounded logits",
-        make,
-        "logits are rounded downwards",
-        kind="loss_explosion",
-        setting="rounds",
-        healthy=False,
-        sick=True,
-        family="language model",
-        onset=ONSET,
-    ),
-)
