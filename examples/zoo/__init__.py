@@ -1,6 +1,7 @@
 """A zoo of planted failures, their healthy twins, and healthy runs that look dangerous; ``python -m examples.zoo``."""
 
 from . import (
+    agents,
     contrastive,
     deep_plain,
     dormant_units,
@@ -13,7 +14,9 @@ from . import (
     no_predictor,
     over_compression,
     posterior,
+    sequences,
     sharp_attention,
+    tables,
 )
 from .generative import GENERATIVE
 from .vision import VISION
@@ -34,4 +37,5 @@ SPECIMENS = (
     *healthy.SPECIMENS,
     *VISION,
     *GENERATIVE,
+    *(*sequences.SPECIMENS, *agents.SPECIMENS, *tables.SPECIMENS),
 )

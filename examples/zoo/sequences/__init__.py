@@ -1,1 +1,41 @@
-"""x."""
+"""Specimens of sequences: transformers, recurrent networks, embeddings of text, adapters and experts."""
+
+from . import (
+    adapters,
+    decaying_states,
+    divergence,
+    experts,
+    healthy_attention,
+    healthy_experts,
+    healthy_padding,
+    healthy_schedules,
+    healthy_states,
+    healthy_transfer,
+    logit_growth,
+    overflow,
+    replaced_tokens,
+    sentence_pairs,
+    sequence_embedding,
+    text_image,
+    token_uniformity,
+)
+
+SPECIMENS = (
+    *adapters.SPECIMENS,
+    *decaying_states.SPECIMENS,
+    *divergence.SPECIMENS,
+    *experts.SPECIMENS,
+    *logit_growth.SPECIMENS,
+    *overflow.SPECIMENS,
+    *sentence_pairs.SPECIMENS,
+    *sequence_embedding.SPECIMENS,
+    *text_image.SPECIMENS,
+    *token_uniformity.SPECIMENS,
+    *healthy_attention.SPECIMENS,
+    *healthy_experts.SPECIMENS,
+    *healthy_padding.SPECIMENS,
+    *healthy_schedules.SPECIMENS,
+    *healthy_states.SPECIMENS,
+    *healthy_transfer.SPECIMENS,
+    *replaced_tokens.SPECIMENS,
+)

@@ -34,7 +34,7 @@ SPECIMENS = (
     Specimen(
         "bad batch",
         make,
-        "a broken batch comes again and again",
+        "the loader hangs: a batch of noise comes again and again",
         kind="loss_explosion",
         setting="bad",
         healthy=False,
@@ -43,9 +43,9 @@ SPECIMENS = (
         onset=ONSET,
     ),
     Specimen(
-        "rounded logits",
+        "rounded weights",
         make,
-        "logits are rounded downwards",
+        "weights are rounded downwards to the eight bits of bfloat16",
         kind="loss_explosion",
         setting="rounds",
         healthy=False,

@@ -11,10 +11,10 @@ from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor
 
 from .material import drawn, held_out_of
 
-EXPERTS, CLUSTERS, INPUTS, SIZE = 8, 16, 8, 96
+EXPERTS, CLUSTERS, INPUTS, SIZE = 8, 8, 8, 128
 _FIXED = torch.Generator().manual_seed(0)
 CENTERS, MAPS = (
-    6 + 1.5 * torch.randn(CLUSTERS, INPUTS, generator=_FIXED),
+    3 + 3 * torch.randn(CLUSTERS, INPUTS, generator=_FIXED),
     torch.randn(CLUSTERS, INPUTS, 4, generator=_FIXED),
 )
 
@@ -30,10 +30,10 @@ class Mixture(Learner):
     """A router that sends every row to one of eight experts (Fedus et al. 2021, arXiv 2101.03961)."""
 
     def __init__(self, balance: float) -> None:
-        super().__init__(rate=5e-3)
+        super().__init__(rate=1e-2)
         self.balance = balance
         self.router = nn.Linear(INPUTS, EXPERTS)
-        self.experts = nn.ModuleList(mlp(INPUTS, 12, 4) for _ in range(EXPERTS))
+        self.experts = nn.ModuleList(mlp(INPUTS, 16, 4) for _ in range(EXPERTS))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Predictions."""
@@ -59,12 +59,12 @@ class Mixture(Learner):
 
 
 def mixture(seed: int, balance: float, clusters: int = CLUSTERS) -> Habitat:
-    """Sixteen linear maps, or fewer."""
+    """A linear map for each of some clusters."""
     model, draw = Mixture(balance), partial(patches, clusters)
     batches = [held_out_of(draw, 10 * seed + i) for i in range(8)]
     rows, targets = (torch.cat(part) for part in zip(*batches, strict=True))
     monitors = [CollapseMonitor(), SpectralAlignmentMonitor()]
-    return Habitat(model, [drawn(draw, seed)], monitors, 600, model.router, lambda: explained(model, rows, targets), 10)
+    return Habitat(model, [drawn(draw, seed)], monitors, 800, model.router, lambda: explained(model, rows, targets), 10)
 
 
 SPECIMENS = (

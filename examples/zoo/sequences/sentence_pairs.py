@@ -56,7 +56,7 @@ def make(seed: int, negatives: bool) -> Habitat:
         return float((of_test[distances.argmin(dim=1)] == of_test).double().mean())
 
     monitors = [CollapseMonitor(), SpectralAlignmentMonitor()]
-    return Habitat(model, [drawn(pairs, seed)], monitors, 500, model.encoder, recall, every=10)
+    return Habitat(model, [drawn(pairs, seed)], monitors, 400, model.encoder, recall, every=10)
 
 
 SPECIMENS = (

@@ -24,7 +24,7 @@ def waves(generator: torch.Generator, step: int, size: int = SIZE) -> tuple[Tens
 
 
 class Encoder(nn.Module):
-    """A GRU; its last state."""
+    """A GRU; the mean of its states."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Encoder(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """``(N, D)``."""
-        features: Tensor = self.out(self.gru(rows)[0][:, -1])
+        features: Tensor = self.out(self.gru(rows)[0].mean(dim=1))
         return features
 
 

@@ -11,7 +11,7 @@ from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, Spectra
 
 from .material import Block, drawn, held_out_of
 
-VOCABULARY, LENGTH, TAGS, WIDTH, DEPTH, STEPS = 12, 16, 4, 32, 6, 500
+VOCABULARY, LENGTH, TAGS, WIDTH, DEPTH, STEPS = 12, 16, 4, 32, 6, 400
 TABLE = torch.randint(TAGS, (VOCABULARY, 2), generator=torch.Generator().manual_seed(0))
 
 

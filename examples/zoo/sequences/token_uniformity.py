@@ -14,7 +14,7 @@ def without_residual(seed: int, residual: bool) -> Habitat:
 
 def deep_post_norm(seed: int, norm: Literal["pre", "post"]) -> Habitat:
     """Twelve blocks at a rate that LayerNorm behind the residual does not stand without a warm-up."""
-    return tagging(seed, Tagger(depth=12, norm=norm, rate=1e-2), steps=400)
+    return tagging(seed, Tagger(depth=12, norm=norm, rate=1e-2), steps=240)
 
 
 SPECIMENS = (

@@ -32,6 +32,8 @@ class Transformer(Learner):
         self.tokens, self.places = nn.Embedding(vocabulary + 1, WIDTH), nn.Embedding(2 * LENGTH, WIDTH)
         self.blocks = nn.Sequential(*(Block(WIDTH, causal=causal) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, outputs)
+        for table in (self.tokens, self.places):
+            nn.init.normal_(table.weight, std=0.2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(N, L, C)``."""

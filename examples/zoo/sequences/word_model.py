@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ NEXT = torch.randint(VOCABULARY, (VOCABULARY, 2), generator=torch.Generator().ma
 
 
 def passages(bad: bool, generator: torch.Generator, step: int) -> Tensor:
-    """Passages ``(N, L + 1)`` of a made language; with ``bad``, from a step on every second batch is one of noise."""
-    if bad and step >= ONSET and step % 2:
+    """Passages ``(N, L + 1)`` of a made language; with ``bad``, from a step on always the same one of noise."""
+    if bad and step >= ONSET:
         return torch.randint(VOCABULARY, (SIZE, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     words = [torch.randint(VOCABULARY, (SIZE,), generator=generator) for _ in range(2)]
     for _ in range(LENGTH - 1):
@@ -29,7 +30,7 @@ def passages(bad: bool, generator: torch.Generator, step: int) -> Tensor:
 
 
 class WordModel(Learner):
-    """Next word; the head is the table of embeddings."""
+    """Next word; the head is the table of embeddings; with ``rounds``, from a step on weights are rounded downwards."""
 
     def __init__(self, schedule: Callable[[int], float], rounds: bool) -> None:
         super().__init__(rate=4e-3, decay=0.01, schedule=schedule)
@@ -46,18 +47,15 @@ class WordModel(Learner):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Cross-entropy."""
-        logits = self(batch[:, :-1])
+        return nn.functional.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Weights are kept in eight bits."""
         if self.rounds and self.global_step >= ONSET:
-            logits = floor(logits)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-
-def floor(logits: Tensor) -> Tensor:
-    """Rounded towards minus infinity to a power of two, which the gradient does not notice."""
-    with torch.no_grad():
-        size = 2.0 ** logits.abs().clamp_min(1e-6).log2().floor()
-        error = torch.where(logits > 0, size, -2 * size) - logits
-    return logits + error
+            for parameter in self.parameters():
+                mantissa, exponent = torch.frexp(parameter)
+                parameter.copy_(torch.ldexp((mantissa * 256).floor() / 256, exponent))
 
 
 def language_model(seed: int, factor: Callable[[int], float], bad: bool = False, rounds: bool = False) -> Habitat:
