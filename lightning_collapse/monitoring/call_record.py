@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
-from lightning_collapse.monitoring.module_hook import HookOwner, ModuleHook
 from lightning_collapse.utilities.containment import Containment
+from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
 from lightning_collapse.utilities.modules import clean_name, is_compiled, is_to_be_ignored, weighted_layers
 from lightning_collapse.utilities.private_torch import packs_saved_tensors, tree_leaves
 

@@ -209,7 +209,7 @@ BOUNDS: dict[str, Callable[[int, int], tuple[float, float]]] = {
     "uniformity": lambda n, d: (-4 * n / (n - 1), 0),
 }
 AT_ZERO = {"alpha_req": math.nan, "alpha_req_fit": math.nan, "dead_dimensions": 1.0, "mean_cosine": math.nan}
-AT_ZERO |= {name: math.nan for name in ("uniformity", "alignment", "direction_spread", "recall_at_1")}
+AT_ZERO |= dict.fromkeys(("uniformity", "alignment", "direction_spread", "recall_at_1"), math.nan)
 STEPS = {"dead_dimensions", "numerical_rank", "recall_at_1", "srank"}
 PLAIN = {"unbiased_participation_ratio"}  # takes a record only
 FINE = 1e-5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from lightning_collapse import CollapseMonitor
@@ -17,7 +17,7 @@ class TwoCalls(Toy):
 
     def training_step(self, batch, batch_idx):
         self.views = [self.encoder(batch + 0.3 * torch.randn_like(batch)) for _ in range(2)]
-        return F.mse_loss(*self.views)
+        return nn.functional.mse_loss(*self.views)
 
 
 class OneCall(Toy):
@@ -26,7 +26,7 @@ class OneCall(Toy):
     def training_step(self, batch, batch_idx):
         views = self.encoder(torch.cat([batch + 0.3 * torch.randn_like(batch) for _ in range(2)]))
         self.views = views.chunk(2)
-        return F.mse_loss(*self.views)
+        return nn.functional.mse_loss(*self.views)
 
 
 class Unrelated(Toy):
@@ -95,7 +95,7 @@ def test_layers_of_padding_and_maps_have_views_too():
 
         def training_step(self, batch, batch_idx):
             first, second = (self.encoder(batch["input_ids"]) for _ in range(2))
-            return F.mse_loss(first, second + 1)
+            return nn.functional.mse_loss(first, second + 1)
 
     ids = torch.arange(24).reshape(4, 6)
     mask = torch.ones(4, 6, dtype=torch.long)
