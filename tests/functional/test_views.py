@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lightning_collapse.functional import alignment, eigenvalue_effective_rank, recall_at_1, uniformity
 from lightning_collapse.functional.views import view_statistics
