@@ -1,5 +1,6 @@
 """Functional measures: pure functions, tensors in, tensors out."""
 
+from lightning_collapse.functional.assignment import assignment_null, assignment_perplexity
 from lightning_collapse.functional.attention_entropy import HeadEntropy, attention_entropy, entropy_bound
 from lightning_collapse.functional.continual import (
     average_accuracy,
@@ -117,6 +118,8 @@ __all__ = [
     "alignment",
     "alpha_req",
     "alpha_req_fit",
+    "assignment_null",
+    "assignment_perplexity",
     "attention_entropy",
     "average_accuracy",
     "backward_transfer",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.utilities.registry import register_measure
 
 
@@ -43,7 +43,7 @@ def recall_at_1(x: Tensor, y: Tensor) -> Tensor:
     if x.shape != y.shape or x.ndim < 2:
         raise ValueError(f"`x` and `y` are views of the same rows, got shapes {tuple(x.shape)} and {tuple(y.shape)}.")
     hits, counts = _hits(*_units(x, y))
-    return torch.where(counts > 0, hits / counts.clamp_min(1), torch.nan)
+    return torch.where(counts > 0, hits / counts.clamp_min(1), torch.nan).to(x.dtype)
 
 
 @full_precision
@@ -67,20 +67,20 @@ def view_statistics(x: Tensor, y: Tensor) -> Tensor:
     first, second, weight = _units(x, y)
     hits, counts = _hits(first, second, weight)
     apart = ((first - second).square().sum(dim=-1) * weight).sum(dim=-1)
-    others = weight.unsqueeze(-1) * weight.unsqueeze(-2) * (1 - torch.eye(x.shape[-2], device=x.device, dtype=x.dtype))
+    others = weight.unsqueeze(-1) * weight.unsqueeze(-2) * (1 - torch.eye(x.shape[-2]).to(weight))
     potential = (4 * (first @ first.mT - 1)).clamp_max(0).masked_fill(others == 0, -torch.inf)
     uniform = potential.flatten(-2).logsumexp(dim=-1) - (counts * (counts - 1)).clamp_min(1).log()
     found = torch.stack([counts, hits, (counts > 0).to(counts), apart, counts * uniform], dim=-1)
-    found = torch.where(counts.unsqueeze(-1) > 1, found, 0.0)
-    return found if x.device.type == "mps" else found.double()
+    return torch.where(counts.unsqueeze(-1) > 1, found, 0.0)
 
 
 def _units(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of unit length, zero where a pair does not count, and which do."""
     whole = (x.isfinite() & y.isfinite()).all(dim=-1) & (x != 0).any(dim=-1) & (y != 0).any(dim=-1)
-    first, second = (torch.where(whole.unsqueeze(-1), rows, 0.0) for rows in (x, y))
+    # rows in a narrow cone differ by less than single precision tells
+    first, second = (torch.where(whole.unsqueeze(-1), v, 0).to(accumulation_dtype(v.device)) for v in (x, y))
     # of huge rows the square would overflow
-    first, second = (rows / rows.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30) for rows in (first, second))
+    first, second = (v / torch.where(whole, v.abs().amax(dim=-1), 1).unsqueeze(-1) for v in (first, second))
     unit = torch.nn.functional.normalize
     return unit(first, dim=-1), unit(second, dim=-1), whole.to(first.dtype)
 
@@ -88,6 +88,7 @@ def _units(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _hits(first: Tensor, second: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Rows found again, ties by their number, and rows that count."""
     cosine = (first @ second.mT).masked_fill(weight.unsqueeze(-2) == 0, -torch.inf)
-    own = cosine.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    found = ((cosine > own).sum(dim=-1) == 0) * weight / (cosine == own).sum(dim=-1).clamp_min(1)
+    nearer = cosine - cosine.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    rounding = 16 * torch.finfo(cosine.dtype).eps
+    found = ((nearer > rounding).sum(dim=-1) == 0) * weight / (nearer.abs() <= rounding).sum(dim=-1).clamp_min(1)
     return found.sum(dim=-1), weight.sum(dim=-1)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import cache
-from itertools import permutations, product
+from itertools import pairwise, permutations, product
 
 import numpy as np
 import pytest
@@ -154,12 +154,18 @@ def naive_recall_at_1(x: Matrix, y: Matrix) -> float:
     return float(np.mean([np.argmax(row) == i for i, row in enumerate(cosine)]))
 
 
+def naive_assignment_perplexity(x: Matrix) -> float:
+    shares = np.bincount(x.argmax(axis=1), minlength=x.shape[1]) / len(x)
+    return float(np.exp(-sum(p * np.log(p) for p in shares if p > 0)))
+
+
 def naive_alignment(x: Matrix, y: Matrix) -> float:
     return float(np.mean(np.sum((unit(x) - unit(y)) ** 2, axis=1)))
 
 
 REFERENCES: dict[str, Callable[..., float]] = {
     "alignment": naive_alignment,
+    "assignment_perplexity": naive_assignment_perplexity,
     "alpha_req": lambda x: naive_power_law(x)[0],
     "alpha_req_fit": lambda x: naive_power_law(x)[1],
     "condition_number": naive_condition_number,
@@ -191,6 +197,7 @@ BOUNDS: dict[str, Callable[[int, int], tuple[float, float]]] = {
     "alpha_req": lambda n, d: (0, math.inf),
     "alpha_req_fit": lambda n, d: (0, 1),
     "condition_number": lambda n, d: (1, math.inf),
+    "assignment_perplexity": lambda n, d: (1, min(n, d)),
     "dead_dimensions": lambda n, d: (0, 1),
     "direction_spread": lambda n, d: (0, 1),
     "eigenvalue_quartile_ratio": lambda n, d: (1, math.inf),
@@ -208,9 +215,15 @@ BOUNDS: dict[str, Callable[[int, int], tuple[float, float]]] = {
     "unbiased_participation_ratio": lambda n, d: (1, d),
     "uniformity": lambda n, d: (-4 * n / (n - 1), 0),
 }
-AT_ZERO = {"alpha_req": math.nan, "alpha_req_fit": math.nan, "dead_dimensions": 1.0, "mean_cosine": math.nan}
+AT_ZERO = {
+    "assignment_perplexity": 1.0,
+    "alpha_req": math.nan,
+    "alpha_req_fit": math.nan,
+    "dead_dimensions": 1.0,
+    "mean_cosine": math.nan,
+}
 AT_ZERO |= dict.fromkeys(("uniformity", "alignment", "direction_spread", "recall_at_1"), math.nan)
-STEPS = {"dead_dimensions", "numerical_rank", "recall_at_1", "srank"}
+STEPS = {"assignment_perplexity", "dead_dimensions", "numerical_rank", "recall_at_1", "srank"}
 PLAIN = {"unbiased_participation_ratio"}  # takes a record only
 FINE = 1e-5
 
@@ -528,7 +541,7 @@ def test_masks(name: str) -> None:
 def test_equal_rows_are_collapsed(name: str, dtype: torch.dtype) -> None:
     x = (0.1 * torch.arange(1, 6, dtype=torch.float64)).to(dtype).expand(77, 5)
     expected = dict.fromkeys(REFERENCES, 0.0) | {"dead_dimensions": 1.0, "mean_cosine": 1.0, "rankme": 1.0}
-    expected |= {"alpha_req": math.nan, "alpha_req_fit": math.nan}
+    expected |= {"alpha_req": math.nan, "alpha_req_fit": math.nan, "assignment_perplexity": 1.0, "recall_at_1": 1 / 77}
     for constant in (1, 10000):
         value = evaluate(name, constant * x, constant * x).item()
         assert value == pytest.approx(expected[name], rel=1e-5, abs=1e-6, nan_ok=True), constant
@@ -595,7 +608,8 @@ def test_null_is_what_noise_reads(name: str) -> None:
             continue
         inputs = draws(n, d, measure.spectrum if measure.kind == "spectrum" else "rows")
         read = measure.of_spectrum if measure.kind == "spectrum" else measure.fn
-        found = np.array([read(x).item() for x in inputs])
+        pairs = pairwise(inputs)
+        found = np.array([read(*z).item() for z in (pairs if measure.kind == "pairs" else zip(inputs, strict=True))])
         error = 4 * found.std(ddof=1) / math.sqrt(len(found))
         assert null == pytest.approx(found.mean(), rel=0.03, abs=error)
 
