@@ -47,7 +47,7 @@ def assignment_null(n: int, d: int) -> float:
 @register_measure(
     kind="rows",
     statistic=lambda scores, mask: assignment_counts(scores, mask),
-    from_statistic=lambda counts: _perplexity(counts),
+    from_statistic=lambda counts: perplexity(counts),
     range="1 to D",
     collapsed="near 1",
     source="perplexity of the codebook, van den Oord et al., 2017, arXiv 1711.00937",
@@ -75,7 +75,7 @@ def assignment_perplexity(scores: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> assignment_perplexity(torch.tensor([[0.1, 2.0], [3.0, 1.0], [0.0, 1.0], [1.0, 0.0]]))
         tensor(2.)
     """
-    return _perplexity(assignment_counts(scores, mask)).to(scores.dtype)
+    return perplexity(assignment_counts(scores, mask)).to(scores.dtype)
 
 
 def assignment_counts(scores: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -86,7 +86,8 @@ def assignment_counts(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.zeros(scores.shape[1], dtype=dtype, device=scores.device).index_add_(0, chosen, counted.to(dtype))
 
 
-def _perplexity(counts: Tensor) -> Tensor:
+def perplexity(counts: Tensor) -> Tensor:
+    """That of :func:`assignment_counts`, 0-dimensional; 0 where nothing was counted."""
     total = counts.sum()
     shares = counts / total.clamp_min(1)
     entropy = -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum()

@@ -13,6 +13,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_collapse.functional.assignment import assignment_counts, perplexity
 from lightning_collapse.monitoring.feature_buffer import LayerFeatures
 from lightning_collapse.spectral.eigenvalues import eigenvalues
 from lightning_collapse.spectral.moments import Moments, reduce_moments
@@ -90,6 +91,16 @@ def evaluate(
             values = {curve: column[j] for curve, column in columns.items()}
             found[names[i]] = Evaluation(record.count[j], seen[j], top[j], values, record.singular_values[j])
     return {name: found[name] for name in names}
+
+
+@torch.no_grad()
+def assignments(layers: Mapping[str, LayerFeatures]) -> dict[str, Tensor]:
+    """Perplexity of what rows choose, of layers that are scores; collective, see :func:`assignment_perplexity`."""
+    if not layers:
+        return {}
+    counts = [assignment_counts(layer.rows, layer.mask) for layer in layers.values()]
+    total = torch.split(all_reduce_sum(torch.cat(counts)), [len(of) for of in counts])
+    return {name: perplexity(of) for name, of in zip(layers, total, strict=True)}
 
 
 def flag_of(n: int, seen: int, top: float, sketched: bool) -> Flag:

@@ -59,6 +59,7 @@ class FeatureHooks(HookOwner):
         containment: Where failures are told, in the name of its owner.
         sequences: Copy whole sequences of tokens, as many as the limit allows but one at least, and say which row is of
             which.
+        positions: Take every position of a map for a row, and not their mean.
 
     Attributes:
         armed: Whether to copy rows now.
@@ -76,6 +77,7 @@ class FeatureHooks(HookOwner):
         position: int | None = None,
         containment: Containment | None = None,
         sequences: bool = False,
+        positions: bool = False,
     ) -> None:
         self.armed = False
         self.mask: Tensor | None = None
@@ -84,6 +86,7 @@ class FeatureHooks(HookOwner):
         self.position = position
         self.containment = containment or Containment(type(self).__name__)
         self.sequences = sequences
+        self.positions = positions
         self.views = 0
         self.halved: Collection[str] | None = None
         self.left_out: dict[str, str] = {}
@@ -147,7 +150,7 @@ class FeatureHooks(HookOwner):
             if hook.axis.is_doubtful(features) and not self._doubted:
                 self._doubted = True
                 self._warn(hook, features)
-            rows, mask = as_rows(features, hook.axis), as_row_mask(features, self.mask, hook.axis)
+            rows, mask = as_rows(features, hook.axis, self.positions), as_row_mask(features, self.mask, hook.axis)
         if rows is None or not rows.shape[1]:
             raise NoFeaturesError(f"no features in {_describe(value)}")
         limit = self._limit(hook, rows.shape[1])

@@ -51,6 +51,7 @@ class FeatureWindow:
         containment: Where failures of hooks are told, in the name of its owner.
         choose: Other taps, if the order in which the first batch runs the modules asks for others.
         views: Keep rows of two views of the same samples too, of layers that see two.
+        positions: Take every position of a map for a row, and not their mean.
 
     Attributes:
         hooks: The hooks.
@@ -75,6 +76,7 @@ class FeatureWindow:
         containment: Containment | None = None,
         choose: Callable[[Execution], Sequence[Tap]] | None = None,
         views: bool = False,
+        positions: bool = False,
     ) -> None:
         let_hooks_be_seen(root)
         self.taps = list(taps)
@@ -84,7 +86,9 @@ class FeatureWindow:
         self.plans: dict[str, SamplingPlan] = {}
         self.pairs = ViewPairs() if views else None
         self._root, self._device = root, device
-        self._make_hooks = partial(FeatureHooks, limit=limit, position=position, containment=containment)
+        self._make_hooks = partial(
+            FeatureHooks, limit=limit, position=position, containment=containment, positions=positions
+        )
         self.hooks = self._make_hooks(self.taps)
         self._scope = StepScope(root)
         self._choose, self._chosen, self._execution = choose, self.taps, Execution(())

@@ -8,17 +8,18 @@ or values one of them keeps has the role that the node tells, and one that none 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from lightning_collapse.monitoring.autograd_graph import AutogradGraph, kind
 from lightning_collapse.monitoring.call_record import CallRecord, Seen, storage_of
-from lightning_collapse.monitoring.conditioning import conditioned_layers
+from lightning_collapse.monitoring.conditioning import ROUTER, conditioned_layers
 from lightning_collapse.monitoring.loss_comparisons import Comparison, comparisons
 from lightning_collapse.monitoring.loss_task import decide
 from lightning_collapse.monitoring.loss_use import ROLES, Evidence, LossUse
+from lightning_collapse.monitoring.softmax_heads import softmax_heads
 from lightning_collapse.monitoring.value_comparison import Sample, correlation, relation, sample_of
 
 _ROLE_OF = {"classes": "target", "numbers": "target", "yes or no": "target", "probabilities": "target"}
@@ -82,7 +83,9 @@ def read_loss(loss: Tensor, batch: Any, record: CallRecord) -> LossUse:
     graph = AutogradGraph(loss, record)
     tensors = dict(tensors_of(batch))
     evidence = _match(graph, tensors, comparisons(graph))
-    return decide(evidence, _roles(evidence), conditioned_layers(graph))
+    use = decide(evidence, _roles(evidence), conditioned_layers(graph))
+    routers = [name for name, reason in use.conditioning.items() if reason == ROUTER]
+    return replace(use, heads=(*softmax_heads(graph, use.compared), *routers))
 
 
 def _match(graph: AutogradGraph, batch: dict[str, Tensor], found: list[Comparison]) -> Evidence:

@@ -30,6 +30,7 @@ class LossUse:
         compared: Names of the modules whose output is compared with a target, with no weight in between.
         last: Those, and the modules whose output the last weights of these multiply.
         conditioning: Layers whose input holds little by design, with the reason.
+        heads: Layers of whose outputs the loss takes a softmax that no target is compared with.
     """
 
     task: str = ""
@@ -40,6 +41,7 @@ class LossUse:
     compared: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     conditioning: Mapping[str, str] = field(default_factory=dict)
+    heads: tuple[str, ...] = ()
 
 
 @dataclass

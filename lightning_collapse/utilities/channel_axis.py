@@ -6,9 +6,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lightning_collapse.utilities.module_tree import innermost
+from lightning_collapse.utilities.module_tree import innermost, weighted_layers
 from lightning_collapse.utilities.modules import is_channels_first
 
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _OUT = ("out_features", "out_channels", "num_features", "num_channels", "embed_dim", "embedding_dim")
 _IN = ("in_features", "in_channels", "num_features", "num_channels", "embed_dim")
 _FIRST = {
@@ -63,6 +64,22 @@ class ChannelAxis:
         if maps.is_nested or maps.ndim < 4 or self._first or self._width in (maps.shape[1], maps.shape[-1]):
             return False
         return len(set(maps.shape[2:])) > 1
+
+
+def ends_in_maps(root: nn.Module) -> bool:
+    """Whether the last product of a model is a convolution: it tells something of every position, not of the whole.
+
+    Such are models of segmentation and of denoising, autoencoders and detectors; their features vary from place to
+    place, and the mean over all places says little of them.
+
+    Example:
+        >>> ends_in_maps(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1), nn.BatchNorm2d(1)))
+        True
+        >>> ends_in_maps(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 1)))
+        False
+    """
+    products = [layer for _, layer in weighted_layers(root) if isinstance(layer, (nn.Linear, *_CONVOLUTIONS))]
+    return bool(products) and isinstance(products[-1], _CONVOLUTIONS)
 
 
 def _is_first(layer: nn.Module) -> bool:

@@ -26,7 +26,7 @@ def find_features(output: Any) -> Tensor | None:
     return found if found is not None else _pick(output, complex_too=True)
 
 
-def as_rows(output: Any, channels_first: bool | ChannelAxis = False) -> Tensor | None:
+def as_rows(output: Any, channels_first: bool | ChannelAxis = False, positions: bool = False) -> Tensor | None:
     """View what a layer returns as rows of features; keeps the autograd graph and copies nothing if it can.
 
     Args:
@@ -44,6 +44,7 @@ def as_rows(output: Any, channels_first: bool | ChannelAxis = False) -> Tensor |
             ``float32``. Sparse tensors do not count.
         channels_first: Read three dimensions as maps ``(N, C, L)``, what ``nn.Conv1d`` returns; a
             :class:`~lightning_collapse.utilities.channel_axis.ChannelAxis` tells maps ``(N, *spatial, C)`` as well.
+        positions: Every position of a map is a row, as it is of tokens, and not their mean.
 
     Returns:
         ``(rows, D)`` in the dtype of the output, pooled maps at least ``float32``; ``None`` where there is no
@@ -64,7 +65,7 @@ def as_rows(output: Any, channels_first: bool | ChannelAxis = False) -> Tensor |
         features = _tokens_of(features)
     if features.is_floating_point() and features.element_size() == 1:
         features = features.to(torch.float32)
-    rows = _flatten(features, channels_first)
+    rows = _flatten(features, channels_first, positions)
     return torch.view_as_real(rows.resolve_conj()).flatten(1) if rows.is_complex() else rows
 
 
@@ -166,7 +167,7 @@ def _spread(count: int, limit: int, device: torch.device) -> Tensor:
     return starts[:-1] + (golden * starts.diff()).long()
 
 
-def _flatten(features: Tensor, channels_first: bool | ChannelAxis) -> Tensor:
+def _flatten(features: Tensor, channels_first: bool | ChannelAxis, positions: bool) -> Tensor:
     if features.ndim == 1:
         return features.unsqueeze(1)
     if features.ndim == 2:
@@ -175,6 +176,8 @@ def _flatten(features: Tensor, channels_first: bool | ChannelAxis) -> Tensor:
     if features.ndim == 3 and not first:
         return features.flatten(0, 1)
     maps = features.flatten(2) if first else features.flatten(1, -2)
+    if positions:
+        return (maps.mT if first else maps).flatten(0, 1)
     # autocast leaves a mean in half precision
     return maps.mean(dim=2 if first else 1, dtype=torch.promote_types(features.dtype, torch.float32))
 

@@ -15,10 +15,10 @@ from typing_extensions import override
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.guard.action import Action, action_name, load_states, states_of
 from lightning_collapse.callbacks.guard.arguments import ActionLike, check_rules, make_actions
-from lightning_collapse.callbacks.guard.loss_reader import LossReader
 from lightning_collapse.callbacks.guard.required_monitors import available, require_available
 from lightning_collapse.callbacks.guard.task_inference import infer_task
 from lightning_collapse.callbacks.guard.training_health import TrainingHealth
+from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
 from lightning_collapse.reporting import publish, try_again
 from lightning_collapse.rules import TASKS, Judge, Judgement, Rule, Task, Verdict
 from lightning_collapse.utilities.containment import Containment
@@ -155,7 +155,7 @@ class CollapseGuard(Callback):
             load_states(self._actions, deepcopy(self._fresh))
         self._loaded = self._given = False
         self._containment = Containment(type(self).__name__)
-        self._reader = LossReader(pl_module, self._containment)
+        self._reader = reader_of(pl_module, self._containment)
         self._health = TrainingHealth()
         self.task = Task(self._requested or "")
         require_available(self._rules, trainer.callbacks, requested=self.rules is not None)
@@ -171,14 +171,16 @@ class CollapseGuard(Callback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._health.note_loss(loss)
-        if self._reader is not None and self._reader.before_backward(loss):
+        if self._reader is not None:
+            self._reader.before_backward(loss)
             self._infer_task(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._reader is not None and self._reader.after_batch():
+        if self._reader is not None:
+            self._reader.after_batch()
             self._infer_task(trainer, pl_module)
 
     @override
@@ -207,7 +209,9 @@ class CollapseGuard(Callback):
                 self.judge.restart()
 
     def _infer_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        use, self._reader = self._reader.use if self._reader is not None else None, None
+        if self._reader is None or self._reader.waits:
+            return
+        use, self._reader = self._reader.use, None
         with self._containment("inferring the task", "the task stays unknown"):
             self.task = infer_task(trainer, pl_module, use, self._requested)
             self.task = replace(self.task, kinds=available(self._rules, trainer.callbacks))

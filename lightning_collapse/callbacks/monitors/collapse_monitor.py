@@ -12,9 +12,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
 from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
+from lightning_collapse.functional.assignment import assignment_null
 from lightning_collapse.functional.isotropic_null import expected_under_isotropy
-from lightning_collapse.monitoring.evaluate import evaluate, flag_of
+from lightning_collapse.monitoring.evaluate import assignments, evaluate, flag_of
 from lightning_collapse.monitoring.feature_buffer import Batch, FeatureBuffer, LayerFeatures
 from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.to_host import to_host
@@ -27,14 +29,16 @@ from lightning_collapse.reporting import (
     log_image,
     log_text,
 )
+from lightning_collapse.utilities.channel_axis import ends_in_maps
 from lightning_collapse.utilities.distributed import world_size
-from lightning_collapse.utilities.modules import default_taps
+from lightning_collapse.utilities.modules import curve_name, default_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Curve, Measure, get_measure
 from lightning_collapse.utilities.trainer import logging_step
 
 PICTURE_EVERY = 10
 _HISTOGRAM = "log10_std"
+_ASSIGNED = "assignment_perplexity"
 VIEWS = "views"
 
 
@@ -47,8 +51,10 @@ class CollapseMonitor(Monitor):
     {curves}
     - ``val/collapse/...``: the same of the validation batches, with ``validation=True``.
 
-    The curves ``views/...`` are of layers that see two views of the same samples, in two calls of a training step or
-    one behind the other in a batch: those in which one view finds the other far above chance at the first points.
+    The curve ``assignment_perplexity`` is of layers whose outputs go through a softmax that the loss compares with no
+    target, such as prototypes and the scores of a router. The curves ``views/...`` are of layers that see two views of
+    the same samples, in two calls of a training step or one behind the other in a batch: those in which one view finds
+    the other far above chance at the first points.
 
     Besides, to loggers that can show them, every tenth point: a histogram of log10 standard deviations along the
     principal axes per layer, and a picture of the first measure over layers and steps.
@@ -57,7 +63,7 @@ class CollapseMonitor(Monitor):
     per feature need, as long as that costs no more than ``max_overhead`` of the training. Never compare ranks at
     different ``n``. Vectors ``(N, D)`` count as they are, tokens
     ``(N, L, D)`` each by itself (those with a zero in ``batch["attention_mask"]`` not at all), maps ``(N, C, H, W)``
-    by their spatial mean.
+    by their spatial mean; of models that end in maps themselves, such as those of segmentation, by their positions.
 
     Args:
         layers: Names of submodules, or glob patterns of them; ``"name:input"`` is what a module receives instead of
@@ -85,6 +91,7 @@ class CollapseMonitor(Monitor):
         Curve("n", "rows behind the point, over all processes", "0 to infinity", "few: do not read the ranks"),
         Curve("nonfinite_fraction", "rows left out for NaN or infinity", "0 to 1", "above 0"),
         Curve("flag", "why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`", "0 to 7", "above 0"),
+        Curve("assignment_perplexity", "outputs of a softmax in use, see the measure", "1 to D", "near 1"),
         Curve("recall_at_1", "rows whose nearest other view is their own", "0 to 1", "as at its start", family=VIEWS),
         Curve("chance", "the same by chance", "0 to 1", "never", family=VIEWS),
         Curve("alignment", "squared distance of two views on the sphere", "0 to 4", "near 0", family=VIEWS),
@@ -129,6 +136,8 @@ class CollapseMonitor(Monitor):
         self._histograms: dict[str, list[float]] = {}
         self._history = History()
         self._validation_rows = FeatureBuffer(max_dim)
+        self._reader: LossReader | None = None
+        self._heads: frozenset[str] = frozenset()
 
     @property
     def _measures(self) -> list[Measure]:
@@ -145,7 +154,8 @@ class CollapseMonitor(Monitor):
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         taps = self.choose_taps(self.layers, default_taps(pl_module), pl_module)
-        self._history = History()
+        self._history, self._heads = History(), frozenset()
+        self._reader = reader_of(pl_module, self.contained)
         self.window = FeatureWindow(
             pl_module,
             taps,
@@ -157,6 +167,7 @@ class CollapseMonitor(Monitor):
             containment=self.contained,
             choose=partial(default_taps, pl_module) if self.layers is None else None,
             views=True,
+            positions=ends_in_maps(pl_module),
         )
         if self.layers is None:
             names = ", ".join(tap.name for tap in taps)
@@ -167,8 +178,31 @@ class CollapseMonitor(Monitor):
 
     @override
     def stop(self) -> None:
+        if self._reader is not None:
+            self._reader.remove()
+            self._reader = None
         self._layers = {}
         self._validation_rows.clear()
+
+    @override
+    def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
+        super().before_batch(trainer, batch, batches_left)
+        if self._reader is not None:
+            self._reader.before_batch(batch)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._reader is not None:
+            self._reader.before_backward(loss)
+
+    @override
+    def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
+        super().after_batch(trainer, pl_module, batches_left)
+        if self._reader is not None:
+            self._reader.after_batch()
+            if not self._reader.waits:
+                use, self._reader = self._reader.use, None
+                self._heads = frozenset(map(curve_name, use.heads if use is not None else ()))
 
     @override
     def state(self) -> dict[str, Any]:
@@ -260,6 +294,8 @@ class CollapseMonitor(Monitor):
         # every process must bring every layer, if only its width
         self._layers = {name: layer for name, layer in layers.items() if len(layer.rows) or world_size() > 1}
         readings: dict[Name, Tensor] = {}
+        heads = {name: layer for name, layer in self._layers.items() if name in self._heads and not layer.sketched}
+        readings |= {(name, _ASSIGNED): reading for name, reading in assignments(heads).items()}
         for name, found in evaluate(self._layers, self._measures, pictures).items():
             readings |= {(name, key): value for key, value in found.readings().items()}
             if pictures:
@@ -283,6 +319,9 @@ class CollapseMonitor(Monitor):
                 # corrected for the projection, a value is of the whole width, which the null would not be
                 null = nan if layer is None or (measure.record and layer.sketched) else _null(measure, n, layer)
                 points.append(Point(family, tap.name, measure.curve, step, value, n, null, flag))
+            if (assigned := numbers.get((tap.name, _ASSIGNED))) is not None and layer is not None:
+                expected = assignment_null(n, layer.width)
+                points.append(Point(family, tap.name, _ASSIGNED, step, float(assigned), n, expected, flag))
             own = {"n": float(n), "nonfinite_fraction": 1 - n / seen if seen else nan, "flag": float(flag)}
             points += [Point(family, tap.name, name, step, value, n, flag=flag) for name, value in own.items()]
         return points

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -15,6 +16,17 @@ from lightning_collapse.utilities.modules import is_compiled
 
 BATCHES = 4
 """Batches without a backward pass before it gives up."""
+
+
+_READERS: WeakKeyDictionary[LightningModule, LossReader] = WeakKeyDictionary()
+
+
+def reader_of(pl_module: LightningModule, containment: Containment) -> LossReader:
+    """The reader of a module's next first loss, one for all callbacks of a fit."""
+    reader = _READERS.get(pl_module)
+    if reader is None or not reader.waits:
+        _READERS[pl_module] = reader = LossReader(pl_module, containment)
+    return reader
 
 
 class LossReader:
@@ -30,7 +42,8 @@ class LossReader:
 
     def __init__(self, pl_module: LightningModule, containment: Containment) -> None:
         self.use: LossUse | None = None
-        self._module, self._contained = pl_module, containment
+        self._module: LightningModule | None = pl_module
+        self._contained = containment
         self._record: CallRecord | None = None
         self._scope: StepScope | None = None
         self._batch: Any = None
@@ -42,39 +55,37 @@ class LossReader:
         return self._left > 0
 
     def before_batch(self, batch: Any) -> None:
-        """Listen to the step of this batch."""
-        if not self.waits:
+        """Listen to the step of this batch; every one who waits may say so."""
+        if not self.waits or self._module is None or self._batch is not None:
             return
         if self._record is None:
             self._record = CallRecord(self._module, self._contained.owner)
             # what is compiled is not listened to, and its step stays as it is
             self._scope = None if is_compiled(self._module) else StepScope(self._module)
         self._record.forget()
-        self._batch = batch
+        self._batch = (batch,)
         if self._scope is not None:
             self._scope.request(self._record)
 
-    def before_backward(self, loss: Tensor) -> bool:
-        """Read the first loss; whether this was it. Collective at the first call."""
-        if not self.waits or self._record is None:
-            return False
+    def before_backward(self, loss: Tensor) -> None:
+        """Read the first loss. Collective at the first call."""
+        if self._batch is None or self._record is None:
+            return
         use = LossUse(why="it could not be read")
         with self._contained("reading the loss", "what it compares stays unknown"):
-            use = read_loss(loss, self._batch, self._record)
+            use = read_loss(loss, self._batch[0], self._record)
         self.remove()
         self.use = from_first_process(use)
-        return True
 
-    def after_batch(self) -> bool:
-        """Forget a batch that had no backward pass; whether that was the last one to be waited for."""
-        if not self.waits or self._record is None:
-            return False
+    def after_batch(self) -> None:
+        """Forget a batch that had no backward pass."""
+        if self._batch is None or self._record is None:
+            return
         self._record.forget()
         self._batch = None
         self._left -= 1
         if not self.waits:
             self.remove()
-        return not self.waits
 
     def remove(self) -> None:
         """Stop listening and forget everything but the result; may be called twice."""
@@ -83,4 +94,4 @@ class LossReader:
             self._record.clear()
         if self._scope is not None:
             self._scope.remove()
-        self._record = self._scope = None
+        self._record = self._scope = self._module = None
