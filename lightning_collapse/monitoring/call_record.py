@@ -142,7 +142,8 @@ class _Begin(ModuleHook):
         self._record, self._name = record, name
 
     def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
-        self._record.begin(self._name, (args, dict(value)))
+        if not torch.compiler.is_compiling():  # a function that calls it, and not the module
+            self._record.begin(self._name, (args, dict(value)))
 
 
 class _End(ModuleHook):
@@ -151,7 +152,8 @@ class _End(ModuleHook):
         self._record, self._name = record, name
 
     def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
-        self._record.end(self._name, value)
+        if not torch.compiler.is_compiling():
+            self._record.end(self._name, value)
 
 
 def storage_of(tensor: Tensor) -> int:
