@@ -27,7 +27,7 @@ _VIEWS: tuple[str, ...] = ("View", "UnsafeView", "Reshape", "ReshapeAlias", "Squ
 _VIEWS += ("Permute", "T", "ToCopy", "Expand", "Clone", "Alias", "Neg")
 _SCALES = ("Mul", "Div", "Add", "Sub", "Clamp")
 _CHOICES: tuple[str, ...] = ("Topk", "Sort", "Gather", "Index", "Select", "Slice", "Split", "Unbind", "Scatter")
-_CHOICES += ("ScatterAdd", "MaskedFill", "Where", "Sum", "Clamp", "Div")
+_CHOICES += ("ScatterAdd", "MaskedFill", "Where", "Sum", "Clamp", "Div", "Max", "Amax")
 _CHOSEN = (*_VIEWS, *_CHOICES)
 _POSITIONS, _WAVES = 4, 4
 

@@ -21,6 +21,7 @@ from lightning_collapse.monitoring.loss_task import decide
 from lightning_collapse.monitoring.loss_use import ROLES, Evidence, LossUse
 from lightning_collapse.monitoring.softmax_heads import softmax_heads
 from lightning_collapse.monitoring.value_comparison import Sample, correlation, relation, sample_of
+from lightning_collapse.utilities.private_torch import table_rows
 
 _ROLE_OF = {"classes": "target", "numbers": "target", "yes or no": "target", "probabilities": "target"}
 _ALIKE = 0.3
@@ -143,7 +144,7 @@ def _fed(graph: AutogradGraph, storages: dict[int, list[str]]) -> tuple[dict[str
             for name in storages.get(storage_of(saved), ()):
                 fed.setdefault(name, "input")
                 if looked_up:
-                    tokens.setdefault(name, int(node._saved_weight_sym_argsize_0))
+                    tokens.setdefault(name, table_rows(node))
     return fed, tokens
 
 

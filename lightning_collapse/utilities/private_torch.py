@@ -138,3 +138,8 @@ def saved_tensors(node: Any, packed: bool = False) -> dict[str, Tensor]:
             if isinstance(value, Tensor):
                 found[name if len(several) == 1 else f"{name}{i}"] = value
     return found
+
+
+def table_rows(node: Any) -> int:
+    """How many rows the table of an ``EmbeddingBackward0`` has."""
+    return int(node._saved_weight_sym_argsize_0)

@@ -180,7 +180,7 @@ def test_what_fails_is_contained(monkeypatch):
     def fail(*_):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("lightning_collapse.callbacks.guard.loss_reader.read_loss", fail)
+    monkeypatch.setattr("lightning_collapse.callbacks.loss_reader.read_loss", fail)
     with pytest.warns(UserWarning, match="CollapseGuard.*reading the loss.*broken"):
         assert guarded(classify).name == ""
 
