@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.monitoring.autograd_graph import AutogradGraph, Node, children, kind
-from lightning_collapse.monitoring.call_record import Call, Seen
+from lightning_collapse.monitoring.call_record import Call, CallRecord, Seen
 
 NUMBER, WAVES, POSITIONS, INDEX = (
     "it receives one number per sample",
@@ -23,6 +23,7 @@ NUMBER, WAVES, POSITIONS, INDEX = (
     "it receives one index per sample, beside maps or sequences",
 )
 ROUTER, VARIANCE = "its softmax weighs what others return", "its exponential scales what others return"
+NO_GRADIENT = "no gradient passes through it"
 _VIEWS: tuple[str, ...] = ("View", "UnsafeView", "Reshape", "ReshapeAlias", "Squeeze", "Unsqueeze", "Transpose")
 _VIEWS += ("Permute", "T", "ToCopy", "Expand", "Clone", "Alias", "Neg")
 _SCALES = ("Mul", "Div", "Add", "Sub", "Clamp")
@@ -48,6 +49,12 @@ def conditioned_layers(graph: AutogradGraph) -> dict[str, str]:
                 if output.node is not None and (reason := _scales_others(graph, output.node)):
                     found[call.name] = reason
     return found
+
+
+def without_gradient(record: CallRecord) -> dict[str, str]:
+    """Names of modules no call of which takes part in training, such as a teacher's: what they hold is another's doing."""
+    trained = {call.name for call in record.calls if call.graph}
+    return {call.name: NO_GRADIENT for call in record.calls if call.name not in trained}
 
 
 def _fed_by_conditions(graph: AutogradGraph) -> dict[str, str]:

@@ -154,17 +154,25 @@ class FeatureHooks(HookOwner):
         if rows is None or not rows.shape[1]:
             raise NoFeaturesError(f"no features in {_describe(value)}")
         limit = self._limit(hook, rows.shape[1])
-        views = self._views(hook.name, rows, mask) if self.views else ()
+        views = self._views(hook, features, mask) if self.views else ()
         kept = evenly(rows.detach(), limit), mask if mask is None else evenly(mask, limit)
         return _Call(*kept, rows.shape[0], views=views)
 
-    def _views(self, name: str, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-        """Rows of a call, NaN for padding; of a first one also those of its halves. Of the first two calls only."""
-        earlier = len(self._calls[name])
-        if earlier > 1:
+    def _views(self, hook: _Hook, features: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+        """A call's samples, one row each, and of a first call also those of its halves; of the first two calls only.
+
+        Tokens and places are averaged: the same places of two samples resemble each other, and are no views.
+        """
+        earlier = len(self._calls[hook.name])
+        rows = None if earlier > 1 or features.is_nested else as_rows(features.detach(), hook.axis)
+        if rows is None or len(rows) % len(features):
             return ()
-        rows = rows.detach() if mask is None else rows.detach().where(mask.unsqueeze(1), torch.nan)
-        halves = not earlier and rows.shape[0] % 2 == 0 and (self.halved is None or name in self.halved)
+        if len(rows) > len(features):
+            shape = (len(features), -1, rows.shape[1])
+            tokens = rows.reshape(shape).to(torch.promote_types(rows.dtype, torch.float32))
+            counts = torch.ones_like(tokens[..., :1]) if mask is None else mask.view(*tokens.shape[:2], 1).to(tokens)
+            rows = (tokens.nan_to_num() * counts).sum(dim=1) / counts.sum(dim=1).clamp_min(1)
+        halves = not earlier and len(rows) % 2 == 0 and (self.halved is None or hook.name in self.halved)
         return tuple(evenly(part, self.views) for part in (rows, *(rows.chunk(2) if halves else ())))
 
     def _read_sequences(self, hook: _Hook, features: Tensor) -> _Call:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_collapse.monitoring.autograd_graph import AutogradGraph, kind
 from lightning_collapse.monitoring.call_record import CallRecord, Seen, storage_of
-from lightning_collapse.monitoring.conditioning import ROUTER, conditioned_layers
+from lightning_collapse.monitoring.conditioning import ROUTER, conditioned_layers, without_gradient
 from lightning_collapse.monitoring.loss_comparisons import Comparison, comparisons
 from lightning_collapse.monitoring.loss_task import decide
 from lightning_collapse.monitoring.loss_use import ROLES, Evidence, LossUse
@@ -84,7 +84,7 @@ def read_loss(loss: Tensor, batch: Any, record: CallRecord) -> LossUse:
     graph = AutogradGraph(loss, record)
     tensors = dict(tensors_of(batch))
     evidence = _match(graph, tensors, comparisons(graph))
-    use = decide(evidence, _roles(evidence), conditioned_layers(graph))
+    use = decide(evidence, _roles(evidence), without_gradient(record) | conditioned_layers(graph))
     routers = [name for name, reason in use.conditioning.items() if reason == ROUTER]
     return replace(use, heads=(*softmax_heads(graph, use.compared), *routers))
 

@@ -50,7 +50,8 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
         name = names[id(first)]
         return _with_layers(replace(blank, task=name, why=_why(first)), evidence, targets, names)
     if features:
-        use = replace(blank, task="self-supervised", why=_why_features(features[0]))
+        names_of = dict.fromkeys(name for one in features for name in one.below.modules)
+        use = replace(blank, task="self-supervised", why=_why_features(features[0]), embeddings=tuple(names_of))
         return replace(_with_layers(use, evidence, targets, names), directions=0, last=())
     noise = _noise(evidence)
     if noise:

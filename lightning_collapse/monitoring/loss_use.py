@@ -30,6 +30,7 @@ class LossUse:
         compared: Names of the modules whose output is compared with a target, with no weight in between.
         last: Those, and the modules whose output the last weights of these multiply.
         conditioning: Layers whose input holds little by design, with the reason.
+        embeddings: Names of the modules whose outputs are compared with each other, or with those of another pass.
         heads: Layers of whose outputs the loss takes a softmax that no target is compared with.
     """
 
@@ -41,6 +42,7 @@ class LossUse:
     compared: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     conditioning: Mapping[str, str] = field(default_factory=dict)
+    embeddings: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
 
 

@@ -9,6 +9,7 @@ from lightning_collapse.rules.forgetting import CatastrophicForgetting
 from lightning_collapse.rules.judge import Judge, Judgement
 from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
 from lightning_collapse.rules.non_finite import NonFinite
+from lightning_collapse.rules.partial import PartialCollapse, PrototypeCollapse
 from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
 from lightning_collapse.rules.task import TASKS, Task
@@ -34,7 +35,9 @@ __all__ = [
     "MinorityCollapse",
     "NeuralCollapseReached",
     "NonFinite",
+    "PartialCollapse",
     "PlasticityLoss",
+    "PrototypeCollapse",
     "RegressionOverCompression",
     "Rule",
     "Task",

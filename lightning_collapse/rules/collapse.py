@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
-from lightning_collapse.rules.regression import RegressionOverCompression
+from lightning_collapse.rules.history import Evidence
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
@@ -11,9 +11,22 @@ SHARE, DEEP, SHARE_OF_BASELINE = 0.01, 0.1, 0.25
 """All there is to a spread is lost below the first; below the second, if it is this share of the baseline."""
 LENGTHS = 0.25
 """Lengths that vary by more tell rows apart."""
+LOSS, SURE, PROGRESS = "training/loss", 8, 0.05
+"""The curve of the loss, the points from which on it tells whether the network learns, and by how much it falls."""
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
 """Ranks of eigenvalues and singular values that are near one, where noise itself reads more than the second; a rank
 that began near one must be this many times as near."""
+
+
+def learns(evidence: Evidence) -> bool:
+    """Whether the loss still falls, or too few points tell; of a joint embedding it says nothing.
+
+    A healthy layer may lose nine tenths of its spread for a while, and its network goes on learning.
+    """
+    loss = evidence.history.get(LOSS)
+    if loss is None or evidence.task.name == "self-supervised":
+        return False
+    return loss.count < SURE or loss.drop > PROGRESS
 
 
 def directions_gone(points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
@@ -45,24 +58,27 @@ class CompleteCollapse(Rule):
 
     Their spread is a hundredth of the features' root mean square; or it is a tenth of it, and a quarter of what it was
     at the beginning of the run. Or the standard deviation of the features is a hundredth of that at the beginning.
-    Ranks cannot see this: they do not change when a representation shrinks. Rows that point one way are equal to every
-    loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the directions, unless
+    While the loss falls, or before the eighth point, a tenth is not enough, unless features are compared with each
+    other: healthy layers fall as low for a while. Ranks cannot see this: they do not change when a representation
+    shrinks. Rows that point one way are equal to every loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the directions, unless
     rows lie on a ray, which is dimensional collapse: so the rank, which tells the two apart, has no direction in which
-    it is worse. The outputs of a classifier, a regression or a language model are not judged, nor are single features.
+    it is worse. Outputs that the loss compares with targets are not judged, nor is what holds little by design, such as
+    the embedding of a time, nor are single features.
     """
 
     kind = "complete_collapse"
     family = "collapse"
     measures = ("feature_std", "relative_spread")
     optional = ("direction_spread", "eigenvalue_effective_rank")
+    follows = (LOSS,)
     lower_is_worse = ("feature_std", "relative_spread", "direction_spread")
     supersedes = ("dimensional_collapse",)
     advice = "Add `Regularizer(VICReg(), on=...)`, or `VCReg()` for one view, or have `SwitchOn` raise its weight."
     paper = "Bardes, Ponce & LeCun, 2022, arXiv 2105.04906; Chen & He, 2021, arXiv 2011.10566"
 
     def applies_to(self, layer: str, task: Task) -> bool:
-        """Every layer but outputs that follow targets."""
-        return super().applies_to(layer, task) and layer not in task.outputs
+        """Every layer but outputs that follow targets, and those that hold little by design."""
+        return super().applies_to(layer, task) and layer not in task.outputs and layer not in task.conditioning
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """How far the least of the shares is below its line."""
@@ -70,10 +86,20 @@ class CompleteCollapse(Rule):
             return float("inf")
         if "direction_spread" in points and not points["direction_spread"].null > 0:
             return 0.0
-        shrunk = SHARE * baseline["feature_std"] / max(points["feature_std"].value, 1e-300)
         alike = spread_gone(points["relative_spread"].value, baseline["relative_spread"])
         directions = directions_gone(points, baseline)
-        return max(shrunk, alike, min(directions, UNDECIDED) if on_a_ray(points) else directions)
+        alike = max(alike, min(directions, UNDECIDED) if on_a_ray(points) else directions)
+        return max(_shrunk(points, baseline), alike)
+
+    def weigh(self, evidence: Evidence) -> float:
+        """The severity; of a network that goes on learning only the lines of a hundredth count."""
+        points, severity = evidence.points, self.severity(evidence.points, evidence.baseline)
+        if severity < 1 or points["feature_std"].flag == Flag.CONSTANT or not learns(evidence):
+            return severity
+        names = ("relative_spread",) if on_a_ray(points) else ("relative_spread", "direction_spread")
+        spreads = [points[name].value for name in names if name in points]
+        total = max(_shrunk(points, evidence.baseline), *(SHARE / max(spread, 1e-300) for spread in spreads))
+        return severity if total >= 1 else UNDECIDED
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """All shares, and the baseline."""
@@ -103,8 +129,7 @@ class DimensionalCollapse(Rule):
     classifier) and falls at the start of healthy runs, the one of singular values is lifted by rounding noise. Or all
     rows lie on a ray: one direction by the lines of :class:`CompleteCollapse`, and lengths that vary by more than a
     quarter. Layers where noise itself reads a handful are not judged: there is too little to lose. Nor are the outputs
-    of a classifier, a regression or a language model, nor the last features of a regression where they are compared
-    with the targets.
+    that the loss compares with targets, nor what holds little by design, such as the embedding of a time.
     """
 
     kind = "dimensional_collapse"
@@ -118,9 +143,8 @@ class DimensionalCollapse(Rule):
     paper = "Jing et al., 2022, arXiv 2110.09348"
 
     def applies_to(self, layer: str, task: Task) -> bool:
-        """Every layer but outputs that follow targets, and features that are compared with them."""
-        compared = RegressionOverCompression.kind in task.kinds and layer in task.last
-        return super().applies_to(layer, task) and layer not in task.outputs and not compared
+        """Every layer but outputs that follow targets, and those that hold little by design."""
+        return super().applies_to(layer, task) and layer not in task.outputs and layer not in task.conditioning
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """How far both ranks are below their lines, or below their shares of the baseline; or how near to a ray."""
@@ -159,6 +183,11 @@ class DimensionalCollapse(Rule):
         if layer not in task.last or not task.directions or rank < (1 + task.directions) / 2 - 0.01:
             return ""
         return f"{task.name} ends in {task.directions} direction(s) there, and this is no failure"
+
+
+def _shrunk(points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+    """A hundredth of the beginning over the standard deviation."""
+    return SHARE * baseline["feature_std"] / max(points["feature_std"].value, 1e-300)
 
 
 def _rank_line(line: float, baseline: float) -> float:

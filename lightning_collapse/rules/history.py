@@ -2,12 +2,12 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite, nan, sqrt
+from math import nan
 from statistics import median
 from typing import Any
 
 from lightning_collapse.rules.task import Task
-from lightning_collapse.rules.trend import NORMAL_MAD, Trend
+from lightning_collapse.rules.trend import Trend
 from lightning_collapse.utilities.points import Point
 
 LAST = 5
@@ -20,6 +20,7 @@ class Curve(Trend):
     Attributes:
         count: Points so far.
         first: The first value.
+        lowest: The lowest level so far.
 
     Example:
         >>> curve = Curve()
@@ -30,9 +31,9 @@ class Curve(Trend):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(transform="identity")
         self.count = 0
-        self.first = nan
+        self.first = self.lowest = nan
 
     def update(self, step: int, value: float) -> None:
         """Take another point in; one that is not finite is left out."""
@@ -41,6 +42,7 @@ class Curve(Trend):
         if self._steps is not before:
             self.count += 1
             self.first = self._values[0] if self.count == 1 else self.first
+            self.lowest = min(self.level, self.lowest) if self.count > 1 else self.first
 
     @property
     def level(self) -> float:
@@ -48,23 +50,22 @@ class Curve(Trend):
         return median(self._values[-LAST:]) if self._values else nan
 
     @property
-    def level_error(self) -> float:
-        """Standard error of the level, from how the last points scatter about their trend; NaN before 6 points."""
-        if not isfinite(self.slope):
-            return nan
-        tilted = [y - self.slope * t for t, y in zip(self._steps, self._values, strict=True)]
-        center = median(tilted)
-        # the median of a few normal values varies by a quarter more than their mean
-        return 1.25 * NORMAL_MAD * median(abs(y - center) for y in tilted) / sqrt(LAST)
+    def drop(self) -> float:
+        """How far the median of the newer half of the last points is below that of the older, as a share of it."""
+        half = len(self._values) // 2
+        if not half:
+            return 0.0
+        older, newer = median(self._values[:half]), median(self._values[-half:])
+        return (older - newer) / max(abs(older), 1e-300)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        return {**super().state_dict(), "count": self.count, "first": self.first}
+        return {**super().state_dict(), "count": self.count, "first": self.first, "lowest": self.lowest}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state."""
         super().load_state_dict(state_dict)
-        self.count, self.first = state_dict["count"], state_dict["first"]
+        self.count, self.first, self.lowest = (state_dict[name] for name in ("count", "first", "lowest"))
 
 
 @dataclass(frozen=True)

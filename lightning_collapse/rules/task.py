@@ -34,6 +34,7 @@ class Task:
         conditioning: Names of layers that hold few directions by design: what embeds one number or a position,
             routers, heads of a variance.
         reasons: Why, for each of these, in words.
+        embeddings: Names of the layers whose outputs the loss compares with each other; empty if that is not known.
     """
 
     name: str = ""
@@ -44,6 +45,7 @@ class Task:
     kinds: frozenset[str] = frozenset()
     conditioning: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
+    embeddings: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         ends = f", which may end in {self.directions} direction(s)" if self.directions else ""

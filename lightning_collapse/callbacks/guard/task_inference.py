@@ -45,7 +45,8 @@ def infer_task(
     else:
         name, why = "", use.why
     reasons = {curve_name(layer): reason for layer, reason in use.conditioning.items()}
-    blank = Task(name, why, conditioning=frozenset(reasons), reasons=reasons)
+    embeddings = frozenset(map(_tap_name, use.embeddings))
+    blank = Task(name, why, conditioning=frozenset(reasons), reasons=reasons, embeddings=embeddings)
     if requested == "self-supervised" != use.task or not name:
         return blank
     if use.compared:

@@ -1,0 +1,123 @@
+"""Partial collapse and prototype collapse: a few directions, or a few prototypes, are left of a joint embedding."""
+
+from collections.abc import Mapping
+
+from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
+from lightning_collapse.rules.history import Curve, Evidence
+from lightning_collapse.rules.task import Task
+from lightning_collapse.utilities.points import Point
+
+POINTS, FEW = 16, 6
+"""Points before which nothing is said of a joint embedding, and of prototypes."""
+RANK, RECALL = "eigenvalue_effective_rank", "views/recall_at_1"
+
+
+@register_rule
+class PartialCollapse(Rule):
+    """A joint embedding keeps few directions, and one view finds the other hardly better than at the beginning.
+
+    No rank tells this alone: healthy joint embeddings fall to a tenth of what isotropic noise reads and recover, and
+    lost directions may be filled with noise. Nor does recall: it is flat for a third of a healthy run. So both count at
+    once: the effective rank of eigenvalues as a share of its null, times the recall between the two views as a multiple
+    of that of the untrained network, is a fifth or less, where healthy runs end between .3 and 2; the rank has fallen
+    to half of its beginning, so that what never learned is left alone; and neither of them rises, by a robust trend
+    over the last sixteen points, so that what recovers is. Said of the layers that the loss compares with each other,
+    or where these are not known of all that see two views, from the sixteenth point on, and of batches with at least 32
+    samples to tell apart. The finding is that of Jing et al. (2022, arXiv 2110.09348) and Li et al. (2022, arXiv
+    2203.12719); the numbers are ours.
+    """
+
+    kind = "partial_collapse"
+    family = "collapse"
+    measures = (RANK,)
+    optional = (RECALL,)
+    follows = (RANK, RECALL)
+    tasks = ("self-supervised",)
+    patience = 3
+    line = 0.2
+    fallen = 0.5
+    chance = 1 / 32
+    advice = "Add `Regularizer(VICReg(), on=...)` or `Regularizer(BarlowTwins(), on=...)`, or check the stop-gradient."
+    paper = "Jing et al., 2022, arXiv 2110.09348; Li et al., 2022, arXiv 2203.12719"
+
+    def applies_to(self, layer: str, task: Task) -> bool:
+        """The layers that the loss compares with each other, if they are known."""
+        return super().applies_to(layer, task) and (not task.embeddings or layer in task.embeddings)
+
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """Nothing is told by one point."""
+        return 0.0
+
+    def weigh(self, evidence: Evidence) -> float:
+        """A fifth over rank times recall, or half of the rank's fall; undecided where one of them rises."""
+        rank, recall = (evidence.history.get(name) for name in (RANK, RECALL))
+        point = evidence.points.get(RECALL)
+        null = evidence.points[RANK].null
+        if rank is None or recall is None or point is None or min(rank.count, recall.count) < POINTS or not null > 1:
+            return 0.0
+        if point.null > self.chance:
+            return 0.0
+        product = rank.level / null * recall.level / max(recall.first, point.null)
+        severity = min(self.line / max(product, 1e-300), self.fallen * rank.first / max(rank.level, 1e-300))
+        return min(severity, UNDECIDED) if "rising" in (rank.direction(), recall.direction()) else severity
+
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """Rank and recall at this point."""
+        rank = points[RANK]
+        return f"over {rank.n} rows the eigenvalue effective rank is {rank.value:.1f}"
+
+    def tell(self, evidence: Evidence) -> str:
+        """Rank and recall, their beginning, the null and chance."""
+        rank, recall = (evidence.history[name] for name in (RANK, RECALL))
+        null, chance = evidence.points[RANK].null, evidence.points[RECALL].null if RECALL in evidence.points else 0.0
+        return (
+            f"the eigenvalue effective rank is {rank.level:.1f}, where isotropic noise reads {null:.0f} and the run"
+            f" began with {rank.first:.1f}; one view finds the other in {100 * recall.level:.0f} % of the cases, where"
+            f" the untrained network did in {100 * recall.first:.0f} % and chance does in {100 * chance:.1f} %; neither"
+            " rises"
+        )
+
+
+@register_rule
+class PrototypeCollapse(Rule):
+    """Nearly all rows choose the same few prototypes, clusters or experts.
+
+    The perplexity of the choices is above one by a tenth of what it would be if all were equally likely, over as many
+    rows, or less, and does not rise. Where a target is compared with the softmax it says nothing, and is not drawn.
+    Fewer than four outputs in use by chance are too few to tell. That prototypes die without centering or equal
+    partition is the finding of Caron et al. (2021, arXiv 2104.14294; 2020, arXiv 2006.09882), that experts do of
+    Shazeer et al. (2017, arXiv 1701.06538); the numbers are ours.
+    """
+
+    kind = "prototype_collapse"
+    family = "collapse"
+    measures = ("assignment_perplexity",)
+    follows = ("assignment_perplexity",)
+    patience = 3
+    share = 0.1
+    least_null = 4.0
+    advice = "Center and sharpen the scores, balance them (Sinkhorn), or add a loss of balance on their mean."
+    paper = "Caron et al., 2021, arXiv 2104.14294"
+
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """Nothing is told by one point."""
+        return 0.0
+
+    def weigh(self, evidence: Evidence) -> float:
+        """A tenth of the null over the perplexity, both counted from one; undecided while it rises."""
+        [name] = self.measures
+        curve: Curve | None = evidence.history.get(name)
+        null = evidence.points[name].null
+        if curve is None or curve.count < FEW or not null > self.least_null:
+            return 0.0
+        severity = self.share * (null - 1) / max(curve.level - 1, 1e-300)
+        return min(severity, UNDECIDED) if curve.direction() == "rising" else severity
+
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """Perplexity, null and beginning."""
+        [name] = self.measures
+        used = points[name]
+        return (
+            f"over {used.n} rows the perplexity of the choices is {used.value:.1f}, where equally likely ones read"
+            f" {used.null:.1f} and the run began with {baseline[name]:.1f}"
+        )
