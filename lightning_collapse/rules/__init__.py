@@ -2,6 +2,7 @@
 
 from lightning_collapse.rules.attention import AttentionEntropyCollapse, AttentionOverload
 from lightning_collapse.rules.base import ALL, HEALTHY, RULES, TRAINING, Rule, register_rule
+from lightning_collapse.rules.burst import Burst
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
 from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.explosion import LossExplosion
@@ -25,6 +26,7 @@ __all__ = [
     "TRAINING",
     "AttentionEntropyCollapse",
     "AttentionOverload",
+    "Burst",
     "CatastrophicForgetting",
     "CompleteCollapse",
     "Detector",

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from itertools import combinations, pairwise
 from math import isnan, nan, sqrt
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from lightning_collapse.rules.detector import Transform, transformed
+from lightning_collapse.rules.scores import Transform, check_choices, transformed
 
 Direction = Literal["rising", "falling", "flat"]
 FEWEST = 6
@@ -52,8 +52,7 @@ class Trend:
     def __init__(self, window: int = 16, transform: Transform = "log") -> None:
         if window < FEWEST:
             raise ValueError(f"`window` must be at least {FEWEST} points, and is {window}.")
-        if transform not in get_args(Transform):
-            raise ValueError(f"`transform` is one of {get_args(Transform)}, and is {transform!r}.")
+        check_choices("both", transform)
         self.window = window
         self.transform = transform
         self.slope = nan

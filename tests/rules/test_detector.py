@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_collapse.rules.detector import Detector, cusum_threshold, normal_score
+from lightning_collapse.rules import Detector
+from lightning_collapse.rules.scores import cusum_threshold, normal_score, point_threshold
 from tests.benchmarks.false_alarms import autoregressive, settings, sums
 
 QUIET = [1.0] * 200
@@ -26,6 +27,10 @@ def noise(n, phi=0.0, seed=0):
 @pytest.mark.parametrize(("points", "threshold"), [(1e3, 5.05), (1e4, 7.35), (1e5, 9.65), (4e5, 11.04), (1e6, 11.96)])
 def test_threshold_of_siegmund(points, threshold):
     assert cusum_threshold(points) == pytest.approx(threshold, abs=0.006)
+
+
+def test_threshold_of_single_points():
+    assert stats.norm.sf(point_threshold(1e5)) == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize(("arl", "threshold", "error"), [(335, 4.0, 0.05), (931, 5.0, 0.03), (18_960, 8.0, 0.02)])

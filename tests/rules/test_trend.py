@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_collapse.rules.trend import Trend
+from lightning_collapse.rules import Trend
 from tests.benchmarks.false_alarms import autoregressive
 
 
