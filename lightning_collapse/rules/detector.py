@@ -68,16 +68,29 @@ class Detector:
     above ``freeze``, and accepts a new level after 64 such points: then everything starts anew.
 
     **Threshold.** ``planned * curves / budget`` points on average to a false alarm (the union bound, which holds
-    whatever the dependence of the curves; twice that for two sides) give :math:`h` by :func:`cusum_threshold`.
-    **Settings.** Runs of at most 200 points are judged from the 17th on, longer ones from the 65th. Learning stops at
-    ``h - freeze_below``: what a frozen baseline is wrong by adds up over the rest of the way, which must not grow with
-    :math:`h`, and with it the number of curves.
+    whatever the dependence of the curves; twice that for two sides) give :math:`h`.
 
+    **Settings.** Runs of at most 200 points are judged from the 17th on, longer ones from the 65th. The baseline is
+    kept from 2 below :math:`h` on, 3.65 in long runs, but never before a third capped score: what it is wrong by adds
+    up over the rest of the way, so this must not grow with the number of curves. (Kept from 6 on, 200 curves of 1,000
+    points used up to a hundred times their share of the budget.) The variance takes outliers in full, up to 8
+    deviations, once the sum is back at 0, and up to 3 before: with 3 alone, Student-t(3) noise looks narrower than it
+    is, and had false alarms in 2 % of single curves at an autocorrelation of 0.9, 37 % of 200; with 8 alone, larger
+    shifts hide themselves.
 
-    **Blind to** shifts before it is armed, which it learns as normal; trends slower than about 0.002 standard
-    deviations a point, while those of 0.01 alarm: give curves with a healthy trend as rates or differences; a rise on
-    a curve that falls as fast (of short runs with a falling loss, use :class:`Burst`); level shifts at an
-    autocorrelation of 0.9, where the curve itself wanders as far; periods, such as those of epochs.
+    **Measured** by ``tests/benchmarks/false_alarms.py`` with a budget of 1 %, on Gaussian noise and autocorrelations of
+    0, 0.5 and 0.9, one curve: false alarms in 0.04, 0.30, 0.54 % of runs of 40 points, 0.21, 0.51, 0.69 % of 100, 0.07,
+    0.12, 0.18 % of 1,000; 20 and 200 curves: none above 0.4 %. Student-t(3) noise: at most 1.1 % HEAVY. Found of
+    shifts in the middle of 100 points, by 3 standard deviations of the curve: 100, 49, 8 %, median delay 5 points; by
+    5: 100, 64, 28 %; of 1,000 points 100, 89, 3 % and 100, 97, 21 %; of 40 points no more than 56 %.
+
+    **Blind to** shifts before it is armed, which it learns as normal, and soon after; most shifts of 200 curves in 40
+    points, or in 100 but for uncorrelated noise; level shifts at an autocorrelation of 0.9, where the curve itself
+    wanders as far; trends below 0.002 standard deviations a point, while 0.005 and 0.01 alarm in 19 and 68 % of runs of
+    1,000 points: give curves with a healthy trend as differences or rates; a rise on a falling curve: of jumps by 5
+    standard deviations on a loss that falls with a time constant of 300 points 91, 6, 1 % are found, by 3 none, and in
+    runs of 100 points none at all, see :class:`~lightning_collapse.rules.Burst`; periods, such as those of epochs,
+    which were not simulated.
 
     Args:
         planned: Points of a whole run; ``None`` for unknown, which counts as 1,000.
