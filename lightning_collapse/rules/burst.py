@@ -35,7 +35,7 @@ class Burst:
     It alarms at the normal quantile of ``planned * curves / budget`` points. A lasting shift is one such point: a
     :class:`~lightning_collapse.rules.Detector` sees smaller ones, where the curve is level.
 
-        **Measured** with a budget of 1 %, at autocorrelations of 0, 0.5 and 0.9: false alarms in 0.6, 0.4, 0.9 % of runs of
+    **Measured** with a budget of 1 %, at autocorrelations of 0, 0.5 and 0.9: false alarms in 0.6, 0.4, 0.9 % of runs of
     40 points and 0.9, 0.7, 0.5 % of 100 with Gaussian noise. **The budget does not hold under heavy tails**, where
     single points do lie far out: Student-t(3) noise alarms in 9 to 13 % of runs of 40 points and 26 to 36 % of 100. Of
     jumps by 10 standard deviations at the 60th of 100 points of a loss that falls with a time constant of 20 or 100
