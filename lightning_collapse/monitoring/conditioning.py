@@ -52,7 +52,7 @@ def conditioned_layers(graph: AutogradGraph) -> dict[str, str]:
 
 
 def without_gradient(record: CallRecord) -> dict[str, str]:
-    """Names of modules no call of which takes part in training, such as a teacher's: what they hold is another's doing."""
+    """Names of modules no call of which takes part in training, such as those of a teacher."""
     trained = {call.name for call in record.calls if call.graph}
     return {call.name: NO_GRADIENT for call in record.calls if call.name not in trained}
 

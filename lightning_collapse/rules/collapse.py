@@ -60,10 +60,10 @@ class CompleteCollapse(Rule):
     at the beginning of the run. Or the standard deviation of the features is a hundredth of that at the beginning.
     While the loss falls, or before the eighth point, a tenth is not enough, unless features are compared with each
     other: healthy layers fall as low for a while. Ranks cannot see this: they do not change when a representation
-    shrinks. Rows that point one way are equal to every loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the directions, unless
-    rows lie on a ray, which is dimensional collapse: so the rank, which tells the two apart, has no direction in which
-    it is worse. Outputs that the loss compares with targets are not judged, nor is what holds little by design, such as
-    the embedding of a time, nor are single features.
+    shrinks. Rows that point one way are equal to every loss of the cosine, such as those of BYOL and SimSiam: the same
+    lines hold for the spread of the directions, unless rows lie on a ray, which is dimensional collapse: so the rank,
+    which tells the two apart, has no direction in which it is worse. Outputs that the loss compares with targets are
+    not judged, nor is what holds little by design, such as the embedding of a time, nor are single features.
     """
 
     kind = "complete_collapse"
