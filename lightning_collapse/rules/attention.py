@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from math import inf
 
 from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.history import Evidence
+from lightning_collapse.rules.progress import LOSS, is_harmed
 from lightning_collapse.utilities.points import Point
+
+UNHARMED = "the loss has come to no harm, and as long as that is so this is no failure"
 
 
 @register_rule
@@ -14,12 +18,14 @@ class AttentionEntropyCollapse(Rule):
     The layer's normalized entropy, averaged over its heads, is a tenth of the largest it had at the beginning of the
     run, or half of its heads are below the line of :class:`~lightning_collapse.AttentionEntropyMonitor`. Such layers
     precede oscillation and divergence (Zhai et al., 2023, arXiv 2303.06296); no paper that we could read states a
-    number, both are ours. The largest logit is evidence alone.
+    number, both are ours. The largest logit is evidence alone. Sharp heads may be what the task needs, such as those
+    that look at the token before: as long as the loss has kept nine tenths of what it gained it is a notice.
     """
 
     kind = "attention_entropy_collapse"
     family = "attention"
     measures = ("entropy_mean", "collapsed_share", "max_logit")
+    follows = (LOSS,)
     lower_is_worse = ("entropy_mean",)
     higher_is_worse = ("collapsed_share",)
     share = 0.1
@@ -31,6 +37,10 @@ class AttentionEntropyCollapse(Rule):
         """A tenth of the baseline over the entropy, or the share of collapsed heads over a half."""
         fallen = self.share * baseline["entropy_mean"] / max(points["entropy_mean"].value, 1e-300)
         return max(fallen, points["collapsed_share"].value / self.heads)
+
+    def excuse(self, evidence: Evidence) -> str:
+        """That the loss has come to no harm."""
+        return "" if is_harmed(evidence) else UNHARMED
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Entropy, collapsed heads and the largest logit."""
@@ -50,12 +60,15 @@ class AttentionOverload(Rule):
     than a quarter of them were at some time before: every freshly initialized head starts overloaded, which says
     nothing, so a layer that never left its beginning is not reported. Nor is one that oscillates near the
     threshold: the entropy must be twice as near to its largest value as it was at its lowest, for five points; the
-    severity is low, and it comes and goes. The term is Jha and Reagen's (2025, arXiv 2501.03489); the numbers are ours.
+    severity is low, and it comes and goes. Heads that count look at all keys alike, too: as long as the loss has kept
+    nine tenths of what it gained it is a notice. The term is Jha and Reagen's (2025, arXiv 2501.03489); the numbers
+    are ours.
     """
 
     kind = "attention_overload"
     family = "attention"
     measures = ("overloaded_share", "entropy_mean")
+    follows = (LOSS,)
     higher_is_worse = ("overloaded_share", "entropy_mean")
     calibration = inf
     patience = 5
@@ -75,6 +88,10 @@ class AttentionOverload(Rule):
             return 0.0
         gain = (1 - baseline["entropy_mean"]) / max(1 - points["entropy_mean"].value, 1e-300)
         return min(points["overloaded_share"].value / self.heads, gain / self.gain)
+
+    def excuse(self, evidence: Evidence) -> str:
+        """That the loss has come to no harm."""
+        return "" if is_harmed(evidence) else UNHARMED
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Overloaded heads and the entropy, now and at its lowest."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import ClassVar, TypeVar
 
+from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.history import Evidence
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
@@ -80,6 +81,15 @@ class Rule(ABC):
         """The words, for such a rule; called in place of :meth:`evidence`."""
         return self.evidence(evidence.points, evidence.baseline)
 
+    def detectors(self, layer: str, planned: int | None) -> Mapping[str, Detector]:
+        """What watches single curves of a layer, by measure, for a rule that leaves that to a detector.
+
+        Args:
+            layer: Its name.
+            planned: Points of the whole run, if that is known.
+        """
+        return {}
+
     @property
     def followed(self) -> list[tuple[str, str]]:
         """Family and measure of the curves that it follows."""
@@ -101,6 +111,10 @@ class Rule(ABC):
     def expected(self, layer: str, points: Mapping[str, Point], baseline: Mapping[str, float], task: Task) -> str:
         """Why this is where training on ``task`` ends, so that it is a notice and no failure; empty if it is not."""
         return ""
+
+    def excuse(self, evidence: Evidence) -> str:
+        """Why it is no failure, for a rule that needs more to tell than :meth:`expected` gets; empty if it is one."""
+        return self.expected(evidence.layer, evidence.points, evidence.baseline, evidence.task)
 
     def applies_to(self, layer: str, task: Task) -> bool:
         """Whether it is about this layer: every one, but not what sums up all of them."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Evidence
+from lightning_collapse.rules.progress import LOSS, learns
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
@@ -11,22 +12,9 @@ SHARE, DEEP, SHARE_OF_BASELINE = 0.01, 0.1, 0.25
 """All there is to a spread is lost below the first; below the second, if it is this share of the baseline."""
 LENGTHS = 0.25
 """Lengths that vary by more tell rows apart."""
-LOSS, SURE, PROGRESS = "training/loss", 8, 0.05
-"""The curve of the loss, the points from which on it tells whether the network learns, and by how much it falls."""
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
 """Ranks of eigenvalues and singular values that are near one, where noise itself reads more than the second; a rank
 that began near one must be this many times as near."""
-
-
-def learns(evidence: Evidence) -> bool:
-    """Whether the loss still falls, or too few points tell; of a joint embedding it says nothing.
-
-    A healthy layer may lose nine tenths of its spread for a while, and its network goes on learning.
-    """
-    loss = evidence.history.get(LOSS)
-    if loss is None or evidence.task.name == "self-supervised":
-        return False
-    return loss.count < SURE or loss.drop > PROGRESS
 
 
 def directions_gone(points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:

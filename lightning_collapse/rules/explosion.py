@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 
 from lightning_collapse.rules.base import ALL, Rule, register_rule
+from lightning_collapse.rules.detector import Detector
+from lightning_collapse.rules.growth import Growth
+from lightning_collapse.rules.history import Evidence
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Point
 
@@ -15,7 +18,9 @@ class LossExplosion(Rule):
     matrices twice the largest of those points, or more. The first twenty are not judged themselves: inputs turn
     one-sided and back, and norms grow, while the learning rate warms up. Nor are single matrices: their diversity
     touches zero in healthy training. Nor is one-sidedness alone: small networks turn one-sided and stay well as long as
-    no matrix grows. Both together are enough at one point: from there to NaN there may be few. The verdict names the
+    no matrix grows. Both together are enough at one point: from there to NaN there may be few. Or the largest norm
+    begins to grow faster than it did, by a detector with a budget of one false alarm in a hundred runs, while the loss
+    rises, by another that is halfway to its alarm. The verdict names the
     matrix that lost the largest share of its own diversity. That such a collapse precedes explosions is the finding of
     Qiu et al. (2025, arXiv 2510.04202), that spectral norms grow with it of Qiu & Yao (2025, arXiv 2510.04212); the
     mean and the numbers are ours.
@@ -53,6 +58,15 @@ class LossExplosion(Rule):
             return 0.0
         lost = self.share * baseline["sign_diversity"] / max(diversity.value, 1e-300)
         return min(lost, norm.value / max(baseline["spectral_norm"], 1e-300) / self.growth)
+
+    def detectors(self, layer: str, planned: int | None) -> Mapping[str, Detector]:
+        """Of the growth of the largest norm, and of the loss."""
+        return {"spectral_norm": Growth(planned), "loss": Detector(planned)} if layer == ALL else {}
+
+    def weigh(self, evidence: Evidence) -> float:
+        """The severity, or how sure both detectors are if that is more."""
+        norm, loss = (evidence.detectors[name].statistic for name in ("spectral_norm", "loss"))
+        return max(self.severity(evidence.points, evidence.baseline), min(norm, 2 * loss))
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Mean and norm, and their baselines."""

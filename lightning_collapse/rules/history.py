@@ -1,11 +1,12 @@
 """History of curves: the first and the last points of those that rules follow, in constant memory."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan
 from statistics import median
 from typing import Any
 
+from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.task import Task
 from lightning_collapse.rules.trend import Trend
 from lightning_collapse.utilities.points import Point
@@ -78,6 +79,7 @@ class Evidence:
             as ``"{family}/{measure}"``, where the rule names them so.
         baseline: What the first points come to, see :meth:`Rule.update_baseline`.
         history: Of the curves that the rule follows, by the same names.
+        detectors: Those of the rule, see :meth:`Rule.detectors`; this point is in them.
         task: What the network is trained for.
     """
 
@@ -86,6 +88,7 @@ class Evidence:
     baseline: Mapping[str, float]
     history: Mapping[str, Curve]
     task: Task
+    detectors: Mapping[str, Detector] = field(default_factory=dict)
 
 
 class History:

@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from lightning_collapse.rules.base import ALL, RULES, TRAINING, Rule
+from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.history import Curve, Evidence, History
 from lightning_collapse.rules.streak import Change, Streak
 from lightning_collapse.rules.task import TASKS, Task
@@ -81,6 +82,7 @@ class Judge:
         calibration: How many first points make the baseline, likewise.
 
     Attributes:
+        planned: How many points the run will have, where that is known, for the budget of detectors.
         verdicts: Every verdict so far, in order.
         notices: Everything found so far that is no failure, each kind and layer once.
 
@@ -97,6 +99,7 @@ class Judge:
         self.rules = rules
         self.patience = patience
         self.calibration = calibration
+        self.planned: int | None
         self.verdicts: list[Verdict] = []
         self.notices: list[Verdict] = []
         self._grouper = VerdictGrouper(patience)
@@ -108,6 +111,8 @@ class Judge:
         self.notices.clear()
         self._baselines: dict[Place, dict[str, Baseline]] = {}
         self._history = History()
+        self._detectors: dict[Place, dict[str, Detector]] = {}
+        self.planned = None
         self._containment = Containment("CollapseGuard")
         self._failed: set[str] = set()
         self.restart()
@@ -158,11 +163,12 @@ class Judge:
         baselines = {layer: self._update_baseline(rule, layer, points) for layer, points in layers.items()}
         for layer, points in layers.items():
             place, baseline = (rule.kind, layer), baselines[layer]
+            detectors = self._update_detectors(rule, layer, points, turn.step)
             if not rule.applies_to(layer, turn.task) or (rule.needs_full_baseline and not self._is_full(rule, place)):
                 continue
-            evidence = Evidence(layer, points, baseline, self._history_for(rule, layer), turn.task)
+            evidence = Evidence(layer, points, baseline, self._history_for(rule, layer), turn.task, detectors)
             severity = rule.weigh(evidence)
-            expected = rule.expected(layer, points, baseline, turn.task)
+            expected = rule.excuse(evidence)
             streak = self._streaks.setdefault(place, Streak())
             change = streak.update(rule, self.patience, 0.0 if expected else severity, turn.step)
             if change is Change.RECOVERED:
@@ -188,6 +194,16 @@ class Judge:
         """Histories of a layer, by the names that the rule has for them."""
         found = self._history.of(layer, rule.followed)
         return {name: found[key] for name, key in zip(rule.follows, rule.followed, strict=True) if key in found}
+
+    def _update_detectors(self, rule: Rule, layer: str, points: Points, step: int) -> dict[str, Detector]:
+        """The detectors of a layer, which have seen this point."""
+        place = (rule.kind, layer)
+        if place not in self._detectors:
+            self._detectors[place] = dict(rule.detectors(layer, self.planned))
+        for name, detector in self._detectors[place].items():
+            if name in points:
+                detector.update(step, points[name].value)
+        return self._detectors[place]
 
     def _drop(self, rule: Rule) -> None:
         """Leave a rule out that has raised an exception."""
@@ -227,6 +243,12 @@ class Judge:
                 for (kind, layer), curves in self._baselines.items()
             ],
             "history": self._history.state_dict(),
+            "planned": self.planned,
+            "detectors": [
+                {"kind": kind, "layer": layer, "states": {name: of.state_dict() for name, of in detectors.items()}}
+                for (kind, layer), detectors in self._detectors.items()
+                if detectors
+            ],
             "streaks": _listed(self._streaks),
             "expected": _listed(self._expected),
             "healthy": [{"kind": kind, "layer": layer, "is": now} for (kind, layer), now in self._healthy.items()],
@@ -242,6 +264,12 @@ class Judge:
             for entry in state_dict["baselines"]
         }
         self._history.load_state_dict(state_dict["history"])
+        self.planned, self._detectors = state_dict["planned"], {}
+        for entry in state_dict["detectors"]:
+            detectors = dict(RULES[entry["kind"]].detectors(entry["layer"], self.planned))
+            self._detectors[entry["kind"], entry["layer"]] = detectors
+            for name, state in entry["states"].items():
+                detectors[name].load_state_dict(state)
         self._streaks, self._expected = (_from_list(state_dict[name]) for name in ("streaks", "expected"))
         self._healthy = {(entry["kind"], entry["layer"]): entry["is"] for entry in state_dict["healthy"]}
         self._grouper.load_state_dict(state_dict["grouper"])

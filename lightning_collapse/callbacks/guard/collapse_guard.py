@@ -17,7 +17,7 @@ from lightning_collapse.callbacks.guard.action import Action, action_name, load_
 from lightning_collapse.callbacks.guard.arguments import ActionLike, check_rules, make_actions
 from lightning_collapse.callbacks.guard.required_monitors import available, require_available
 from lightning_collapse.callbacks.guard.task_inference import infer_task
-from lightning_collapse.callbacks.guard.training_health import TrainingHealth
+from lightning_collapse.callbacks.guard.training_health import TrainingHealth, planned_points
 from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
 from lightning_collapse.reporting import publish, try_again
 from lightning_collapse.rules import TASKS, Judge, Judgement, Rule, Task, Verdict
@@ -196,6 +196,7 @@ class CollapseGuard(Callback):
         health: list[Point] = []
         with self._containment("asking whether training is finite", "every row that is not counts as a failure"):
             health = self._health.points(trainer, pl_module, points)
+        self.judge.planned = self.judge.planned or planned_points(trainer)
         judgement = self.judge.update([*points, *health], self.task)
         if not judgement.judged:
             return

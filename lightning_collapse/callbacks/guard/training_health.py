@@ -1,11 +1,13 @@
 """Training health: the loss since the last point, and whether all is finite, asked where rows are not."""
 
 from collections.abc import Iterable, Sequence
+from math import inf
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_collapse.callbacks.monitors.monitor import Monitor
 from lightning_collapse.rules import TRAINING
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_reduce_sum
@@ -55,6 +57,16 @@ class TrainingHealth:
             finite = trainer.strategy.reduce_boolean_decision(finite)
             found.append(Point(TRAINING, "", "nonfinite", step, float(not finite)))
         return found
+
+
+def planned_points(trainer: Trainer) -> int | None:
+    """How many points the most frequent monitor will make in this fit, if its length is known."""
+    cadences = [monitor.cadence(trainer) for monitor in trainer.callbacks if isinstance(monitor, Monitor)]
+    every = min((cadence for cadence in cadences if cadence), default=0)
+    steps: float = trainer.max_steps
+    if steps < 0 and trainer.max_epochs is not None and trainer.max_epochs > 0:
+        steps = trainer.max_epochs * trainer.num_training_batches / trainer.accumulate_grad_batches
+    return int(steps // every) + 1 if every and 0 < steps < inf else None
 
 
 def weights_are_finite(trainer: Trainer, pl_module: LightningModule) -> bool:

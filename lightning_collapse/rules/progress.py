@@ -1,0 +1,29 @@
+"""Progress of the loss: a second witness, of whether a network still learns, or is harmed."""
+
+from lightning_collapse.rules.history import Evidence
+
+LOSS = "training/loss"
+"""The curve of the loss, which a rule must follow."""
+SURE, PROGRESS = 8, 0.05
+"""Points from which on the loss tells whether the network learns, and by how much it falls then."""
+RETREAT = 0.1
+"""What share of all it has gained a loss must lose for harm."""
+
+
+def learns(evidence: Evidence) -> bool:
+    """Whether the loss still falls, or too few points tell; of a joint embedding it says nothing."""
+    loss = evidence.history.get(LOSS)
+    if loss is None or evidence.task.name == "self-supervised":
+        return False
+    return loss.count < SURE or loss.drop > PROGRESS
+
+
+def is_harmed(evidence: Evidence) -> bool:
+    """Whether the loss has lost a tenth of what it had gained, or has never gained anything; yes if it is not known."""
+    loss = evidence.history.get(LOSS)
+    if loss is None or evidence.task.name == "self-supervised":
+        return True
+    gained = loss.first - loss.lowest
+    if gained <= PROGRESS * abs(loss.first):
+        return loss.count >= SURE
+    return loss.level > loss.lowest + RETREAT * gained
