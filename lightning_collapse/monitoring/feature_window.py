@@ -49,7 +49,8 @@ class FeatureWindow:
         take: Is given the rows of every batch of the window, what lies beside them, and the batches left, instead of
             the buffer; for sums that need no rows.
         containment: Where failures of hooks are told, in the name of its owner.
-        choose: Other taps, if the order in which the first batch runs the modules asks for others.
+        choose: Other taps, if the order in which the first batch runs the modules asks for others; it may set
+            :attr:`rows` and :attr:`limit` for them.
         views: Keep rows of two views of the same samples too, of layers that see two.
         positions: Take every position of a map for a row, and not their mean.
 
@@ -86,10 +87,9 @@ class FeatureWindow:
         self.plans: dict[str, SamplingPlan] = {}
         self.pairs = ViewPairs() if views else None
         self._root, self._device = root, device
-        self._make_hooks = partial(
-            FeatureHooks, limit=limit, position=position, containment=containment, positions=positions
-        )
-        self.hooks = self._make_hooks(self.taps)
+        self.limit = limit
+        self._make_hooks = partial(FeatureHooks, position=position, containment=containment, positions=positions)
+        self.hooks = self._make_hooks(self.taps, limit)
         self._scope = StepScope(root)
         self._choose, self._chosen, self._execution = choose, self.taps, Execution(())
         self._order = ExecutionOrder(root, self.hooks.containment.owner) if choose is not None else None
@@ -128,7 +128,7 @@ class FeatureWindow:
             self._flops.total = 0  # the sanity check has run through the model too
         if self._chosen != self.taps:
             self.hooks.remove()
-            self.taps, self.hooks = self._chosen, self._make_hooks(self._chosen)
+            self.taps, self.hooks = self._chosen, self._make_hooks(self._chosen, self.limit)
         if self.wants(batches_left):
             self._requested = True
             self.hooks.mask, self.hooks.limits = padding_mask(batch), self._limits

@@ -19,6 +19,8 @@ from lightning_collapse.functional.isotropic_null import expected_under_isotropy
 from lightning_collapse.functional.spectrum_shape import alpha_req
 from lightning_collapse.monitoring.evaluate import evaluate, flag_of
 from lightning_collapse.monitoring.feature_window import FeatureWindow
+from lightning_collapse.utilities.execution import Execution
+from lightning_collapse.utilities.modules import Tap, classification_head
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Curve, Measure
 
@@ -44,8 +46,8 @@ class GeometryPhaseMonitor(Monitor):
     the cadence has them. Ranks are bounded by their number: do not compare runs, or phases, at different ``n``.
 
     Args:
-        layer: Name of a submodule or ``"name:input"``; ``None`` is the input of the last Linear layer: behind the last
-            norm, where there is one.
+        layer: Name of a submodule or ``"name:input"``; ``None`` is the input of the last Linear layer that the first
+            batch runs: behind the last norm, where there is one.
         position: Which token of a sequence: -1 the last, 0 the first. Counted among real tokens, those without a zero
             in ``batch["attention_mask"]``.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
@@ -130,7 +132,14 @@ class GeometryPhaseMonitor(Monitor):
         limit = self.rows or MAX_ROWS
         # the spectrum of so few rows is taken by their side, however wide they are
         self.window = FeatureWindow(
-            pl_module, [tap], pl_module.device, rows, limit=limit, position=self.position, containment=self.contained
+            pl_module,
+            [tap],
+            pl_module.device,
+            rows,
+            limit=limit,
+            position=self.position,
+            containment=self.contained,
+            choose=partial(_last_linear, pl_module, tap) if self.layer is None else None,
         )
 
     @override
@@ -140,7 +149,7 @@ class GeometryPhaseMonitor(Monitor):
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
-        if self.window is None:
+        if self.window is None or not self.window.taps:  # another layer was chosen just now
             return []
         [tap] = self.window.taps
         n, seen = (int(numbers.get((tap.name, key), 0)) for key in ("n", "seen"))
@@ -161,6 +170,10 @@ class GeometryPhaseMonitor(Monitor):
             Point(self.family, tap.name, curve, step, value, n, nulls.get(curve, nan), flag)
             for curve, value in values.items()
         ]
+
+
+def _last_linear(root: LightningModule, tap: Tap, order: Execution) -> list[Tap]:
+    return [classification_head(root, order) or tap]
 
 
 def _measures() -> list[Measure]:

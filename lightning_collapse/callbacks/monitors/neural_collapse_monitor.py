@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from math import nan
 from typing import Any
 
@@ -28,8 +29,9 @@ from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.to_host import to_host
 from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.utilities.distributed import world_size
+from lightning_collapse.utilities.execution import Execution
 from lightning_collapse.utilities.features import evenly
-from lightning_collapse.utilities.modules import Tap
+from lightning_collapse.utilities.modules import Tap, classification_head
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.targets import shifted_labels, targets_of
@@ -66,7 +68,8 @@ class NeuralCollapseMonitor(Monitor):
     every process counts all rows. The loader should not share workers or a sampler with state with the training loader.
 
     Args:
-        layer: Name of the classifier; ``None`` is the last Linear layer. What it receives is what is measured.
+        layer: Name of the classifier; ``None`` is the last Linear layer that the first batch runs. What it receives is
+            what is measured.
         labels: A function from the batch to integer labels, as many as the classifier receives rows. ``None`` takes
             the second of a pair, or what a mapping holds under ``label``, ``labels``, ``target``, ``targets`` or ``y``;
             those of causal language models that are their inputs move to the outputs that predict them. The label -100
@@ -143,6 +146,7 @@ class NeuralCollapseMonitor(Monitor):
         self._moments: ClassMoments | None = None
         self._seen: Tensor | None = None
         self._taken = 0
+        self._saved: Mapping[str, Any] = {}
         self._latest: list[Tensor] = []
         self._filler: list[Tensor] = []
 
@@ -156,36 +160,34 @@ class NeuralCollapseMonitor(Monitor):
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
         assert self._moments is not None  # `start` has made them
-        device = self._moments.count.device
-        if (seen := state.get("seen")) is not None:
+        self._saved, device = state, self._moments.count.device
+        if (seen := state.get("seen")) is not None and len(seen) == len(self._moments.count):
             self._seen = seen.to(self._moments.count)
-        if states := state.get("moments"):
+        own = {key: x.shape for key, x in self._moments.states().items()}
+        if (states := state.get("moments")) and own == {key: x.shape for key, x in states.items()}:
             self._moments = ClassMoments.from_states({key: x.to(device) for key, x in states.items()})
             self._taken = state["taken"]
             self._latest, self._filler = ([x.to(device) for x in state[key]] for key in ("latest", "filler"))
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tap, self._model = self._choose(pl_module), pl_module
-        self._moments = self._empty(pl_module)
-        self._seen = torch.zeros_like(self._moments.count)
-        self._taken, self._latest, self._filler = 0, [], []
+        if self.loader is not None:
+            check_forward(pl_module, self.inputs)
+        self._model, self._saved = pl_module, {}
+        tap = self._choose(pl_module)
+        self._measure_at(tap, pl_module)
         wanted = self._wanted
         self.window = FeatureWindow(
             pl_module,
-            [self._tap],
+            [tap],
             pl_module.device,
             wanted * world_size(),
             limit=wanted,
             paired=True,
             take=self._take,
             containment=self.contained,
+            choose=partial(self._follow, pl_module, tap) if self.layer is None else None,
         )
-        if self.loader is not None:
-            check_forward(pl_module, self.inputs)
-            self._clean = EvaluationPass(
-                self._tap, self.loader, self.inputs, self._labels_of, self._labels_captured, self.warn_once
-            )
 
     @override
     def stop(self) -> None:
@@ -210,6 +212,8 @@ class NeuralCollapseMonitor(Monitor):
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
         assert self._tap is not None and self._moments is not None and self.window is not None  # noqa: PT018
+        if not self.window.taps:  # another classifier was chosen just now
+            return {}
         plan = self.window.plans.get(self._tap.name)
         if plan is not None and self._taken < plan.rows and self._filler:  # the point fell on a short batch
             self._moments.update(*self._filler)
@@ -221,6 +225,8 @@ class NeuralCollapseMonitor(Monitor):
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
+        if not numbers:
+            return []
         found = {name: number for (_, name), number in numbers.items()}
         [layer] = {layer for layer, _ in numbers}
         n, lost = int(found["n"]), found.pop("nonfinite")
@@ -284,8 +290,35 @@ class NeuralCollapseMonitor(Monitor):
         return readings | {(layer, "nonfinite"): moments.nonfinite}
 
     def _choose(self, pl_module: LightningModule) -> Tap:
+        return self._checked(self.choose_tap("layer", self.layer, pl_module, ":input"))
+
+    def _follow(self, pl_module: LightningModule, tap: Tap, order: Execution) -> list[Tap]:
+        """The last Linear that the first batch has run, if it can be read."""
+        head = classification_head(pl_module, order)
+        if head is None or head == tap or self.window is None:
+            return [tap]
+        try:
+            self._measure_at(self._checked(head), pl_module)
+        except MisconfigurationException:
+            return [tap]
+        self.restore(self._saved)  # of a fit that had ended, which says nothing of the order
+        self.window.rows, self.window.limit = self._wanted * world_size(), self._wanted
+        return [head]
+
+    def _measure_at(self, tap: Tap, pl_module: LightningModule) -> None:
+        self._tap = tap
+        self._moments = self._empty(pl_module)
+        self._seen = torch.zeros_like(self._moments.count)
+        self._taken, self._latest, self._filler = 0, [], []
+        if self._clean is not None:
+            self._clean.remove()
+        if self.loader is not None:
+            self._clean = EvaluationPass(
+                tap, self.loader, self.inputs, self._labels_of, self._labels_captured, self.warn_once
+            )
+
+    def _checked(self, tap: Tap) -> Tap:
         call = f"`NeuralCollapseMonitor(layer={self.layer!r})`"
-        tap = self.choose_tap("layer", self.layer, pl_module, ":input")
         weight = getattr(tap.module, "weight", None)
         if not isinstance(weight, Tensor) or torch.nn.parameter.is_lazy(weight) or weight.ndim != 2 or len(weight) < 2:
             raise MisconfigurationException(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import nan
 from typing import Any
 
@@ -19,6 +20,8 @@ from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.spectral.neighbors import nearest_distances
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_gather_rows
+from lightning_collapse.utilities.execution import Execution
+from lightning_collapse.utilities.modules import Tap, classification_head
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.targets import TARGET_KEYS, target_rows, targets_of
@@ -48,7 +51,8 @@ class RegressionCollapseMonitor(Monitor):
     the weight is that after the step.
 
     Args:
-        head: Name of the layer that returns the predictions; ``None`` is the last Linear layer.
+        head: Name of the layer that returns the predictions; ``None`` is the last Linear layer that
+            the first batch runs.
         targets: From a batch to its targets, ``(N, n)`` or ``(N,)``, as the loss sees them. ``None`` takes the second
             element of ``(x, y)``, or what a mapping has under ``targets``, ``target``, ``labels``, ``label`` or ``y``.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
@@ -116,7 +120,14 @@ class RegressionCollapseMonitor(Monitor):
             )
         self._name, self._weight = tap.name.removesuffix(".input"), matrices[0].read
         self.window = FeatureWindow(
-            pl_module, [tap], pl_module.device, self.rows, limit=self.rows, paired=True, containment=self.contained
+            pl_module,
+            [tap],
+            pl_module.device,
+            self.rows,
+            limit=self.rows,
+            paired=True,
+            containment=self.contained,
+            choose=partial(self._follow, pl_module, tap) if self.head is None else None,
         )
 
     @override
@@ -161,6 +172,8 @@ class RegressionCollapseMonitor(Monitor):
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
+        if self.window is not None and not self.window.taps:  # another head was chosen just now
+            return []
         found = {key: number for (_, key), number in numbers.items()}
         n, seen = int(found.get("n", 0)), int(found.get("seen", 0))
         flag = _flag(n, int(found.get("neighbours", 0)), seen)
@@ -175,6 +188,15 @@ class RegressionCollapseMonitor(Monitor):
         ]
         own = {"n": float(n), "flag": float(flag)}
         return points + [Point(self.family, self._name, key, step, x, n, flag=flag) for key, x in own.items()]
+
+    def _follow(self, pl_module: LightningModule, tap: Tap, order: Execution) -> list[Tap]:
+        """The last Linear that the first batch has run, if it can be read."""
+        head = classification_head(pl_module, order)
+        matrices = [] if head is None else weight_matrices(head.module)
+        if head is None or len(matrices) != 1:
+            return [tap]
+        self._name, self._weight = head.name.removesuffix(".input"), matrices[0].read
+        return [head]
 
     def _targets_of(self, batch: Any) -> Tensor | None:
         try:
