@@ -36,6 +36,8 @@ class ExecutionOrder(HookOwner):
     Attributes:
         armed: Whether calls count; those of the backward pass, where activation checkpointing computes again what ran
             without gradients, do of modules that are known.
+        not_called: After :meth:`pop`, clean names of the layers with weights that were not called; empty where nothing
+            was noted.
 
     Example:
         >>> net = nn.ModuleDict({"second": nn.Linear(4, 2), "first": nn.Linear(8, 4)})
@@ -53,6 +55,7 @@ class ExecutionOrder(HookOwner):
         self._vectors: list[str] = []
         self._maps: list[str] = []
         self._raw_maps: list[str] = []
+        self.not_called: set[str] = set()
         self._layers = {clean_name(name) for name, _ in weighted_layers(root)}
         self._hooks: list[_NameHook] = []
         for name, module in () if is_compiled(root) else root.named_modules():
@@ -67,6 +70,7 @@ class ExecutionOrder(HookOwner):
         Collective.
         """
         self.remove()
+        self.not_called = self._layers - self._carries.keys() if self._carries else set()
         order = tuple(name for name in self._carries if not self._is_condition(name))
         found = from_first_process(Execution(order, tuple(name for name in order if not self._carries[name])))
         return found if found.order else None

@@ -19,7 +19,7 @@ from lightning_collapse.monitoring.view_pairs import ROWS, ViewPairs
 from lightning_collapse.spectral.cost import rows_within
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import max_over_processes, world_size
-from lightning_collapse.utilities.execution import Execution
+from lightning_collapse.utilities.execution import Execution, functional_layers
 from lightning_collapse.utilities.features import evenly, padding_mask
 from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import Tap, let_hooks_be_seen, weighted_layers
@@ -60,6 +60,8 @@ class FeatureWindow:
         pairs: The views, if they were asked for.
         unpaired: Rows that a layer returned and what was given beside them, if the latest batch had unlike numbers.
         beside_width: Numbers that lie beside a row; 0 before there were any.
+        functional: Clean names of layers that the first batch has not called, and whose weights it has trained: a
+            function was given them. Known where ``choose`` is given.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class FeatureWindow:
         self._scope = StepScope(root)
         self._choose, self._chosen, self._execution = choose, self.taps, Execution(())
         self._order = ExecutionOrder(root, self.hooks.containment.owner) if choose is not None else None
+        self.functional: list[str] = []
         self._requested = False
         self._flops = TrainingFlops(root, containment) if max_overhead else None
         self._budget = 0.0
@@ -172,6 +175,7 @@ class FeatureWindow:
         if self._order is not None:
             order, self._order = self._order, None
             self._follow(order.pop())
+            self.functional = functional_layers(self._root, order.not_called)
 
     def listen(self, batch: Any, planned: bool = True) -> None:
         """Copy rows of all calls until :meth:`pop`: as many as planned of each, or as the limit of its layer allows."""

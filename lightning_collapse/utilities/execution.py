@@ -1,7 +1,7 @@
 """Execution of a model: which of its modules run, in which order, and on the way of the gradients or not."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -33,6 +33,30 @@ class Execution(NamedTuple):
 
     order: tuple[str, ...]
     beside: tuple[str, ...] = ()
+
+
+def functional_layers(root: nn.Module, not_called: Collection[str]) -> list[str]:
+    """Of layers that were not called, by clean name, those with a gradient: a function was given their weights.
+
+    Weights that a layer shares with one that was called, or with an embedding, tell nothing.
+
+    Example:
+        >>> import torch
+        >>> net = nn.ModuleDict({"called": nn.Linear(4, 4), "given": nn.Linear(4, 2), "unused": nn.Linear(4, 4)})
+        >>> nn.functional.linear(net["called"](torch.ones(1, 4)), net["given"].weight).sum().backward()
+        >>> functional_layers(net, {"given", "unused"})
+        ['given']
+    """
+    layers = {clean_name(name): layer for name, layer in weighted_layers(root)}
+    others = [layer for name, layer in layers.items() if name not in not_called]
+    others += [module for module in root.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    shared = {id(p) for layer in others for p in layer.parameters()}
+    trained = {
+        name: any(p.grad is not None and id(p) not in shared for p in layers[name].parameters())
+        for name in layers
+        if name in not_called
+    }
+    return [name for name, is_trained in trained.items() if is_trained]
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -95,6 +95,15 @@ def left_out_weights(root: nn.Module) -> dict[str, str]:
     return {clean_name(name): reason for name, reason in (found.left_out | complex_ones).items()}
 
 
+def left_out_message(root: nn.Module) -> str:
+    """What to say of :func:`left_out_weights`, with their number; empty where there are none."""
+    found = left_out_weights(root)
+    if not found:
+        return ""
+    some = ", ".join(f"`{name}` ({reason})" for name, reason in list(found.items())[:3])
+    return f"{len(found)} weight(s) are no matrix of real numbers and are left out: {some}."
+
+
 class _Group(NamedTuple):
     """Matrices that lie in one weight: name of the part, reader, input; and the parameters behind them."""
 

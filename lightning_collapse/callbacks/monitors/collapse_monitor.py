@@ -214,6 +214,12 @@ class CollapseMonitor(Monitor):
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
+        if not self._points and self.window is not None and (functional := self.window.functional):
+            some = ", ".join(f"`{name}`" for name in functional[:3])
+            self.warn_once(
+                f"{len(functional)} layer(s) are never called, and their weights are trained ({some}): a function is"
+                " given them. What they compute is read only where a module around them returns it."
+            )
         pictures = bool(trainer.loggers) and self._points % PICTURE_EVERY == 0
         if self.window is None:
             return {}

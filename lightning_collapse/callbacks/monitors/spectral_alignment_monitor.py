@@ -33,7 +33,7 @@ from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import find_modules, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
-from lightning_collapse.utilities.weight_matrices import WeightMatrix, weight_matrices
+from lightning_collapse.utilities.weight_matrices import WeightMatrix, left_out_message, weight_matrices
 
 UNCONVERGED_ABOVE = 0.2
 """A direction is doubted where ``residual / gap``, which bounds the sine of its error, is this or more; our choice."""
@@ -226,6 +226,8 @@ class SpectralAlignmentMonitor(Monitor):
 
     def _choose(self, pl_module: LightningModule) -> list[WeightMatrix]:
         matrices = weight_matrices(pl_module)
+        if self.layers is None and (message := left_out_message(pl_module)):
+            self.warn_once(message)
         if self.layers is not None:
             try:
                 chosen = find_modules(pl_module, self.layers)

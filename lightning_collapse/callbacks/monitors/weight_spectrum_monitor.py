@@ -31,7 +31,7 @@ from lightning_collapse.utilities.modules import find_modules, weighted_layers
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.trainer import is_due
-from lightning_collapse.utilities.weight_matrices import WeightMatrix, weight_matrices
+from lightning_collapse.utilities.weight_matrices import WeightMatrix, left_out_message, weight_matrices
 
 MAX_DEFAULT_MATRICES = 32
 DEFAULT_MEASURES = ("spectral_norm", "stable_rank", "svd_entropy", "outliers")
@@ -247,6 +247,8 @@ class WeightSpectrumMonitor(Monitor):
     def _choose(self, pl_module: LightningModule) -> list[WeightMatrix]:
         found = weight_matrices(pl_module, self.embeddings)
         if self.layers is None:
+            if message := left_out_message(pl_module):
+                self.warn_once(message)
             return found
         chosen: set[str] = set()
         for pattern in self.layers:
