@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_collapse``."""
+"""Command-line interface: ``python -m lightning_collapse``."""
 
 from __future__ import annotations
 

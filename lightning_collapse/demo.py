@@ -1,4 +1,4 @@
-"""The demo: one encoder trained twice on real digits, once so that it collapses and once so that it does not."""
+"""Demo: one encoder trained twice on real digits, once so that it collapses and once so that it does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a mixin stands among the bases of a module."""
+"""Method resolution order: where a mixin stands among the bases of a module."""
 
 from typing import Any
 

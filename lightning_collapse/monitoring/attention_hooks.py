@@ -1,4 +1,4 @@
-"""Listening to attention: torch's own functions while they run, or any module that is told how to read."""
+"""Attention hooks: torch's own functions while they run, or any module that is told how to read."""
 
 from __future__ import annotations
 

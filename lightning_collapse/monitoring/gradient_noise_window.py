@@ -1,4 +1,4 @@
-"""What the micro-batches of one accumulated optimizer step tell about the noise in the gradient."""
+"""Gradient noise window: what the micro-batches of one accumulated optimizer step tell about the noise."""
 
 from __future__ import annotations
 

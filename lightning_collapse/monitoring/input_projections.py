@@ -1,4 +1,4 @@
-"""Inputs of weight matrices, seen along one direction each: what is left of a batch is one number per row."""
+"""Input projections: inputs of weight matrices along one direction each, one number per row of a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one transfer of a point: named tensors in, named numbers out."""
+"""Device-to-host transfer, the one of a point: named tensors in, named numbers out."""
 
 from collections.abc import Hashable, Mapping
 from typing import TypeVar

@@ -1,4 +1,4 @@
-"""What one training step costs, counted from shapes alone: the measure of what monitoring may cost."""
+"""Training FLOPs: what one training step costs, counted from shapes alone; the measure of what monitoring may."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From weight matrices to readings of their spectra."""
+"""Weight spectra: from weight matrices to readings of their spectra."""
 
 from __future__ import annotations
 

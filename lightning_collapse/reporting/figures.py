@@ -1,4 +1,4 @@
-"""Figures of the page: a picture, its key, and the numbers behind it."""
+"""Figures of the report page: a picture, its key, and the numbers behind it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A picture of one measure over all layers and the whole run, and the bounded table it is drawn from."""
+"""Heat map: one measure over all layers and the whole run, and the bounded table it is drawn from."""
 
 from collections.abc import Mapping
 from math import nan

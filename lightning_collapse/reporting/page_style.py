@@ -1,4 +1,4 @@
-"""The style sheet of the page: light and dark, from a phone to a wall."""
+"""Style sheet of the report page: light and dark, from a phone to a wall."""
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fbfbfa; --card: #fff; --ink: #1d2126; --soft: #5d6670; --rule: #dfe2e6;

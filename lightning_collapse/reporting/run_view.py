@@ -1,4 +1,4 @@
-"""The curves of a run in the groups of the dashboard, with what noise would read beside them."""
+"""Run view: the curves of a run in the groups of the dashboard, with what noise would read beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The spectrum of a layer as a histogram with fixed edges: comparable between steps, layers and runs."""
+"""Spectrum histogram: that of a layer, with fixed edges, comparable between steps, layers and runs."""
 
 from math import sqrt
 

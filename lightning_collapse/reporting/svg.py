@@ -1,4 +1,4 @@
-"""Line plots, rasters and time lines as SVG text: no script, no font, nothing from outside, colors from the page."""
+"""SVG plots: lines, rasters and time lines as text; no script, no font, nothing from outside, colors from the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streaming means and within-class scatter of many classes, right where the scatter is tiny, on any split or rank."""
+"""Class moments, streaming: means and within-class scatter, right where it is tiny, on any split or rank."""
 
 from __future__ import annotations
 

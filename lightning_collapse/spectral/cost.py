@@ -1,4 +1,4 @@
-"""What a spectrum costs, and so how many rows a budget buys."""
+"""Cost of a spectrum, and so how many rows a budget buys."""
 
 
 def spectrum_flops(rows: int, width: int) -> float:

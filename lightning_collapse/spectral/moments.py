@@ -1,4 +1,4 @@
-"""Streaming first, second and (contracted) fourth moments that stay right at any offset, any split, any rank."""
+"""Streaming moments: first, second and (contracted) fourth, right at any offset, on any split, any rank."""
 
 from __future__ import annotations
 

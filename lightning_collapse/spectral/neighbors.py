@@ -1,4 +1,4 @@
-"""Exact nearest neighbours: from single precision with a bound on its error, from double where that is too rough."""
+"""Nearest neighbours, exact: in single precision with a bound on its error, in double where that is too rough."""
 
 from typing import Any
 

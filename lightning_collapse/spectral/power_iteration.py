@@ -1,4 +1,4 @@
-"""The top singular pair of matrices that change slowly: one cheap step per look."""
+"""Power iteration: the top singular pair of matrices that change slowly, one cheap step per look."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orthonormal bases of what rows span, whatever the numbers."""
+"""Row space: orthonormal bases of what rows span, whatever the numbers."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Rows that count and rows that do not, without asking the device."""
+"""Row masks: rows that count and rows that do not, without asking the device."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Checks of arguments, each with a ``ValueError`` that names the first one that is wrong, its rule and its value."""
+"""Argument checks, each with a ``ValueError`` that names the first one that is wrong, its rule and its value."""
 
 import math
 from collections.abc import Sequence

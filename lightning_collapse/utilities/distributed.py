@@ -1,4 +1,4 @@
-"""Sums and rows over processes, with and without gradient."""
+"""Collectives: sums and rows over processes, with and without gradient."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar

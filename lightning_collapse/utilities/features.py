@@ -1,4 +1,4 @@
-"""From what a layer returns to rows of features."""
+"""Feature rows: from what a layer returns to a matrix."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Which layers to look at, and what to call them."""
+"""Layer choice: which layers to look at, and what to call them."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Parameters that are real numbers: what norms, distances and penalties may be taken of."""
+"""Real parameters: those whose numbers norms, distances and penalties may be taken of."""
 
 from typing import Any, NamedTuple
 

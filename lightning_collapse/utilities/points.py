@@ -1,4 +1,4 @@
-"""One reading of one curve: what a monitor publishes, and what loggers, the guard and the dashboard read."""
+"""Point: one reading of one curve; what a monitor publishes, and loggers, the guard and the dashboard read."""
 
 import re
 from enum import IntEnum

@@ -1,4 +1,4 @@
-"""The tables of what the package knows: one decorated function is one curve, one decorated class is one loss."""
+"""Registry: tables of what the package knows; one decorated function is one curve, one decorated class one loss."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace

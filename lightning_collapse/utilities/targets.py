@@ -1,4 +1,4 @@
-"""The inputs and the targets of a batch."""
+"""Inputs and targets of a batch."""
 
 import re
 from collections.abc import Mapping, Sequence

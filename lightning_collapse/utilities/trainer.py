@@ -1,4 +1,4 @@
-"""What we must know of a running trainer and Lightning does not say in public: the only file that looks inside one."""
+"""Private API of Lightning: what it does not say in public of a running trainer; the only file that looks inside."""
 
 import pickle
 from collections.abc import Callable

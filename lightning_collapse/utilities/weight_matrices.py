@@ -1,4 +1,4 @@
-"""The matrices a model multiplies by, whatever class holds them."""
+"""Weight matrices: those a model multiplies by, whatever class holds them."""
 
 from __future__ import annotations
 

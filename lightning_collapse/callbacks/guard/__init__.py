@@ -1,1 +1,1 @@
-"""The guard: from curves to a verdict, and what is done about it."""
+"""Collapse guard: from curves to a verdict, and what is done about it."""

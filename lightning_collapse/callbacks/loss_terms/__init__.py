@@ -1,1 +1,1 @@
-"""Terms that are added to the loss of any module, without a change to its code."""
+"""Auxiliary losses and weight penalties: terms of the loss of any module, without a change to its code."""

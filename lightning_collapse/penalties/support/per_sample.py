@@ -1,4 +1,4 @@
-"""Gradients of single samples: of every sample of a batch, from one forward pass of the batch."""
+"""Per-sample gradients: of every sample of a batch, from one forward pass of the batch."""
 
 from __future__ import annotations
 

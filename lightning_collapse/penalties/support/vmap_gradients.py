@@ -1,4 +1,4 @@
-"""Gradients by vmap: of single samples of any model, each a batch of its own."""
+"""Per-sample gradients by ``vmap``: of any model, each sample a batch of its own."""
 
 from __future__ import annotations
 
