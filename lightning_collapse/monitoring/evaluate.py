@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from lightning_collapse.monitoring.feature_buffer import LayerFeatures
 from lightning_collapse.spectral.eigenvalues import eigenvalues
 from lightning_collapse.spectral.moments import Moments, reduce_moments
 from lightning_collapse.spectral.precision import accumulation_dtype
-from lightning_collapse.spectral.spectrum import Spectrum, finish_spectrum, gram_of, values_of
+from lightning_collapse.spectral.spectrum import Spectrum, finish_spectrum, gram_of, uncentered, values_of
 from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_sum, world_size
 from lightning_collapse.utilities.points import Flag
 from lightning_collapse.utilities.registry import Measure
@@ -78,7 +78,7 @@ def evaluate(
     found: dict[str, Evaluation] = {}
     for members in _alike(given, shared):
         group = [given[i] for i in members]
-        grams = {kind: _gram(group, [shared[i] for i in members], kind) for kind in kinds}
+        grams = _grams(group, [shared[i] for i in members], kinds)
         records = {kind: record for kind, (_, record) in grams.items()}
         records |= {kind: finish_spectrum(eigenvalues(grams[kind][0]), records[kind]) for kind in solved}
         kind = "centered" if "centered" in kinds else "raw"
@@ -211,6 +211,16 @@ def _alike(layers: Sequence[LayerFeatures], shared: Sequence[Moments | None]) ->
         shape = layer.rows.shape if moments is None else layer.rows.shape[1:]
         groups.setdefault((shape, layer.rows.dtype, layer.rows.device, layer.sketched), []).append(i)
     return list(groups.values())
+
+
+def _grams(
+    layers: Sequence[LayerFeatures], shared: Sequence[Moments | None], kinds: Collection[str]
+) -> dict[str, tuple[Tensor, Spectrum]]:
+    grams = {kind: _gram(layers, shared, kind) for kind in ("centered",) if kind in kinds}
+    if "raw" in kinds:
+        by_features = "centered" in grams and grams["centered"][0].shape[-1] == layers[0].rows.shape[1]
+        grams["raw"] = uncentered(*grams["centered"]) if by_features else _gram(layers, shared, "raw")
+    return grams
 
 
 def _gram(layers: Sequence[LayerFeatures], shared: Sequence[Moments | None], kind: str) -> tuple[Tensor, Spectrum]:

@@ -92,7 +92,7 @@ class Moments:
 
     @full_precision
     def _update(self, features: Tensor, mask: Tensor | None) -> None:
-        features, seen, weight = finite_rows(features.to(self.shift.dtype), mask)
+        features, seen, weight = finite_rows(features, mask, self.shift.dtype)
         count = weight.sum()
         first = features.sum(dim=0) / count.clamp_min(1)
         # while nothing has been counted every sum is zero, so the anchor may still move

@@ -83,7 +83,7 @@ def nearest_distances(features: Tensor, k: int, mask: Tensor | None = None) -> t
         tensor([0.4286, 0.4286,    inf, 1.2857], dtype=torch.float64)
     """
     mask = features.new_ones(len(features), dtype=torch.bool) if mask is None else mask
-    rows, _, weight = finite_rows(features.to(accumulation_dtype(features.device)), mask)
+    rows, _, weight = finite_rows(features, mask, accumulation_dtype(features.device))
     finite = weight > 0
     repeated = _repetitions(rows, finite)
     counts = finite & ~repeated
@@ -161,7 +161,7 @@ def _distances(rows: Tensor, points: Tensor, near: Tensor) -> Tensor:
     """Distances ``(N, k)`` to neighbours by the differences of rows, where nothing cancels, in tiles."""
     tile = max(DIFFERENCE_ELEMENTS // max(near.shape[1] * rows.shape[1], 1), 1)
     pairs = zip(torch.split(rows, tile), torch.split(near, tile), strict=True)
-    return torch.cat([torch.linalg.vector_norm(own.unsqueeze(1) - points[there], dim=2) for own, there in pairs])
+    return torch.cat([torch.linalg.vector_norm(points[there].sub_(own.unsqueeze(1)), dim=2) for own, there in pairs])
 
 
 # one operator, into which the compiler need not look, with a way of its own on processors

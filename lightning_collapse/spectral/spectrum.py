@@ -90,7 +90,7 @@ def gram_of(features: Tensor, center: bool = True, mask: Tensor | None = None) -
     is constant: without that rule rows that are equal but for rounding have a spectrum of noise, which looks healthy.
     """
     dtype = accumulation_dtype(features.device)
-    rows, _, weight = finite_rows(features.to(dtype), mask)
+    rows, _, weight = finite_rows(features, mask, dtype)
     count = weight.sum(dim=-1)
     scale = torch.ones_like(count)
     if features.dtype == dtype and rows.numel():  # fourth powers of narrower dtypes fit, of this one they may not
@@ -99,17 +99,24 @@ def gram_of(features: Tensor, center: bool = True, mask: Tensor | None = None) -
     record = Spectrum(scale, count, features.shape[-1])
     if center:
         mean = rows.sum(dim=-2) / count.clamp_min(1).unsqueeze(-1)
-        rows = (rows - mean.unsqueeze(-2)) * weight.unsqueeze(-1)
-        energy = rows.square()
-        scatter = energy.sum(dim=-2)
+        rows.addcmul_(weight.unsqueeze(-1), mean.unsqueeze(-2), value=-1)
+        scatter = rows.square().sum(dim=-2)
         varies = scatter > count.unsqueeze(-1) * (RESOLUTION * mean).square()
-        rows = rows * varies.unsqueeze(-2)
-        energy = (energy @ varies.to(dtype).unsqueeze(-1)).squeeze(-1)
+        rows = rows * varies.unsqueeze(-2) if rows.requires_grad else rows.mul_(varies.unsqueeze(-2))
+        energy = torch.linalg.vector_norm(rows, dim=-1).square()
         kurtosis = relative_to_square(energy.square().sum(dim=-1), energy.sum(dim=-1))
         variance = scatter * varies * (scale.square() / (count - 1).clamp_min(1)).unsqueeze(-1)
         record = replace(record, kurtosis=kurtosis, mean=mean * scale.unsqueeze(-1), variance=variance)
     gram = rows @ rows.mT if rows.shape[-2] < rows.shape[-1] else rows.mT @ rows
     return gram, record
+
+
+def uncentered(gram: Tensor, record: Spectrum) -> tuple[Tensor, Spectrum]:
+    """What :func:`gram_of` makes of the rows as they are, from a Gram matrix ``(..., D, D)`` of the centered ones."""
+    assert record.mean is not None  # of centered rows
+    mean = record.mean * (record.count.sqrt() / record.singular_values).unsqueeze(-1)
+    raw = replace(record, kurtosis=None, mean=None, variance=None)
+    return gram + mean.unsqueeze(-1) * mean.unsqueeze(-2), raw
 
 
 def finish_spectrum(values: Tensor, record: Spectrum) -> Spectrum:

@@ -22,6 +22,7 @@ from lightning_collapse.monitoring.feature_buffer import LayerFeatures
 from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot, absolute_sums
 from lightning_collapse.spectral.precision import accumulation_dtype
+from lightning_collapse.spectral.rows import finite_rows
 from lightning_collapse.spectral.sketch import GaussianSketch
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.execution import Execution
@@ -224,10 +225,9 @@ class PlasticityMonitor(Monitor):
         sums, narrow = [], {}
         for name, layer in layers.items():
             dtype = accumulation_dtype(layer.rows.device)
-            kept = layer.mask & layer.rows.isfinite().all(dim=1)
-            size = torch.where(kept.unsqueeze(1), layer.rows, 0).abs()
-            counts = torch.stack([kept.sum(), layer.mask.sum()]).to(dtype)
-            sums.append(torch.cat([counts, size.sum(dim=0, dtype=dtype), (size > 0).sum(dim=0, dtype=dtype)]))
+            size, seen, kept = finite_rows(layer.rows, layer.mask, dtype)
+            counts = torch.stack([kept.sum(), seen.to(dtype)])
+            sums.append(torch.cat([counts, kept @ size.abs_(), kept @ size.sign_()]))
             rows = layer.rows if layer.width <= self.max_dim else self._sketch(layer)
             most = self.window.affordable(rows.shape[1]) if self.window is not None else len(rows)
             expected = min(layer.expected, most * world_size())
