@@ -127,8 +127,7 @@ class ClassMoments:
         labels = labels.long()
         ignored = labels == self.ignore_index
         named = ~ignored & (labels >= 0) & (labels < len(self.count))
-        features, considered, weight = finite_rows(features, named)
-        features, weight = features.to(self.shift.dtype), weight.to(self.shift.dtype)
+        features, considered, weight = finite_rows(features, named, self.shift.dtype)
         self.ignored += ignored.sum()
         self.invalid += len(labels) - ignored.sum() - considered
         self.nonfinite += considered - weight.sum()

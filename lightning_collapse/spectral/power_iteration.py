@@ -110,8 +110,10 @@ class PowerIteration:
     def _follow(self, names: list[str], weights: list[Tensor], iterations: int) -> dict[str, TopSingularPair]:
         start = blocks = torch.stack([self._blocks[name] for name in names])
         for _ in range(iterations - 1):
-            blocks = _orthonormal(_products(weights, blocks)[0])
-        products, usable = _products(weights, blocks)
+            blocks = _orthonormal(_products(weights, blocks))
+        products = _products(weights, blocks)
+        usable = products.sum(dim=(1, 2)).isfinite()[:, None]  # a sum is finite if and only if its terms are
+        blocks, products = (torch.where(usable[:, None], rows, start) for rows in (blocks, products))
         squares, rotation = _eigh(torch.bmm(products, blocks.mT))
         directions = torch.bmm(rotation[:, :1], blocks)[:, 0]
         advanced = torch.bmm(rotation, products)
@@ -149,11 +151,9 @@ def _at_least_float(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype.itemsize < 4 else weight
 
 
-def _products(weights: list[Tensor], blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """``B W^T W`` of every matrix, ``B`` itself where that is not finite, and whether it is, ``(n, 1)``."""
-    products = torch.stack([block @ weight.T @ weight for block, weight in zip(blocks.unbind(), weights, strict=True)])
-    usable = products.sum(dim=(1, 2)).isfinite()  # a sum is finite if and only if its terms are
-    return torch.where(usable[:, None, None], products, blocks), usable[:, None]
+def _products(weights: list[Tensor], blocks: Tensor) -> Tensor:
+    """``B W^T W`` of every matrix."""
+    return torch.stack([block @ weight.T @ weight for block, weight in zip(blocks.unbind(), weights, strict=True)])
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def batches_until(trainer: Trainer, every_n_steps: int) -> int:
     """
     steps = -(logging_step(trainer) + 1) % every_n_steps
     accumulate = trainer.accumulate_grad_batches
-    if ends_step(trainer):
+    if accumulate == 1 or ends_step(trainer):
         return steps * accumulate
     left: int = -_epoch_loop(trainer).batch_progress.current.ready % accumulate
     return steps * accumulate + left

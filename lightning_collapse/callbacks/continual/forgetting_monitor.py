@@ -71,6 +71,7 @@ class ForgettingMonitor(TaskAware):
         self.between_tasks = between_tasks
         self.changes: dict[str, dict[str, float]] = {"epoch_change": {}, "task_change": {}}
         """The latest reading of every layer, by kind and layer."""
+        self._state_key = self._generate_state_key(layers=layers)  # Lightning asks for it at every hook
         self._steps = ContinuedSteps()
         self._groups: dict[str, list[str]] = {}
         self._tensors: dict[str, Tensor] = {}
@@ -86,7 +87,7 @@ class ForgettingMonitor(TaskAware):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(layers=self.layers)
+        return self._state_key
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
