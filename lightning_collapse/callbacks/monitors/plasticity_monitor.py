@@ -235,14 +235,19 @@ class PlasticityMonitor(Monitor):
         total = all_reduce_sum(torch.cat(sums))
         srank = replace(MEASURES["srank"], spectrum="raw")
         evaluated = evaluate(narrow, [srank])
+        alike: dict[int, dict[str, Tensor]] = {}  # layers of one width are read together
+        for name, part in zip(layers, torch.split(total, [len(x) for x in sums]), strict=True):
+            alike.setdefault(len(part), {})[name] = part
         readings: dict[Name, Tensor] = {}
-        for (name, layer), part in zip(layers.items(), torch.split(total, [len(x) for x in sums]), strict=True):
-            count, seen = part[0], part[1]
-            means, active = part[2:].view(2, layer.width) / count
-            values = [dormant_fraction(means, self.tau), dead_fraction(active), means.mean()]
-            own = dict(zip(_UNITS, [*values, evaluated[name].values[srank.curve]], strict=True))
-            readings |= {(name, key): torch.where(count > 0, value.to(count), nan) for key, value in own.items()}
-            readings |= {(name, "n"): count, (name, "seen"): seen}
+        for parts in alike.values():
+            together = torch.stack(list(parts.values()))
+            count, seen = together[:, 0], together[:, 1]
+            means, active = (together[:, 2:] / count.unsqueeze(1)).chunk(2, dim=1)
+            ranks = torch.stack([evaluated[name].values[srank.curve] for name in parts])
+            values = [dormant_fraction(means, self.tau), dead_fraction(active), means.mean(dim=1), ranks.to(count)]
+            values = [*torch.where(count > 0, torch.stack(values), nan), count, seen]
+            for key, column in zip((*_UNITS, "n", "seen"), values, strict=True):
+                readings |= {(name, key): value for name, value in zip(parts, column.unbind(), strict=True)}
         return readings
 
     def _sketch(self, layer: LayerFeatures) -> Tensor:
