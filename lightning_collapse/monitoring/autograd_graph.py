@@ -79,6 +79,7 @@ class AutogradGraph:
                 if output.node is not None:
                     self.returned.setdefault(output.node, []).append(call.name)
         self._weights: dict[Node, bool] = {}
+        self._is_weight: dict[Node, bool] = {}
         self._saved: dict[Node, dict[str, Tensor]] = {}
         queue = deque([loss.grad_fn] if loss.grad_fn is not None else [])
         while queue and len(self.nodes) < limit:
@@ -109,10 +110,15 @@ class AutogradGraph:
 
     def data(self, node: Node) -> list[Node]:
         """The nodes that a node's data come from, without its weights."""
-        return [child for child in children(node) if not _is_leaf(child) and not self.is_weight(child)]
+        return [child for child in children(node) if not self.is_weight(child) and not _is_leaf(child)]
 
-    def is_weight(self, node: Node, depth: int = 0, split: bool = False) -> bool:
+    def is_weight(self, node: Node) -> bool:
         """Whether a node is a parameter of two or more dimensions, or a view or cast of one."""
+        if node not in self._is_weight:
+            self._is_weight[node] = self._leads_to_weights(node, 0, False)
+        return self._is_weight[node]
+
+    def _leads_to_weights(self, node: Node, depth: int, split: bool) -> bool:
         if _is_leaf(node):
             variable = getattr(node, "variable", None)
             return variable is not None and (variable.ndim > 1 or split)
@@ -120,7 +126,7 @@ class AutogradGraph:
             return False
         inputs = children(node)
         split = split or kind(node).startswith("Split")  # one long vector holds all weights of a sharded model
-        return bool(inputs) and all(self.is_weight(child, depth + 1, split) for child in inputs)
+        return bool(inputs) and all(self._leads_to_weights(child, depth + 1, split) for child in inputs)
 
     def region(self) -> Iterator[Node]:
         """Nodes between the loss and the last weights, these included."""

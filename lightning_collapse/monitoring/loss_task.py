@@ -43,7 +43,7 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
             own = tokens or names[id(one)] == "reconstruction" or roles[name] == "own target"
             roles[name] = "own target" if own else "target"
     features = _features(evidence)
-    reached = graph.weights_below([one.node for one in targets])
+    reached = graph.weights_below([one.node for one in targets]) if features else set()
     apart = [one for one in features if not graph.weights_below([one.node]) <= reached]
     if targets and not apart:
         first = min(targets, key=lambda one: _ORDER.index(names[id(one)]))
