@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_collapse.monitoring.call_record import CallRecord
-from lightning_collapse.utilities.private_torch import saved_tensors
+from lightning_collapse.utilities.private_torch import dimensions_of, saved_tensors
 
 Node = Any
 LIMIT = 20000
@@ -120,12 +120,14 @@ class AutogradGraph:
 
     def _leads_to_weights(self, node: Node, depth: int, split: bool) -> bool:
         if _is_leaf(node):
-            variable = getattr(node, "variable", None)
-            return variable is not None and (variable.ndim > 1 or split)
-        if depth >= _CHAIN or node in self.returned or kind(node) in _PRODUCES:
+            return dimensions_of(node) > 1 or split
+        # one long vector holds all weights of a sharded model
+        split = split or _is_split(node)
+        single = dimensions_of(node) < 2 and not split  # such as a penalty on weights
+        if single or depth >= _CHAIN or node in self.returned or kind(node) in _PRODUCES:
             return False
-        inputs = children(node)
-        split = split or kind(node).startswith("Split")  # one long vector holds all weights of a sharded model
+        scales = [child for child in children(node) if dimensions_of(child) < 2 and not _is_split(child)]
+        inputs = children(node) if split else [child for child in children(node) if child not in scales]
         return bool(inputs) and all(self._leads_to_weights(child, depth + 1, split) for child in inputs)
 
     def region(self) -> Iterator[Node]:
@@ -180,6 +182,10 @@ class AutogradGraph:
 def children(node: Node) -> list[Node]:
     """The nodes that a node's inputs come from."""
     return [child for child, _ in node.next_functions if child is not None]
+
+
+def _is_split(node: Node) -> bool:
+    return kind(node).startswith("Split")
 
 
 def _is_leaf(node: Node) -> bool:

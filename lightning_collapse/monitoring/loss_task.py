@@ -120,7 +120,7 @@ def _name(evidence: Evidence, one: Comparison) -> str:
     if one.sort == "probabilities":
         return "classification" if one.classes else "multi-label"
     if one.sort == "numbers":
-        return "regression"
+        return "classification" if set(one.given.values()) <= {"one-hot", "mixed"} else "regression"
     return "classification" if _outputs(evidence, one) == 1 or _exclusive(evidence, one) else "multi-label"
 
 

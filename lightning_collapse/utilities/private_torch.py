@@ -143,3 +143,12 @@ def saved_tensors(node: Any, packed: bool = False) -> dict[str, Tensor]:
 def table_rows(node: Any) -> int:
     """How many rows the table of an ``EmbeddingBackward0`` has."""
     return int(node._saved_weight_sym_argsize_0)
+
+
+def dimensions_of(node: Any) -> int:
+    """How many dimensions the value of a node of the autograd graph has, 2 where torch does not say."""
+    variable = getattr(node, "variable", None)
+    if variable is not None:
+        return int(variable.ndim)
+    metadata = getattr(node, "_input_metadata", ())
+    return len(metadata[0].shape) if metadata else 2

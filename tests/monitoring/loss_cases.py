@@ -117,6 +117,12 @@ def _(net: Net, batch: Any) -> Tensor:
     return F.cross_entropy(scores, 0.7 * labels + 0.3 * labels[order])
 
 
+@row("classification, squared error and a penalty by hand", LABELED, "classification", C - 1, HEAD, IS_TARGET)
+def _(net: Net, batch: Any) -> Tensor:
+    error = (net.scores(batch["x"]) - F.one_hot(batch["y"], C)).square().sum(1).mean()
+    return 0.5 * (error + 1e-3 * net.head.weight.square().sum() + 1e-3 * net.body[0].weight.norm())
+
+
 @row("binary classification", {"x": X, "y": MANY[:, 0].clone()}, "classification", 1, {"one"}, IS_TARGET)
 def _(net: Net, batch: Any) -> Tensor:
     return F.binary_cross_entropy_with_logits(net.one(net.features(batch["x"])).squeeze(1), batch["y"])

@@ -194,6 +194,10 @@ class Head(nn.Module):
         self.body = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 8))
         self.norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, 4).requires_grad_(kind != "frozen")
+        if kind == "weight norm":
+            nn.utils.parametrizations.weight_norm(self.head)
+        if kind == "spectral norm":
+            nn.utils.parametrizations.spectral_norm(self.head)
         self.scale = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, x):
@@ -205,7 +209,7 @@ class Head(nn.Module):
         return self.scale * scores if self.kind == "scale" else scores
 
 
-@pytest.mark.parametrize("kind", ["plain", "norm", "frozen", "residual", "scale"])
+@pytest.mark.parametrize("kind", ["plain", "norm", "frozen", "residual", "scale", "weight norm", "spectral norm"])
 def test_only_the_last_layer_is_compared(kind):
     use = read(Head(kind), lambda net, batch: cross_entropy(net(batch[0]), batch[1]), (X, Y))
     assert (use.task, use.directions, use.compared) == ("classification", 3, ("head",))
