@@ -110,6 +110,7 @@ def test_normalized_std_is_one_on_the_sphere_and_zero_on_a_point():
     rows = torch.randn(5000, 32)
     assert normalized_std(rows) == pytest.approx(1.0, abs=0.02)
     assert normalized_std(rows + 1e4) == pytest.approx(0.0, abs=1e-3)
+    assert normalized_std(rows[:, :, None, None].expand(-1, -1, 2, 3)) == pytest.approx(normalized_std(rows))
 
 
 def test_threshold_of_the_baseline_is_the_one_that_separates():

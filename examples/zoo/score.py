@@ -73,7 +73,12 @@ class Score(Callback):
 
 
 def normalized_std(rows: Tensor) -> float:
-    """Mean standard deviation of rows of unit length, times the root of their width: 1 where they fill the sphere."""
+    """Mean standard deviation of rows of unit length, times the root of their width: 1 where they fill the sphere.
+
+    Of maps ``(N, C, H, W)`` a row is the mean over places.
+    """
+    if rows.ndim == 4:
+        rows = rows.mean(dim=(2, 3))
     units = nn.functional.normalize(rows.flatten(0, -2).double(), dim=-1)
     return float(units.std(dim=0, correction=0).mean()) * math.sqrt(units.shape[-1])
 
