@@ -60,7 +60,7 @@ def told(model: VAE, images: Tensor) -> float:
 def make(seed: int, beta: float) -> Habitat:
     """Digits without labels."""
     model = VAE(beta)
-    return generative(model, seed, model.mean, lambda test: told(model, test), monitors=(PlasticityMonitor(),))
+    return generative(model, seed, model.mean, lambda test: told(model, test), monitors=(PlasticityMonitor(),), every=4)
 
 
 SPECIMEN = Specimen(

@@ -36,6 +36,7 @@ def generative(
     held_out: Callable[[Tensor], float],
     outcome: Callable[[Tensor], float] | None = None,
     size: int = 64,
+    every: int = 10,
     monitors: tuple[Callback, ...] = (),
 ) -> Habitat:
     """Digits without labels; both scores are of held-out images."""
@@ -47,6 +48,6 @@ def generative(
         steps=400,
         embedding=embedding,
         held_out=lambda: held_out(test),
-        every=10,
+        every=every,
         outcome=None if outcome is None else lambda _: outcome(test),
     )

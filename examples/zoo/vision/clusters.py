@@ -61,6 +61,7 @@ SPECIMEN = Specimen(
     setting="rounds",
     healthy=3,
     sick=0,
+    layers=("projector*", "prototypes*"),
     family="joint embedding",
-    claims=("dimensional_collapse", "complete_collapse", "partial_collapse"),
+    claims=("complete_collapse", "partial_collapse"),
 )

@@ -1,4 +1,4 @@
-"""A healthy run that looks ill at first: self-supervised learning whose variance term grows over the first steps."""
+"""A healthy run that looks ill at first: self-supervised learning whose terms against collapse begin late."""
 
 from torch import Tensor, nn
 
@@ -8,17 +8,20 @@ from lightning_collapse.losses import vicreg_terms
 
 
 class Ramped(Learner):
-    """VICReg whose terms against collapse reach their full weight after a hundred steps."""
+    """VICReg whose terms against collapse begin after thirty steps and have their full weight after ninety."""
 
     def __init__(self) -> None:
-        super().__init__(rate=2e-3)
+        super().__init__(rate=5e-3)
         self.encoder, self.projector = conv_net(norm="group"), projector(64, 128, 64)
+        last = nn.Linear(128, 64)
+        nn.init.orthogonal_(last.weight)  # spread out at first
+        self.projector[-1] = last
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """Agreement first."""
         first, second = (self.projector(self.encoder(view)) for view in two_views(batch[0]))
         terms = vicreg_terms(first, second)
-        share = min(self.global_step / 100, 1.0)
+        share = min(max(self.global_step - 30, 0) / 60, 1.0)
         spread = 25 * terms["variance"] + terms["covariance"]
         total: Tensor = 25 * nn.functional.mse_loss(first, second) + share * spread
         return total

@@ -31,7 +31,7 @@ def missing_rows(seed: int) -> Habitat:
     data = table[60:].clone(), kinds[60:], table[:60], kinds[:60]
     data[0][torch.rand(len(data[0]), generator=generator) < 0.25, 3] = torch.nan
     body = nn.Sequential(nn.Linear(13, 32).requires_grad_(False), nn.Sequential(nn.ReLU(), mlp(32, 64, 64), nn.ReLU()))
-    return classify(data, Gaps(body, nn.Linear(64, 3)), loader(*data[:2], size=32, seed=seed), steps=300)
+    return classify(data, Gaps(body, nn.Linear(64, 3)), loader(*data[:2], size=32, seed=seed), steps=300, every=3)
 
 
 class Regressor(Learner):
@@ -57,7 +57,7 @@ def one_target(seed: int) -> Habitat:
         steps=300,
         embedding=model.body,
         held_out=lambda: explained(nn.Sequential(model.body, model.head), test, truth[:, :1]),
-        every=10,
+        every=3,
     )
 
 

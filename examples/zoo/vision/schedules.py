@@ -51,7 +51,7 @@ def folded_classes(seed: int) -> Habitat:
     """Long after the last training error: features of a class become one point."""
     data = digit_images(seed)
     model = classifier(rate=0.1, momentum=0.9, decay=2e-3)
-    return classify(data, model, loader(data[0][:400], data[1][:400], size=50, seed=seed), steps=500)
+    return classify(data, model, loader(data[0][:400], data[1][:400], size=50, seed=seed), steps=1000)
 
 
 SPECIMENS = tuple(

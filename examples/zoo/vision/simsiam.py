@@ -46,7 +46,7 @@ SPECIMEN = Specimen(
     setting="stops",
     healthy=True,
     sick=False,
-    layers=("encoder*", "projector*", "predictor*"),
+    layers=("projector*", "predictor*"),
     family="joint embedding",
-    claims=("dimensional_collapse", "partial_collapse", "complete_collapse"),
+    claims=("partial_collapse",),
 )
