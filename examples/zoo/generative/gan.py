@@ -61,7 +61,7 @@ def covered(generator: nn.Module, seed: int) -> float:
 def make(seed: int, penalty: float) -> Habitat:
     """Digits without labels."""
     model = GAN(penalty)
-    return generative(model, seed, model.generator, lambda _: covered(model.generator, seed), size=32)
+    return generative(model, seed, model.discriminator[2], lambda _: covered(model.generator, seed), size=32)
 
 
 SPECIMEN = Specimen(

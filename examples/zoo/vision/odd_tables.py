@@ -1,5 +1,7 @@
 """Healthy networks on tables that look ill: rows that are not numbers, and a single target."""
 
+from dataclasses import replace
+
 import torch
 from sklearn.datasets import load_wine
 from torch import Tensor, nn
@@ -31,7 +33,8 @@ def missing_rows(seed: int) -> Habitat:
     data = table[60:].clone(), kinds[60:], table[:60], kinds[:60]
     data[0][torch.rand(len(data[0]), generator=generator) < 0.25, 3] = torch.nan
     body = nn.Sequential(nn.Linear(13, 32).requires_grad_(False), nn.Sequential(nn.ReLU(), mlp(32, 64, 64), nn.ReLU()))
-    return classify(data, Gaps(body, nn.Linear(64, 3)), loader(*data[:2], size=32, seed=seed), steps=300, every=3)
+    habitat = classify(data, Gaps(body, nn.Linear(64, 3)), loader(*data[:2], size=32, seed=seed), steps=300, every=3)
+    return replace(habitat, embedding=body[1])
 
 
 class Regressor(Learner):

@@ -1,4 +1,4 @@
-"""One-tower collapse: a contrastive pair of networks (CLIP) of which one takes steps that are far too long."""
+"""Dimensional collapse of one tower: a contrastive pair of networks (CLIP) of which one takes steps far too long."""
 
 from typing import Any
 
@@ -73,12 +73,12 @@ def make(seed: int, factor: float) -> Habitat:
 SPECIMEN = Specimen(
     "one tower too fast",
     make,
-    "a tower of two gives the same embedding to all that it reads",
-    kind="complete_collapse",
+    "one tower of two reads all images along few directions, and the other follows",
+    kind="dimensional_collapse",
     setting="factor",
     healthy=1.0,
     sick=50.0,
-    layers=("lower*",),
+    layers=("lower*", "upper", "upper.3*"),
     family="two towers",
-    claims=("dimensional_collapse", "partial_collapse", "attention_entropy_collapse", "attention_overload"),
+    claims=("partial_collapse", "attention_entropy_collapse", "attention_overload"),
 )
