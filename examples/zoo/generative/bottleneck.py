@@ -43,5 +43,6 @@ SPECIMEN = Specimen(
     healthy=0.01,
     sick=5.0,
     family="autoencoder",
-    claims=("dimensional_collapse", "partial_collapse", "plasticity_loss", "posterior_collapse"),
+    layers=("encoder*", "decoder*"),
+    claims=("dimensional_collapse", "plasticity_loss"),
 )

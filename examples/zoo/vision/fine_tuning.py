@@ -58,5 +58,5 @@ SPECIMEN = Specimen(
     sick=30.0,
     layers=("body*", "head*"),
     family="convolutional classifier",
-    claims=("complete_collapse", "partial_collapse", "plasticity_loss", "loss_explosion"),
+    claims=("partial_collapse", "plasticity_loss", "loss_explosion"),
 )

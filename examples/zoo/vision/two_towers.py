@@ -80,5 +80,5 @@ SPECIMEN = Specimen(
     sick=50.0,
     layers=("lower*", "upper", "upper.3*"),
     family="two towers",
-    claims=("partial_collapse", "attention_entropy_collapse", "attention_overload"),
+    claims=("partial_collapse", "attention_entropy_collapse"),
 )
