@@ -91,6 +91,6 @@ SPECIMEN = Specimen(
     setting="restarts",
     healthy=True,
     sick=False,
+    layers=("codebook*",),
     family="vector quantization",
-    claims=("complete_collapse", "dimensional_collapse", "partial_collapse"),
 )

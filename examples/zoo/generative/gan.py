@@ -1,4 +1,4 @@
-"""Mode collapse: a generator whose discriminator is stronger than a penalty on its gradient would let it be."""
+"""Mode collapse of a GAN: a generator whose discriminator is stronger than a penalty on its gradient would let it be."""
 
 from typing import Any
 
@@ -68,11 +68,11 @@ SPECIMEN = Specimen(
     "GAN without gradient penalty",
     make,
     "the generator makes few digits, over and over",
-    kind="complete_collapse",
+    kind="partial_collapse",
     setting="penalty",
     healthy=1.0,
     sick=0.0,
     layers=("generator*", "discriminator*"),
     family="generative adversarial",
-    claims=("dimensional_collapse", "partial_collapse", "loss_explosion"),
+    claims=("dimensional_collapse",),
 )
