@@ -1,4 +1,4 @@
-"""Mode collapse of a GAN: a generator whose discriminator is stronger than a penalty on its gradient would let it be."""
+"""Mode collapse of a GAN: a discriminator that is stronger than a penalty on its gradient would let it be."""
 
 from typing import Any
 
