@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.zoo.material import Learner, mlp
-from examples.zoo.sequences.material import drawn
+from examples.zoo.sequences.drawn import drawn
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import CollapseMonitor, PlasticityMonitor, SpectralAlignmentMonitor
 

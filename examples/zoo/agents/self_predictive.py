@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.zoo.material import Learner, mlp, neighbour_accuracy
-from examples.zoo.sequences.material import drawn
+from examples.zoo.sequences.drawn import drawn
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor
 

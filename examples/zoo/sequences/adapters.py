@@ -2,14 +2,13 @@
 
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from examples.zoo.material import accuracy
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import drawn, held_out_of
+from .drawn import drawn, held_out_rows
 from .token_groups import SequenceClassifier, pretrained, sequences
 
 
@@ -38,8 +37,7 @@ def fine_tuned(seed: int, shift: int = 2, rate: float = 5e-4, rank: int | None =
         for name, layer in list(model.blocks.named_modules()):
             if isinstance(layer, nn.Linear):
                 model.blocks.set_submodule(name, LoRA(layer, rank))
-    batches = [held_out_of(partial(sequences, shift), 10 * seed + i) for i in range(8)]
-    tokens, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    tokens, labels = held_out_rows(partial(sequences, shift), seed)
     monitors = [CollapseMonitor(), SpectralAlignmentMonitor(), AttentionEntropyMonitor()]
     loaders = [drawn(partial(sequences, shift), seed)]
     return Habitat(model, loaders, monitors, 400, model.blocks, lambda: accuracy(model, tokens, labels), every=10)

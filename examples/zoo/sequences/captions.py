@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from examples.zoo.material import mlp
 
-from .material import Block
+from .blocks import Block
 
 WORDS = [
     "a",

@@ -7,7 +7,7 @@ from examples.zoo.material import Learner, accuracy
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import drawn, held_out_of
+from .drawn import drawn, held_out_rows
 
 LENGTH, SIZE, WIDTH, ONSET = 24, 32, 32, 250
 
@@ -39,8 +39,7 @@ class Reader(Learner):
 def reader(seed: int, decay: float) -> Habitat:
     """The most frequent of four tokens."""
     model = Reader(decay)
-    batches = [held_out_of(votes, 10 * seed + i) for i in range(8)]
-    tokens, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    tokens, labels = held_out_rows(votes, seed)
     monitors = [CollapseMonitor(), SpectralAlignmentMonitor()]
     loaders = [drawn(votes, seed)]
     return Habitat(model, loaders, monitors, 600, model.lstm, lambda: accuracy(model, tokens, labels), every=10)

@@ -45,7 +45,7 @@ SPECIMENS = (
     Specimen(
         "rounded weights",
         make,
-        "weights are rounded downwards to the eight bits of bfloat16",
+        "weights are rounded downwards to numbers of eight bits",
         kind="loss_explosion",
         setting="rounds",
         healthy=False,

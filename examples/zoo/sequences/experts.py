@@ -5,11 +5,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from examples.zoo.material import Learner, explained, mlp
+from examples.zoo.material import Learner, explained
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import drawn, held_out_of
+from .drawn import drawn, held_out_rows
 
 EXPERTS, CLUSTERS, INPUTS, SIZE = 8, 8, 8, 128
 _FIXED = torch.Generator().manual_seed(0)
@@ -30,21 +30,21 @@ class Mixture(Learner):
     """A router that sends every row to one of eight experts (Fedus et al. 2021, arXiv 2101.03961)."""
 
     def __init__(self, balance: float) -> None:
-        super().__init__(rate=1e-2)
+        super().__init__(rate=2e-2)
         self.balance = balance
         self.router = nn.Linear(INPUTS, EXPERTS)
-        self.experts = nn.ModuleList(mlp(INPUTS, 16, 4) for _ in range(EXPERTS))
+        self.experts = nn.ModuleList(nn.Linear(INPUTS, 4) for _ in range(EXPERTS))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Predictions."""
-        return self._mix(rows, self.router(rows).softmax(dim=1))
+        return self.mix(rows, self.router(rows).softmax(dim=1))
 
-    def _mix(self, rows: Tensor, gates: Tensor) -> Tensor:
+    def mix(self, rows: Tensor, gates: Tensor) -> Tensor:
+        """Of every row the output of its expert, times its gate."""
         weight, chosen = gates.max(dim=1)
         output = torch.zeros(len(rows), 4)
         for i, expert in enumerate(self.experts):
-            own = chosen == i
-            if own.any():
+            if (own := chosen == i).any():
                 output[own] = weight[own, None] * expert(rows[own])
         return output
 
@@ -53,7 +53,7 @@ class Mixture(Learner):
         rows, targets = batch
         gates = self.router(rows).softmax(dim=1)
         share = nn.functional.one_hot(gates.argmax(dim=1), EXPERTS).float().mean(dim=0)
-        error = nn.functional.mse_loss(self._mix(rows, gates), targets)
+        error = nn.functional.mse_loss(self.mix(rows, gates), targets)
         total: Tensor = error + self.balance * EXPERTS * (share * gates.mean(dim=0)).sum()
         return total
 
@@ -61,8 +61,7 @@ class Mixture(Learner):
 def mixture(seed: int, balance: float, clusters: int = CLUSTERS) -> Habitat:
     """A linear map for each of some clusters."""
     model, draw = Mixture(balance), partial(patches, clusters)
-    batches = [held_out_of(draw, 10 * seed + i) for i in range(8)]
-    rows, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+    rows, targets = held_out_rows(draw, seed)
     monitors = [CollapseMonitor(), SpectralAlignmentMonitor()]
     return Habitat(model, [drawn(draw, seed)], monitors, 800, model.router, lambda: explained(model, rows, targets), 10)
 

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from examples.zoo.material import Learner
+from examples.zoo.material import Learner, accuracy
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import Attention, drawn, held_out_of
+from .blocks import Attention
+from .drawn import drawn, held_out_of
 
 CLASSES, LENGTH, WIDTH, SIZE = 5, 20, 32, 32
 CENTERS = torch.randn(CLASSES, 6, generator=torch.Generator().manual_seed(1))
@@ -39,22 +40,28 @@ class Places(nn.Module):
         return vectors
 
 
+class Blank(nn.Module):
+    """Writes NaN where there is nothing."""
+
+    def forward(self, x: Tensor, there: Tensor) -> Tensor:
+        """``(N, L, D)``."""
+        return x.masked_fill(~there.unsqueeze(-1), torch.nan)
+
+
 class Padded(Learner):
     """One layer of attention, to tokens that are there, and the mean of these."""
 
     def __init__(self) -> None:
         super().__init__(rate=2e-3)
-        self.embed, self.places = nn.Linear(6, WIDTH), Places()
+        self.embed, self.blank, self.places = nn.Linear(6, WIDTH), Blank(), Places()
         self.attention, self.head = Attention(WIDTH), nn.Linear(WIDTH, CLASSES)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits ``(N, C)``."""
         there = batch["attention_mask"].bool()
-        tokens = self.embed(batch["inputs"])  # NaN where there is nothing, and it stays there
-        tokens = tokens.masked_fill(~there.unsqueeze(-1), 0.0)
+        tokens = self.blank(self.embed(batch["inputs"].nan_to_num()), there).masked_fill(~there.unsqueeze(-1), 0.0)
         tokens = tokens + self.attention(tokens + self.places(tokens), padding=~there)
-        tokens = tokens.masked_fill(~there.unsqueeze(-1), 0.0)
-        logits: Tensor = self.head(tokens.sum(dim=1) / there.sum(dim=1, keepdim=True))
+        logits: Tensor = self.head((tokens * there.unsqueeze(-1)).sum(dim=1) / there.sum(dim=1, keepdim=True))
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -66,11 +73,8 @@ def make(seed: int) -> Habitat:
     """Which of five things?"""
     model, test = Padded(), held_out_of(padded, seed)
     monitors = [CollapseMonitor(), SpectralAlignmentMonitor(), AttentionEntropyMonitor()]
-
-    def score() -> float:
-        return float((model(test).argmax(dim=1) == test["labels"]).double().mean())
-
-    return Habitat(model, [drawn(padded, seed)], monitors, 400, model.attention, score, every=10)
+    loaders = [drawn(padded, seed)]
+    return Habitat(model, loaders, monitors, 400, model.attention, lambda: accuracy(model, test, test["labels"]), 10)
 
 
 SPECIMENS = (Specimen("padding of NaN", make, "rows that are not finite, and are not read", family="transformer"),)

@@ -7,7 +7,7 @@ from examples.zoo.material import Learner, explained, warm_up
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import drawn, held_out_of
+from .drawn import drawn, held_out_of
 
 
 class Forecaster(Learner):

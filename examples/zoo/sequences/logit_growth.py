@@ -9,7 +9,8 @@ from examples.zoo.material import Learner, accuracy
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import Attention, Block, drawn, held_out_of
+from .blocks import Attention, Block
+from .drawn import drawn, held_out_rows
 
 CLASSES, LENGTH, WIDTH, SIZE, STEPS, ONSET = 6, 24, 32, 32, 500, 150
 CENTERS = torch.randn(CLASSES, 8, generator=torch.Generator().manual_seed(0))
@@ -52,17 +53,10 @@ class SetClassifier(Learner):
 def make(seed: int, growth: float) -> Habitat:
     """Which of six things has been measured?"""
     model = SetClassifier(growth)
-    batches = [held_out_of(measurements, 10 * seed + i) for i in range(8)]
-    rows, labels = (torch.cat(part) for part in zip(*batches, strict=True))
-    return Habitat(
-        model,
-        [drawn(measurements, seed)],
-        [CollapseMonitor(), SpectralAlignmentMonitor(), AttentionEntropyMonitor()],
-        steps=STEPS,
-        every=10,
-        embedding=model.blocks,
-        held_out=lambda: accuracy(model, rows, labels),
-    )
+    rows, labels = held_out_rows(measurements, seed)
+    monitors = [CollapseMonitor(), SpectralAlignmentMonitor(), AttentionEntropyMonitor()]
+    loaders = [drawn(measurements, seed)]
+    return Habitat(model, loaders, monitors, STEPS, model.blocks, lambda: accuracy(model, rows, labels), every=10)
 
 
 SPECIMENS = (

@@ -7,7 +7,7 @@ from examples.zoo.material import Learner
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import drawn, held_out_of
+from .drawn import drawn, held_out_of
 from .transformer import Transformer
 from .word_model import VOCABULARY, passages
 

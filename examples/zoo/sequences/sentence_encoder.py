@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .material import Block
+from .blocks import Block
 from .words import LONGEST, PADDING, VOCABULARY
 
 WIDTH = 48

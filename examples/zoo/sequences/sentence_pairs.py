@@ -7,7 +7,7 @@ from examples.zoo.material import Learner
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import drawn
+from .drawn import drawn
 from .sentence_encoder import SentenceEncoder
 from .words import passages
 

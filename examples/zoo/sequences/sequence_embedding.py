@@ -9,7 +9,7 @@ from examples.zoo.material import Learner, mlp, neighbour_accuracy
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import drawn, held_out_of
+from .drawn import drawn, held_out_of
 
 KINDS, LENGTH, SIZE, WIDTH, TEMPERATURE = 8, 32, 48, 48, 0.2
 
@@ -60,9 +60,7 @@ def make(seed: int, negatives: bool) -> Habitat:
     data = *held_out_of(partial(waves, size=300), seed), *held_out_of(partial(waves, size=300), 100 + seed)
     monitors = [CollapseMonitor(), SpectralAlignmentMonitor()]
     loaders = [drawn(waves, seed)]
-    return Habitat(
-        model, loaders, monitors, 400, model.projector, lambda: neighbour_accuracy(model.encoder, data), every=10
-    )
+    return Habitat(model, loaders, monitors, 400, model.projector, lambda: neighbour_accuracy(model.encoder, data), 10)
 
 
 SPECIMENS = (

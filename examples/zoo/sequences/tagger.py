@@ -9,7 +9,8 @@ from examples.zoo.material import Learner
 from examples.zoo.specimen import Habitat
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import Block, drawn, held_out_of
+from .blocks import Block
+from .drawn import drawn, held_out_of
 
 VOCABULARY, LENGTH, TAGS, WIDTH, DEPTH, STEPS = 12, 16, 4, 32, 6, 400
 TABLE = torch.randint(TAGS, (VOCABULARY, 2), generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
 from .captions import TwoTowers, captions
-from .material import drawn
+from .drawn import drawn
 
 SIZE, TEMPERATURE = 64, 0.1
 

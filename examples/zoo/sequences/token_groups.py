@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from examples.zoo.material import Learner
 
-from .material import Block
+from .blocks import Block
 
 VOCABULARY, LENGTH, WIDTH, SIZE, CLASSES = 16, 16, 32, 32, 4
 

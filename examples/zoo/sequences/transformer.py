@@ -9,7 +9,8 @@ from examples.zoo.material import Learner
 from examples.zoo.specimen import Habitat
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import Block, Draw, drawn, held_out_of
+from .blocks import Block
+from .drawn import Draw, drawn, held_out_of
 
 VOCABULARY, LENGTH, WIDTH, SIZE = 12, 16, 32, 16
 

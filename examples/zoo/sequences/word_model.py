@@ -11,7 +11,8 @@ from examples.zoo.material import Learner
 from examples.zoo.specimen import Habitat
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
-from .material import Block, drawn, held_out_of
+from .blocks import Block
+from .drawn import drawn, held_out_of
 
 VOCABULARY, WIDTH, LENGTH, SIZE, STEPS, ONSET, WARM_UP = 40, 48, 16, 16, 600, 300, 30
 NEXT = torch.randint(VOCABULARY, (VOCABULARY, 2), generator=torch.Generator().manual_seed(0))
@@ -51,11 +52,11 @@ class WordModel(Learner):
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Weights are kept in eight bits."""
+        """Weights have the three bits of an E4M3 number behind the leading one."""
         if self.rounds and self.global_step >= ONSET:
             for parameter in self.parameters():
                 mantissa, exponent = torch.frexp(parameter)
-                parameter.copy_(torch.ldexp((mantissa * 256).floor() / 256, exponent))
+                parameter.copy_(torch.ldexp((mantissa * 16).floor() / 16, exponent))
 
 
 def language_model(seed: int, factor: Callable[[int], float], bad: bool = False, rounds: bool = False) -> Habitat:

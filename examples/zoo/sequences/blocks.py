@@ -1,38 +1,10 @@
-"""Transformer blocks and drawn batches, the parts that specimens of sequences share."""
+"""Blocks of transformers that specimens of sequences share."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from examples.zoo.material import mlp
-
-Draw = Callable[[torch.Generator, int], Any]
-
-
-class Drawn(IterableDataset[Any]):
-    """Batches that a function draws by the step, from 0; the same ones for every run of a seed."""
-
-    def __init__(self, draw: Draw, seed: int) -> None:
-        self.draw, self.seed = draw, seed
-
-    def __iter__(self) -> Iterator[Any]:
-        generator, step = torch.Generator().manual_seed(self.seed), 0
-        while True:
-            yield self.draw(generator, step)
-            step += 1
-
-
-def drawn(draw: Draw, seed: int) -> DataLoader[Any]:
-    """Batches without end."""
-    return DataLoader(Drawn(draw, seed), batch_size=None)
-
-
-def held_out_of(draw: Draw, seed: int) -> Any:
-    """A batch that training does not see."""
-    return draw(torch.Generator().manual_seed(1000 + seed), 0)
 
 
 class Attention(nn.Module):
