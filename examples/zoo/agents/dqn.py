@@ -70,11 +70,11 @@ SPECIMENS = (
         "DQN in haste",
         make,
         "no target network and a large rate: values explode and features die",
-        kind="dimensional_collapse",
+        kind="complete_collapse",
         setting="careful",
         healthy=True,
         sick=False,
-        claims=("complete_collapse", "loss_explosion", "plasticity_loss"),
+        claims=("dimensional_collapse", "loss_explosion", "plasticity_loss"),
         family="agent",
     ),
 )

@@ -7,6 +7,8 @@ from examples.zoo.specimen import Habitat, Specimen
 from .word_model import ONSET, language_model
 
 WARM_UP = 30
+COLLAPSES = ("complete_collapse", "dimensional_collapse")
+"""A model that has diverged gives all tokens the same features."""
 
 
 def schedule(growth: float, step: int) -> float:
@@ -19,38 +21,22 @@ def make(seed: int, growth: float = 1.0, bad: bool = False, rounds: bool = False
     return language_model(seed, partial(schedule, growth), bad, rounds)
 
 
-SPECIMENS = (
+SPECIMENS = tuple(
     Specimen(
-        "learning rate that grows",
+        name,
         make,
-        "from a step on the learning rate grows",
+        says,
         kind="loss_explosion",
-        setting="growth",
-        healthy=1.0,
-        sick=1.04,
+        setting=setting,
+        healthy=healthy,
+        sick=sick,
         family="language model",
+        claims=claims,
         onset=ONSET,
-    ),
-    Specimen(
-        "bad batch",
-        make,
-        "the loader hangs: a batch of noise comes again and again",
-        kind="loss_explosion",
-        setting="bad",
-        healthy=False,
-        sick=True,
-        family="language model",
-        onset=ONSET,
-    ),
-    Specimen(
-        "rounded weights",
-        make,
-        "weights are rounded downwards to numbers of eight bits",
-        kind="loss_explosion",
-        setting="rounds",
-        healthy=False,
-        sick=True,
-        family="language model",
-        onset=ONSET,
-    ),
+    )
+    for name, says, setting, healthy, sick, claims in (
+        ("learning rate that grows", "from a step on the rate grows", "growth", 1.0, 1.04, ("non_finite", *COLLAPSES)),
+        ("bad batch", "the loader hangs at a batch of noise", "bad", False, True, ("catastrophic_forgetting",)),
+        ("rounded weights", "weights are rounded downwards to numbers of eight bits", "rounds", False, True, COLLAPSES),
+    )
 )

@@ -14,7 +14,7 @@ from .drawn import drawn, held_out_rows
 EXPERTS, CLUSTERS, INPUTS, SIZE = 8, 8, 8, 128
 _FIXED = torch.Generator().manual_seed(0)
 CENTERS, MAPS = (
-    3 + 3 * torch.randn(CLUSTERS, INPUTS, generator=_FIXED),
+    6 + 3 * torch.randn(CLUSTERS, INPUTS, generator=_FIXED),
     torch.randn(CLUSTERS, INPUTS, 4, generator=_FIXED),
 )
 
@@ -59,7 +59,7 @@ class Mixture(Learner):
 
 
 def mixture(seed: int, balance: float, clusters: int = CLUSTERS) -> Habitat:
-    """A linear map for each of some clusters."""
+    """Each cluster has a linear map of its own."""
     model, draw = Mixture(balance), partial(patches, clusters)
     rows, targets = held_out_rows(draw, seed)
     monitors = [CollapseMonitor(), SpectralAlignmentMonitor()]
@@ -75,7 +75,7 @@ SPECIMENS = (
         setting="balance",
         healthy=1.0,
         sick=0.0,
-        claims=("partial_collapse", "dimensional_collapse", "complete_collapse"),
+        claims=("partial_collapse", "dimensional_collapse"),
         layers=("router*", "experts*"),
         family="mixture of experts",
     ),

@@ -69,6 +69,7 @@ SPECIMENS = (
         healthy=1.0,
         sick=1.02,
         layers=("blocks*attention*",),
+        claims=("loss_explosion",),
         family="transformer",
         onset=ONSET,
     ),
