@@ -8,8 +8,7 @@ from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
 
 from .drawn import drawn, held_out_of
-from .transformer import Transformer
-from .word_model import VOCABULARY, passages
+from .transformer import LENGTH, VOCABULARY, Transformer
 
 MASK, WEIGHT = VOCABULARY, 10.0
 
@@ -19,8 +18,8 @@ class Electra(Learner):
 
     def __init__(self) -> None:
         super().__init__(rate=3e-3)
-        self.generator = Transformer(VOCABULARY, blocks=1, causal=False, vocabulary=VOCABULARY)
-        self.discriminator = Transformer(1, blocks=2, causal=False, vocabulary=VOCABULARY)
+        self.generator = Transformer(VOCABULARY, blocks=1, causal=False)
+        self.discriminator = Transformer(1, blocks=2, causal=False)
 
     def corrupt(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of which some are the generator's, the generator's logits, and which were masked."""
@@ -37,14 +36,17 @@ class Electra(Learner):
         return nn.functional.cross_entropy(logits[masked], batch[masked]) + WEIGHT * detection
 
 
+def progressions(generator: torch.Generator, step: int) -> Tensor:
+    """Tokens ``(N, L)`` that rise by one, two or three in a circle."""
+    start = torch.randint(VOCABULARY, (32, 1), generator=generator)
+    stride = torch.randint(1, 4, (32, 1), generator=generator)
+    return (start + stride * torch.arange(LENGTH)) % VOCABULARY
+
+
 def make(seed: int) -> Habitat:
     """The score is how often the discriminator is right about tokens a fifth of which are random."""
-    model = Electra()
-
-    def draw(generator: torch.Generator, step: int) -> Tensor:
-        return passages(False, generator, step)
-
-    tokens, generator = held_out_of(draw, seed), torch.Generator().manual_seed(seed)
+    model, generator = Electra(), torch.Generator().manual_seed(seed)
+    tokens = held_out_of(progressions, seed)
     noise = torch.randint(VOCABULARY, tokens.shape, generator=generator)
     corrupted = torch.where(torch.rand(tokens.shape, generator=generator) < 0.2, noise, tokens)
 
@@ -53,7 +55,7 @@ def make(seed: int) -> Habitat:
         return float((said == (corrupted != tokens)).double().mean())
 
     monitors = [CollapseMonitor(), SpectralAlignmentMonitor(), AttentionEntropyMonitor()]
-    return Habitat(model, [drawn(draw, seed)], monitors, 500, model.discriminator.norm, right, every=10)
+    return Habitat(model, [drawn(progressions, seed)], monitors, 500, model.discriminator.norm, right, every=10)
 
 
 SPECIMENS = (

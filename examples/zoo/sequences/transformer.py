@@ -22,15 +22,12 @@ class Transformer(Learner):
         outputs: Classes of a token.
         blocks: How many.
         causal: Whether a token sees only those before it.
-        vocabulary: Tokens, besides a mark.
         optimizer: See :class:`Learner`.
     """
 
-    def __init__(
-        self, outputs: int, blocks: int = 2, causal: bool = True, vocabulary: int = VOCABULARY, **optimizer: Any
-    ) -> None:
+    def __init__(self, outputs: int, blocks: int = 2, causal: bool = True, **optimizer: Any) -> None:
         super().__init__(**{"rate": 3e-3, **optimizer})
-        self.tokens, self.places = nn.Embedding(vocabulary + 1, WIDTH), nn.Embedding(2 * LENGTH, WIDTH)
+        self.tokens, self.places = nn.Embedding(VOCABULARY + 1, WIDTH), nn.Embedding(2 * LENGTH, WIDTH)
         self.blocks = nn.Sequential(*(Block(WIDTH, causal=causal) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, outputs)
         for table in (self.tokens, self.places):
