@@ -14,11 +14,11 @@ MASK, WEIGHT = VOCABULARY, 10.0
 
 
 class Electra(Learner):
-    """Which tokens are those of a small generator? (Clark et al. 2020, arXiv 2003.10555)."""
+    """Which tokens are those of a generator that sees no others? (Clark et al. 2020, arXiv 2003.10555)."""
 
     def __init__(self) -> None:
         super().__init__(rate=3e-3)
-        self.generator = Transformer(VOCABULARY, blocks=1, causal=False)
+        self.generator = Transformer(VOCABULARY, blocks=0, causal=False)
         self.discriminator = Transformer(1, blocks=2, causal=False)
 
     def corrupt(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
