@@ -54,4 +54,5 @@ SPECIMEN = Specimen(
     healthy=False,
     sick=True,
     layers=("encoder*", "projector*"),
+    family="joint embedding",
 )

@@ -34,4 +34,5 @@ SPECIMEN = Specimen(
     sick=False,
     layers=("body*", "head*"),
     develops=False,
+    family="plain classifier",
 )

@@ -45,4 +45,5 @@ SPECIMEN = Specimen(
     healthy=1e-3,
     sick=3e-2,
     layers=("body*",),
+    family="continual",
 )

@@ -12,4 +12,5 @@ SPECIMEN = Specimen(
     healthy=1.0,
     sick=1.07,
     layers=("blocks.*",),
+    family="language model",
 )

@@ -47,4 +47,5 @@ SPECIMEN = Specimen(
     setting="rehearsal",
     healthy=True,
     sick=False,
+    family="continual",
 )

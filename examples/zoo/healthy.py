@@ -103,13 +103,13 @@ def low_rank_data(seed: int) -> Habitat:
 
 
 SPECIMENS = (
-    Specimen("large means", large_mean, "ReLU features far from zero"),
-    Specimen("tiny batches", tiny_batches, "fewer rows than features"),
-    Specimen("warm-up", transient, "a transient at a high learning rate"),
-    Specimen("terminal phase", terminal_phase, "neural collapse of a classifier"),
-    Specimen("two classes", two_classes, "one loud direction"),
-    Specimen("bfloat16", half_precision, "rounding"),
-    Specimen("long tail", long_tail, "imbalance 1:10 that is learned well"),
-    Specimen("fine-tuning", fine_tuning, "begins with collapsed classes"),
-    Specimen("low-rank data", low_rank_data, "few directions by nature"),
+    Specimen("large means", large_mean, "ReLU features far from zero", family="plain classifier"),
+    Specimen("tiny batches", tiny_batches, "fewer rows than features", family="joint embedding"),
+    Specimen("warm-up", transient, "a transient at a high learning rate", family="language model"),
+    Specimen("terminal phase", terminal_phase, "neural collapse of a classifier", family="plain classifier"),
+    Specimen("two classes", two_classes, "one loud direction", family="plain classifier"),
+    Specimen("bfloat16", half_precision, "rounding", family="language model"),
+    Specimen("long tail", long_tail, "imbalance 1:10 that is learned well", family="plain classifier"),
+    Specimen("fine-tuning", fine_tuning, "begins with collapsed classes", family="plain classifier"),
+    Specimen("low-rank data", low_rank_data, "few directions by nature", family="plain classifier"),
 )

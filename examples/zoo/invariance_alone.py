@@ -18,4 +18,5 @@ SPECIMEN = Specimen(
     healthy=True,
     sick=False,
     layers=("encoder*", "projector*"),
+    family="joint embedding",
 )

@@ -66,4 +66,5 @@ SPECIMEN = Specimen(
     healthy=1,
     sick=100,
     layers=("head*",),
+    family="plain classifier",
 )

@@ -12,4 +12,5 @@ SPECIMEN = Specimen(
     healthy=1.0,
     sick=0.0,
     layers=("encoder*", "projector*"),
+    family="joint embedding",
 )

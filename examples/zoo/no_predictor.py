@@ -60,4 +60,5 @@ SPECIMEN = Specimen(
     setting="predictor",
     healthy=True,
     sick=False,
+    family="joint embedding",
 )

@@ -16,7 +16,7 @@ R_WINDOW, R_WORKERS, R_WEIGHTS = 1000, 10, (0.45, 0.70)
 
 def excess(curve: Sequence[float]) -> Scores:
     """How far a curve is above its median of the last hundred steps, in units of it; infinite if it is not finite."""
-    scores = []
+    scores: list[tuple[int, float]] = []
     for i, value in enumerate(curve):
         if not math.isfinite(value):
             return [*scores, (i + 1, math.inf)]
@@ -28,7 +28,7 @@ def excess(curve: Sequence[float]) -> Scores:
 
 def six_sigma(curve: Sequence[float]) -> Scores:
     """Standard deviations above the mean of the last 128 steps, from there on: OLMo-core's ``SpikeScore``."""
-    scores = []
+    scores: list[tuple[int, float]] = []
     for i in range(OLMO_WINDOW, len(curve)):
         past = curve[i - OLMO_WINDOW : i]
         if all(map(math.isfinite, past)) and math.isfinite(curve[i]):
@@ -47,7 +47,8 @@ def zclip(run: Run) -> Scores:
     warm_up = [value for value in run.gradient[:ZCLIP_WARM_UP] if math.isfinite(value)]
     if len(warm_up) < ZCLIP_WARM_UP:
         return []
-    mean, variance, scores = statistics.fmean(warm_up), statistics.pvariance(warm_up), []
+    mean, variance = statistics.fmean(warm_up), statistics.pvariance(warm_up)
+    scores: list[tuple[int, float]] = []
     for i, value in enumerate(run.gradient[ZCLIP_WARM_UP:], ZCLIP_WARM_UP):
         if not math.isfinite(value):
             return [*scores, (i + 1, math.inf)]
@@ -79,7 +80,7 @@ def narrow(run: Run) -> Scores:
 
 def out_of_patience(run: Run) -> Scores:
     """Points since the held-out score was best: what ``EarlyStopping`` compares with its patience."""
-    best, since, scores = -math.inf, 0, []
+    best, since, scores = -math.inf, 0, list[tuple[int, float]]()
     for step, value in run.outcome:
         since = 0 if value > best else since + 1
         best = max(best, value)

@@ -49,5 +49,7 @@ SPECIMEN = Specimen(
     setting="decay",
     healthy=0.0,
     sick=0.03,
-    layers=("head*",),
+    layers=("head*", "body*"),
+    claims=("dimensional_collapse",),
+    family="table",
 )

@@ -56,4 +56,5 @@ SPECIMEN = Specimen(
     healthy=0.05,
     sick=5.0,
     layers=("mean", "decoder*"),
+    family="autoencoder",
 )

@@ -3,7 +3,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,16 +131,17 @@ class Recorder(Judge):
         return super().update(points, task)
 
 
-def replay(run: Run, judge: Judge) -> list[tuple[Verdict, int]]:
-    """What another judge says of the same points: verdicts and the steps at which they fall."""
-    found: list[tuple[Verdict, int]] = []
+def replay(run: Run, judge: Judge) -> Iterator[tuple[int, Judgement | None]]:
+    """What another judge says of the same points, with the steps; ``None`` where a fit began anew."""
+    planned = len({turn[0] for turn in run.turns if turn is not None})
     for turn in run.turns:
         if turn is None:
             judge.reset()
+            yield 0, None
         else:
             step, task, points = turn
-            found += [(verdict, step) for verdict in judge.update(points, task).new]
-    return found
+            judge.planned = planned
+            yield step, judge.update(points, task)
 
 
 def run(specimen: Specimen, seed: int, sick: bool) -> Run:

@@ -4,13 +4,14 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from scipy.stats import beta
 
 from lightning_collapse.rules import RULES, Judge
 
 from .opponents import OPPONENTS, Scores
-from .score import Run
+from .score import Run, replay
 from .specimen import Specimen
 
 TARGETS = {"recall": 0.9, "false alarms": 0.0, "right kind": 0.85, "right layer": 0.9, "median lead": 0.2}
@@ -132,7 +133,7 @@ def by_detector(cases: Sequence[Case]) -> str:
     alarms: dict[str, Callable[[Case], int | None]] = {"guard": lambda case: case.alarm}
     alarms["guard, lines chosen on the other families"] = _held_out(cases, _severities, LEAST_LINE)
     for name, scores in OPPONENTS.items():
-        alarms[name] = _held_out(cases, lambda case, scores=scores: {"": scores(case.run)})
+        alarms[name] = _held_out(cases, partial(_one_score, scores))
     lines = [
         "| detector | failures found | false alarms in healthy runs | per 1,000 points | median lead |",
         "|---|---|---|---|---|",
@@ -189,18 +190,20 @@ def share(count: int, of: int) -> str:
     return f"{count} of {of} ({100 * count / of:.0f} %, {100 * low:.0f} to {100 * high:.0f})"
 
 
-def _severities(case: Case) -> dict[str, Scores]:
+def _one_score(scores: Callable[[Run], Scores], case: Case) -> dict[str, Scores]:
+    return {"": scores(case.run)}
+
+
+def _severities(case: Case) -> Mapping[str, Scores]:
     """How far beyond its line each kind of verdict is, in the worst layer, for as many points as it takes."""
     judge, found = Judge(), dict[str, list[tuple[int, float]]]()
     recent: dict[tuple[str, str], list[float]] = {}
-    for turn in case.run.turns:
-        if turn is None:
-            judge.reset()
+    for step, judgement in replay(case.run, judge):
+        if judgement is None:
             recent.clear()
             continue
-        step, task, points = turn
         worst: dict[str, float] = {}
-        for (kind, layer), severity in judge.update(points, task).severities.items():
+        for (kind, layer), severity in judgement.severities.items():
             patience = RULES[kind].patience or judge.patience
             last = recent.setdefault((kind, layer), [])
             last.append(severity if severity == severity else 0.0)
