@@ -9,10 +9,11 @@ import torch
 
 from examples.zoo import SPECIMENS
 from examples.zoo.__main__ import main
-from examples.zoo.score import Run, dropped, exceeds, normalized_std, run
+from examples.zoo.opponents import OPPONENTS, excess, out_of_patience, six_sigma
+from examples.zoo.score import Run, normalized_std, replay, run
 from examples.zoo.specimen import KINDS, Specimen
-from examples.zoo.table import best_std, report
-from lightning_collapse.rules import RULES
+from examples.zoo.table import cases_of, failure, report, share
+from lightning_collapse.rules import RULES, Judge
 from tests.toys import PointKeeper
 
 BY_NAME = {specimen.name: specimen for specimen in SPECIMENS}
@@ -28,8 +29,12 @@ def _threads():
     torch.set_num_threads(threads)
 
 
-def a_run(name, sick, seed=0, verdicts=(), shown=None, std=1.0):
-    return Run(name, seed, sick, 100, tuple(verdicts), shown, None, None, ((5, std),))
+def a_run(name, sick, seed=0, verdicts=(), outcome=0.9, loss=1.0, steps=100):
+    """One whose held-out score goes from 0.5 to ``outcome`` in the middle of the run."""
+    curve = tuple((step, 0.5 if step < 50 else outcome) for step in range(10, steps + 1, 10))
+    return Run(
+        name, seed, sick, steps, tuple(verdicts), (), (loss,) * steps, (1.0,) * steps, ((5, 1.0),), curve, outcome
+    )
 
 
 def test_there_are_eight_kinds_of_failure_and_eight_runs_that_only_look_like_one():
@@ -97,13 +102,32 @@ def test_the_score_is_no_training_data():
     assert points(True) == points(False) != []
 
 
-def test_curves_that_rise_and_scores_that_drop():
-    assert exceeds([1.0] * 30 + [2.5], 2.0) == 31
-    assert exceeds([1.0] * 30 + [1.5], 2.0) is None
-    assert exceeds([1.0, math.nan], 2.0) == 2
-    assert exceeds([1.0] * 5 + [9.0] + [1.0] * 30, 2.0) is None  # too early to say
-    assert dropped({5: 0.5, 10: 0.9, 15: 0.85, 20: 0.79}) == 20
-    assert dropped({5: 0.5, 10: 0.45}) is None
+def test_another_judge_says_the_same_of_what_was_recorded():
+    recorded = run(BY_NAME[CHEAP[0]], 0, True)
+    again = [(v.kind, v.layer, step) for step, of in replay(recorded, Judge()) if of is not None for v in of.new]
+    assert tuple(again) == recorded.verdicts != ()
+
+
+def test_opponents_score_what_they_read():
+    assert excess([1.0] * 30 + [2.5])[-1] == (31, pytest.approx(1.5))
+    assert excess([1.0] * 5 + [9.0] + [1.0] * 30)[0] == (21, pytest.approx(0.0))  # too early to say
+    assert excess([1.0] * 25 + [math.nan, 1.0])[-1] == (26, math.inf)
+    noise = [1.0, -1.0] * 64
+    assert six_sigma([*noise, 7.0]) == [(129, pytest.approx(7.0))]
+    assert out_of_patience(a_run("x", True, outcome=0.1))[-1] == (100, 9.0)
+    assert all(
+        math.isfinite(score) for scores in OPPONENTS.values() for _, score in scores(a_run("x", True, steps=300))
+    )
+
+
+def test_a_run_fails_by_its_outcome_or_its_loss_and_else_it_has_not_failed():
+    twins = [a_run("x", False, outcome=outcome) for outcome in (0.8, 0.9)]
+    assert failure(a_run("x", True, outcome=0.7), twins) == 50
+    assert failure(a_run("x", True, outcome=0.8), twins) is None
+    exploded = replace(a_run("x", True, outcome=0.8), loss=(1.0,) * 60 + (5.0,) * 40)
+    assert failure(exploded, twins) == pytest.approx(60 - 15, abs=1)
+    assert failure(exploded, [*twins, exploded]) is None  # healthy ones do that too
+    assert failure(replace(exploded, loss=(1.0, math.nan)), twins) == 2
 
 
 def test_normalized_std_is_one_on_the_sphere_and_zero_on_a_point():
@@ -113,27 +137,35 @@ def test_normalized_std_is_one_on_the_sphere_and_zero_on_a_point():
     assert normalized_std(rows[:, :, None, None].expand(-1, -1, 2, 3)) == pytest.approx(normalized_std(rows))
 
 
-def test_threshold_of_the_baseline_is_the_one_that_separates():
-    runs = [a_run("invariance alone", True, std=0.05), a_run("invariance alone", False, std=0.3)]
-    assert 0.05 < best_std(runs) <= 0.3
-
-
 def test_report_says_what_is_met_and_what_is_not():
-    seen = a_run("invariance alone", True, 5, [("complete_collapse", "encoder.0", 30)], shown=80)
-    missed = a_run("invariance alone", True, 6)
-    wrong = a_run("bfloat16", False, 5, [("loss_explosion", "body", 50)])
-    printed = report(SPECIMENS, [seen, missed, wrong])
-    assert "| invariance alone | complete collapse | 1 of 2 | 1 of 2 | 1 of 2 | 1 of 2 | 30 of 100 | +50% |" in printed
+    seen = a_run("invariance alone", True, 0, [("complete_collapse", "encoder.0", 30)], outcome=0.1)
+    missed, twin = a_run("invariance alone", True, 1, outcome=0.1), a_run("invariance alone", False)
+    wrong = a_run("bfloat16", False, 0, [("loss_explosion", "body", 50)])
+    printed = report(SPECIMENS, [seen, missed, twin, wrong])
+    assert (
+        "| joint embedding | invariance alone | complete collapse | 2 of 2 | 1 | 1 | 1 | 50 | 30 | 0 of 1 |" in printed
+    )
     assert "1 of 1 (loss explosion)" in printed
-    assert "| recall | at least 100% | 50% | not met |" in printed
-    assert "| median lead | at least 20% | 50% | met |" in printed
-    assert "chosen on" not in printed
+    assert "| recall | at least 90% | 1 of 2 (50 %, 1 to 99) | not met |" in printed
+    assert "| guard | 1 of 2 (50 %, 1 to 99) | 1 of 2 (50 %, 1 to 99) |" in printed
 
 
-def test_command_prints_both_groups_of_seeds(monkeypatch, capsys):
+def test_an_alarm_before_the_fault_is_false_and_what_is_missed_has_no_lead():
+    early = a_run("learning rate that grows", True, 0, [("loss_explosion", "x", 200)], outcome=0.1, steps=600)
+    [case] = cases_of(SPECIMENS, [early])
+    assert case.specimen.onset > 200
+    assert "0 of 1" in report(SPECIMENS, [early, a_run("learning rate that grows", False, steps=600)])
+
+
+def test_intervals_are_exact():
+    assert share(0, 10) == "0 of 10 (0 %, 0 to 31)"
+    assert share(19, 20) == "19 of 20 (95 %, 75 to 100)"
+    assert share(0, 0) == "0 of 0"
+
+
+def test_command_prints_the_tables(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["zoo", "--quick", "--only", "no rehearsal", "--workers", "1"])
     main()
     printed = capsys.readouterr().out
-    assert "Thresholds chosen on seeds 0:" in printed
-    assert "Thresholds reported on seeds 5:" in printed
     assert "| no rehearsal | catastrophic forgetting |" in printed
+    assert "guard, lines chosen on the other families" in printed

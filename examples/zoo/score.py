@@ -98,6 +98,7 @@ class Run:
         gradient: Norm of the gradient at every step.
         std: Step and value of the normalized standard deviation of the embedding.
         outcome: Step and value of the held-out score.
+        result: What became of the model, by an outcome that knows no monitor.
     """
 
     specimen: str
@@ -105,11 +106,12 @@ class Run:
     sick: bool
     steps: int
     verdicts: tuple[tuple[str, str, int], ...] = ()
-    turns: tuple[tuple[int, Task, tuple[Point, ...]] | None, ...] = field(default=(), repr=False)
+    turns: tuple[tuple[int, Task, tuple[Point, ...]] | None, ...] = field(default=(), repr=False, compare=False)
     loss: tuple[float, ...] = field(default=(), repr=False)
     gradient: tuple[float, ...] = field(default=(), repr=False)
     std: tuple[tuple[int, float], ...] = field(default=(), repr=False)
     outcome: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    result: float = math.nan
 
 
 class Recorder(Judge):
@@ -187,4 +189,5 @@ def run(specimen: Specimen, seed: int, sick: bool) -> Run:
         tuple(plain.gradient),
         tuple(plain.std.items()),
         tuple(score.held_out.items()),
+        habitat.result(),
     )

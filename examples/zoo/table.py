@@ -41,19 +41,23 @@ class Case:
 
 
 def failure(run: Run, twins: Sequence[Run]) -> int | None:
-    """Step from which on the held-out score is below that of every healthy twin for good, or the loss is lost.
+    """Step at which a run had failed, by its outcome or its loss; ``None`` if it ends as well as a healthy twin.
 
-    The loss is lost where it is not finite, or where the median of 32 steps is twice the least such median so far, and
-    never returns.
+    It fails if its result is below those of all healthy twins, or if its loss is lost as none of theirs is: not finite,
+    or with a median of 32 steps that is twice the least such median so far, and never returns. It had failed from the
+    step on after which the held-out score was never as good as the worst twin's at the same step; at the end, if that
+    does not tell.
     """
+    lost = None if any(_lost(twin.loss) for twin in twins) else _lost(run.loss)
+    results = [twin.result for twin in twins if math.isfinite(twin.result)]
+    worse = bool(results) and not run.result >= min(results)
+    if not worse:
+        return lost
     others = [dict(twin.outcome) for twin in twins]
     lowest = {step: min((of[step] for of in others if step in of), default=-math.inf) for step, _ in run.outcome}
     inside = [i for i, (step, value) in enumerate(run.outcome) if value >= lowest[step]]
     outside = run.outcome[inside[-1] + 1 if inside else 0 :]
-    outcome = outside[0][0] if len(outside) > 1 else None
-    loss = None if any(_lost(twin.loss) for twin in twins) else _lost(run.loss)
-    steps = [step for step in (outcome, loss) if step is not None]
-    return min(steps, default=None)
+    return min(outside[0][0] if outside else run.steps, lost or run.steps)
 
 
 def _lost(loss: Sequence[float]) -> int | None:

@@ -63,6 +63,8 @@ SPECIMENS = (
         "previous token", previous_token, "heads look at one token, and every answer is right", family="transformer"
     ),
     Specimen("counting", counting, "heads look at all tokens alike, as the task asks", family="transformer"),
-    Specimen("curriculum", curriculum, "the loss jumps whenever sequences get longer", family="transformer"),
+    Specimen(
+        "longer sequences later", curriculum, "the loss jumps whenever sequences get longer", family="transformer"
+    ),
     Specimen("reversal", reversal, "sequence to sequence, targets in one half", family="transformer"),
 )

@@ -30,6 +30,6 @@ SPECIMENS = (
     Specimen(
         "heavy decay of a transformer", heavy_decay, "weights shrink, and accuracy does not", family="transformer"
     ),
-    Specimen("tiny steps", tiny_steps, "nothing moves", family="transformer"),
+    Specimen("tiny steps of a transformer", tiny_steps, "nothing moves", family="transformer"),
     Specimen("rate that drops", scheduled, "a long warm-up and drops of the rate", family="language model"),
 )
