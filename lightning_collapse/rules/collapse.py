@@ -12,6 +12,8 @@ SHARE, DEEP, SHARE_OF_BASELINE = 0.01, 0.1, 0.25
 """All there is to a spread is lost below the first; below the second, if it is this share of the baseline."""
 LENGTHS = 0.25
 """Lengths that vary by more tell rows apart."""
+RECALL = "views/recall_at_1"
+"""The curve of layers that see two views."""
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
 """Ranks of eigenvalues and singular values that are near one, where noise itself reads more than the second; a rank
 that began near one must be this many times as near."""
@@ -114,16 +116,18 @@ class DimensionalCollapse(Rule):
     Both effective ranks are near one, and three times as near as at the beginning of the run, or as good as one; or the
     one of eigenvalues is a tenth of what it was at the beginning and the one of singular values three tenths. Both,
     since either alone misleads: the one of eigenvalues is near one wherever one direction is loud (a healthy binary
-    classifier) and falls at the start of healthy runs, the one of singular values is lifted by rounding noise. Or all
-    rows lie on a ray: one direction by the lines of :class:`CompleteCollapse`, and lengths that vary by more than a
-    quarter. Layers where noise itself reads a handful are not judged: there is too little to lose. Nor are the outputs
-    that the loss compares with targets, nor what holds little by design, such as the embedding of a time.
+    classifier) and falls at the start of healthy runs, the one of singular values is lifted by rounding noise. Where
+    two views are seen a fall is left to :class:`PartialCollapse`, since healthy joint embeddings fall as low and
+    recover. Or all rows lie on a ray: one direction by the lines of :class:`CompleteCollapse`, and lengths that vary by
+    more than a quarter. Layers where noise itself reads a handful are not judged: there is too little to lose. Nor are
+    the outputs that the loss compares with targets, nor what holds little by design, such as the embedding of a time.
     """
 
     kind = "dimensional_collapse"
     family = "collapse"
     measures = ("eigenvalue_effective_rank", "effective_rank")
     optional = ("relative_spread", "direction_spread")
+    follows = (RECALL,)
     lower_is_worse = ("eigenvalue_effective_rank", "effective_rank", "direction_spread")
     higher_is_worse = ("relative_spread",)
     shares = (0.1, 0.3)
@@ -136,6 +140,15 @@ class DimensionalCollapse(Rule):
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """How far both ranks are below their lines, or below their shares of the baseline; or how near to a ray."""
+        return max(self._few(points, baseline), self._lost(points, baseline))
+
+    def weigh(self, evidence: Evidence) -> float:
+        """The severity; where two views are seen, ranks that have fallen are left to :class:`PartialCollapse`."""
+        few, lost = self._few(evidence.points, evidence.baseline), self._lost(evidence.points, evidence.baseline)
+        return max(few, min(lost, UNDECIDED) if RECALL in evidence.history else lost)
+
+    def _few(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """How near both ranks are to one, or the rows to a ray."""
         ranks = [points[name] for name in self.measures]
         if not ranks[0].null > LEAST_NULL or ranks[0].flag == Flag.CONSTANT:
             return 0.0
@@ -144,12 +157,18 @@ class DimensionalCollapse(Rule):
             _rank_line(line, baseline[rank_name]) / max(rank.value - 1, 1e-300)
             for line, rank_name, rank in zip(RANK_LINES, self.measures, ranks, strict=True)
         )
-        lost = min(
+        directions = directions_gone(points, baseline)
+        return max(near_one, directions if on_a_ray(points) else min(directions, UNDECIDED))
+
+    def _lost(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """How far both ranks are below their shares of the baseline."""
+        ranks = [points[name] for name in self.measures]
+        if not ranks[0].null > LEAST_NULL or ranks[0].flag == Flag.CONSTANT:
+            return 0.0
+        return min(
             share * baseline[name] / max(rank.value, 1e-300)
             for share, name, rank in zip(self.shares, self.measures, ranks, strict=True)
         )
-        directions = directions_gone(points, baseline)
-        return max(near_one, lost, directions if on_a_ray(points) else min(directions, UNDECIDED))
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Both ranks, the null and the baseline; and the directions."""
