@@ -55,4 +55,5 @@ SPECIMEN = Specimen(
     sick=True,
     layers=("encoder*", "projector*"),
     family="joint embedding",
+    claims=("partial_collapse",),
 )

@@ -13,4 +13,5 @@ SPECIMEN = Specimen(
     sick=0.0,
     layers=("encoder*", "projector*"),
     family="joint embedding",
+    claims=("partial_collapse",),
 )
