@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_collapse.utilities.private_torch import drop_forward_hook, is_hook_table
+from lightning_collapse.utilities.private_torch import is_hook_table
 
 # private in torch 2.5
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-_STATE = "__getstate__"
+_STATE, _COPY = "__getstate__", "__deepcopy__"
 
 
 class OwnedAttribute:
@@ -29,12 +29,15 @@ class OwnedAttribute:
 def own(module: nn.Module) -> None:
     """Have copies and pickles of a module leave out its :class:`ModuleHook` and :class:`OwnedAttribute`.
 
-    Both ask an object for its state by ``__getstate__``, which an instance may have of its own. Where its class is
-    copied by other rules they stand.
+    Both ask an object for its state by ``__getstate__``, which an instance may have of its own. Classes with a
+    ``__deepcopy__``, such as those of parametrized modules, are asked for the copy, and what it has of ours is taken
+    out; classes that pickle by other rules keep them.
     """
-    cls = type(module)
-    if not hasattr(cls, "__deepcopy__") and cls.__reduce_ex__ is object.__reduce_ex__:
-        vars(module).setdefault(_STATE, _State(module))
+    cls, mine = type(module), vars(module)
+    if cls.__reduce_ex__ is object.__reduce_ex__:
+        mine.setdefault(_STATE, _State(module))
+    if hasattr(cls, _COPY):
+        mine.setdefault(_COPY, _Copy(module))
 
 
 def disown(module: nn.Module) -> None:
@@ -42,16 +45,17 @@ def disown(module: nn.Module) -> None:
     mine = vars(module)
     hooks = [hook for name, table in mine.items() if is_hook_table(name) for hook in table.values()]
     owned = any(isinstance(value, ModuleHook | OwnedAttribute) for value in (*mine.values(), *hooks))
-    if not owned and isinstance(mine.get(_STATE), _State):
-        del mine[_STATE]
+    for name in () if owned else (_STATE, _COPY):
+        if isinstance(mine.get(name), _Asked):
+            del mine[name]
 
 
 class ModuleHook:
     """A forward hook or pre-hook; a function or subclasses say what it does, and it never changes what it sees.
 
-    Copies and pickles of the module are without it. Where its class has a way of its own to copy, a deep copy gets a
-    hook that takes itself off at the first call, and a pickle a function of the standard library that does nothing, so
-    that it loads where this package is not installed. Programs that are exported do not see it.
+    Copies and pickles of the module are without it. Where its class pickles by rules of its own, a pickle has a
+    function of the standard library that does nothing, so that it loads where this package is not installed. Programs
+    that are exported do not see it.
 
     Args:
         module: Where to hook.
@@ -103,16 +107,10 @@ class ModuleHook:
             self.run(module, args, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHook:
-        copy = ModuleHook(nn.Identity())  # of a module that is gone by now
-        copy._function = copy._leave
-        return copy
+        return ModuleHook(nn.Identity())  # of a module that is gone by now
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, (nullcontext(), "__exit__")  # takes any three arguments, and returns nothing
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
-        if not torch.compiler.is_compiling():
-            drop_forward_hook(module, self)
 
 
 class HookOwner:
@@ -131,21 +129,39 @@ class HookOwner:
             hook.attach()
 
 
-class _State:
-    """Called for the state of a module, it returns that without what is owned."""
+class _Asked:
+    """What a module is asked by copies, in place of its class."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = ref(module)
+
+
+class _State(_Asked):
+    """The state of a module without what is owned."""
 
     def __call__(self) -> Any:
         module = self._module()
         return _without(getattr(type(module), _STATE, vars)(module))  # before Python 3.11 few classes have one
 
 
+class _Copy(_Asked):
+    """A deep copy of a module, made by its class, without what is owned."""
+
+    def __call__(self, memo: dict[int, Any]) -> Any:
+        module: Any = self._module()
+        twin = type(module).__deepcopy__(module, memo)
+        clean, mine = _without(vars(twin)), vars(module)
+        for name in mine.keys() - _without(mine).keys():
+            clean.pop(name, None)
+        vars(twin).clear()
+        vars(twin).update(clean)
+        return twin
+
+
 def _without(state: Any) -> Any:
     if not isinstance(state, dict):
         return state
-    clean = {name: value for name, value in state.items() if not isinstance(value, _State)}
+    clean = {name: value for name, value in state.items() if not isinstance(value, _Asked)}
     for name, value in state.items():
         while isinstance(value, OwnedAttribute) and value.name == name:
             value = clean[name] = value.before

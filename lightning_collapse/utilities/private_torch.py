@@ -54,14 +54,6 @@ def is_hook_table(name: str) -> bool:
     return name in _HOOKS or name.removesuffix("_with_kwargs") in _HOOKS
 
 
-def drop_forward_hook(module: nn.Module, hook: object) -> None:
-    """Take a forward hook or pre-hook off without its handle."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, registered in hooks.items() if registered is hook]:
-            del hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was called on a module."""
     return hasattr(module, "_get_fsdp_state") and hasattr(module, "unshard")

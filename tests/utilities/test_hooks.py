@@ -20,7 +20,7 @@ from lightning_collapse import (
 from lightning_collapse.losses import VarianceLoss
 from lightning_collapse.penalties import L2Init
 from lightning_collapse.utilities.hooks import ModuleHook
-from lightning_collapse.utilities.training_step import wrap_training_step
+from lightning_collapse.utilities.training_step import wrap_method, wrap_training_step
 from tests.toys import Toy, fit
 
 
@@ -127,15 +127,23 @@ class CopiesItself(nn.Linear):
         return twin
 
 
-def test_a_class_that_copies_itself_is_clean_after_a_call():
-    layer, seen = CopiesItself(2, 2), []
+def parametrized(inputs, outputs):
+    return nn.utils.parametrizations.weight_norm(nn.Linear(inputs, outputs))
+
+
+@pytest.mark.parametrize("make", [CopiesItself, parametrized])
+def test_classes_that_copy_themselves(make):
+    layer, seen = make(2, 2), []
     bare = attributes(layer)
-    hooked(layer, seen)
-    twin = copy.deepcopy(layer)
-    assert b"lightning_collapse" not in pickle.dumps(twin)
-    twin(torch.zeros(1, 2))
-    assert attributes(twin) == bare
-    assert seen == []
+    hooks = hooked(layer, seen)
+    take_off = wrap_method(layer, "forward", lambda forward, *args: forward(*args))
+    for twin in (copy.deepcopy(layer), copy.deepcopy(nn.Sequential(layer))[0], copy.deepcopy(copy.deepcopy(layer))):
+        assert attributes(twin) == bare
+        assert torch.equal(twin(torch.ones(1, 2)), layer(torch.ones(1, 2)))
+    assert seen == ["before", "after"] * 3
+    for take in (take_off, *(hook.remove for hook in hooks)):
+        take()
+    assert attributes(layer) == bare
 
 
 def test_hooks_and_wrapper_may_come_off_in_any_order():
