@@ -99,7 +99,8 @@ class CallRecord(HookOwner):
         }
         self._hooks: list[ModuleHook] = []
         for name, module in () if is_compiled(root) else root.named_modules():
-            if name and not isinstance(module, ScriptModule):  # which refuses hooks
+            makes_weights = "parametrizations" in name.split(".")
+            if name and not makes_weights and not isinstance(module, ScriptModule):  # which refuses hooks
                 with self._contained(f"a hook on `{name}`"):
                     self._hooks += [_Begin(self, clean_name(name), module), _End(self, clean_name(name), module)]
 
