@@ -42,7 +42,7 @@ def short_last_batches(seed: int) -> Habitat:
 
 
 def tiny_steps(seed: int) -> Habitat:
-    """A learning rate of 1e-5: hardly anything moves, and what was random stays so."""
+    """A learning rate of 1e-5: features stay nearly as they were, and the loss falls slowly."""
     data = digit_images(seed)
     return classify(data, classifier(rate=1e-5), loader(*data[:2], size=64, seed=seed))
 
