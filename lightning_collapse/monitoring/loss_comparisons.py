@@ -80,7 +80,18 @@ def comparisons(graph: AutogradGraph) -> list[Comparison]:
             found += [Comparison(node, "pick", graph.below(graph.data(node)), index) for index in _index(graph, node)]
         elif name in _ERRORS or name in _PAIRS:
             found += _error(graph, node) or _product(graph, node, name)
+        elif name.endswith("Backward"):
+            found += _of_views(graph, node)
     return found
+
+
+def _of_views(graph: AutogradGraph, node: Node) -> list[Comparison]:
+    """Of a function with a derivative of its own that takes what one module has returned twice: two views."""
+    sides = [child for child, _ in node.next_functions if child is not None]
+    names = [graph.below([side]).modules.keys() for side in sides]
+    several = [side for side, of in zip(sides, names, strict=True) if of]
+    alike = len(several) > 1 and set.intersection(*(set(of) for of in names if of))
+    return _pair(graph, node, several) if alike else []
 
 
 def _of_loss(graph: AutogradGraph, node: Node, name: str) -> list[Comparison]:
