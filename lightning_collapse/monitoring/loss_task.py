@@ -35,7 +35,7 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
     blank = LossUse(roles=roles, nodes=nodes, conditioning=conditioning)
     if actions and not [one for one in targets if one.sort == "classes"]:
         why = f"its loss, which chooses outputs by `{_first(actions)}` of the batch ({actions[0].name})"
-        return replace(blank, task="reinforcement", why=why)
+        return replace(_with_layers(replace(blank, task="reinforcement", why=why), evidence, actions, {}), last=())
     names = {id(one): _name(evidence, one) for one in targets}
     for one in targets:
         for name in one.given:

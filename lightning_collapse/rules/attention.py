@@ -5,10 +5,8 @@ from math import inf
 
 from lightning_collapse.rules.base import Rule, register_rule
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import LOSS, is_harmed
+from lightning_collapse.rules.progress import LOSS, UNHARMED, is_harmed
 from lightning_collapse.utilities.points import Point
-
-UNHARMED = "the loss has come to no harm, and as long as that is so this is no failure"
 
 
 @register_rule

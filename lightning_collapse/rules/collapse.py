@@ -30,8 +30,8 @@ def directions_gone(points: Mapping[str, Point], baseline: Mapping[str, float]) 
 
 
 def spread_gone(value: float, baseline: float) -> float:
-    """A hundredth over a spread; or a tenth, or a quarter of the baseline if that is less."""
-    return max(SHARE, min(DEEP, SHARE_OF_BASELINE * baseline)) / max(value, 1e-300)
+    """A hundredth over a spread; or a tenth, or a quarter of the baseline if that is less, or even its square."""
+    return max(SHARE, min(DEEP, SHARE_OF_BASELINE * baseline, baseline * baseline)) / max(value, 1e-300)
 
 
 def on_a_ray(points: Mapping[str, Point]) -> bool:
@@ -47,13 +47,16 @@ class CompleteCollapse(Rule):
     """All rows are equal, or as good as.
 
     Their spread is a hundredth of the features' root mean square; or it is a tenth of it, and a quarter of what it was
-    at the beginning of the run. Or the standard deviation of the features is a hundredth of that at the beginning.
-    While the loss falls, or before the eighth point, a tenth is not enough, unless features are compared with each
-    other: healthy layers fall as low for a while. Ranks cannot see this: they do not change when a representation
-    shrinks. Rows that point one way are equal to every loss of the cosine, such as those of BYOL and SimSiam: the same
-    lines hold for the spread of the directions, unless rows lie on a ray, which is dimensional collapse: so the rank,
-    which tells the two apart, has no direction in which it is worse. Outputs that the loss compares with targets are
-    not judged, nor is what holds little by design, such as the embedding of a time, nor are single features.
+    at the beginning of the run, or the square of that where it was narrow then. Or the standard deviation of the
+    features is a hundredth of that at the beginning. While the loss falls, or before the eighth point, a tenth is not
+    enough, nor is anything where rows were as near to each other at the beginning, unless features are compared with
+    each other: healthy layers fall as low for a while, and codebooks begin with one code.
+
+    Ranks cannot see this: they do not change when a representation shrinks. Rows that point one way are equal to every
+    loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the directions, unless
+    rows lie on a ray, which is dimensional collapse: so the rank, which tells the two apart, has no direction in which
+    it is worse. Outputs that the loss compares with targets are not judged, nor is what holds little by design, such as
+    the embedding of a time, nor are single features.
     """
 
     kind = "complete_collapse"
@@ -82,14 +85,15 @@ class CompleteCollapse(Rule):
         return max(_shrunk(points, baseline), alike)
 
     def weigh(self, evidence: Evidence) -> float:
-        """The severity; of a network that goes on learning only the lines of a hundredth count."""
+        """The severity; of a network that goes on learning only the lines of a hundredth count, and not from birth."""
         points, severity = evidence.points, self.severity(evidence.points, evidence.baseline)
         if severity < 1 or points["feature_std"].flag == Flag.CONSTANT or not learns(evidence):
             return severity
         names = ("relative_spread",) if on_a_ray(points) else ("relative_spread", "direction_spread")
         spreads = [points[name].value for name in names if name in points]
         total = max(_shrunk(points, evidence.baseline), *(SHARE / max(spread, 1e-300) for spread in spreads))
-        return severity if total >= 1 else UNDECIDED
+        narrow = min(evidence.baseline[name] for name in names if name in evidence.baseline) < DEEP
+        return severity if total >= 1 and not narrow else UNDECIDED
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """All shares, and the baseline."""
@@ -127,7 +131,7 @@ class DimensionalCollapse(Rule):
     family = "collapse"
     measures = ("eigenvalue_effective_rank", "effective_rank")
     optional = ("relative_spread", "direction_spread")
-    follows = (RECALL,)
+    follows = (RECALL, LOSS)
     lower_is_worse = ("eigenvalue_effective_rank", "effective_rank", "direction_spread")
     higher_is_worse = ("relative_spread",)
     shares = (0.1, 0.3)
@@ -143,8 +147,10 @@ class DimensionalCollapse(Rule):
         return max(self._few(points, baseline), self._lost(points, baseline))
 
     def weigh(self, evidence: Evidence) -> float:
-        """The severity; where two views are seen, ranks that have fallen are left to :class:`PartialCollapse`."""
+        """The severity; a fall is left to :class:`PartialCollapse` where there are views, and birth is no failure."""
         few, lost = self._few(evidence.points, evidence.baseline), self._lost(evidence.points, evidence.baseline)
+        if evidence.baseline[self.measures[0]] <= RANK_LINES[0] and learns(evidence):
+            few = min(few, UNDECIDED)  # as narrow from birth, and learning
         return max(few, min(lost, UNDECIDED) if RECALL in evidence.history else lost)
 
     def _few(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:

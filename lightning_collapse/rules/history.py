@@ -80,6 +80,7 @@ class Evidence:
         baseline: What the first points come to, see :meth:`Rule.update_baseline`.
         history: Of the curves that the rule follows, by the same names.
         detectors: Those of the rule, see :meth:`Rule.detectors`; this point is in them.
+        planned: How many points the run will have, if that is known.
         task: What the network is trained for.
     """
 
@@ -89,6 +90,7 @@ class Evidence:
     history: Mapping[str, Curve]
     task: Task
     detectors: Mapping[str, Detector] = field(default_factory=dict)
+    planned: int | None = None
 
 
 class History:

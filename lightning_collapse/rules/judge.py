@@ -166,7 +166,8 @@ class Judge:
             detectors = self._update_detectors(rule, layer, points, turn.step)
             if not rule.applies_to(layer, turn.task) or (rule.needs_full_baseline and not self._is_full(rule, place)):
                 continue
-            evidence = Evidence(layer, points, baseline, self._history_for(rule, layer), turn.task, detectors)
+            history = self._history_for(rule, layer)
+            evidence = Evidence(layer, points, baseline, history, turn.task, detectors, self.planned)
             severity = rule.weigh(evidence)
             expected = rule.excuse(evidence)
             streak = self._streaks.setdefault(place, Streak())

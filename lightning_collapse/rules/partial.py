@@ -4,11 +4,13 @@ from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Curve, Evidence
+from lightning_collapse.rules.progress import LOSS, UNHARMED, is_harmed
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Point
 
-POINTS, FEW = 16, 6
-"""Points before which nothing is said of a joint embedding, and of prototypes."""
+POINTS, SHARE, MANY, FEW = 16, 0.7, 64, 6
+"""Before this share of the planned points, at least 16 and at most 64, nothing is said of a joint embedding; before the
+sixth point nothing of prototypes."""
 RANK, RECALL = "eigenvalue_effective_rank", "views/recall_at_1"
 
 
@@ -22,8 +24,9 @@ class PartialCollapse(Rule):
     of that of the untrained network, is a fifth or less, where healthy runs end between .3 and 2; the rank has fallen
     to half of its beginning, so that what never learned is left alone; and neither of them rises, by a robust trend
     over the last sixteen points, so that what recovers is. Said of the layers that the loss compares with each other,
-    or where these are not known of all that see two views, from the sixteenth point on, and of batches with at least 32
-    samples to tell apart. The finding is that of Jing et al. (2022, arXiv 2110.09348) and Li et al. (2022, arXiv
+    or where these are not known of all that see two views, and of batches with at least 32 samples to tell apart. A
+    healthy embedding may lie low for more than half of a short run: nothing is said before seven tenths of the planned
+    points, or before the 64th. The finding is that of Jing et al. (2022, arXiv 2110.09348) and Li et al. (2022, arXiv
     2203.12719); the numbers are ours.
     """
 
@@ -53,9 +56,9 @@ class PartialCollapse(Rule):
         rank, recall = (evidence.history.get(name) for name in (RANK, RECALL))
         point = evidence.points.get(RECALL)
         null = evidence.points[RANK].null
-        if rank is None or recall is None or point is None or min(rank.count, recall.count) < POINTS or not null > 1:
+        if rank is None or recall is None or point is None or not null > 1 or point.null > self.chance:
             return 0.0
-        if point.null > self.chance:
+        if min(rank.count, recall.count) < max(POINTS, min(SHARE * (evidence.planned or MANY), MANY)):
             return 0.0
         product = rank.level / null * recall.level / max(recall.first, point.null)
         severity = min(self.line / max(product, 1e-300), self.fallen * rank.first / max(rank.level, 1e-300))
@@ -84,15 +87,16 @@ class PrototypeCollapse(Rule):
 
     The perplexity of the choices is above one by a tenth of what it would be if all were equally likely, over as many
     rows, or less, and does not rise. Where a target is compared with the softmax it says nothing, and is not drawn.
-    Fewer than four outputs in use by chance are too few to tell. That prototypes die without centering or equal
-    partition is the finding of Caron et al. (2021, arXiv 2104.14294; 2020, arXiv 2006.09882), that experts do of
-    Shazeer et al. (2017, arXiv 1701.06538); the numbers are ours.
+    Fewer than four outputs in use by chance are too few to tell. One expert may be enough: where features are not
+    compared with each other, it is a notice as long as the loss has kept nine tenths of what it gained. That prototypes
+    die without centering or equal partition is the finding of Caron et al. (2021, arXiv 2104.14294; 2020, arXiv
+    2006.09882), that experts do of Shazeer et al. (2017, arXiv 1701.06538); the numbers are ours.
     """
 
     kind = "prototype_collapse"
     family = "collapse"
     measures = ("assignment_perplexity",)
-    follows = ("assignment_perplexity",)
+    follows = ("assignment_perplexity", LOSS)
     patience = 3
     share = 0.1
     least_null = 4.0
@@ -112,6 +116,10 @@ class PrototypeCollapse(Rule):
             return 0.0
         severity = self.share * (null - 1) / max(curve.level - 1, 1e-300)
         return min(severity, UNDECIDED) if curve.direction() == "rising" else severity
+
+    def excuse(self, evidence: Evidence) -> str:
+        """That the loss has come to no harm."""
+        return "" if is_harmed(evidence) else UNHARMED
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Perplexity, null and beginning."""

@@ -9,6 +9,9 @@ SURE, PROGRESS = 8, 0.05
 RETREAT = 0.1
 """What share of all it has gained a loss must lose for harm."""
 
+UNHARMED = "the loss has come to no harm, and as long as that is so this is no failure"
+"""What excuses a rule whose findings alone are no failure."""
+
 
 def learns(evidence: Evidence) -> bool:
     """Whether the loss still falls, or too few points tell; of a joint embedding it says nothing."""
