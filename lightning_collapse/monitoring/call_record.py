@@ -178,7 +178,7 @@ def leading_rows(tensor: Tensor, limit: int = SAMPLE) -> Tensor | None:
 def _seen(values: Any) -> list[Seen]:
     leaves: Sequence[Any] = tree_leaves(values)
     return [
-        Seen(leaf.grad_fn, storage_of(leaf), tuple(leaf.shape), leading_rows(leaf))
+        Seen(leaf.grad_fn, storage_of(leaf), () if leaf.is_nested else tuple(leaf.shape), leading_rows(leaf))
         for leaf in leaves
         if isinstance(leaf, Tensor)
     ]

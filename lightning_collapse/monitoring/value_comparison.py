@@ -108,8 +108,8 @@ def _same(one: Tensor, other: Tensor, comparable: bool, least: int = LEAST) -> b
     if not comparable or n < least or not _varies(other[:n]):
         return False
     # a difference of two numbers that are near has lost digits
-    scale = float(other[:n].abs().max())
-    return bool(torch.allclose(one[:n], other[:n], rtol=4e-3, atol=1e-4 * scale))
+    scale = float(other[:n].nan_to_num(0, 0, 0).abs().max())
+    return bool(torch.allclose(one[:n], other[:n], rtol=4e-3, atol=1e-4 * scale, equal_nan=True))
 
 
 def _one_hot(made: Sample, given: Sample) -> str:

@@ -314,7 +314,7 @@ ACTED = {"states": X, "actions": Y, "rewards": REAL[:, 0].clone()}
 ACTIONS = {"states": "input", "actions": "index", "rewards": "unused"}
 
 
-@row("DQN", ACTED, "reinforcement", 0, set(), ACTIONS)
+@row("DQN", ACTED, "reinforcement", 0, {"head"}, ACTIONS)
 def _(net: Net, batch: Any) -> Tensor:
     values = net.scores(batch["states"]).gather(1, batch["actions"][:, None]).squeeze(1)
     with torch.no_grad():
@@ -322,7 +322,7 @@ def _(net: Net, batch: Any) -> Tensor:
     return F.smooth_l1_loss(values, returns)
 
 
-@row("policy gradient", ACTED, "reinforcement", 0, set(), {**ACTIONS, "rewards": "weight"})
+@row("policy gradient", ACTED, "reinforcement", 0, {"head"}, {**ACTIONS, "rewards": "weight"})
 def _(net: Net, batch: Any) -> Tensor:
     policy = torch.distributions.Categorical(logits=net.scores(batch["states"]))
     return -(policy.log_prob(batch["actions"]) * batch["rewards"]).mean()
