@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.rows import require_rows, unit_rows
 from lightning_collapse.losses.support.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.differentiable_once import differentiable_once
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
@@ -62,7 +62,7 @@ class _NuclearNorm(torch.autograd.Function):
         return torch.where(finite, singular_values.sum(), torch.nan)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         subgradient: Tensor = ctx.saved_tensors[0] * grads[0]
         return subgradient

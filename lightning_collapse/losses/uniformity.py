@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.rows import require_rows, unit_rows
 from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.differentiable_once import differentiable_once
 from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_sum_with_grad, world_size
 from lightning_collapse.utilities.registry import register_loss
 
@@ -79,7 +79,7 @@ class _Potential(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         own, everything, mask = ctx.saved_tensors
         return _gradient(grads[0] * (4 * ctx.t), own, everything, mask, ctx.start, ctx.t), None, None, None, None

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.spectral.rows import finite_rows
+from lightning_collapse.utilities.differentiable_once import differentiable_once
 
 TILE_ELEMENTS = 1 << 20
 """Most numbers of a tile of distances: it bounds the memory."""
@@ -143,7 +143,7 @@ class _NearestSquares(torch.autograd.Function):
         return squares
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         wide, own, near, squares = ctx.saved_tensors
         slopes = torch.where(squares == 0, 0.0, 2 * grads[0])

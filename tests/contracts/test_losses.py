@@ -83,6 +83,15 @@ def test_gradcheck(name: str, shape: Shape) -> None:
     assert torch.autograd.gradcheck(build(name).eval(), inputs)
 
 
+@pytest.mark.parametrize(
+    "name", ["CovarianceLoss", "FeatureDecorrelation", "MMCR", "SIGReg", "Uniformity", "VICReg", "WMSE"]
+)
+def test_a_second_derivative_that_would_lack_a_part_is_refused(name: str) -> None:
+    inputs = [z.requires_grad_() for z in views(name, some(name))]
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(build(name).eval()(*inputs), inputs, create_graph=True)
+
+
 @every_shape
 def test_gradient_reaches_every_row(name: str, shape: Shape) -> None:
     _, grads = evaluate(name, views(name, shape))

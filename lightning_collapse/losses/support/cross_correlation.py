@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_collapse.losses.support.statistics import center
+from lightning_collapse.utilities.differentiable_once import differentiable_once
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 
 
@@ -71,7 +71,7 @@ class _Terms(torch.autograd.Function):
         return error.square().sum(), sums[0].sum()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, scale, outer, correlation, error, sums = ctx.saved_tensors
         if world_size() > 1:

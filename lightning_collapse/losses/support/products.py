@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.differentiable_once import differentiable_once
 
 
 @full_precision
@@ -67,7 +67,7 @@ class _LogDet(torch.autograd.Function):
         return torch.where(info == 0, value, torch.nan)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return _inverse(ctx.saved_tensors[0]) * grads[0][..., None, None]
 

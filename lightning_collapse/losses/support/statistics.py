@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_collapse.losses.support.products import product
 from lightning_collapse.losses.support.rows import require_rows
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
+from lightning_collapse.utilities.differentiable_once import differentiable_once
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
 
 
@@ -183,7 +183,7 @@ class _OffDiagonalEnergy(torch.autograd.Function):
         return covariance.square().sum(dim=(-2, -1))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _gradient(grads[0] * (4 / ctx.dof), *ctx.saved_tensors), None
 

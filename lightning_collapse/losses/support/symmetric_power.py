@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_collapse.losses.support.products import product
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
+from lightning_collapse.utilities.differentiable_once import differentiable_once
 
 SMALLEST = 1e-8  # traces and eigenvalues below it are raised to it
 
@@ -73,7 +73,7 @@ class _Power(torch.autograd.Function):
         return result.to(covariance.dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         values, vectors, free = ctx.saved_tensors
         return _power_gradient(grads[0], values, vectors, free, ctx.power), None

@@ -4,12 +4,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
 from lightning_collapse.losses.base import TooFewRowsError
 from lightning_collapse.losses.support.rows import require_rows
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.differentiable_once import differentiable_once
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
 
 Scope = Literal["rank", "global"]
@@ -103,7 +103,7 @@ class _InverseCholesky(torch.autograd.Function):
         return inverse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return _gradient(grads[0], *ctx.saved_tensors)
 
