@@ -10,6 +10,8 @@ from lightning_collapse.rules.scores import (
     Transform,
     check_choices,
     false_alarm_points,
+    nan_for_none,
+    none_for_nan,
     normal_score,
     point_threshold,
     transformed,
@@ -104,8 +106,8 @@ class Burst:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        return {"last": self._last, "differences": list(self._differences)}
+        return {"last": none_for_nan(self._last), "differences": list(self._differences)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self._last, self._differences = state_dict["last"], list(state_dict["differences"])
+        self._last, self._differences = nan_for_none(state_dict["last"]), list(state_dict["differences"])

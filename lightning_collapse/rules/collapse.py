@@ -87,13 +87,13 @@ class CompleteCollapse(Rule):
     def weigh(self, evidence: Evidence) -> float:
         """The severity; of a network that goes on learning only the lines of a hundredth count, and not from birth."""
         points, severity = evidence.points, self.severity(evidence.points, evidence.baseline)
-        if severity < 1 or points["feature_std"].flag == Flag.CONSTANT or not learns(evidence):
+        if points["feature_std"].flag == Flag.CONSTANT or not learns(evidence):
             return severity
         names = ("relative_spread",) if on_a_ray(points) else ("relative_spread", "direction_spread")
         spreads = [points[name].value for name in names if name in points]
         total = max(_shrunk(points, evidence.baseline), *(SHARE / max(spread, 1e-300) for spread in spreads))
         narrow = min(evidence.baseline[name] for name in names if name in evidence.baseline) < DEEP
-        return severity if total >= 1 and not narrow else UNDECIDED
+        return severity if total >= 1 and not narrow else min(severity, UNDECIDED)
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """All shares, and the baseline."""

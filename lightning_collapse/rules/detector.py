@@ -13,6 +13,8 @@ from lightning_collapse.rules.scores import (
     check_choices,
     cusum_threshold,
     false_alarm_points,
+    nan_for_none,
+    none_for_nan,
     normal_score,
     transformed,
 )
@@ -187,12 +189,13 @@ class Detector:
         return self.statistic
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from: numbers and lists."""
-        return asdict(self._state)
+        """What a resumed run goes on from: numbers and lists, and ``None`` for a last value that is none."""
+        return {**asdict(self._state), "last": none_for_nan(self._state.last)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self._state = _State(**{name: copy(value) for name, value in state_dict.items()})
+        state = {name: copy(value) for name, value in state_dict.items()}
+        self._state = _State(**{**state, "last": nan_for_none(state["last"])})
 
     @property
     def _larger(self) -> int:

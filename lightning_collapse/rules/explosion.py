@@ -29,6 +29,7 @@ class LossExplosion(Rule):
     kind = "loss_explosion"
     family = "spectral_alignment"
     measures = ("sign_diversity", "spectral_norm")
+    of_training = ("loss",)
     lower_is_worse = ("sign_diversity",)
     higher_is_worse = ("spectral_norm",)
     calibration = 20

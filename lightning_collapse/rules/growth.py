@@ -5,6 +5,7 @@ from math import isfinite, log, nan
 from typing import Any
 
 from lightning_collapse.rules.detector import Detector
+from lightning_collapse.rules.scores import nan_for_none, none_for_nan
 
 
 class Growth(Detector):
@@ -37,9 +38,9 @@ class Growth(Detector):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        return {"detector": super().state_dict(), "before": self._before}
+        return {"detector": super().state_dict(), "before": none_for_nan(self._before)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state."""
         super().load_state_dict(state_dict["detector"])
-        self._before = state_dict["before"]
+        self._before = nan_for_none(state_dict["before"])

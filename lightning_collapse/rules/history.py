@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from lightning_collapse.rules.detector import Detector
+from lightning_collapse.rules.scores import nan_for_none, none_for_nan
 from lightning_collapse.rules.task import Task
 from lightning_collapse.rules.trend import Trend
 from lightning_collapse.utilities.points import Point
@@ -61,12 +62,14 @@ class Curve(Trend):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        return {**super().state_dict(), "count": self.count, "first": self.first, "lowest": self.lowest}
+        ends = {"first": none_for_nan(self.first), "lowest": none_for_nan(self.lowest)}
+        return {**super().state_dict(), "count": self.count, **ends}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state."""
         super().load_state_dict(state_dict)
-        self.count, self.first, self.lowest = (state_dict[name] for name in ("count", "first", "lowest"))
+        self.count = state_dict["count"]
+        self.first, self.lowest = (nan_for_none(state_dict[name]) for name in ("first", "lowest"))
 
 
 @dataclass(frozen=True)

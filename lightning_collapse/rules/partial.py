@@ -35,6 +35,7 @@ class PartialCollapse(Rule):
     measures = (RANK,)
     optional = (RECALL,)
     follows = (RANK, RECALL)
+    lower_is_worse = (RANK, RECALL)
     tasks = ("self-supervised",)
     patience = 3
     line = 0.2
@@ -56,7 +57,9 @@ class PartialCollapse(Rule):
         rank, recall = (evidence.history.get(name) for name in (RANK, RECALL))
         point = evidence.points.get(RECALL)
         null = evidence.points[RANK].null
-        if rank is None or recall is None or point is None or not null > 1 or point.null > self.chance:
+        if rank is None or recall is None or point is None or not null > 1:
+            return 0.0
+        if not 0 < point.null <= self.chance:
             return 0.0
         if min(rank.count, recall.count) < max(POINTS, min(SHARE * (evidence.planned or MANY), MANY)):
             return 0.0
@@ -97,10 +100,11 @@ class PrototypeCollapse(Rule):
     family = "collapse"
     measures = ("assignment_perplexity",)
     follows = ("assignment_perplexity", LOSS)
+    lower_is_worse = ("assignment_perplexity",)
     patience = 3
     share = 0.1
     least_null = 4.0
-    advice = "Center and sharpen the scores, balance them (Sinkhorn), or add a loss of balance on their mean."
+    advice = "Balance the scores (centering, Sinkhorn), or spread their input with `Regularizer(KoLeo(), on=...)`."
     paper = "Caron et al., 2021, arXiv 2104.14294"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:

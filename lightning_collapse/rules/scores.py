@@ -1,6 +1,6 @@
 """Normal scores of curves, and the thresholds that a budget of false alarms gives them."""
 
-from math import copysign, isfinite, log, log1p, nan, sqrt
+from math import copysign, isfinite, isnan, log, log1p, nan, sqrt
 from statistics import NormalDist
 from typing import Literal, get_args
 
@@ -95,3 +95,18 @@ def check_choices(side: str, transform: str) -> None:
         raise ValueError(
             f"`side` is one of {get_args(Side)}, `transform` one of {get_args(Transform)}, not {side!r}, {transform!r}."
         )
+
+
+def none_for_nan(value: float) -> float | None:
+    """The value, or ``None`` where there is none: states are to be equal to themselves, and valid JSON.
+
+    Example:
+        >>> none_for_nan(nan), none_for_nan(2.0)
+        (None, 2.0)
+    """
+    return None if isnan(value) else value
+
+
+def nan_for_none(value: float | None) -> float:
+    """The reverse of :func:`none_for_nan`."""
+    return nan if value is None else value

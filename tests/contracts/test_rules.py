@@ -1,6 +1,7 @@
 """What every registered rule promises."""
 
 import io
+import json
 import random
 import re
 from math import inf, isnan, nan
@@ -10,33 +11,55 @@ import torch
 
 import lightning_collapse
 from lightning_collapse import callbacks, layers, losses, optimizers, penalties
-from lightning_collapse.rules import ALL, RULES, TASKS, Judge, Task
+from lightning_collapse.rules import ALL, RULES, TASKS, TRAINING, Judge, Rule, Task
+from lightning_collapse.rules.history import Evidence, History
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import CURVES, MEASURES
 
 PUBLIC = (lightning_collapse, callbacks, layers, losses, optimizers, penalties)
-OF_TRAINING = {"nonfinite"}
+OF_TRAINING = {"nonfinite", "loss"}
+NULLS = {"views/recall_at_1": 1 / 64}
+"""Nulls of curves that are no ranks."""
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+WITH_HISTORY = {kind: rule for kind, rule in RULES.items() if type(rule).weigh is not Rule.weigh}
+"""Rules that read more than the latest points."""
 
 
 def read(rule):
     return [*rule.measures, *rule.optional]
 
 
+def names(rule):
+    """All that it reads, by the names that it has for it."""
+    of_training = [f"{TRAINING}/{name}" for name in rule.of_training]
+    return list(dict.fromkeys([*read(rule), *rule.follows, *of_training]))
+
+
 def make_points(rule, values, step=0, n=1000, null=30.0, layer=None, flag=Flag.OK):
     where = layer or (ALL if rule.applies_to(ALL, Task()) else "z")
-    return [
-        Point("training" if name in rule.of_training else rule.family, "" if name in rule.of_training else where, name,
-              step, value, n, null, flag)
-        for name, value in values.items()
-    ]  # fmt: skip
+    points = []
+    for name, value in values.items():
+        family, _, measure = name.rpartition("/")
+        own = "" if family == TRAINING else where
+        noise = NULLS.get(name, null) if null > 0 else null
+        points.append(Point(family or rule.family, own, measure, step, value, n, noise, flag))
+    return points
+
+
+def by_name(rule, points):
+    """As the judge hands them over."""
+    families = {rule.family, TRAINING}
+    return {(p.measure if p.family in families else f"{p.family}/{p.measure}"): p for p in points}
 
 
 def draw(rule, random_):
     """Readings of one point in the range that each declares, some at its ends; an estimate of zero is none."""
-    readings = {name: float(random_.random() < 0.5) for name in rule.of_training}
-    for name in read(rule):
-        curve = CURVES.get(f"{rule.family}/{name}") or MEASURES[name]
+    readings = {}
+    for name in names(rule):
+        if name.startswith(f"{TRAINING}/"):
+            readings[name] = random_.uniform(0.1, 3) if name.endswith("/loss") else float(random_.random() < 0.5)
+            continue
+        curve = CURVES.get(name if "/" in name else f"{rule.family}/{name}") or MEASURES[name]
         top = 1.0 if re.match(r"0 to 1\b", curve.range) else random_.choice([1.0, 3.0, 40.0])
         readings[name] = random_.choice([0.001, top]) if random_.random() < 0.1 else random_.uniform(0.001, top)
     return readings
@@ -48,14 +71,21 @@ def test_kind_family_and_measures_are_well_formed_and_known(rule):
     assert type(rule).__doc__.strip()
     known = {curve.name for curve in CURVES.values() if curve.family == rule.family}
     known |= {measure.curve for measure in MEASURES.values()} if rule.family == "collapse" else set()
+    of_others = {name for name in CURVES if not name.startswith(f"{rule.family}/")}
+    of_others |= {f"{TRAINING}/{name}" for name in OF_TRAINING}
     assert rule.measures
-    assert set(read(rule)) <= known
+    assert set(rule.measures) <= known
+    assert set(rule.optional) <= known | of_others
+    assert {name for name in rule.follows if not name.startswith(f"{TRAINING}/")} <= set(read(rule))
+    assert set(rule.follows) <= known | of_others
     assert len(set(read(rule))) == len(read(rule))
+    assert len(set(rule.follows)) == len(rule.follows)
     assert set(rule.of_training) <= OF_TRAINING
     assert set(rule.tasks) <= set(TASKS)
     assert set(rule.supersedes) <= set(RULES) - {rule.kind}
     assert 0 < rule.healthy < 1
     assert all(number is None or number >= 1 for number in (rule.patience, rule.recovery, rule.calibration))
+    assert set(rule.detectors("z", None)) <= {*read(rule), *rule.of_training}
 
 
 @rules
@@ -63,20 +93,20 @@ def test_it_says_what_to_do_and_where_it_comes_from(rule):
     assert re.search(r"\b(19|20)\d\d\b", rule.paper)
     assert rule.informative != bool(rule.advice)
     assert rule.informative or re.fullmatch(r"[A-Z].*[^.]\.", rule.advice)
-    names = re.findall(r"(?<![\w.])[A-Z]\w+(?=[(`])", rule.advice)
-    assert rule.informative or names
-    for name in names:
+    named = re.findall(r"(?<![\w.])[A-Z]\w+(?=[(`])", rule.advice)
+    assert rule.informative or named
+    for name in named:
         assert any(name in module.__all__ for module in PUBLIC), name
 
 
 @rules
 def test_points_that_are_no_numbers_change_nothing_and_raise_nothing(rule):
     judge, random_ = Judge([rule.kind]), random.Random(0)
-    for step in range(4):
+    for step in range(24):
         judge.update(make_points(rule, draw(rule, random_), step))
     before = judge.state_dict()
-    for step in range(4, 8):
-        judgement = judge.update(make_points(rule, dict.fromkeys(read(rule), nan), step, n=0, null=nan))
+    for step in range(24, 28):
+        judgement = judge.update(make_points(rule, dict.fromkeys(names(rule), nan), step, n=0, null=nan))
         assert judgement.judged == (rule.kind,)
         assert judgement.new == judgement.recovered == judgement.notices == ()
         assert not judgement.healthy or rule.informative
@@ -89,34 +119,84 @@ def test_points_that_are_no_numbers_change_nothing_and_raise_nothing(rule):
 @pytest.mark.parametrize("flag", [Flag.NOT_CALLED, Flag.FEW_ROWS, Flag.SOLVER, Flag.CONSTANT, Flag.NONFINITE])
 @pytest.mark.parametrize("value", [0.0, 1.0, inf, -inf, 1e-320, 1e300, nan])
 def test_no_reading_raises(rule, value, flag):
-    judge = Judge([rule.kind])
-    for own in (1.0, value, value, 1.0):
+    judge, step = Judge([rule.kind]), 0
+    for own in (1.0, *[value] * 8, 1.0):
         for null in (nan, 0.0, 30.0):
-            judge.update(make_points(rule, dict.fromkeys(read(rule), own), null=null, flag=flag))  # a warning fails
+            # a warning fails
+            judge.update(make_points(rule, dict.fromkeys(names(rule), own), step, null=null, flag=flag))
+            step += 1
+
+
+@rules
+@pytest.mark.parametrize("value", [0.0, 1e-320, 1e300, -1e300])
+def test_no_beginning_raises(rule, value):
+    judge = Judge([rule.kind])
+    for step in range(40):
+        own = dict.fromkeys(names(rule), value if step < 20 else 1.0)
+        judge.update(make_points(rule, own, step, null=(30.0, nan)[step % 2]))
+
+
+def of_own(rule, name):
+    """The name of a reading of the training as :func:`make_points` takes it."""
+    return f"{TRAINING}/{name}" if name in rule.of_training else name
 
 
 @rules
 def test_severity_is_monotone_in_what_it_reads(rule):
-    directed = {*rule.lower_is_worse, *rule.higher_is_worse}
-    assert directed
+    assert {*rule.lower_is_worse, *rule.higher_is_worse}
     assert not set(rule.lower_is_worse) & set(rule.higher_is_worse)
-    assert directed <= {*read(rule), *rule.of_training}
+    assert {*rule.lower_is_worse, *rule.higher_is_worse} <= {*read(rule), *rule.of_training}
     random_, severities = random.Random(0), set()
     for _ in range(4000):
         baseline = {name: value for name, value in draw(rule, random_).items() if name in read(rule)}
         n, null = random_.choice([40, 1000]), random_.choice([nan, 3.0, 30.0])
         values = draw(rule, random_)
-        for name in directed:
-            pair = sorted([values[name], draw(rule, random_)[name]])
-            milder, worse = pair if name in rule.higher_is_worse else reversed(pair)
+        for directed in (*rule.lower_is_worse, *rule.higher_is_worse):
+            name = of_own(rule, directed)
             found = [
-                rule.severity({p.measure: p for p in make_points(rule, {**values, name: v}, n=n, null=null)}, baseline)
-                for v in (milder, worse)
+                rule.severity(by_name(rule, make_points(rule, {**values, name: v}, n=n, null=null)), baseline)
+                for v in worse_last(rule, directed, values[name], draw(rule, random_)[name])
             ]
-            assert not found[0] > found[1] * (1 + 1e-12), (name, milder, worse, values, baseline)
+            assert not found[0] > found[1] * (1 + 1e-12), (name, values, baseline)
             severities |= {value for value in found if not isnan(value)}
+    if severities == {0.0}:  # nothing is told by one point
+        assert rule.kind in WITH_HISTORY
+        return
     assert min(severities) < rule.healthy
     assert max(severities) >= 1
+
+
+def worse_last(rule, name, *values):
+    return sorted(values, reverse=name in rule.lower_is_worse)
+
+
+@pytest.mark.parametrize("rule", WITH_HISTORY.values(), ids=list(WITH_HISTORY))
+def test_runs_that_stay_at_worse_values_are_never_less_severe(rule):
+    """Both begin alike, and then stay where they are, the loss as it may."""
+    random_, severities = random.Random(0), set()
+    first = int(rule.calibration) if rule.calibration not in (None, inf) else 3
+    for _ in range(100):
+        start, values = draw(rule, random_), draw(rule, random_)
+        losses = [random_.choice([1.0, 0.9]) ** step for step in range(first + 18)]
+        n, null = random_.choice([40, 1000]), random_.choice([3.0, 30.0])
+        for directed in (*rule.lower_is_worse, *rule.higher_is_worse):
+            name, found = of_own(rule, directed), []
+            for value in worse_last(rule, directed, values[name], draw(rule, random_)[name]):
+                judge = Judge([rule.kind])
+                for step, loss in enumerate(losses):
+                    readings = {**(start if step < first else {**values, name: value})}
+                    readings |= {key: loss for key in readings if key == f"{TRAINING}/loss"}
+                    judgement = judge.update(make_points(rule, readings, step, n, null))
+                found.append(judgement.severities[judgement_place(judgement)])
+            assert not found[0] > found[1] * (1 + 1e-12), (name, start, values)
+            severities |= set(found)
+    assert min(severities) < rule.healthy
+    assert max(severities) >= 1
+
+
+def judgement_place(judgement):
+    [place] = judgement.severities
+    return place
 
 
 @rules
@@ -138,15 +218,31 @@ def test_a_restored_judge_goes_on_as_if_uninterrupted(rule):
         again.load_state_dict(torch.load(file, weights_only=True))
         assert run(again, range(cut, len(script))) == whole[cut:]
         assert again.state_dict() == (run(judge, range(cut, len(script))), judge.state_dict())[1]
+        json.dumps(again.state_dict()["history"] + again.state_dict()["detectors"], allow_nan=False)
+
+
+def evidence_of(rule, script, null=30.0):
+    """What the judge hands to a rule after these points."""
+    history, layer = History(), make_points(rule, script[0])[0].layer
+    detectors = dict(rule.detectors(layer, None))
+    for step, values in enumerate(script):
+        points = make_points(rule, values, step, null=null, layer=layer)
+        history.update(points, rule.followed)
+        for name, detector in detectors.items():
+            detector.update(step, by_name(rule, points)[name].value)
+    curves = history.of(layer, rule.followed)
+    named = {name: curves[key] for name, key in zip(rule.follows, rule.followed, strict=True)}
+    baseline = {name: script[0][name] for name in read(rule)}
+    return Evidence(layer, by_name(rule, points), baseline, named, Task(), detectors)
 
 
 @rules
 def test_evidence_is_words_without_the_closing_dot(rule):
     random_ = random.Random(0)
     for _ in range(50):
-        values = draw(rule, random_)
-        points = {point.measure: point for point in make_points(rule, values)}
-        words = rule.evidence(points, {name: values[name] for name in read(rule)})
-        assert words
-        assert "\n" not in words
-        assert not words.endswith(".")
+        evidence = evidence_of(rule, [draw(rule, random_) for _ in range(2)])
+        for words in (rule.evidence(evidence.points, evidence.baseline), rule.tell(evidence)):
+            assert words
+            assert "\n" not in words
+            assert not words.endswith(".")
+        assert not rule.excuse(evidence).endswith(".")
