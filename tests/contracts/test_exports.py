@@ -12,6 +12,7 @@ from lightning_collapse.utilities.registry import MEASURES
 
 ROOT = Path(lightning_collapse.__file__).parent
 HELPERS: dict[str, set[str]] = {
+    "functional/assignment.py": {"assignment_counts", "perplexity"},
     "functional/attention_entropy.py": {"check_attention", "entropy_sums", "normalize"},
     "functional/attention_rows.py": {
         "EntropyRows",
@@ -40,6 +41,7 @@ HELPERS: dict[str, set[str]] = {
     "functional/neural_collapse/nc4.py": {"agreement_counts"},
     "functional/regression_collapse.py": {"rank_of_basis", "unit_rows"},
     "functional/spectral_alignment.py": {"cosines", "diversity_of_counts", "sign_counts"},
+    "functional/views.py": {"view_statistics"},
     "metrics/neural_collapse.py": {"measures", "of_means", "within_covariance"},
     "metrics/spectral_alignment.py": {"alignment_histogram"},
     "metrics/sums.py": {"SumsMetric"},

@@ -76,7 +76,6 @@ def test_kind_family_and_measures_are_well_formed_and_known(rule):
     assert rule.measures
     assert set(rule.measures) <= known
     assert set(rule.optional) <= known | of_others
-    assert {name for name in rule.follows if not name.startswith(f"{TRAINING}/")} <= set(read(rule))
     assert set(rule.follows) <= known | of_others
     assert len(set(read(rule))) == len(read(rule))
     assert len(set(rule.follows)) == len(rule.follows)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_collapse.monitoring import CallRecord, read_loss
-from lightning_collapse.monitoring.conditioning import INDEX, NUMBER, POSITIONS, ROUTER, VARIANCE, WAVES
+from lightning_collapse.monitoring.conditioning import INDEX, NO_GRADIENT, NUMBER, POSITIONS, ROUTER, VARIANCE, WAVES
 
 N, D = 16, 12
 
@@ -133,3 +133,15 @@ def test_what_only_looks_so(kind):
         return net["mix"](torch.cat([net["time"](t), x], dim=1)).square().mean()
 
     assert conditioning(net, step) == wanted
+
+
+def test_what_no_gradient_passes_through():
+    net = nn.ModuleDict({"student": nn.Linear(D, D), "teacher": nn.Linear(D, D), "both": nn.Linear(D, D)})
+    x = torch.randn(N, D)
+
+    def step():
+        with torch.no_grad():
+            given = net["both"](net["teacher"](x))
+        return F.mse_loss(net["both"](net["student"](x)), given)
+
+    assert conditioning(net, step) == {"teacher": NO_GRADIENT}

@@ -138,3 +138,75 @@ def test_of_many_layers_words_name_eight_and_data_all():
     assert ", in `block.8`, and 291 more. Bring units back" in words
     assert "block.9`" not in words
     assert len(judge.state_dict()["verdicts"][0]["also"]) == 299
+
+
+def test_severities_are_told_by_kind_and_layer():
+    judge = Judge(["plasticity_loss"], calibration=2)
+    found = judge_all(judge, WELL, WELL, ILL)
+    assert found[0].severities == {("plasticity_loss", "a"): 0.0, ("plasticity_loss", "b"): 0.0}
+    assert found[2].severities == {
+        ("plasticity_loss", "a"): pytest.approx(0.8 / 0.9 / RULES["plasticity_loss"].share),
+        ("plasticity_loss", "b"): 0.0,
+    }
+    assert Judge().update([]).severities == {}
+
+
+def test_what_is_no_failure_has_no_severity():
+    task = Task("classification", directions=1, last=frozenset({"z"}))
+    judge = Judge(["dimensional_collapse", "neural_collapse_reached"])
+    for step, rank in enumerate([30.0] * 3 + [1.0] * 2):
+        names = RULES["dimensional_collapse"].measures
+        points = [Point("collapse", layer, name, step, rank, 64, 60.0) for name in names for layer in ("y", "z")]
+        values = {"nc1": 1e-6, "nc2_equinorm": 0.0, "nc3": 0.0, "classes": 2.0}
+        points += [Point("neural_collapse", "head", name, step, value, 64) for name, value in values.items()]
+        judgement = judge.update(points, task)
+    assert set(judgement.severities) == {("dimensional_collapse", "y"), ("dimensional_collapse", "z")}
+    assert judgement.severities["dimensional_collapse", "z"] == 0.0
+    assert judgement.severities["dimensional_collapse", "y"] >= 1
+
+
+def test_a_rule_reads_the_curves_of_other_families_of_the_same_layer():
+    class Beside(Rule):
+        """Reads a curve of another family, and follows it and the loss."""
+
+        kind, family, measures = "beside", "plasticity", ("dormant_fraction",)
+        optional = ("views/recall_at_1",)
+        follows = ("views/recall_at_1", "dormant_fraction", "training/loss")
+        seen = []
+
+        def severity(self, points, baseline):
+            raise AssertionError
+
+        def evidence(self, points, baseline):
+            raise AssertionError
+
+        def weigh(self, evidence):
+            self.seen.append(evidence)
+            return 1.0
+
+        def tell(self, evidence):
+            return f"the history of {', '.join(evidence.history)}"
+
+    register_rule(Beside)
+    try:
+        judge = Judge(["beside"], patience=1)
+        points = dormant(0, a=0.1, b=0.2)
+        points += [Point("views", "a", "recall_at_1", 0, 0.7), Point("training", "", "loss", 0, 2.0)]
+        judge.update(points)
+    finally:
+        del RULES["beside"]
+    of_a, of_b = Beside.seen
+    assert {name: point.value for name, point in of_a.points.items()} == {
+        "dormant_fraction": 0.1,
+        "views/recall_at_1": 0.7,
+        "loss": 2.0,
+    }
+    assert of_a.baseline == {"dormant_fraction": 0.1, "views/recall_at_1": 0.7}
+    assert {name: curve.first for name, curve in of_a.history.items()} == {
+        "views/recall_at_1": 0.7,
+        "dormant_fraction": 0.1,
+        "training/loss": 2.0,
+    }
+    assert set(of_b.points) == {"dormant_fraction", "loss"}
+    assert set(of_b.history) == {"dormant_fraction", "training/loss"}
+    assert judge.verdicts[0].evidence == "the history of views/recall_at_1, dormant_fraction, training/loss"

@@ -1,13 +1,13 @@
 """Verdicts of every family on planted curves: what is a failure, what only looks like one, and where it shows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 from lightning.pytorch import Callback
 
 from lightning_collapse import CollapseGuard
 from lightning_collapse.reporting import publish
-from lightning_collapse.rules import RULES, Rule, register_rule
+from lightning_collapse.rules import RULES, Judge, Judgement, Rule, Verdict, register_rule
 from lightning_collapse.utilities.points import Point
 from tests.toys import Claims, PointKeeper, Toy, batches, fit
 
@@ -88,18 +88,74 @@ def attention(entropy: float, collapsed: float = 0.0, overloaded: float = 0.0) -
     return {"attn": values, "all": values}
 
 
-@pytest.mark.parametrize(
-    ("script", "kind", "since"),
-    [
-        ([attention(0.9)] * 4 + [attention(0.08)] * 3, "attention_entropy_collapse", 4),
-        ([attention(0.9)] * 4 + [attention(0.5, collapsed=0.5)] * 3, "attention_entropy_collapse", 4),
-        ([attention(0.99, 0, 1)] + [attention(0.6)] * 3 + [attention(0.98, 0, 1)] * 6, "attention_overload", 4),
-    ],
-)
+SHARP = ([attention(0.9)] * 10 + [attention(0.08)] * 8, "attention_entropy_collapse", 10)
+COLLAPSED = ([attention(0.9)] * 10 + [attention(0.5, collapsed=0.5)] * 8, "attention_entropy_collapse", 10)
+OVERLOADED = ([attention(0.99, 0, 1)] + [attention(0.6)] * 9 + [attention(0.98, 0, 1)] * 9, "attention_overload", 10)
+ATTENTION = pytest.mark.parametrize(("script", "kind", "since"), [SHARP, COLLAPSED, OVERLOADED])
+
+
+def attend(script: Script, loss: Callable[[int], float] | None = None) -> tuple[Judge, list[Judgement]]:
+    """Verdicts without a trainer, where the loss is known or not."""
+    judge, found = Judge([rule.kind for rule in RULES.values() if rule.family == "attention"]), []
+    for step, layers in enumerate(script):
+        points = [
+            Point("attention", layer, name, step, value, 64)
+            for layer, values in layers.items()
+            for name, value in values.items()
+        ]
+        if loss is not None:
+            points.append(Point("training", "", "loss", step, loss(step)))
+        found.append(judge.update(points))
+    return judge, found
+
+
+def places(verdicts: Sequence[Verdict]) -> list[tuple[str, str, int]]:
+    return [(verdict.kind, verdict.layer, verdict.since) for verdict in verdicts]
+
+
+@ATTENTION
 def test_attention_that_looks_at_one_key_or_at_all_alike(script: Script, kind: str, since: int) -> None:
-    guard, _ = judged("attention", script)
-    assert [(v.kind, v.layer, v.since) for v in guard.verdicts] == [(kind, "attn", since)]
-    assert "over 64 queries" in guard.verdicts[0].evidence
+    judge, _ = attend(script)
+    assert places(judge.verdicts) == [(kind, "attn", since)]
+    assert "over 64 queries" in judge.verdicts[0].evidence
+    assert judge.notices == []
+
+
+@ATTENTION
+def test_it_is_a_notice_while_the_loss_comes_to_no_harm(script: Script, kind: str, since: int) -> None:
+    judge, found = attend(script, lambda step: 0.97**step)
+    assert judge.verdicts == []
+    assert places(judge.notices) == [(kind, "attn", since)]
+    assert "the loss has come to no harm" in judge.notices[0].evidence
+    assert judge.notices[0].advice == ""
+    assert all(judgement.healthy for judgement in found)
+
+
+@ATTENTION
+def test_it_is_a_verdict_once_the_loss_is_harmed(script: Script, kind: str, since: int) -> None:
+    """Its level is the median of five points, so the third high one tells."""
+    judge, _ = attend(script, lambda step: 0.95**step if step < since else 0.9)
+    [verdict] = judge.verdicts
+    assert (verdict.kind, verdict.layer, verdict.since) == (kind, "attn", since + 2)
+    assert verdict.advice
+
+
+@ATTENTION
+def test_it_is_a_verdict_where_nothing_was_ever_learned(script: Script, kind: str, since: int) -> None:
+    judge, _ = attend(script, lambda step: 2.3)
+    assert places(judge.verdicts) == [(kind, "attn", since)]
+
+
+def test_before_the_eighth_point_nobody_knows_whether_anything_is_learned() -> None:
+    judge, _ = attend([attention(0.9)] * 3 + [attention(0.08)] * 4, lambda step: 2.3)
+    assert judge.verdicts == []
+    assert [notice.since for notice in judge.notices] == [3]
+
+
+def test_a_guard_tells_the_loss() -> None:
+    guard, _ = judged("attention", [attention(0.9)] * 4 + [attention(0.08)] * 3)
+    assert guard.verdicts == []
+    assert places(guard.notices) == [("attention_entropy_collapse", "attn", 4)]
 
 
 @pytest.mark.parametrize(
@@ -113,8 +169,8 @@ def test_attention_that_looks_at_one_key_or_at_all_alike(script: Script, kind: s
     ],
 )
 def test_what_attention_does_in_healthy_runs_gets_no_verdict(script: Script) -> None:
-    guard, _ = judged("attention", script)
-    assert guard.verdicts == []
+    judge, _ = attend(script)
+    assert judge.verdicts == judge.notices == []
 
 
 def test_a_rule_of_ones_own_is_judged_too() -> None:

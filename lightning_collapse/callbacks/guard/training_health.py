@@ -27,6 +27,8 @@ class TrainingHealth:
     def __init__(self) -> None:
         self._loss: Tensor | None = None
         self._count = 0
+        # monitors whose points are of the same step are all told
+        self._told: Point | None = None
 
     def note_loss(self, loss: Tensor) -> None:
         """Add the loss of the running step, without its graph."""
@@ -48,7 +50,9 @@ class TrainingHealth:
             total[0] = loss
         summed, count_of_all = all_reduce_sum(total).tolist()
         if count_of_all:
-            found.append(Point(TRAINING, "", "loss", step, summed / count_of_all))
+            self._told = Point(TRAINING, "", "loss", step, summed / count_of_all)
+        if self._told is not None and self._told.step == step:
+            found.append(self._told)
         if any(point.measure == ROWS and point.value > 0 for point in points):
             gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
             finite = _are_finite(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_collapse import CollapseGuard, CollapseMonitor, Rollback
+from lightning_collapse import CollapseGuard, CollapseMonitor, PlasticityMonitor, Rollback
 from tests.toys import ManualToy, PointKeeper, Toy, batches, fit
 
 
@@ -89,3 +89,15 @@ def test_rows_are_a_failure_where_training_suffers(what):
     fit(Failing(what), [Poison(), CollapseMonitor(["encoder"], every_n_steps=1), guard], batches(8))
     assert [verdict.kind for verdict in guard.verdicts] == ["non_finite"]
     assert guard.verdicts[0].since == 3
+
+
+@pytest.mark.parametrize("other_first", [True, False])
+def test_every_monitor_of_a_step_is_judged_with_the_loss(other_first):
+    """Rules of the other monitor do not ask for it."""
+    monitors = [PlasticityMonitor(every_n_steps=1, batches=1), CollapseMonitor(["encoder"], every_n_steps=1)]
+    guard = CollapseGuard(action="log")
+    fit(Toy(), [*(monitors if other_first else monitors[::-1]), guard], batches(6))
+    curves = {tuple(entry["curve"]): entry["state"] for entry in guard.state_dict()["judge"]["history"]}
+    loss = curves["training", "", "loss"]
+    assert loss["steps"] == list(range(6))
+    assert len(set(loss["values"])) == 6

@@ -1,0 +1,86 @@
+"""Complete collapse, with the loss as a witness, and what is judged at all."""
+
+import pytest
+
+from lightning_collapse.rules import RULES, Judge, Task
+from lightning_collapse.rules.collapse import DEEP, SHARE
+from lightning_collapse.rules.progress import SURE
+from lightning_collapse.utilities.points import Point
+from tests.toys import HEALTHY
+
+TENTH, HUNDREDTH = DEEP / 2, SHARE / 2
+"""Spreads below the one line and below the other."""
+BEGINNING = 3
+FALLING, FLAT = (lambda step: 0.9**step), (lambda step: 1.0)
+SELF, ANY = Task("self-supervised"), Task()
+
+
+def run(readings, loss=None, task=ANY, n=16, kind="complete_collapse", kept=None):
+    """A healthy beginning, then these readings of layer ``z``."""
+    judge = Judge([kind])
+    for step in range(n):
+        values = HEALTHY if step < BEGINNING else {**HEALTHY, **readings}
+        points = [Point("collapse", "z", name, step, value, 64, 60.0) for name, value in values.items()]
+        if loss is not None:
+            points.append(Point("training", "", "loss", step, loss(step)))
+        judgement = judge.update(points, task)
+        if kept is not None:
+            kept.append(judgement)
+    return judge
+
+
+def sinces(judge):
+    return [verdict.since for verdict in judge.verdicts]
+
+
+@pytest.mark.parametrize("name", ["relative_spread", "direction_spread"])
+def test_a_tenth_is_a_failure_unless_the_loss_falls(name):
+    kept = []
+    assert sinces(run({name: TENTH})) == [BEGINNING]
+    assert sinces(run({name: TENTH}, FALLING, kept=kept)) == []
+    assert not kept[-1].healthy  # nor is it well
+    assert sinces(run({name: TENTH}, FALLING, SELF)) == [BEGINNING]
+    assert sinces(run({name: TENTH}, lambda step: -FALLING(-step))) == []  # a loss below zero
+
+
+@pytest.mark.parametrize("name", ["relative_spread", "direction_spread"])
+def test_a_loss_that_does_not_fall_tells_from_the_eighth_point_on(name):
+    assert sinces(run({name: TENTH}, FLAT)) == [SURE - 1]
+    assert sinces(run({name: TENTH}, lambda step: 1.1**step)) == [SURE - 1]
+    assert sinces(run({name: TENTH}, lambda step: 0.8 ** min(step, 5), n=40))  # it has stopped
+
+
+@pytest.mark.parametrize("loss", [None, FALLING, FLAT])
+@pytest.mark.parametrize("task", [ANY, SELF], ids=["unknown", "self-supervised"])
+@pytest.mark.parametrize(
+    "readings",
+    [{"relative_spread": HUNDREDTH}, {"direction_spread": HUNDREDTH}, {"feature_std": HUNDREDTH}],
+    ids=lambda readings: next(iter(readings)),
+)
+def test_a_hundredth_always_is(readings, task, loss):
+    assert sinces(run(readings, loss, task)) == [BEGINNING]
+
+
+@pytest.mark.parametrize(
+    ("kind", "readings"),
+    [
+        ("complete_collapse", {"relative_spread": HUNDREDTH}),
+        ("dimensional_collapse", {"effective_rank": 1.0, "eigenvalue_effective_rank": 1.0}),
+    ],
+)
+def test_what_holds_little_by_design_and_outputs_that_follow_targets_are_not_judged(kind, readings):
+    assert sinces(run(readings, kind=kind)) == [BEGINNING]
+    for task in (Task(conditioning=frozenset({"z"})), Task("regression", outputs=frozenset({"z"}))):
+        kept = []
+        assert sinces(run(readings, task=task, kind=kind, kept=kept)) == []
+        assert {tuple(judgement.severities) for judgement in kept} == {()}
+    assert RULES[kind].applies_to("z", Task(conditioning=frozenset({"t"})))
+
+
+def test_severities_of_the_two_lines_are_ordered():
+    kept = [[], [], []]
+    for value, judgements in zip((2 * TENTH, TENTH, HUNDREDTH), kept, strict=True):
+        run({"relative_spread": value}, FALLING, kept=judgements)
+    found = [judgements[-1].severities["complete_collapse", "z"] for judgements in kept]
+    assert found == sorted(found)
+    assert found[1] < 1 <= found[2]
