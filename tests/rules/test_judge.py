@@ -166,13 +166,14 @@ def test_what_is_no_failure_has_no_severity():
 
 
 def test_a_rule_reads_the_curves_of_other_families_of_the_same_layer():
+    seen = []
+
     class Beside(Rule):
         """Reads a curve of another family, and follows it and the loss."""
 
         kind, family, measures = "beside", "plasticity", ("dormant_fraction",)
         optional = ("views/recall_at_1",)
         follows = ("views/recall_at_1", "dormant_fraction", "training/loss")
-        seen = []
 
         def severity(self, points, baseline):
             raise AssertionError
@@ -181,7 +182,7 @@ def test_a_rule_reads_the_curves_of_other_families_of_the_same_layer():
             raise AssertionError
 
         def weigh(self, evidence):
-            self.seen.append(evidence)
+            seen.append(evidence)
             return 1.0
 
         def tell(self, evidence):
@@ -195,7 +196,7 @@ def test_a_rule_reads_the_curves_of_other_families_of_the_same_layer():
         judge.update(points)
     finally:
         del RULES["beside"]
-    of_a, of_b = Beside.seen
+    of_a, of_b = seen
     assert {name: point.value for name, point in of_a.points.items()} == {
         "dormant_fraction": 0.1,
         "views/recall_at_1": 0.7,

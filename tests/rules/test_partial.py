@@ -119,7 +119,7 @@ def test_other_tasks_are_judged_by_other_rules():
 
 def test_it_is_over_once_the_rank_is_back():
     judge, found = run([*fallen(), *[HIGH] * 16], [0.5] * 40)
-    [verdict] = judge.verdicts
+    assert len(judge.verdicts) == 1
     over = [judgement.step for judgement in found if judgement.recovered]
     assert len(over) == 1
     assert 24 + PATIENCE <= over[0] <= 24 + PATIENCE + 4

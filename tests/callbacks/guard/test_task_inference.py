@@ -215,11 +215,11 @@ def test_outputs_without_targets_are_a_representation():
 
 
 def test_a_narrow_cone_is_where_language_models_live():
-    guard, _ = judged([0.6] * 4 + [0.05] * 4 + [1e-3] * 4, 3, layer="body.0", batch="tokens", measures=SPREADS)
-    assert [(notice.kind, notice.since) for notice in guard.notices] == [("complete_collapse", 4)]
+    guard, _ = judged([0.6] * 8 + [0.05] * 4 + [1e-3] * 4, 3, layer="body.0", batch="tokens", measures=SPREADS)
+    assert [(notice.kind, notice.since) for notice in guard.notices] == [("complete_collapse", 8)]
     assert "narrow cone" in guard.notices[0].evidence
-    assert [(verdict.kind, verdict.since) for verdict in guard.verdicts] == [("complete_collapse", 8)]
-    shrunk, _ = judged([0.6] * 4 + [0.05] * 4, 3, layer="body.0", batch="tokens", measures=("feature_std", *SPREADS))
+    assert [(verdict.kind, verdict.since) for verdict in guard.verdicts] == [("complete_collapse", 12)]
+    shrunk, _ = judged([0.6] * 8 + [0.05] * 4, 3, layer="body.0", batch="tokens", measures=("feature_std", *SPREADS))
     assert shrunk.verdicts == []
     dead, _ = judged([10.0] * 4 + [0.05] * 4, 3, layer="body.0", batch="tokens", measures=("feature_std", *SPREADS))
     assert [verdict.kind for verdict in dead.verdicts] == ["complete_collapse"]
