@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import LOSS, learns
+from lightning_collapse.rules.progress import LOSS, RECALL, learns
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
@@ -12,8 +12,6 @@ SHARE, DEEP, SHARE_OF_BASELINE = 0.01, 0.1, 0.25
 """All there is to a spread is lost below the first; below the second, if it is this share of the baseline."""
 LENGTHS = 0.25
 """Lengths that vary by more tell rows apart."""
-RECALL = "views/recall_at_1"
-"""The curve of layers that see two views."""
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
 """Ranks of eigenvalues and singular values that are near one, where noise itself reads more than the second; a rank
 that began near one must be this many times as near."""
@@ -48,9 +46,10 @@ class CompleteCollapse(Rule):
 
     Their spread is a hundredth of the features' root mean square; or it is a tenth of it, and a quarter of what it was
     at the beginning of the run, or the square of that where it was narrow then. Or the standard deviation of the
-    features is a hundredth of that at the beginning. While the loss falls, or before the eighth point, a tenth is not
-    enough, nor is anything where rows were as near to each other at the beginning, unless features are compared with
-    each other: healthy layers fall as low for a while, and codebooks begin with one code.
+    features is a hundredth of that at the beginning. Before the eighth point, and while the network learns, a tenth is
+    not enough, nor is anything where rows were as near to each other at the beginning: healthy layers fall as low for a
+    while, and codebooks begin with one code. It learns while the loss falls, and a joint embedding, whose loss falls as
+    it collapses, while one view finds the other better and better.
 
     Ranks cannot see this: they do not change when a representation shrinks. Rows that point one way are equal to every
     loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the directions, unless
@@ -63,7 +62,7 @@ class CompleteCollapse(Rule):
     family = "collapse"
     measures = ("feature_std", "relative_spread")
     optional = ("direction_spread", "eigenvalue_effective_rank")
-    follows = (LOSS,)
+    follows = (LOSS, RECALL)
     lower_is_worse = ("feature_std", "relative_spread", "direction_spread")
     supersedes = ("dimensional_collapse",)
     advice = "Add `Regularizer(VICReg(), on=...)`, or `VCReg()` for one view, or have `SwitchOn` raise its weight."

@@ -2,8 +2,8 @@
 
 from lightning_collapse.rules.history import Evidence
 
-LOSS = "training/loss"
-"""The curve of the loss, which a rule must follow."""
+LOSS, RECALL = "training/loss", "views/recall_at_1"
+"""The curves of the loss and of the recall between two views, which a rule must follow."""
 SURE, PROGRESS = 8, 0.05
 """Points from which on the loss tells whether the network learns, and by how much it falls then."""
 RETREAT = 0.1
@@ -14,11 +14,17 @@ UNHARMED = "the loss has come to no harm, and as long as that is so this is no f
 
 
 def learns(evidence: Evidence) -> bool:
-    """Whether the loss still falls, or too few points tell; of a joint embedding it says nothing."""
-    loss = evidence.history.get(LOSS)
-    if loss is None or evidence.task.name == "self-supervised":
-        return False
-    return loss.count < SURE or loss.drop > PROGRESS
+    """Whether the loss still falls, or too few points tell.
+
+    The loss of a joint embedding falls while it collapses: there the recall between two views must rise, if there is
+    one.
+    """
+    loss, recall = (evidence.history.get(name) for name in (LOSS, RECALL))
+    if loss is None or loss.count < SURE:
+        return loss is not None
+    if evidence.task.name == "self-supervised":
+        return recall is not None and recall.direction() == "rising"
+    return loss.drop > PROGRESS
 
 
 def is_harmed(evidence: Evidence) -> bool:
