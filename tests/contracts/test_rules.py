@@ -18,11 +18,19 @@ from lightning_collapse.utilities.registry import CURVES, MEASURES
 
 PUBLIC = (lightning_collapse, callbacks, layers, losses, optimizers, penalties)
 OF_TRAINING = {"nonfinite", "loss"}
+PLANNED = 20
 NULLS = {"views/recall_at_1": 1 / 64}
 """Nulls of curves that are no ranks."""
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
 WITH_HISTORY = {kind: rule for kind, rule in RULES.items() if type(rule).weigh is not Rule.weigh}
 """Rules that read more than the latest points."""
+
+
+def judge_of(rule):
+    """Of a run that is planned short enough for every rule to have its say."""
+    judge = Judge([rule.kind])
+    judge.planned = PLANNED
+    return judge
 
 
 def read(rule):
@@ -100,7 +108,7 @@ def test_it_says_what_to_do_and_where_it_comes_from(rule):
 
 @rules
 def test_points_that_are_no_numbers_change_nothing_and_raise_nothing(rule):
-    judge, random_ = Judge([rule.kind]), random.Random(0)
+    judge, random_ = judge_of(rule), random.Random(0)
     for step in range(24):
         judge.update(make_points(rule, draw(rule, random_), step))
     before = judge.state_dict()
@@ -118,7 +126,7 @@ def test_points_that_are_no_numbers_change_nothing_and_raise_nothing(rule):
 @pytest.mark.parametrize("flag", [Flag.NOT_CALLED, Flag.FEW_ROWS, Flag.SOLVER, Flag.CONSTANT, Flag.NONFINITE])
 @pytest.mark.parametrize("value", [0.0, 1.0, inf, -inf, 1e-320, 1e300, nan])
 def test_no_reading_raises(rule, value, flag):
-    judge, step = Judge([rule.kind]), 0
+    judge, step = judge_of(rule), 0
     for own in (1.0, *[value] * 8, 1.0):
         for null in (nan, 0.0, 30.0):
             # a warning fails
@@ -129,7 +137,7 @@ def test_no_reading_raises(rule, value, flag):
 @rules
 @pytest.mark.parametrize("value", [0.0, 1e-320, 1e300, -1e300])
 def test_no_beginning_raises(rule, value):
-    judge = Judge([rule.kind])
+    judge = judge_of(rule)
     for step in range(40):
         own = dict.fromkeys(names(rule), value if step < 20 else 1.0)
         judge.update(make_points(rule, own, step, null=(30.0, nan)[step % 2]))
@@ -181,7 +189,7 @@ def test_runs_that_stay_at_worse_values_are_never_less_severe(rule):
         for directed in (*rule.lower_is_worse, *rule.higher_is_worse):
             name, found = of_own(rule, directed), []
             for value in worse_last(rule, directed, values[name], draw(rule, random_)[name]):
-                judge = Judge([rule.kind])
+                judge = judge_of(rule)
                 for step, loss in enumerate(losses):
                     readings = {**(start if step < first else {**values, name: value})}
                     readings |= {key: loss for key in readings if key == f"{TRAINING}/loss"}
@@ -208,9 +216,9 @@ def test_a_restored_judge_goes_on_as_if_uninterrupted(rule):
     def run(judge, steps):
         return [judge.update(make_points(rule, script[step], step)) for step in steps]
 
-    whole = run(Judge([rule.kind]), range(len(script)))
+    whole = run(judge_of(rule), range(len(script)))
     for cut in (1, 3, 21, 30):
-        judge, again, file = Judge([rule.kind]), Judge([rule.kind]), io.BytesIO()
+        judge, again, file = judge_of(rule), judge_of(rule), io.BytesIO()
         run(judge, range(cut))
         torch.save(judge.state_dict(), file)
         file.seek(0)

@@ -77,6 +77,21 @@ def test_what_holds_little_by_design_and_outputs_that_follow_targets_are_not_jud
     assert RULES[kind].applies_to("z", Task(conditioning=frozenset({"t"})))
 
 
+def test_what_was_narrow_from_birth_is_let_be_while_it_learns():
+    def narrow(value, loss):
+        judge = Judge(["complete_collapse"])
+        for step in range(16):
+            readings = {**HEALTHY, "relative_spread": TENTH if step < BEGINNING else value}
+            points = [Point("collapse", "z", name, step, of, 64, 60.0) for name, of in readings.items()]
+            judge.update([*points, *([] if loss is None else [Point("training", "", "loss", step, loss(step))])])
+        return sinces(judge)
+
+    assert narrow(2 * SHARE, None) == narrow(2 * SHARE, FLAT) == []  # half of it is left
+    assert narrow(HUNDREDTH, None) == [BEGINNING]
+    assert narrow(HUNDREDTH, FALLING) == []
+    assert narrow(HUNDREDTH, FLAT) == [SURE - 1]
+
+
 def test_severities_of_the_two_lines_are_ordered():
     kept = [[], [], []]
     for value, judgements in zip((2 * TENTH, TENTH, HUNDREDTH), kept, strict=True):

@@ -5,6 +5,7 @@ from math import nan
 import pytest
 
 from lightning_collapse.rules import RULES, Judge, Task
+from lightning_collapse.rules.partial import FEW, MANY, POINTS, SHARE
 from lightning_collapse.utilities.points import Point
 
 PARTIAL, PROTOTYPES = RULES["partial_collapse"], RULES["prototype_collapse"]
@@ -14,17 +15,19 @@ LOW = NULL * PARTIAL.line / 4
 """A rank that is far below the line as long as recall stays where it was."""
 HIGH = 4 * LOW / PARTIAL.fallen
 """A beginning from which that is far enough a fall."""
-FIRST, PATIENCE = 16, PARTIAL.patience
-"""Points without which nothing is said, and points in a row that it takes from there."""
+FIRST, PATIENCE = POINTS, PARTIAL.patience
+"""Points without which nothing is said in a short run, and points in a row that it takes from there."""
+SHORT = int(FIRST / SHARE)
 
 
 def uneven(value, step, share=0.01):
     return value * (1 + share * (7 * step % 5 - 2))
 
 
-def run(ranks, recalls, task=SELF, chance=1 / 192, layer="z"):
+def run(ranks, recalls, task=SELF, chance=1 / 192, layer="z", planned=SHORT):
     """The judgement of every point; recall is not drawn where it is ``None``."""
     judge, found = Judge([PARTIAL.kind]), []
+    judge.planned = planned
     for step, (rank, recall) in enumerate(zip(ranks, recalls, strict=True)):
         points = [Point("collapse", layer, PARTIAL.measures[0], step, uneven(rank, step), 192, NULL)]
         if recall is not None:
@@ -37,7 +40,7 @@ def fallen(n=24, start=3):
     return [HIGH] * start + [LOW] * (n - start)
 
 
-def test_a_low_rank_that_has_fallen_and_an_idle_recall_are_a_failure_from_the_sixteenth_point_on():
+def test_a_low_rank_that_has_fallen_and_an_idle_recall_are_a_failure():
     judge, found = run(fallen(), [0.5] * 24)
     [verdict] = judge.verdicts
     assert (verdict.kind, verdict.layer) == ("partial_collapse", "z")
@@ -47,6 +50,15 @@ def test_a_low_rank_that_has_fallen_and_an_idle_recall_are_a_failure_from_the_si
     assert f"isotropic noise reads {NULL:.0f}" in verdict.evidence
     assert "one view finds the other in 50 % of the cases" in verdict.evidence
     assert "chance does in 0.5 %" in verdict.evidence
+
+
+@pytest.mark.parametrize(
+    ("planned", "first"), [(1, POINTS), (SHORT, POINTS), (50, round(SHARE * 50)), (1000, MANY), (None, None)]
+)
+def test_nothing_is_said_before_a_share_of_the_planned_points(planned, first):
+    judge, _ = run(fallen(80), [0.5] * 80, planned=planned)
+    [verdict] = judge.verdicts
+    assert verdict.since == first - 1 if first else POINTS <= verdict.since <= MANY
 
 
 @pytest.mark.parametrize(
@@ -126,17 +138,31 @@ def test_it_is_over_once_the_rank_is_back():
     assert not found[-1].is_active("partial_collapse")
 
 
-def choose(perplexities, null):
+def choose(perplexities, null, loss=None, task=SELF):
     judge = Judge([PROTOTYPES.kind])
     for step, value in enumerate(perplexities):
-        judge.update([Point("collapse", "prototypes", "assignment_perplexity", step, value, 64, null)])
+        points = [Point("collapse", "prototypes", "assignment_perplexity", step, value, 64, null)]
+        if loss is not None:
+            points.append(Point("training", "", "loss", step, loss(step)))
+        judge.update(points, task)
     return judge
+
+
+def test_one_expert_may_be_enough_while_the_loss_comes_to_no_harm():
+    regression = Task("regression")
+    judge = choose([1.0] * 16, 31.0, lambda step: 0.9**step, regression)
+    assert judge.verdicts == []
+    assert [(notice.kind, notice.since) for notice in judge.notices] == [("prototype_collapse", FEW - 1)]
+    harmed = choose([1.0] * 24, 31.0, lambda step: 0.9**step if step < 12 else 1.0, regression)
+    assert [verdict.since for verdict in harmed.verdicts] == [14]
+    assert choose([1.0] * 16, 31.0, None, regression).verdicts
+    assert choose([1.0] * 16, 31.0, lambda step: 0.9**step).verdicts  # features that are compared with each other
 
 
 def test_one_prototype_for_all_is_a_failure_from_the_sixth_point_on():
     [verdict] = choose([1.0] * 12, 31.0).verdicts
-    assert (verdict.kind, verdict.layer, verdict.since) == ("prototype_collapse", "prototypes", 5)
-    assert verdict.step == 5 + PROTOTYPES.patience - 1
+    assert (verdict.kind, verdict.layer, verdict.since) == ("prototype_collapse", "prototypes", FEW - 1)
+    assert verdict.step == FEW - 1 + PROTOTYPES.patience - 1
     assert "over 64 rows the perplexity of the choices is 1.0, where equally likely ones read 31.0" in verdict.evidence
 
 
@@ -146,7 +172,7 @@ def test_one_prototype_for_all_is_a_failure_from_the_sixth_point_on():
         ([9.0] * 12, 36.0),
         ([1.1 * 1.05**step for step in range(12)], 31.0),  # they come into use
         ([1.0] * 12, PROTOTYPES.least_null),  # a router of few experts
-        ([1.0] * 5 + [20.0] * 12, 31.0),
+        ([1.0] * (FEW - 1) + [20.0] * 12, 31.0),
         ([1.0] * 12, nan),
     ],
     ids=["nine of 36", "recovering", "few", "late", "no null"],
