@@ -176,7 +176,8 @@ def _verdicts(boards: Sequence[Board], most: int) -> str:
 def _verdict(board: Board, finding: Finding, most: int) -> str:
     rule = RULES.get(finding.kind)
     where = f" in <code>{text(finding.layer)}</code>" if finding.layer else ""
-    words = [f"<p>{text(finding.told[:1].upper() + finding.told[1:])}.</p>"] if finding.told else []
+    words = [f"<p><b>{text(finding.says)}</b></p>"] if finding.says else []
+    words += [f"<p>{text(finding.told[:1].upper() + finding.told[1:])}.</p>"] if finding.told else []
     if not finding.layer:
         words.append(
             '<p>Only the number of layers was logged; <code>CollapseGuard(action="log")</code> also names them.</p>'

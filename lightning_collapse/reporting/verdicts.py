@@ -31,6 +31,7 @@ class Finding:
         evidence: The numbers it rests on, in words; empty where only the count was logged.
         severity: How far beyond the line of its rule; NaN where that was not logged.
         also: Where else it shows, and as what, in words.
+        says: The failure in one plain sentence; empty where that was not logged.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Finding:
     evidence: str = ""
     severity: float = float("nan")
     also: tuple[str, ...] = ()
+    says: str = ""
 
     def __str__(self) -> str:
         return self.kind.replace("_", " ")
@@ -85,6 +87,7 @@ def find_verdicts(run: Run) -> list[Finding]:
             verdict.evidence,
             verdict.severity,
             tuple(verdict.also),
+            verdict.says,
         )
         for verdict in verdicts
     ]
@@ -108,10 +111,9 @@ def _verdict(record: Any) -> Verdict:
     if record["schema"] != SCHEMA:
         raise ValueError(record["schema"])
     kind, layer, evidence, advice = (str(record[name]) for name in ("kind", "layer", "evidence", "advice"))
-    also = tuple(map(str, record["also"]))
-    return Verdict(
-        kind, layer, int(record["since"]), int(record["step"]), evidence, float(record["severity"]), advice, also
-    )
+    also, says = tuple(map(str, record["also"])), str(record.get("says", ""))
+    since, step, severity = int(record["since"]), int(record["step"]), float(record["severity"])
+    return Verdict(kind, layer, since, step, evidence, severity, advice, also, says)
 
 
 def _from_words(texts: Mapping[int, str]) -> Iterator[Verdict]:

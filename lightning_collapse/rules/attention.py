@@ -21,6 +21,7 @@ class AttentionEntropyCollapse(Rule):
     """
 
     kind = "attention_entropy_collapse"
+    says = "Most attention heads look at a single key in `{layer}`."
     family = "attention"
     measures = ("entropy_mean", "collapsed_share", "max_logit")
     follows = (LOSS,)
@@ -64,6 +65,7 @@ class AttentionOverload(Rule):
     """
 
     kind = "attention_overload"
+    says = "Most attention heads look at all keys alike in `{layer}`."
     family = "attention"
     measures = ("overloaded_share", "entropy_mean")
     follows = (LOSS,)

@@ -26,6 +26,7 @@ class Rule(ABC):
 
     Attributes:
         kind: Name of the verdict.
+        says: The failure in one plain sentence, where ``{layer}`` stands for the layer; by default there is none.
         family: First part of the names of the curves it reads.
         measures: Last parts of the names of the curves it reads.
         optional: The same, of curves it reads where a monitor draws them.
@@ -47,6 +48,7 @@ class Rule(ABC):
     """
 
     kind: ClassVar[str]
+    says: ClassVar[str] = ""
     family: ClassVar[str]
     measures: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()

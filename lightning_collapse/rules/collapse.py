@@ -59,6 +59,7 @@ class CompleteCollapse(Rule):
     """
 
     kind = "complete_collapse"
+    says = "All inputs are mapped to nearly one point in `{layer}`."
     family = "collapse"
     measures = ("feature_std", "relative_spread")
     optional = ("direction_spread", "eigenvalue_effective_rank")
@@ -127,6 +128,7 @@ class DimensionalCollapse(Rule):
     """
 
     kind = "dimensional_collapse"
+    says = "Only few directions are left of the features in `{layer}`."
     family = "collapse"
     measures = ("eigenvalue_effective_rank", "effective_rank")
     optional = ("relative_spread", "direction_spread")

@@ -27,6 +27,7 @@ class LossExplosion(Rule):
     """
 
     kind = "loss_explosion"
+    says = "The loss is about to explode: inputs turn one-sided as weights grow, first in `{layer}`."
     family = "spectral_alignment"
     measures = ("sign_diversity", "spectral_norm")
     of_training = ("loss",)

@@ -19,6 +19,7 @@ class CatastrophicForgetting(Rule):
     """
 
     kind = "catastrophic_forgetting"
+    says = "Half of what was learned of task `{layer}` is forgotten."
     family = "continual"
     measures = ("accuracy",)
     lower_is_worse = ("accuracy",)

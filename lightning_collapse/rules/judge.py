@@ -188,7 +188,8 @@ class Judge:
                 words = rule.tell(evidence) + (f"; {expected}" if expected else "")
                 is_notice = rule.informative or bool(expected)
                 advice = "" if is_notice else rule.advice
-                verdict = Verdict(rule.kind, where, since, turn.step, words, severity, advice)
+                says = rule.says.replace("{layer}", where)
+                verdict = Verdict(rule.kind, where, since, turn.step, words, severity, advice, says=says)
                 (turn.notices if is_notice else turn.triggered).append(verdict)
 
     def _history_for(self, rule: Rule, layer: str) -> dict[str, Curve]:

@@ -20,6 +20,7 @@ class NeuralCollapseReached(Rule):
     """
 
     kind = "neural_collapse_reached"
+    says = "The features of every class have folded onto one point in `{layer}`."
     family = "neural_collapse"
     measures = ("nc1", "nc2_equinorm", "nc3", "classes")
     lower_is_worse = ("nc1", "nc2_equinorm", "nc3")
@@ -67,6 +68,7 @@ class MinorityCollapse(Rule):
     """
 
     kind = "minority_collapse"
+    says = "The rare classes can hardly be told apart in `{layer}`."
     family = "neural_collapse"
     measures = ("minority_cosine", "minority_norm")
     lower_is_worse = ("minority_norm",)

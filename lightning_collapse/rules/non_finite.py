@@ -19,6 +19,7 @@ class NonFinite(Rule):
     """
 
     kind = "non_finite"
+    says = "Features are NaN or infinite in `{layer}`."
     family = "collapse"
     measures = ("nonfinite_fraction",)
     of_training = ("nonfinite",)

@@ -31,6 +31,7 @@ class PartialCollapse(Rule):
     """
 
     kind = "partial_collapse"
+    says = "Most directions of the embedding are lost in `{layer}`, and they do not come back."
     family = "collapse"
     measures = (RANK,)
     optional = (RECALL,)
@@ -97,6 +98,7 @@ class PrototypeCollapse(Rule):
     """
 
     kind = "prototype_collapse"
+    says = "Nearly all inputs choose the same few prototypes, clusters or experts in `{layer}`."
     family = "collapse"
     measures = ("assignment_perplexity",)
     follows = ("assignment_perplexity", LOSS)

@@ -16,6 +16,7 @@ class PlasticityLoss(Rule):
     """
 
     kind = "plasticity_loss"
+    says = "Half of the units that were active have fallen silent in `{layer}`."
     family = "plasticity"
     measures = ("dormant_fraction",)
     higher_is_worse = ("dormant_fraction",)

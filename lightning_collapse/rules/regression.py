@@ -20,6 +20,7 @@ class RegressionOverCompression(Rule):
     """
 
     kind = "regression_over_compression"
+    says = "The features have fewer dimensions than the targets in `{layer}`."
     family = "regression_collapse"
     measures = ("intrinsic_dimension", "target_dimension")
     lower_is_worse = ("intrinsic_dimension",)

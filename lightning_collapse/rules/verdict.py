@@ -21,6 +21,13 @@ class Verdict:
         severity: How far beyond the line of its rule: 1 is on the line, ``inf`` is total.
         advice: What of this library addresses it, in one sentence.
         also: Where else it shows, and as what, in words.
+        says: The failure in one plain sentence; empty if its rule has none.
+
+    Example:
+        >>> print(Verdict("too_low", "encoder", since=40, step=60, evidence="it is 0.1", advice="Raise it."))
+        Too low in `encoder` since step 40, noticed at step 60: it is 0.1. Raise it.
+        >>> print(Verdict("too_low", "encoder", 60, 60, "it is 0.1", says="All is low in `encoder`."))
+        All is low in `encoder`. Too low since step 60: it is 0.1.
     """
 
     kind: str
@@ -31,6 +38,7 @@ class Verdict:
     severity: float = 1.0
     advice: str = ""
     also: Sequence[str] = ()
+    says: str = ""
 
     @property
     def name(self) -> str:
@@ -47,9 +55,12 @@ class Verdict:
         return cls(**{**state, "also": tuple(state["also"])})
 
     def __str__(self) -> str:
+        name = self.kind.replace("_", " ") if self.says else self.name
+        name = f"{self.says} {name[:1].upper()}{name[1:]}".lstrip()
+        noticed = f", noticed at step {self.step}" if self.step != self.since else ""
         also = f"; {also_in_words(self.also)}" if self.also else ""
         advice = f" {self.advice}" if self.advice else ""
-        return f"{self.name} since step {self.since}: {self.evidence}{also}.{advice}"
+        return f"{name} since step {self.since}{noticed}: {self.evidence}{also}.{advice}"
 
 
 def also_in_words(places: Sequence[str]) -> str:

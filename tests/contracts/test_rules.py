@@ -107,6 +107,14 @@ def test_it_says_what_to_do_and_where_it_comes_from(rule):
 
 
 @rules
+def test_it_says_in_one_plain_sentence_what_is_wrong_and_where(rule):
+    assert re.fullmatch(r"[A-Z`][^.]*`\{layer\}`[^.]*\.", rule.says)
+    assert rule.says.count("{") == 1
+    assert len(rule.says) <= 90
+    assert rule.kind.replace("_", " ") not in rule.says.lower()  # which comes next
+
+
+@rules
 def test_points_that_are_no_numbers_change_nothing_and_raise_nothing(rule):
     judge, random_ = judge_of(rule), random.Random(0)
     for step in range(24):

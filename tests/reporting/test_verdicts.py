@@ -47,11 +47,13 @@ def test_all_of_a_verdict_comes_back(tmp_path):
     assert (finding.kind, finding.layer, finding.evidence) == (verdict.kind, verdict.layer, verdict.evidence)
     assert (finding.since, finding.step, finding.until) == (3, 4, 5)
     assert finding.severity == verdict.severity
+    assert finding.says == verdict.says == f"All inputs are mapped to nearly one point in `{LAYERS[0]}`."
     assert finding.also == verdict.also
     assert len(finding.also) == 299
     assert "and 291 more." in run.texts["guard/verdict"][4]
     page = report(tmp_path, tmp_path / "page.html").read_text(encoding="utf-8")
     assert ", and 291 more.</p>" in page
+    assert "<b>All inputs are mapped to nearly one point in `block.0, of `many`" in page
     assert "in `block.8, of" in page
     assert "in `block.9, of `many`; also: é.`, " not in page
 
@@ -76,6 +78,13 @@ def test_numbers_that_json_does_not_know():
     [finding] = find_verdicts(a_run(record))
     assert finding.severity == inf
     assert finding.told == "all is lost; also in `y`"
+
+
+def test_data_without_a_sentence_are_read_too():
+    record = json.loads(verdict_records([VERDICT])[0])
+    assert record.pop("says") == ""
+    [finding] = find_verdicts(a_run(json.dumps(record)))
+    assert (finding.kind, finding.says) == ("non_finite", "")
 
 
 def test_what_was_written_twice_is_one_and_what_cannot_be_read_is_left_out():

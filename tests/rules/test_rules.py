@@ -193,4 +193,4 @@ def test_a_rule_of_ones_own_is_judged_too() -> None:
     finally:
         del RULES["too_low"]
     assert [verdict.kind for verdict in guard.verdicts] == ["too_low"]
-    assert str(guard.verdicts[0]) == "too low in `attn` since step 2: it is low."
+    assert str(guard.verdicts[0]) == "Too low in `attn` since step 2, noticed at step 3: it is low."

@@ -207,7 +207,7 @@ def test_actions(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     monitor = Claims()
     planted = Planted([{}] * 3 + [LOW] * 9)
-    with pytest.warns(UserWarning, match=r"`CollapseGuard` at step 4:\n- dimensional collapse in `z` since step 3"):
+    with pytest.warns(UserWarning, match=r"`CollapseGuard` at step 4:\n- Only few directions .* in `z`. Dimensional collapse since step 3, noticed at step 4: "):
         trainer = fit(Toy(), [monitor, guard, planted], batches(12), logger=logger)
     assert trainer.global_step == 5
     assert called == guard.verdicts
@@ -257,7 +257,7 @@ def test_nor_does_a_verdict_that_is_only_said_change_anything():
 
     bare, state = run([])
     monitor = Claims()
-    with pytest.warns(UserWarning, match=r"dimensional collapse in `z`(.|\n)* Add `Regularizer\(VICReg\(\), on=...\)`"):
+    with pytest.warns(UserWarning, match=r"Dimensional collapse since(.|\n)* Add `Regularizer\(VICReg\(\), on=...\)`"):
         guarded, after = run([monitor, CollapseGuard(action=["warn", "log"]), Planted([{}] * 3 + [LOW] * 3)])
     assert all(torch.equal(value, guarded[name]) for name, value in bare.items())
     assert torch.equal(state, after)
