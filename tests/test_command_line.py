@@ -27,7 +27,6 @@ def test_help_names_the_commands():
     assert "demo" in printed
 
 
-@pytest.mark.filterwarnings("ignore:`CollapseGuard` at step")
 def test_demo_writes_events_and_a_picture_and_says_what_was_seen(tmp_path, capsys):
     main(["demo", "--out", str(tmp_path / "demo"), "--steps", "60"])
     printed = capsys.readouterr().out

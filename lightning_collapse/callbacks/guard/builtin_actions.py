@@ -4,20 +4,20 @@ import os
 from collections.abc import Callable, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_collapse.callbacks.guard.action import Action, checkpoint_folder
 from lightning_collapse.reporting import log_data, log_text, verdict_records
 from lightning_collapse.rules import Judgement
+from lightning_collapse.utilities.console import rank_zero_say
 from lightning_collapse.utilities.trainer import save_checkpoint
 
 
 class Warn(Action):
-    """Says the new verdicts in one warning."""
+    """Says the new verdicts in one message of the logger ``lightning_collapse``, which shows on the console."""
 
     def on_verdict(self, trainer: Trainer, pl_module: LightningModule, judgement: Judgement) -> bool | None:
-        """Warn on the first process."""
-        rank_zero_warn(f"`CollapseGuard` at step {judgement.step}:\n{_in_words(judgement)}")
+        """Say them on the first process."""
+        rank_zero_say(f"`CollapseGuard` at step {judgement.step}:\n{_in_words(judgement)}")
         return None
 
 

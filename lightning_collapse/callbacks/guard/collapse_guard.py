@@ -59,7 +59,8 @@ class CollapseGuard(Callback):
     ``EarlyStopping``'s business.
 
     Args:
-        action: What to do at a new verdict: ``"warn"``, ``"log"`` (as text and data to every logger that takes them),
+        action: What to do at a new verdict: ``"warn"`` (a warning of the logger ``lightning_collapse``, on ``stderr``
+            unless :mod:`logging` is told otherwise), ``"log"`` (as text and data to every logger that takes them),
             ``"checkpoint"`` (save one into ``dirpath``), ``"stop"`` (the fit), a
             :class:`~lightning_collapse.Rollback`, a :class:`~lightning_collapse.SwitchOn`, a callable that is given the
             trainer, the module and the :class:`~lightning_collapse.rules.Verdict`, an

@@ -1,5 +1,7 @@
 """Verdicts on planted curves and on planted failures, and what the guard then does."""
 
+import logging
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -198,7 +200,7 @@ def test_from_a_model_to_a_verdict():
     assert {verdict.layer for verdict in guard.verdicts} == {"encoder"}
 
 
-def test_actions(tmp_path):
+def test_actions(tmp_path, caplog):
     called = []
     guard = CollapseGuard(
         action=["warn", "log", "checkpoint", lambda trainer, module, verdict: called.append(verdict), "stop"],
@@ -207,8 +209,13 @@ def test_actions(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     monitor = Claims()
     planted = Planted([{}] * 3 + [LOW] * 9)
-    with pytest.warns(UserWarning, match=r"`CollapseGuard` at step 4:\n- Only few directions .* in `z`. Dimensional collapse since step 3, noticed at step 4: "):
-        trainer = fit(Toy(), [monitor, guard, planted], batches(12), logger=logger)
+    trainer = fit(Toy(), [monitor, guard, planted], batches(12), logger=logger)
+    [said] = [record.message for record in caplog.records if record.name == "lightning_collapse"]
+    assert said.startswith(
+        "`CollapseGuard` at step 4:\n- Only few directions are left of the features in `z`. Dimensional"
+    )
+    assert " since step 3, noticed at step 4: over 64 rows" in said
+    assert " Add `Regularizer(VICReg(), on=...)`" in said
     assert trainer.global_step == 5
     assert called == guard.verdicts
     saved = torch.load(tmp_path / "saved" / "dimensional_collapse-step=4.ckpt", weights_only=True)
@@ -216,6 +223,15 @@ def test_actions(tmp_path):
     events = EventAccumulator(logger.log_dir).Reload()
     [text] = events.Tensors("guard/verdict/text_summary")
     assert b"eigenvalue effective rank is 1.00" in text.tensor_proto.string_val[0]
+
+
+def test_a_verdict_is_said_on_the_console_without_the_path_of_a_file(monkeypatch, capsys):
+    # pytest gives every logger a handler by way of the root; without one Python writes to `stderr`
+    monkeypatch.setattr(logging.getLogger("lightning_collapse"), "propagate", False)
+    fit(Toy(), [Claims(), CollapseGuard(action="warn"), Planted([{}] * 3 + [STILL] * 3)])
+    said = capsys.readouterr().err
+    assert "\n- All inputs are mapped to nearly one point in `z`. Complete collapse since step 3, noticed" in said
+    assert ".py" not in said
 
 
 def test_checkpoints_go_beside_the_logs_by_default(tmp_path):
@@ -248,7 +264,7 @@ def test_guarded_run_leaves_the_weights_as_they_are():
     assert all(torch.equal(value, guarded[name]) for name, value in run([]).items())
 
 
-def test_nor_does_a_verdict_that_is_only_said_change_anything():
+def test_nor_does_a_verdict_that_is_only_said_change_anything(caplog):
     def run(callbacks):
         torch.manual_seed(0)
         model = Toy()
@@ -257,8 +273,8 @@ def test_nor_does_a_verdict_that_is_only_said_change_anything():
 
     bare, state = run([])
     monitor = Claims()
-    with pytest.warns(UserWarning, match=r"Dimensional collapse since(.|\n)* Add `Regularizer\(VICReg\(\), on=...\)`"):
-        guarded, after = run([monitor, CollapseGuard(action=["warn", "log"]), Planted([{}] * 3 + [LOW] * 3)])
+    guarded, after = run([monitor, CollapseGuard(action=["warn", "log"]), Planted([{}] * 3 + [LOW] * 3)])
+    assert "Only few directions are left of the features in `z`." in caplog.text
     assert all(torch.equal(value, guarded[name]) for name, value in bare.items())
     assert torch.equal(state, after)
 
