@@ -1,7 +1,8 @@
 """Argument checks, each with a ``ValueError`` that names the first one that is wrong, its rule and its value."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Integral
 
 
@@ -38,3 +39,17 @@ def require_one_of(options: Sequence[str], **values: str) -> None:
     for name, value in values.items():
         if value not in options:
             raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
+
+
+def did_you_mean(wrong: str, names: Iterable[str]) -> str:
+    """A question that names what comes nearest to a name that does not exist; empty if nothing comes near.
+
+    Example:
+        >>> did_you_mean("encoder0", ["encoder", "encoder.0", "head"])
+        ' Did you mean `encoder.0`?'
+        >>> did_you_mean("Head", ["encoder", "head"]), did_you_mean("tail", ["encoder", "head"])
+        (' Did you mean `head`?', '')
+    """
+    there = {name.lower(): name for name in reversed(list(names))}
+    nearest = get_close_matches(wrong.lower(), there, n=1)
+    return f" Did you mean `{there[nearest[0]]}`?" if nearest else ""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_collapse.utilities.activations import is_activation
+from lightning_collapse.utilities.arguments import did_you_mean
 from lightning_collapse.utilities.execution import Execution as Execution
 from lightning_collapse.utilities.execution import Run
 from lightning_collapse.utilities.module_tree import (
@@ -77,14 +78,15 @@ def find_modules(root: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modul
     """Submodules by exact clean name or glob, in the order of the model, keyed by clean name.
 
     Raises:
-        ValueError: If a pattern matches nothing; the message lists what there is.
+        ValueError: If a pattern matches nothing; the message lists what there is, and what comes nearest.
     """
     names = {clean_name(name): module for name, module in reversed(list(named_modules(root)))}
     names = {name: module for name, module in names.items() if not is_list(module)}
     names = dict(reversed(names.items()))  # of a compiled or sharded module the outermost wrapper
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
-            raise ValueError(f"{pattern!r} matches no submodule of {type(root).__name__}. It has: {', '.join(names)}.")
+            there = f"It has: {', '.join(names)}.{did_you_mean(pattern, names)}"
+            raise ValueError(f"{pattern!r} matches no submodule of {type(root).__name__}. {there}")
     found = {name: module for name, module in names.items() if any(_matches(name, p) for p in patterns)}
     first = {id(module): name for name, module in reversed(found.items())}  # a shared module once
     return {name: found[name] for name in found if first[id(found[name])] == name}

@@ -55,7 +55,10 @@ def test_chunk_splits_one_call() -> None:
 @pytest.mark.parametrize(
     ("regularizer", "match"),
     [
-        (lambda: Regularizer(VICReg(), on="project"), "'project' matches no submodule of Siamese.*projector"),
+        (
+            lambda: Regularizer(VICReg(), on="project"),
+            "'project' matches no submodule of Siamese.*Did you mean `projector`",
+        ),
         (lambda: Regularizer(VICReg(), on="encoder.*"), r"must name one layer, but matches 3: encoder.0, encoder.1"),
         (lambda: Regularizer(VarianceLoss(), on="projector"), r"1 call\(s\).*there were 2.*another layer"),
         (lambda: Regularizer(VICReg(), on="projector", chunk=2), r"1 call\(s\) of the layer.*there were 2"),

@@ -400,13 +400,18 @@ def test_find_modules(patterns: Sequence[str], expected: list[str]) -> None:
 
 def test_what_matches_nothing_is_answered_with_what_there_is() -> None:
     message = r"'hed' matches no submodule of Net\. It has: encoder, encoder\.0, encoder\.1, encoder\.2, head\."
+    message += r" Did you mean `head`\?"
     for find in (find_modules, find_taps):
         with pytest.raises(ValueError, match=message):
             find(Net(**TREE), ["head", "hed"])
     with pytest.raises(ValueError, match=message):
         find_taps(Net(**TREE), ["hed:input"])
-    with pytest.raises(ValueError, match="matches no submodule"):
+    with pytest.raises(ValueError, match=r"'HEAD' matches no submodule .* Did you mean `head`\?$"):
         find_modules(Net(**TREE), ["HEAD"])
+    with pytest.raises(ValueError, match=r"Did you mean `encoder\.2`\?$"):
+        find_modules(Net(**TREE), ["encoder2"])
+    with pytest.raises(ValueError, match=r"encoder\.2, head\.$"):
+        find_modules(Net(**TREE), ["transformer.blocks"])
 
 
 def test_exact_names_with_glob_characters() -> None:
