@@ -4,6 +4,7 @@ from lightning_collapse.rules.attention import AttentionEntropyCollapse, Attenti
 from lightning_collapse.rules.base import ALL, HEALTHY, RULES, TRAINING, Rule, register_rule
 from lightning_collapse.rules.burst import Burst
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
+from lightning_collapse.rules.coverage import Coverage
 from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.explosion import LossExplosion
 from lightning_collapse.rules.forgetting import CatastrophicForgetting
@@ -29,6 +30,7 @@ __all__ = [
     "Burst",
     "CatastrophicForgetting",
     "CompleteCollapse",
+    "Coverage",
     "Detector",
     "DimensionalCollapse",
     "Judge",

@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from lightning_collapse.rules.base import ALL, RULES, TRAINING, Rule
+from lightning_collapse.rules.coverage import Coverage
 from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.history import Curve, Evidence, History
 from lightning_collapse.rules.streak import Change, Streak
@@ -85,6 +86,7 @@ class Judge:
         planned: How many points the run will have, where that is known, for the budget of detectors.
         verdicts: Every verdict so far, in order.
         notices: Everything found so far that is no failure, each kind and layer once.
+        coverage: What was judged so far, and what not.
 
     Example:
         >>> judge = Judge(["plasticity_loss"], calibration=1)
@@ -102,6 +104,7 @@ class Judge:
         self.planned: int | None
         self.verdicts: list[Verdict] = []
         self.notices: list[Verdict] = []
+        self.coverage = Coverage()
         self._grouper = VerdictGrouper(patience)
         self.reset()
 
@@ -109,6 +112,7 @@ class Judge:
         """Forget everything: a new run begins."""
         self.verdicts.clear()
         self.notices.clear()
+        self.coverage.clear()
         self._baselines: dict[Place, dict[str, Baseline]] = {}
         self._history = History()
         self._detectors: dict[Place, dict[str, Detector]] = {}
@@ -148,6 +152,7 @@ class Judge:
             with self._containment(f"rule `{rule.kind}`", "it judges nothing from now on", partial(self._drop, rule)):
                 self._apply(rule, _readable_layers(rule, families, training), turn)
         rules = [rule for rule in rules if rule.kind not in self._failed]
+        self.coverage.update(rules, families, task)
         active = tuple(place for place, streak in self._streaks.items() if streak.active)
         new = self._grouper.sort(self.verdicts, turn.triggered, list(families), active)
         healthy = all(self._healthy.values()) and _all_readable(rules, families, task) and not new
@@ -255,6 +260,7 @@ class Judge:
             "expected": _listed(self._expected),
             "healthy": [{"kind": kind, "layer": layer, "is": now} for (kind, layer), now in self._healthy.items()],
             "grouper": self._grouper.state_dict(),
+            "coverage": self.coverage.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -275,6 +281,7 @@ class Judge:
         self._streaks, self._expected = (_from_list(state_dict[name]) for name in ("streaks", "expected"))
         self._healthy = {(entry["kind"], entry["layer"]): entry["is"] for entry in state_dict["healthy"]}
         self._grouper.load_state_dict(state_dict["grouper"])
+        self.coverage.load_state_dict(state_dict["coverage"])
 
 
 class _Turn:

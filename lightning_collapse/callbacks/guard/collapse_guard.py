@@ -54,6 +54,9 @@ class CollapseGuard(Callback):
     with ``task``, or inferred from what the first loss compares, and said, see
     :func:`~lightning_collapse.callbacks.guard.task_inference.infer_task`; an unknown one changes nothing.
 
+    When a fit ends one line says what was found, in how many layers and over how many points, and which layers were
+    not judged and why.
+
     **Logged metrics**: ``guard/{kind}``, such as ``guard/complete_collapse``, the number of layers so judged; with a
     ``SwitchOn`` also ``guard/switch_on/{name}``, the share of the weight. Plain stopping on a single curve is
     ``EarlyStopping``'s business.
@@ -183,6 +186,11 @@ class CollapseGuard(Callback):
         if self._reader is not None:
             self._reader.after_batch()
             self._infer_task(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fast_dev_run:
+            rank_zero_info(f"`CollapseGuard`: {self.judge.coverage.in_words(self.verdicts)}.")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

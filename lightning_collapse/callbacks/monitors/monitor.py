@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_collapse.callbacks.monitors.closing_line import say_unjudged
 from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.to_host import Number, to_host
 from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish, try_again
@@ -78,8 +79,7 @@ class Monitor(Callback, ABC):
         self._points = 0
         self._warned: set[str] = set()
         self._restored: dict[str, Any] = {}
-        self._state_key = ""
-        self._given = False
+        self._state_key, self._given = "", False
         self._paused: list[HookOwner] = []
 
     @property
@@ -247,6 +247,7 @@ class Monitor(Callback, ABC):
         # the point of the first step does not count
         if self._points < (1 if self.cadence(trainer) == 1 else 2):
             self.warn_of_no_point(trainer)
+        say_unjudged(trainer, {c: c._points for c in trainer.callbacks if isinstance(c, Monitor)}, self._publishes)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -1,0 +1,115 @@
+"""Coverage: which layers were judged, at how many points, and why others were not."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_collapse.rules.base import ALL, Rule
+from lightning_collapse.rules.task import Task
+from lightning_collapse.rules.verdict import Verdict
+from lightning_collapse.utilities.points import Flag, Point
+
+NO_LAYERS = ("continual", "scalars", "outcome", "regularizer", "penalty")
+"""Families whose curves are of tasks, metrics and losses, and not of layers."""
+NAMED = 4
+"""How many failures, and layers that were not judged, one line names."""
+UNREAD = {
+    Flag.NOT_CALLED: "it did not run",
+    Flag.FEW_ROWS: "it has too few rows",
+    Flag.SOLVER: "no solver converged",
+    Flag.CONSTANT: "all of its rows are equal",
+}
+
+
+class Coverage:
+    """What was judged in a run so far.
+
+    That a layer is finite is asked of every one; it counts as judged if something else was asked of it too, or if
+    nothing else is asked at all.
+
+    Attributes:
+        points: Steps at which something was judged.
+        judged: Names of the layers that were, at one point at least.
+        left_out: Why the others that had points were not, in words, by name; of the latest point.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: a new run begins."""
+        self.points = 0
+        self.judged: set[str] = set()
+        self.left_out: dict[str, str] = {}
+
+    def update(
+        self, rules: Sequence[Rule], families: Mapping[str, Mapping[str, Mapping[str, Point]]], task: Task
+    ) -> None:
+        """Take note of the points of one step, by family, layer and measure, and of the rules that read them."""
+        failures = [rule for rule in rules if not rule.informative]
+        seen: dict[str, Mapping[str, Point]] = {}
+        judged: set[str] = set()
+        any_judged = False
+        for rule in [rule for rule in failures if rule.kind != "non_finite"] or failures:
+            layers = families[rule.family]
+            names = [name for name, points in layers.items() if rule.applies_to(name, task) and rule.readable(points)]
+            any_judged = any_judged or bool(names)
+            if rule.family not in NO_LAYERS:
+                # a rule about what sums up all layers is about each of them
+                judged |= set(layers if ALL in names else names)
+                seen |= layers
+        self.points += any_judged
+        self.judged |= judged
+        others = {name: points for name, points in seen.items() if name not in self.judged and name not in ("", ALL)}
+        self.judged -= {"", ALL}
+        self.left_out |= {name: _why(name, points, task) for name, points in others.items()}
+        self.left_out = {name: why for name, why in self.left_out.items() if name not in self.judged}
+
+    def in_words(self, verdicts: Sequence[Verdict]) -> str:
+        """One line: how many failures there were, where they were looked for, and where not.
+
+        Example:
+            >>> coverage = Coverage()
+            >>> coverage.points, coverage.judged = 40, {"encoder", "head"}
+            >>> coverage.left_out = {"embed": "it did not run"}
+            >>> coverage.in_words([])
+            'no failure found in 2 layers over 40 points; 1 layer not judged: `embed` (it did not run)'
+        """
+        found = [f"{verdict.name} since step {verdict.since}" for verdict in verdicts]
+        words = f"{_count(len(found), 'failure') if found else 'no failure'} found"
+        if not self.points:
+            words = f"{words}, " if found else ""
+            words += "nothing judged: there was no point that a rule can read"
+        elif self.judged:
+            words += f" in {_count(len(self.judged), 'layer')}"
+        words += f" over {_count(self.points, 'point')}" if self.points else ""
+        words += f": {_some(found)}" if found else ""
+        left_out = [f"`{name}` ({why})" for name, why in self.left_out.items()]
+        return words + (f"; {_count(len(left_out), 'layer')} not judged: {_some(left_out)}" if left_out else "")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from: a number and a list of strings."""
+        return {"points": self.points, "judged": sorted(self.judged)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint of the run left off."""
+        self.clear()
+        self.points, self.judged = int(state["points"]), set(state["judged"])
+
+
+def _why(layer: str, points: Mapping[str, Point], task: Task) -> str:
+    """Why nothing was said of a layer."""
+    if layer in task.reasons or layer in task.conditioning:
+        return task.reasons.get(layer, "it holds few directions by design")
+    if layer in task.outputs:
+        return "the loss compares its outputs with targets"
+    flags = [UNREAD[point.flag] for point in points.values() if point.flag in UNREAD]
+    return flags[0] if flags else "no rule could read its points"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"
