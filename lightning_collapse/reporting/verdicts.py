@@ -32,6 +32,7 @@ class Finding:
         severity: How far beyond the line of its rule; NaN where that was not logged.
         also: Where else it shows, and as what, in words.
         says: The failure in one plain sentence; empty where that was not logged.
+        outcome: Whether the outcome that the guard watched had moved by then, in words; empty if it watched none.
     """
 
     kind: str
@@ -43,14 +44,16 @@ class Finding:
     severity: float = float("nan")
     also: tuple[str, ...] = ()
     says: str = ""
+    outcome: str = ""
 
     def __str__(self) -> str:
         return self.kind.replace("_", " ")
 
     @property
     def told(self) -> str:
-        """The evidence and where else it shows, in words."""
-        return f"{self.evidence}; {also_in_words(self.also)}" if self.also else self.evidence
+        """The evidence, where else it shows, and whether the outcome has moved, in words."""
+        also = f"; {also_in_words(self.also)}" if self.also else ""
+        return f"{self.evidence}{also}; {self.outcome}" if self.outcome else f"{self.evidence}{also}"
 
 
 def verdict_records(verdicts: Sequence[Verdict]) -> list[str]:
@@ -88,6 +91,7 @@ def find_verdicts(run: Run) -> list[Finding]:
             verdict.severity,
             tuple(verdict.also),
             verdict.says,
+            verdict.outcome,
         )
         for verdict in verdicts
     ]
@@ -111,9 +115,10 @@ def _verdict(record: Any) -> Verdict:
     if record["schema"] != SCHEMA:
         raise ValueError(record["schema"])
     kind, layer, evidence, advice = (str(record[name]) for name in ("kind", "layer", "evidence", "advice"))
-    also, says = tuple(map(str, record["also"])), str(record.get("says", ""))
+    also = tuple(map(str, record["also"]))
+    says, outcome = (str(record.get(name, "")) for name in ("says", "outcome"))
     since, step, severity = int(record["since"]), int(record["step"]), float(record["severity"])
-    return Verdict(kind, layer, since, step, evidence, severity, advice, also, says)
+    return Verdict(kind, layer, since, step, evidence, severity, advice, also, says, outcome)
 
 
 def _from_words(texts: Mapping[int, str]) -> Iterator[Verdict]:

@@ -11,6 +11,7 @@ from lightning_collapse.rules.forgetting import CatastrophicForgetting
 from lightning_collapse.rules.judge import Judge, Judgement
 from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
 from lightning_collapse.rules.non_finite import NonFinite
+from lightning_collapse.rules.outcome import MODES, OUTCOME, Outcome, OutcomeDrop
 from lightning_collapse.rules.partial import PartialCollapse, PrototypeCollapse
 from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
@@ -22,6 +23,8 @@ from lightning_collapse.rules.verdict_grouper import VerdictGrouper
 __all__ = [
     "ALL",
     "HEALTHY",
+    "MODES",
+    "OUTCOME",
     "RULES",
     "TASKS",
     "TRAINING",
@@ -39,6 +42,8 @@ __all__ = [
     "MinorityCollapse",
     "NeuralCollapseReached",
     "NonFinite",
+    "Outcome",
+    "OutcomeDrop",
     "PartialCollapse",
     "PlasticityLoss",
     "PrototypeCollapse",

@@ -92,6 +92,10 @@ class Rule(ABC):
         """
         return {}
 
+    def onset(self, evidence: Evidence, since: int) -> int:
+        """Step since when it is so, for a rule that knows better than ``since``, the first of the points in a row."""
+        return since
+
     @property
     def followed(self) -> list[tuple[str, str]]:
         """Family and measure of the curves that it follows."""

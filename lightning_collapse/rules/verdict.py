@@ -22,6 +22,7 @@ class Verdict:
         advice: What of this library addresses it, in one sentence.
         also: Where else it shows, and as what, in words.
         says: The failure in one plain sentence; empty if its rule has none.
+        outcome: Whether the outcome that the guard watches has moved yet, in words; empty if it watches none.
 
     Example:
         >>> print(Verdict("too_low", "encoder", since=40, step=60, evidence="it is 0.1", advice="Raise it."))
@@ -39,6 +40,7 @@ class Verdict:
     advice: str = ""
     also: Sequence[str] = ()
     says: str = ""
+    outcome: str = ""
 
     @property
     def name(self) -> str:
@@ -59,6 +61,7 @@ class Verdict:
         name = f"{self.says} {name[:1].upper()}{name[1:]}".lstrip()
         noticed = f", noticed at step {self.step}" if self.step != self.since else ""
         also = f"; {also_in_words(self.also)}" if self.also else ""
+        also += f"; {self.outcome}" if self.outcome else ""
         advice = f" {self.advice}" if self.advice else ""
         return f"{name} since step {self.since}{noticed}: {self.evidence}{also}.{advice}"
 

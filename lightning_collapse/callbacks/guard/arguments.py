@@ -7,7 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_collapse.callbacks.guard.action import Action, CallAction, ChecksOthers
 from lightning_collapse.callbacks.guard.builtin_actions import BUILTIN
-from lightning_collapse.rules import RULES, TASKS, Verdict
+from lightning_collapse.callbacks.guard.outcome_reader import OutcomeReader
+from lightning_collapse.rules import MODES, RULES, TASKS, OutcomeDrop, Verdict
 
 ActionLike = (
     Literal["warn", "log", "checkpoint", "stop"] | Action | Callable[[Trainer, LightningModule, Verdict], object]
@@ -30,6 +31,26 @@ def check_rules(rules: Sequence[str] | None, task: str | None) -> None:
         if task and RULES[kind].tasks and task not in RULES[kind].tasks:
             about = " and ".join(RULES[kind].tasks)
             raise ValueError(f"`rules` has {kind!r}, which is about {about}, and `task` is {task!r}. Drop one of them.")
+
+
+def make_outcome(outcome: str | None, mode: str | None, rules: Sequence[str] | None) -> OutcomeReader | None:
+    """The reader of the outcome to be watched, ``None`` if there is none.
+
+    Raises:
+        ValueError: On one of the two without the other, an unknown mode, or a rule about an outcome without one.
+    """
+    modes = " or ".join(map(repr, MODES))
+    if outcome is None:
+        if mode is not None:
+            raise ValueError(f"`mode` is {mode!r} and `outcome` is missing. Name a logged metric, or drop `mode`.")
+        if rules is not None and OutcomeDrop.kind in rules:
+            raise ValueError(f"`rules` has {OutcomeDrop.kind!r}, which needs `outcome`, the name of a logged metric.")
+        return None
+    if not isinstance(outcome, str) or not outcome:
+        raise ValueError(f"`outcome` takes the name of a logged metric, such as 'val_acc', got {outcome!r}.")
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be {modes}, what is best of `outcome`, got {mode!r}.")
+    return OutcomeReader(outcome, mode)
 
 
 def make_actions(action: ActionLike | Sequence[ActionLike], kinds: Sequence[str]) -> list[Action]:

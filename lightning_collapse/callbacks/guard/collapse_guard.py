@@ -14,13 +14,14 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.guard.action import Action, action_name, load_states, states_of
-from lightning_collapse.callbacks.guard.arguments import ActionLike, check_rules, make_actions
+from lightning_collapse.callbacks.guard.arguments import ActionLike, check_rules, make_actions, make_outcome
+from lightning_collapse.callbacks.guard.outcome_reader import Source
 from lightning_collapse.callbacks.guard.required_monitors import available, require_available
 from lightning_collapse.callbacks.guard.task_inference import infer_task
 from lightning_collapse.callbacks.guard.training_health import TrainingHealth, planned_points
 from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
 from lightning_collapse.reporting import publish, try_again
-from lightning_collapse.rules import TASKS, Judge, Judgement, Rule, Task, Verdict
+from lightning_collapse.rules import OUTCOME, TASKS, Judge, Judgement, OutcomeDrop, Rule, Task, Verdict
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.trainer import is_resumed
@@ -54,11 +55,16 @@ class CollapseGuard(Callback):
     with ``task``, or inferred from what the first loss compares, and said, see
     :func:`~lightning_collapse.callbacks.guard.task_inference.infer_task`; an unknown one changes nothing.
 
+    With ``outcome``, the name of a metric that the module logs, every verdict also says whether that has moved yet:
+    that a layer has failed before the score did is what the guard is for. The score is read whenever it is logged, and
+    a lasting fall is a verdict of its own, *outcome drop* (:class:`~lightning_collapse.rules.OutcomeDrop`).
+
     When a fit ends one line says what was found, in how many layers and over how many points, and which layers were
     not judged and why.
 
     **Logged metrics**: ``guard/{kind}``, such as ``guard/complete_collapse``, the number of layers so judged; with a
-    ``SwitchOn`` also ``guard/switch_on/{name}``, the share of the weight. Plain stopping on a single curve is
+    ``SwitchOn`` also ``guard/switch_on/{name}``, the share of the weight; with an outcome ``outcome/{name}/value``,
+    ``best``, ``shift`` (1 or more is a fall) and ``onset`` (since when). Plain stopping on a single curve is
     ``EarlyStopping``'s business.
 
     Args:
@@ -74,6 +80,8 @@ class CollapseGuard(Callback):
         dirpath: Where ``"checkpoint"`` and a rollback save; a folder ``guard`` beside the run's logs by default.
         rules: Kinds to judge, such as ``["complete_collapse"]``; ``None`` for all that monitors draw the curves of.
         task: One of :data:`~lightning_collapse.rules.TASKS`; ``None`` to infer it.
+        outcome: Name of the logged metric that counts in the end, such as ``"val_acc"``; ``None`` to watch none.
+        mode: ``"max"`` if a higher ``outcome`` is better, ``"min"`` if a lower one is.
 
     Attributes:
         judge: The :class:`~lightning_collapse.rules.Judge` that it hands all points to.
@@ -82,7 +90,8 @@ class CollapseGuard(Callback):
         task: The :class:`~lightning_collapse.rules.Task` it takes the fit for.
 
     Raises:
-        ValueError: On an unknown action, kind or task, on two actions that exclude each other, on a rule that is not
+        ValueError: On an unknown action, kind, task or mode, on ``outcome`` without ``mode`` or the other way round, or
+            a rule about an outcome without one, on two actions that exclude each other, on a rule that is not
             about the task, or a number that is not positive; as ``MisconfigurationException`` when the fit starts
             without a monitor that draws the curves of any rule, or of one that was asked for.
 
@@ -99,6 +108,8 @@ class CollapseGuard(Callback):
         dirpath: str | None = None,
         rules: Sequence[str] | None = None,
         task: str | None = None,
+        outcome: str | None = None,
+        mode: str | None = None,
     ) -> None:
         for name, number in (("patience", patience), ("calibration", calibration)):
             if number < 1:
@@ -109,11 +120,14 @@ class CollapseGuard(Callback):
         self.calibration = calibration
         self.dirpath = dirpath
         self.rules = rules
+        self.outcome = outcome
+        self.mode = mode
         self.task = Task(task or "")
         self._requested = task
         self.judge = Judge(rules, patience, calibration)
         self._actions = make_actions(action, list(self._rules))
         self._fresh = deepcopy(states_of(self._actions))
+        self._outcome = make_outcome(outcome, mode, rules)
         self._health = TrainingHealth()
         self._containment = Containment(type(self).__name__)
         self._reader: LossReader | None = None
@@ -135,7 +149,8 @@ class CollapseGuard(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"judge": self.judge.state_dict(), "actions": states_of(self._actions)}
+        outcome = {} if self._outcome is None else self._outcome.state_dict()
+        return {"judge": self.judge.state_dict(), "actions": states_of(self._actions), "outcome": outcome}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,6 +160,8 @@ class CollapseGuard(Callback):
         self._loaded = True
         self.judge.load_state_dict(state_dict["judge"])
         load_states(self._actions, state_dict["actions"])
+        if self._outcome is not None and state_dict.get("outcome"):
+            self._outcome.load_state_dict(state_dict["outcome"])
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -152,7 +169,10 @@ class CollapseGuard(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (self._given or is_resumed(trainer)):
+        goes_on = self._given or is_resumed(trainer)
+        if self._outcome is not None:
+            self._outcome.start(goes_on)
+        if not goes_on:
             # of several tasks, each a fit, the later ones are compared with the baseline of the first
             if not any(isinstance(callback, TaskAware) and callback.task_index for callback in trainer.callbacks):
                 self.judge.reset()
@@ -188,9 +208,37 @@ class CollapseGuard(Callback):
             self._infer_task(trainer, pl_module)
 
     @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # what the module itself has logged when the last epoch ended came after the callbacks
+        self._read_outcome(trainer, pl_module, "late")
+        self._warn_if_missing(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read_outcome(trainer, pl_module, "epoch")
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read_outcome(trainer, pl_module, "late")
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._outcome is not None and _is_in_fit(trainer):
+            self._warn_if_missing(trainer)
+            with self._containment(_READING, _MISSED):
+                self._outcome.before_validation(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read_outcome(trainer, pl_module, "validation")
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fast_dev_run:
-            rank_zero_info(f"`CollapseGuard`: {self.judge.coverage.in_words(self.verdicts)}.")
+        if trainer.fast_dev_run:
+            return
+        self._warn_if_missing(trainer, at_last=True)
+        outcome = "" if self._outcome is None else f"; {self._outcome.outcome.in_words()}"
+        rank_zero_info(f"`CollapseGuard`: {self.judge.coverage.in_words(self.verdicts)}{outcome}.")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -202,11 +250,16 @@ class CollapseGuard(Callback):
 
     def on_points(self, trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
         """Judge the points of one step; called on every process with the same points."""
+        if points[0].family == "guard":
+            return  # its own
         health: list[Point] = []
-        with self._containment("asking whether training is finite", "every row that is not counts as a failure"):
-            health = self._health.points(trainer, pl_module, points)
+        if points[0].family != OUTCOME:
+            if trainer.training:  # else validation, whose own metrics come next
+                self._read_outcome(trainer, pl_module, "step")
+            with self._containment("asking whether training is finite", "every row that is not counts as a failure"):
+                health = self._health.points(trainer, pl_module, points)
         self.judge.planned = self.judge.planned or planned_points(trainer)
-        judgement = self.judge.update([*points, *health], self.task)
+        judgement = self._with_outcome(self.judge.update([*points, *health], self.task))
         if not judgement.judged:
             return
         self._say(judgement)
@@ -217,6 +270,29 @@ class CollapseGuard(Callback):
         for action in self._actions if judgement.new else ():
             if self._run(action, lambda action: action.on_verdict(trainer, pl_module, judgement)):
                 self.judge.restart()
+
+    def _read_outcome(self, trainer: Trainer, pl_module: LightningModule, source: Source) -> None:
+        """Publish the outcome, of which :meth:`on_points` hears then, if it was logged since. Collective."""
+        if self._outcome is None or not _is_in_fit(trainer):
+            return
+        points: list[Point] = []
+        with self._containment(_READING, _MISSED):
+            points = self._outcome.read(trainer, pl_module, source)
+        publish(trainer, pl_module, points)
+
+    def _warn_if_missing(self, trainer: Trainer, at_last: bool = False) -> None:
+        if self._outcome is not None and not trainer.fast_dev_run:
+            with self._containment("looking for the outcome", "nothing is said if it is missing"):
+                self._outcome.warn_if_missing(trainer, at_last)
+
+    def _with_outcome(self, judgement: Judgement) -> Judgement:
+        """The judgement whose new verdicts, those that the judge keeps too, say whether the outcome has moved."""
+        if self._outcome is None or not judgement.new:
+            return judgement
+        words = self._outcome.outcome.in_words()
+        new = [v if v.kind == OutcomeDrop.kind else replace(v, outcome=words) for v in judgement.new]
+        self.verdicts[-len(new) :] = new
+        return replace(judgement, new=tuple(new))
 
     def _infer_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._reader is None or self._reader.waits:
@@ -262,3 +338,10 @@ class CollapseGuard(Callback):
             with self._containment(f"the end of action `{action_name(action)}`", "it may leave something behind"):
                 action.detach()
         try_again(trainer)
+
+
+_READING, _MISSED = "reading the outcome", "points of it may be missing"
+
+
+def _is_in_fit(trainer: Trainer) -> bool:
+    return trainer.state.fn == "fit" and not trainer.sanity_checking

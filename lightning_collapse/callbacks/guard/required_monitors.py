@@ -7,7 +7,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
-from lightning_collapse.rules import NonFinite, Rule
+from lightning_collapse.rules import OUTCOME, NonFinite, Rule
 from lightning_collapse.utilities.registry import CURVES
 
 
@@ -27,6 +27,8 @@ def require_available(rules: Mapping[str, Rule], callbacks: Sequence[Callback], 
     Raises:
         MisconfigurationException: With the line to add.
     """
+    # an outcome is drawn by the guard itself
+    rules = {kind: rule for kind, rule in rules.items() if rule.family != OUTCOME}
     judged = available(rules, callbacks)
     missing = [rule for kind, rule in rules.items() if kind not in judged]
     if requested and missing:
@@ -39,7 +41,7 @@ def require_available(rules: Mapping[str, Rule], callbacks: Sequence[Callback], 
             + "."
         )
     # that a monitor counts NaN does not mean that it draws what shows a collapse
-    if not judged - {NonFinite.kind}:
+    if not requested and not judged - {NonFinite.kind}:
         needed = "; ".join(f"of {rule.family} {', '.join(rule.measures)}" for rule in rules.values())
         raise MisconfigurationException(
             "`CollapseGuard` reads the curves of monitors, and no monitor of the trainer draws all that one of its"

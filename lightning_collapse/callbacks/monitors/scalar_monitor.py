@@ -3,19 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_collapse.callbacks.monitors.logged_scalars import COUNT, VALUE, LoggedScalars
 from lightning_collapse.callbacks.monitors.monitor import Monitor, Name
 from lightning_collapse.monitoring.to_host import to_host
-from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.trainer import logging_step
 
-VALUE, COUNT, LOSS = "value", "count", "loss"
+LOSS = "loss"
 
 
 class ScalarMonitor(Monitor):
@@ -67,13 +66,13 @@ class ScalarMonitor(Monitor):
         if isinstance(scalars, str) or not scalars or not all(isinstance(name, str) for name in scalars):
             raise ValueError(f"`scalars` takes a list of names of logged metrics, such as ['loss'], got {scalars!r}.")
         super().__init__(every_n_steps)
-        self.scalars = list(dict.fromkeys(scalars))
+        self._logged = LoggedScalars(scalars)
+        self.scalars = self._logged.names
         self._forget()
 
     def _forget(self) -> None:
         self._loss: Tensor | None = None
-        # the tensors that were there when a metric was last published: one that was logged since is another
-        self._seen: dict[str, Any] = {}
+        self._logged.forget()
         self._of_validation: set[str] = set()
 
     @override
@@ -91,7 +90,7 @@ class ScalarMonitor(Monitor):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
-        self._seen = self._metrics(trainer)
+        self._logged.note(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,17 +98,17 @@ class ScalarMonitor(Monitor):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         with self.contained("reading the metrics of validation", "the point is left out"):
-            now = self._metrics(trainer)
-            self._of_validation |= {name for name in now if now[name] is not self._seen.get(name)}
-            numbers = to_host(self._readings(pl_module, now, self._of_validation))
+            now = self._logged.present(trainer)
+            self._of_validation |= {name for name in now if self._logged.is_fresh(name, now)}
+            numbers = to_host(self._logged.readings(pl_module, now, self._of_validation))
             self.publish(trainer, pl_module, self.points(logging_step(trainer), numbers))
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[Name, Tensor]:
-        now = self._metrics(trainer)
+        now = self._logged.present(trainer)
         if self._loss is not None and LOSS in self.scalars:
             now.setdefault(LOSS, self._loss)
-        return self._readings(pl_module, now, set(self.scalars) - self._of_validation)
+        return self._logged.readings(pl_module, now, set(self.scalars) - self._of_validation)
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
@@ -122,19 +121,3 @@ class ScalarMonitor(Monitor):
         if missing := [name for name in self.scalars if name not in there]:
             named, others = ", ".join(map(repr, missing)), ", ".join(sorted(there)) or "none"
             self.warn_once(f"nothing was logged as {named}; there is {others}.")
-
-    def _metrics(self, trainer: Trainer) -> dict[str, Any]:
-        metrics = trainer.callback_metrics
-        return {name: metrics[name] for name in self.scalars if name in metrics}
-
-    def _readings(self, pl_module: LightningModule, now: dict[str, Any], names: set[str]) -> dict[Name, Tensor]:
-        """Sums over processes of what was logged since the last point, and how many have logged it. Collective."""
-        fresh = {name for name in names if name in now and now[name] is not self._seen.get(name)}
-        self._seen |= now
-        zero = torch.zeros((), device=pl_module.device)
-        pairs = [
-            (torch.as_tensor(now[name]).detach().to(zero).mean(), zero + 1) if name in fresh else (zero, zero)
-            for name in self.scalars
-        ]
-        sums = all_reduce_sum(torch.stack([torch.stack(pair) for pair in pairs]))
-        return {(name, of): sums[i, j] for i, name in enumerate(self.scalars) for j, of in enumerate((VALUE, COUNT))}
