@@ -11,7 +11,8 @@ from lightning_collapse.utilities.registry import CURVES, LOSSES, MEASURES, MONI
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [path.read_text() for path in sorted((ROOT / "examples").glob("*.md"))]
+BLOCKS = [block for text in (README, *PAGES) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
 
 
 @pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")

@@ -194,7 +194,10 @@ class CollapseGuard(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._health.note_loss(loss)
+        try:  # at every step, where a context costs as much as what is inside
+            self._health.note_loss(loss)
+        except Exception as error:
+            self._containment.catch("adding up the loss", "rules do not know how it goes", error)
         if self._reader is not None:
             self._reader.before_backward(loss)
             self._infer_task(trainer, pl_module)

@@ -34,7 +34,8 @@ class TrainingHealth:
         """Add the loss of the running step, without its graph."""
         if self._loss is None:
             self._loss = torch.zeros((), device=loss.device, dtype=accumulation_dtype(loss.device))
-        self._loss += loss.detach().mean()
+        value = loss.detach()
+        self._loss += value if not value.ndim else value.mean()
         self._count += 1
 
     def points(self, trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> list[Point]:
