@@ -10,6 +10,8 @@ from lightning_collapse.utilities.points import Flag, Point
 
 SHARE, DEEP, SHARE_OF_BASELINE = 0.01, 0.1, 0.25
 """All there is to a spread is lost below the first; below the second, if it is this share of the baseline."""
+SHARE_FROM_BIRTH = 0.001
+"""The first, of a layer that was below the second at the beginning, while the network learns."""
 LENGTHS = 0.25
 """Lengths that vary by more tell rows apart."""
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
@@ -47,9 +49,9 @@ class CompleteCollapse(Rule):
     Their spread is a hundredth of the features' root mean square; or it is a tenth of it, and a quarter of what it was
     at the beginning of the run, or the square of that where it was narrow then. Or the standard deviation of the
     features is a hundredth of that at the beginning. Before the eighth point, and while the network learns, a tenth is
-    not enough, nor is anything where rows were as near to each other at the beginning: healthy layers fall as low for a
-    while, and codebooks begin with one code. It learns while the loss falls, and a joint embedding, whose loss falls as
-    it collapses, while one view finds the other better and better.
+    not enough, nor is anything above a thousandth where rows were within a tenth of each other at the beginning:
+    healthy layers fall as low for a while, and codebooks begin with one code. It learns while the loss falls, and a
+    joint embedding, whose loss falls as it collapses, while one view finds the other better and better.
 
     Ranks cannot see this: they do not change when a representation shrinks. Rows that point one way are equal to every
     loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the directions, unless
@@ -85,15 +87,16 @@ class CompleteCollapse(Rule):
         return max(_shrunk(points, baseline), alike)
 
     def weigh(self, evidence: Evidence) -> float:
-        """The severity; of a network that goes on learning only the lines of a hundredth count, and not from birth."""
+        """The severity; of a network that goes on learning only a hundredth counts, from birth only a thousandth."""
         points, severity = evidence.points, self.severity(evidence.points, evidence.baseline)
         if points["feature_std"].flag == Flag.CONSTANT or not learns(evidence):
             return severity
         names = ("relative_spread",) if on_a_ray(points) else ("relative_spread", "direction_spread")
         spreads = [points[name].value for name in names if name in points]
-        total = max(_shrunk(points, evidence.baseline), *(SHARE / max(spread, 1e-300) for spread in spreads))
         narrow = min(evidence.baseline[name] for name in names if name in evidence.baseline) < DEEP
-        return severity if total >= 1 and not narrow else min(severity, UNDECIDED)
+        line = SHARE_FROM_BIRTH if narrow else SHARE
+        total = max(_shrunk(points, evidence.baseline), *(line / max(spread, 1e-300) for spread in spreads))
+        return severity if total >= 1 else min(severity, UNDECIDED)
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """All shares, and the baseline."""

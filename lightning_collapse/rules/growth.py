@@ -19,10 +19,11 @@ class Growth(Detector):
     Example:
         >>> growth = Growth(planned=60)
         >>> for step in range(40):
-        ...     norm = (1.001 if step < 30 else 1.1) ** step + 0.002 * (step * 7 % 5)
-        ...     statistic = growth.update(step, norm)
-        >>> statistic >= 1
-        True
+        ...     norm = 3 * 1.002**step * 1.05 ** max(step - 29, 0) * (1 + 0.001 * (step * 7 % 5))
+        ...     if growth.update(step, norm) >= 1:
+        ...         break
+        >>> step, growth.since
+        (32, 28)
     """
 
     def __init__(self, planned: int | None = None, curves: int = 1, budget: float = 0.01) -> None:

@@ -39,7 +39,7 @@ def test_a_tenth_is_a_failure_unless_the_loss_falls(name):
     assert sinces(run({name: TENTH})) == [BEGINNING]
     assert sinces(run({name: TENTH}, FALLING, kept=kept)) == []
     assert not kept[-1].healthy  # nor is it well
-    assert sinces(run({name: TENTH}, FALLING, SELF)) == [BEGINNING]
+    assert sinces(run({name: TENTH}, FALLING, SELF)) == [SURE - 1]  # its loss falls as it collapses
     assert sinces(run({name: TENTH}, lambda step: -FALLING(-step))) == []  # a loss below zero
 
 

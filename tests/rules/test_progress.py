@@ -39,7 +39,8 @@ def evidence(values, task=""):
 )
 def test_whether_it_learns(values, expected):
     assert learns(evidence(values)) == expected
-    assert not learns(evidence(values, "self-supervised"))
+    early = values is not None and len(values) < SURE
+    assert learns(evidence(values, "self-supervised")) == early
 
 
 @pytest.mark.parametrize(

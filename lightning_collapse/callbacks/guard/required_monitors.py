@@ -7,7 +7,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
-from lightning_collapse.rules import OUTCOME, NonFinite, Rule
+from lightning_collapse.rules import OUTCOME, NonFinite, PrototypeCollapse, Rule
 from lightning_collapse.utilities.registry import CURVES
 
 
@@ -40,8 +40,8 @@ def require_available(rules: Mapping[str, Rule], callbacks: Sequence[Callback], 
             )
             + "."
         )
-    # that a monitor counts NaN does not mean that it draws what shows a collapse
-    if not requested and not judged - {NonFinite.kind}:
+    # that a monitor counts NaN, or what a softmax chooses, does not mean that it draws what shows a collapse
+    if not requested and not judged - {NonFinite.kind, PrototypeCollapse.kind}:
         needed = "; ".join(f"of {rule.family} {', '.join(rule.measures)}" for rule in rules.values())
         raise MisconfigurationException(
             "`CollapseGuard` reads the curves of monitors, and no monitor of the trainer draws all that one of its"

@@ -29,11 +29,19 @@ class Planted(Callback):
         publish(trainer, pl_module, points)
 
 
+class Still(Toy):
+    """A loss that does not fall."""
+
+    def training_step(self, batch, batch_idx):
+        return 0 * super().training_step(batch, batch_idx) + 1
+
+
 def judged(script, guard=None, **kwargs):
     guard = guard or CollapseGuard(action="log")
     keeper = PointKeeper()
     monitor = Claims()
-    trainer = fit(Toy(), [monitor, guard, Planted(script, **kwargs), keeper], batches(len(script)), log_every_n_steps=1)
+    callbacks = [monitor, guard, Planted(script, **kwargs), keeper]
+    trainer = fit(Still(), callbacks, batches(len(script)), log_every_n_steps=1)
     return guard, keeper, trainer
 
 
@@ -62,11 +70,11 @@ def test_healthy_curves_get_no_verdict():
     ],
 )
 def test_collapse_is_named_with_its_first_step(bad, kind):
-    guard, keeper, _ = judged([{}] * 5 + [bad] * 4)
+    guard, keeper, _ = judged([{}] * 8 + [bad] * 4)
     [verdict] = guard.verdicts
-    assert (verdict.kind, verdict.layer, verdict.since, verdict.step) == (kind, "z", 5, 6)
+    assert (verdict.kind, verdict.layer, verdict.since, verdict.step) == (kind, "z", 8, 9)
     assert "64 rows" in verdict.evidence
-    assert [point.value for point in keeper.curve(f"guard/{kind}")] == [0.0] * 6 + [1.0] * 3
+    assert [point.value for point in keeper.curve(f"guard/{kind}")] == [0.0] * 9 + [1.0] * 3
 
 
 def test_a_layer_that_began_near_one_direction_has_little_to_lose():
@@ -78,9 +86,9 @@ def test_a_layer_that_began_near_one_direction_has_little_to_lose():
 
 
 def test_collapse_before_the_first_point_is_seen_too():
-    guard, _, _ = judged([LOW] * 3)
+    guard, _, _ = judged([LOW] * 10)  # from the eighth point on a loss that does not fall tells
     assert [(verdict.kind, verdict.since, verdict.step) for verdict in guard.verdicts] == [
-        ("dimensional_collapse", 0, 1)
+        ("dimensional_collapse", 7, 8)
     ]
 
 
@@ -106,19 +114,21 @@ def test_what_only_looks_like_a_collapse_gets_no_verdict(script):
 @pytest.mark.parametrize("other", [{"relative_spread": 0.2}, {"eigenvalue_effective_rank": 1.4}])
 def test_what_trembles_about_a_ray_is_found_all_the_same(other):
     ray = {"direction_spread": 0.02, "eigenvalue_effective_rank": 1.1, "effective_rank": 20.0}
-    guard, _, _ = judged([{}] * 4 + [ray, {**ray, **other}] * 3)
+    guard, _, _ = judged([{}] * 8 + [ray, {**ray, **other}] * 3)
     assert [verdict.kind for verdict in guard.verdicts] == ["dimensional_collapse"]
     assert guard.verdicts[0].also == ("complete collapse in `z`",)
 
 
 def test_a_hundredth_is_a_collapse_wherever_the_run_began():
-    guard, _, _ = judged([{"relative_spread": 0.02}] * 4 + [{"relative_spread": 0.008}] * 3)
-    assert [(verdict.kind, verdict.since) for verdict in guard.verdicts] == [("complete_collapse", 4)]
+    guard, _, _ = judged([{"relative_spread": 0.02}] * 8 + [{"relative_spread": 0.008}] * 3)
+    assert [(verdict.kind, verdict.since) for verdict in guard.verdicts] == [("complete_collapse", 8)]
+    guard, _, _ = judged([{"relative_spread": 0.0009}] * 3)  # a thousandth tells at once
+    assert [(verdict.kind, verdict.since) for verdict in guard.verdicts] == [("complete_collapse", 0)]
 
 
 def test_a_narrow_layer_on_a_ray_has_collapsed():
     ray = {"direction_spread": 0.02, "eigenvalue_effective_rank": 1.1}
-    assert [v.kind for v in judged([{}] * 4 + [ray] * 3, null=3.0)[0].verdicts] == ["complete_collapse"]
+    assert [v.kind for v in judged([{}] * 8 + [ray] * 3, null=3.0)[0].verdicts] == ["complete_collapse"]
 
 
 def test_directions_are_judged_where_they_are_drawn():
@@ -135,8 +145,8 @@ def test_directions_are_judged_where_they_are_drawn():
 
     guard = CollapseGuard(action="log")
     monitor = Claims(curves=["feature_std", "relative_spread"])
-    script = [{}] * 4 + [{"relative_spread": 0.05}] * 4
-    fit(Toy(), [monitor, guard, Without(script)], batches(len(script)), log_every_n_steps=1)
+    script = [{}] * 8 + [{"relative_spread": 0.05}] * 4
+    fit(Still(), [monitor, guard, Without(script)], batches(len(script)), log_every_n_steps=1)
     assert [verdict.kind for verdict in guard.verdicts] == ["complete_collapse"]
     assert "directions" not in guard.verdicts[0].evidence
 
@@ -249,7 +259,7 @@ def test_full_disk_does_not_end_the_run(tmp_path):
     guard = CollapseGuard(action="checkpoint", dirpath=str(blocked / "below"))
     monitor = Claims()
     with pytest.warns(UserWarning, match="could not save a checkpoint"):
-        trainer = fit(Toy(), [monitor, guard, Planted([LOW] * 6)])
+        trainer = fit(Toy(), [monitor, guard, Planted([{}] * 3 + [LOW] * 3)])
     assert trainer.global_step == 6
 
 

@@ -206,8 +206,8 @@ def test_weights_with_nan_are_not_healthy_whatever_the_points_say(tmp_path):
 def test_a_state_that_already_looks_ill_to_another_rule_is_not_healthy(tmp_path):
     class Other(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            values = {"entropy_mean": 0.01 if batch_idx >= 3 else 0.8, "collapsed_share": 0.0, "max_logit": 9.0}
-            publish(trainer, pl_module, [Point("attention", "a", name, batch_idx, v, 64) for name, v in values.items()])
+            dormant = 0.9 if batch_idx >= 3 else 0.0
+            publish(trainer, pl_module, [Point("plasticity", "a", "dormant_fraction", batch_idx, dormant, 64)])
 
     guard = CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path), patience=10)
     monitor = Claims()
@@ -218,16 +218,16 @@ def test_a_state_that_already_looks_ill_to_another_rule_is_not_healthy(tmp_path)
 def test_a_resumed_guard_knows_what_looked_ill(tmp_path):
     class Other(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            values = {"entropy_mean": 0.01 if batch_idx else 0.8, "collapsed_share": 0.0, "max_logit": 9.0}
-            publish(trainer, pl_module, [Point("attention", "a", name, batch_idx, v, 64) for name, v in values.items()])
+            dormant = 0.9 if batch_idx >= 3 else 0.0
+            publish(trainer, pl_module, [Point("plasticity", "a", "dormant_fraction", batch_idx, dormant, 64)])
 
     def guard():
         return CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path), patience=10)
 
     monitor = Claims()
     before, after = guard(), guard()
-    fit(Lit("step"), [monitor, before, Other()], batches(2))
-    for file in tmp_path.iterdir():  # of the first point, which was healthy
+    fit(Lit("step"), [monitor, before, Other()], batches(4))
+    for file in tmp_path.iterdir():  # of the first points, which were healthy
         file.unlink()
     after.load_state_dict(before.state_dict())
     fit(Lit("step"), [monitor, after, Script([HEALTHY] * 3)], batches(3))
