@@ -30,7 +30,7 @@ def test_help_names_the_commands():
 def test_demo_writes_events_and_a_picture_and_says_what_was_seen(tmp_path, capsys):
     main(["demo", "--out", str(tmp_path / "demo"), "--steps", "60"])
     printed = capsys.readouterr().out
-    assert "All inputs are mapped to nearly one point in `encoder`. Complete collapse since step" in printed
+    assert "All inputs are mapped to nearly one point in `projector`. Complete collapse since step" in printed
     assert "VICReg: the guard found no collapse." in printed
     assert f"tensorboard --logdir {tmp_path / 'demo'}" in printed
     assert (tmp_path / "demo" / "collapse.png").read_bytes().startswith(b"\x89PNG")
