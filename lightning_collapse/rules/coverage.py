@@ -45,11 +45,10 @@ class Coverage:
         self, rules: Sequence[Rule], families: Mapping[str, Mapping[str, Mapping[str, Point]]], task: Task
     ) -> None:
         """Take note of the points of one step, by family, layer and measure, and of the rules that read them."""
-        failures = [rule for rule in rules if not rule.informative]
         seen: dict[str, Mapping[str, Point]] = {}
         judged: set[str] = set()
         any_judged = False
-        for rule in [rule for rule in failures if rule.kind != "non_finite"] or failures:
+        for rule in [rule for rule in rules if rule.kind != "non_finite"] or rules:
             layers = families[rule.family]
             names = [name for name, points in layers.items() if rule.applies_to(name, task) and rule.readable(points)]
             any_judged = any_judged or bool(names)

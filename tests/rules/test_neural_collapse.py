@@ -63,6 +63,8 @@ def test_neural_collapse_is_news_and_no_failure(caplog: pytest.LogCaptureFixture
         " class means' lengths vary by 10 %, and NC3 is 0.1; in classification this is no failure"
     )
     assert sum("onto one point in `head.input`. Neural collapse" in record.message for record in caplog.records) == 1
+    # classes in balance have no minority that could be judged beside it
+    assert caplog.records[-1].message == "`CollapseGuard`: no failure found in 1 layer over 12 points."
     values = [point.value for point in keeper.curve("guard/neural_collapse_reached")]
     assert values == [0.0] * 4 + [1.0] * 3 + [0.0] * 3 + [1.0] * 2
 
