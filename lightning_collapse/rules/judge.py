@@ -143,10 +143,11 @@ class Judge:
             task: What the network is trained for.
         """
         families, training = _by_family(points)
-        rules = [rule for rule in self.rules_for(task).values() if rule.family in families]
+        known = self.rules_for(task).values()
+        rules = [rule for rule in known if rule.family in families]
+        self._history.update(points, {curve for rule in known for curve in rule.followed})
         if not rules:
             return Judgement()
-        self._history.update(points, {curve for rule in rules for curve in rule.followed})
         turn = _Turn(points[0].step, task)
         for rule in (rule for rule in rules if rule.kind not in self._failed):
             with self._containment(f"rule `{rule.kind}`", "it judges nothing from now on", partial(self._drop, rule)):
