@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from math import isfinite
 from typing import ClassVar, TypeVar
 
@@ -96,7 +97,7 @@ class Rule(ABC):
         """Step since when it is so, for a rule that knows better than ``since``, the first of the points in a row."""
         return since
 
-    @property
+    @cached_property
     def followed(self) -> list[tuple[str, str]]:
         """Family and measure of the curves that it follows."""
         return [

@@ -55,10 +55,7 @@ class Trend:
         check_choices("both", transform)
         self.window = window
         self.transform = transform
-        self.slope = nan
-        """Median slope per step, on the scale of ``transform``; NaN before 6 points."""
-        self.error = nan
-        """Standard error of the slope; NaN before 6 points, 0 on a straight line."""
+        self._line: tuple[float, float] | None = None  # where somebody has asked since the last point
         self._steps: list[int] = []
         self._values: list[float] = []
 
@@ -69,7 +66,17 @@ class Trend:
             return
         self._steps = [*self._steps, int(step)][-self.window :]
         self._values = [*self._values, y][-self.window :]
-        self._fit()
+        self._line = None
+
+    @property
+    def slope(self) -> float:
+        """Median slope per step, on the scale of ``transform``; NaN before 6 points."""
+        return self._fit()[0]
+
+    @property
+    def error(self) -> float:
+        """Standard error of the slope; NaN before 6 points, 0 on a straight line."""
+        return self._fit()[1]
 
     def direction(self, z: float = 2.0) -> Direction:
         """Which way the curve goes: flat if the slope is within ``z`` errors of zero, or not known."""
@@ -84,24 +91,29 @@ class Trend:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self._steps, self._values = list(state_dict["steps"]), list(state_dict["values"])
-        self._fit()
+        self._line = None
 
-    def _fit(self) -> None:
+    def _fit(self) -> tuple[float, float]:
         """Slope and error of the points in the window."""
-        m = len(self._steps)
-        if m < FEWEST:
-            self.slope = self.error = nan
-            return
-        points = list(zip(self._steps, self._values, strict=True))
-        self.slope = median((y - x) / (t - s) for (s, x), (t, y) in combinations(points, 2))
-        tilted = [y - self.slope * t for t, y in points]
-        center = median(tilted)
-        residuals = [y - center for y in tilted]
-        noise = NORMAL_MAD * median(map(abs, residuals)) * sqrt(m / (m - 2))
-        mean = sum(self._steps) / m
-        spread = sum((t - mean) ** 2 for t in self._steps)
-        phi = _autocorrelation(residuals)
-        self.error = noise / sqrt(EFFICIENCY * spread) * sqrt((1 + phi) / (1 - phi))
+        if self._line is None:
+            self._line = _fitted(self._steps, self._values)
+        return self._line
+
+
+def _fitted(steps: list[int], values: list[float]) -> tuple[float, float]:
+    m = len(steps)
+    if m < FEWEST:
+        return nan, nan
+    points = list(zip(steps, values, strict=True))
+    slope = median((y - x) / (t - s) for (s, x), (t, y) in combinations(points, 2))
+    tilted = [y - slope * t for t, y in points]
+    center = median(tilted)
+    residuals = [y - center for y in tilted]
+    noise = NORMAL_MAD * median(map(abs, residuals)) * sqrt(m / (m - 2))
+    mean = sum(steps) / m
+    spread = sum((t - mean) ** 2 for t in steps)
+    phi = _autocorrelation(residuals)
+    return slope, noise / sqrt(EFFICIENCY * spread) * sqrt((1 + phi) / (1 - phi))
 
 
 def _autocorrelation(residuals: list[float]) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_collapse.callbacks.monitors.monitor import Monitor
 from lightning_collapse.rules import TRAINING
 from lightning_collapse.spectral.precision import accumulation_dtype
-from lightning_collapse.utilities.distributed import all_reduce_sum
+from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.parameters import as_real, why_no_number
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.sharding import local
@@ -35,7 +35,7 @@ class TrainingHealth:
         if self._loss is None:
             self._loss = torch.zeros((), device=loss.device, dtype=accumulation_dtype(loss.device))
         value = loss.detach()
-        self._loss += value if not value.ndim else value.mean()
+        self._loss.add_(value if not value.ndim else value.mean())
         self._count += 1
 
     def points(self, trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> list[Point]:
@@ -46,12 +46,9 @@ class TrainingHealth:
         """
         found, step = [], points[0].step
         loss, count, self._loss, self._count = self._loss, self._count, None, 0
-        total = torch.tensor([0.0, float(count)], device=pl_module.device, dtype=accumulation_dtype(pl_module.device))
-        if loss is not None:
-            total[0] = loss
-        summed, count_of_all = all_reduce_sum(total).tolist()
-        if count_of_all:
-            self._told = Point(TRAINING, "", "loss", step, summed / count_of_all)
+        mean = _mean(loss, count, pl_module.device)
+        if mean is not None:
+            self._told = Point(TRAINING, "", "loss", step, mean)
         if self._told is not None and self._told.step == step:
             found.append(self._told)
         if any(point.measure == ROWS and point.value > 0 for point in points):
@@ -62,6 +59,17 @@ class TrainingHealth:
             finite = trainer.strategy.reduce_boolean_decision(finite)
             found.append(Point(TRAINING, "", "nonfinite", step, float(not finite)))
         return found
+
+
+def _mean(loss: Tensor | None, count: int, device: torch.device) -> float | None:
+    """Of the losses of all processes; collective where there are several."""
+    if world_size() == 1:
+        return None if loss is None else loss.item() / count
+    total = torch.tensor([0.0, float(count)], device=device, dtype=accumulation_dtype(device))
+    if loss is not None:
+        total[0] = loss
+    summed, counted = all_reduce_sum(total).tolist()
+    return summed / counted if counted else None
 
 
 def planned_points(trainer: Trainer) -> int | None:
