@@ -4,7 +4,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_collapse import CollapseGuard, CollapseMonitor, PlasticityMonitor, Rollback
+from lightning_collapse import CollapseGuard, CollapseMonitor, Rollback
+from lightning_collapse.reporting import publish
+from lightning_collapse.utilities.points import Point
 from tests.toys import ManualToy, PointKeeper, Toy, batches, fit
 
 
@@ -91,12 +93,18 @@ def test_rows_are_a_failure_where_training_suffers(what):
     assert guard.verdicts[0].since == 3
 
 
-@pytest.mark.parametrize("other_first", [True, False])
-def test_every_monitor_of_a_step_is_judged_with_the_loss(other_first):
-    """Rules of the other monitor do not ask for it."""
-    monitors = [PlasticityMonitor(every_n_steps=1, batches=1), CollapseMonitor(["encoder"], every_n_steps=1)]
-    guard = CollapseGuard(action="log")
-    fit(Toy(), [*(monitors if other_first else monitors[::-1]), guard], batches(6))
+class Dormant(Callback):
+    """Points of a reader's own, of a family whose rules do not ask for the loss."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        publish(trainer, pl_module, [Point("plasticity", "z", "dormant_fraction", batch_idx, 0.0, 64)])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_all_points_of_a_step_are_judged_with_the_loss(place):
+    callbacks = [CollapseMonitor(["encoder"], every_n_steps=1), guard := CollapseGuard(action="log")]
+    callbacks.insert(place, Dormant())
+    fit(Toy(), callbacks, batches(6))
     curves = {tuple(entry["curve"]): entry["state"] for entry in guard.state_dict()["judge"]["history"]}
     loss = curves["training", "", "loss"]
     assert loss["steps"] == list(range(6))
