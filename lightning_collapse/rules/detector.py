@@ -188,6 +188,11 @@ class Detector:
             self._state = _State(onsets=[int(step), int(step)])
         return self.statistic
 
+    def restart(self) -> None:
+        """Forget the sums and the last point, with the same baseline: the next point does not follow the last."""
+        self._state.sums, self._state.onsets = [0.0, 0.0], [-1, -1]
+        self._state.last, self._state.frozen = nan, 0
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from: numbers and lists, and ``None`` for a last value that is none."""
         return {**asdict(self._state), "last": none_for_nan(self._state.last)}

@@ -37,6 +37,11 @@ class Growth(Detector):
         self._before = float(value) if known else nan
         return super().update(step, rate)
 
+    def restart(self) -> None:
+        """Forget the sums and the last point, with the same baseline."""
+        super().restart()
+        self._before = nan
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
         return {"detector": super().state_dict(), "before": none_for_nan(self._before)}

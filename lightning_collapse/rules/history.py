@@ -46,6 +46,10 @@ class Curve(Trend):
             self.first = self._values[0] if self.count == 1 else self.first
             self.lowest = min(self.level, self.lowest) if self.count > 1 else self.first
 
+    def restart(self) -> None:
+        """Forget the last points, and not where the curve began: the next point does not follow the last."""
+        self._steps, self._values, self._line = [], [], None
+
     @property
     def level(self) -> float:
         """Median of the last five points; NaN before there is one."""
@@ -122,6 +126,11 @@ class History:
     def clear(self) -> None:
         """Forget all curves."""
         self._curves.clear()
+
+    def restart(self) -> None:
+        """Forget the last points of all curves."""
+        for curve in self._curves.values():
+            curve.restart()
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What a resumed run must know: lists, numbers and strings."""

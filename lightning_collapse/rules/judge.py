@@ -129,6 +129,10 @@ class Judge:
         # whether each looked healthy at its last point: monitors have their own cadences
         self._healthy: dict[Place, bool] = {}
         self._grouper.clear()
+        self._history.restart()
+        for detectors in self._detectors.values():
+            for detector in detectors.values():
+                detector.restart()
 
     def rules_for(self, task: Task) -> dict[str, Rule]:
         """The rules that apply to a task, by kind; looked up and not kept: processes are handed their names alone."""
@@ -276,10 +280,11 @@ class Judge:
         self._history.load_state_dict(state_dict["history"])
         self.planned, self._detectors = state_dict["planned"], {}
         for entry in state_dict["detectors"]:
-            detectors = dict(RULES[entry["kind"]].detectors(entry["layer"], self.planned))
+            rule = RULES.get(entry["kind"])  # of a user, it may be gone, or have other detectors now
+            detectors = dict(rule.detectors(entry["layer"], self.planned)) if rule is not None else {}
             self._detectors[entry["kind"], entry["layer"]] = detectors
-            for name, state in entry["states"].items():
-                detectors[name].load_state_dict(state)
+            for name in detectors.keys() & entry["states"].keys():
+                detectors[name].load_state_dict(entry["states"][name])
         self._streaks, self._expected = (_from_list(state_dict[name]) for name in ("streaks", "expected"))
         self._healthy = {(entry["kind"], entry["layer"]): entry["is"] for entry in state_dict["healthy"]}
         self._grouper.load_state_dict(state_dict["grouper"])

@@ -7,6 +7,7 @@ from typing import Any
 from lightning_collapse.rules.base import Rule, register_rule
 from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.history import Evidence
+from lightning_collapse.rules.scores import nan_for_none, none_for_nan
 from lightning_collapse.utilities.arguments import require_one_of
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import register_curve
@@ -72,6 +73,12 @@ class Outcome:
         self.since: int | None = None
         self._detector: Detector | None = None
 
+    def restart(self) -> None:
+        """Forget that it has fallen, with the same best: the state of training was turned back."""
+        self._worst, self.since = nan, None
+        if self._detector is not None:
+            self._detector.restart()
+
     def update(self, step: int, value: float) -> list[Point]:
         """Take another score in; one that is not finite is left out.
 
@@ -119,9 +126,9 @@ class Outcome:
         return {
             "planned": self.planned,
             "count": self.count,
-            "value": self.value,
-            "best": self.best,
-            "worst": self._worst,
+            "value": none_for_nan(self.value),
+            "best": none_for_nan(self.best),
+            "worst": none_for_nan(self._worst),
             "since": self.since,
             "transform": "" if detector is None else detector.transform,
             "detector": {} if detector is None else detector.state_dict(),
@@ -129,9 +136,8 @@ class Outcome:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint of the run left off."""
-        self.planned, self.count, self.value, self.best = (
-            state[name] for name in ("planned", "count", "value", "best")
-        )
+        self.planned, self.count, self.since = (state[name] for name in ("planned", "count", "since"))
+        self.value, self.best, self._worst = (nan_for_none(state[name]) for name in ("value", "best", "worst"))
         self._detector = None
         if state["transform"]:
             self._detector = self._new_detector(positive=state["transform"] == "log")

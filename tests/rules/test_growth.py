@@ -52,6 +52,18 @@ def test_growth_that_quickens_while_the_loss_rises_is_told_soon():
     assert norm(verdict.step) < RULES["loss_explosion"].growth * norm(0)  # before the norms alone would tell
 
 
+def test_after_training_was_turned_back_healthy_points_are_healthy():
+    judge = new()
+    steps = iter(range(LENGTH))
+    while not judge.verdicts:
+        run(judge, [next(steps)])
+    judge.restart()
+    found = run(judge, steps, False, False)
+    assert len(judge.verdicts) == 1
+    assert found
+    assert all(judgement.healthy for judgement in found)
+
+
 @pytest.mark.parametrize(("grows", "rises"), [(True, False), (False, True), (False, False)])
 def test_neither_growth_nor_a_rising_loss_alone(grows, rises):
     judge = new()

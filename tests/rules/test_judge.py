@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from lightning_collapse.rules import RULES, Judge, Judgement, Rule, Task, register_rule
+from lightning_collapse.rules import RULES, Detector, Judge, Judgement, Rule, Task, register_rule
 from lightning_collapse.utilities.points import Point
 
 
@@ -85,6 +85,46 @@ def test_a_restored_judge_goes_on():
         again.load_state_dict(torch.load(file, weights_only=True))
         rest = [again.update(dormant(step, **readings[step])) for step in range(cut, len(readings))]
         assert rest == whole[cut:]
+
+
+class Detecting(Rule):
+    """Has a detector of its own."""
+
+    kind, family, measures = "detecting", "plasticity", ("dormant_fraction",)
+
+    def severity(self, points, baseline):
+        return 0.0
+
+    def evidence(self, points, baseline):
+        return ""
+
+    def detectors(self, layer, planned):
+        return {"dormant_fraction": Detector(planned)}
+
+
+class Changed(Detecting):
+    """Has another one now."""
+
+    def detectors(self, layer, planned):
+        return {"another": Detector(planned)}
+
+
+@pytest.mark.parametrize("now", [None, Changed])
+def test_a_judge_goes_on_where_a_rule_of_then_is_gone_or_has_changed(now):
+    register_rule(Detecting)
+    try:
+        judge = Judge(["detecting", "plasticity_loss"], calibration=2)
+        judge_all(judge, WELL, WELL, ILL)
+        state = judge.state_dict()
+        assert state["detectors"]
+        del RULES["detecting"]
+        if now is not None:
+            register_rule(now)
+        again = Judge(["plasticity_loss"], calibration=2)
+        again.load_state_dict(state)
+        assert [verdict.layer for verdict in again.update(dormant(3, **ILL)).new] == ["a"]
+    finally:
+        RULES.pop("detecting", None)
 
 
 def test_a_rule_that_raises_is_left_out_with_one_warning():

@@ -273,6 +273,8 @@ class CollapseGuard(Callback):
         for action in self._actions if judgement.new else ():
             if self._run(action, lambda action: action.on_verdict(trainer, pl_module, judgement)):
                 self.judge.restart()
+                if self._outcome is not None:
+                    self._outcome.outcome.restart()
 
     def _read_outcome(self, trainer: Trainer, pl_module: LightningModule, source: Source) -> None:
         """Publish the outcome, of which :meth:`on_points` hears then, if it was logged since. Collective."""

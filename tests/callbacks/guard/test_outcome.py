@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_collapse import CollapseGuard, CollapseMonitor
+from lightning_collapse.callbacks import Action
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
 from tests.toys import HEALTHY, QUIET, Claims, MemoryLogger, PointKeeper, Toy, batches, fit, weights
@@ -144,12 +145,47 @@ def test_a_resumed_fit_goes_on(tmp_path):
     state = torch.load(tmp_path / "epoch=32.ckpt", weights_only=True)["callbacks"]["CollapseGuard"]
     again.load_state_dict(state)
     assert not again.verdicts
-    assert repr(again._outcome.state_dict()) == repr(state["outcome"])  # NaN is in it
+    assert again._outcome.state_dict() == state["outcome"]
     for epoch in range(33, 60):
         again.judge.update(again._outcome.outcome.update(2 * epoch + 1, FALLS[epoch]))
     [after], [before] = again.verdicts, guard.verdicts
     assert after.severity == pytest.approx(before.severity, rel=1e-5)  # a logger keeps single precision
     assert replace(after, severity=1.0) == replace(before, severity=1.0)
+
+
+def test_a_resumed_fit_knows_since_when_it_has_fallen(tmp_path):
+    guard = CollapseGuard(action="log", outcome="val_acc", mode="max")
+    watched(FALLS, guard, Points())
+    assert "fell from" in (words := guard._outcome.outcome.in_words())
+    again = CollapseGuard(action="log", outcome="val_acc", mode="max")
+    again.load_state_dict(guard.state_dict())
+    assert again._outcome.outcome.in_words() == words
+    # back half way: nearer to the best than to the worst, which it must remember for that
+    for epoch in range(60, 150):
+        points = again._outcome.outcome.update(2 * epoch + 1, noisy(0.55, epoch))
+    assert (points[2].measure, points[2].value >= 1) == ("shift", True)
+    for epoch in range(150, 200):
+        points = again._outcome.outcome.update(2 * epoch + 1, noisy(0.89, epoch))
+    assert "has not moved" in again._outcome.outcome.in_words()
+
+
+class Returns(Action):
+    """Says that training was turned back."""
+
+    def on_verdict(self, trainer, pl_module, judgement):
+        return True
+
+
+def test_what_was_turned_back_is_not_said_again():
+    script = [noisy(0.3 if 30 <= step < 36 else 0.9, step) for step in range(60)]
+    guard = CollapseGuard(action=Returns(), outcome="val_acc", mode="max")
+    keeper, _ = watched(script, guard, Points())
+    said = [verdict.step for verdict in guard.verdicts]
+    # the fall goes on after the return, which this action only claims, for as long as it is planted
+    assert said[0] > 2 * 30
+    assert all(step <= 2 * 36 for step in said)
+    assert keeper.curve("outcome/val_acc/shift")[-1].value < 1
+    assert "has not moved yet" in guard._outcome.outcome.in_words()
 
 
 def test_a_fit_anew_knows_nothing_of_the_last():
