@@ -169,23 +169,29 @@ def test_a_resumed_fit_knows_since_when_it_has_fallen(tmp_path):
     assert "has not moved" in again._outcome.outcome.in_words()
 
 
-class Returns(Action):
-    """Says that training was turned back."""
+class TurnsBack(Action):
+    """From a collapse on all is what it was before the score fell."""
+
+    def __init__(self, points):
+        self.points = points
 
     def on_verdict(self, trainer, pl_module, judgement):
+        if judgement.new[0].kind != "complete_collapse":
+            return False
+        self.points.sick_from = 10**6
+        pl_module.script = [noisy(0.9, step) for step in range(len(pl_module.script))]
         return True
 
 
 def test_what_was_turned_back_is_not_said_again():
-    script = [noisy(0.3 if 30 <= step < 36 else 0.9, step) for step in range(60)]
-    guard = CollapseGuard(action=Returns(), outcome="val_acc", mode="max")
-    keeper, _ = watched(script, guard, Points())
-    said = [verdict.step for verdict in guard.verdicts]
-    # the fall goes on after the return, which this action only claims, for as long as it is planted
-    assert said[0] > 2 * 30
-    assert all(step <= 2 * 36 for step in said)
-    assert keeper.curve("outcome/val_acc/shift")[-1].value < 1
-    assert "has not moved yet" in guard._outcome.outcome.in_words()
+    points = Points(sick_from=45)
+    guard = CollapseGuard(action=TurnsBack(points), outcome="val_acc", mode="max")
+    keeper, _ = watched(FALLS, guard, points)
+    [drop, collapse] = guard.verdicts
+    assert (drop.kind, collapse.kind) == ("outcome_drop", "complete_collapse")
+    shifts = [point.value for point in keeper.curve("outcome/val_acc/shift") if point.step > collapse.step]
+    assert len(shifts) > 10
+    assert max(shifts) < 1
 
 
 def test_a_fit_anew_knows_nothing_of_the_last():
