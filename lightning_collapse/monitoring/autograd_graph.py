@@ -17,6 +17,9 @@ LIMIT = 20000
 """Nodes that are looked at."""
 _CHAIN, _DEPTH = 6, 256
 _PRODUCTS = ("Addmm", "Mm", "Convolution", "Addbmm", "Baddbmm", "Mv", "Addmv")
+RESHAPED: tuple[str, ...] = ("View", "UnsafeView", "Reshape", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy")
+"""Operations that leave the order of numbers as it is; with :data:`VIEWS` their values."""
+VIEWS = (*RESHAPED, "Transpose", "Permute", "T")
 _PRODUCES = (*_PRODUCTS, "Embedding", "Bmm", "Gather", "IndexSelect")
 
 

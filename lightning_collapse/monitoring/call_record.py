@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
+from lightning_collapse.monitoring.to_host import copies_on_host
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
-from lightning_collapse.utilities.modules import clean_name, is_compiled, is_to_be_ignored, weighted_layers
+from lightning_collapse.utilities.modules import clean_name, is_compiled, is_to_be_ignored, weighted_layers, width_of
 from lightning_collapse.utilities.private_torch import packs_saved_tensors, tree_leaves
 
 SAMPLE = 4096
@@ -91,7 +92,7 @@ class CallRecord(HookOwner):
         self._open: list[Call] = []
         self._contained = Containment(owner)
         layers = [(clean_name(name), module) for name, module in weighted_layers(root)]
-        self.layers = {name: _width(module) for name, module in layers}
+        self.layers = {name: width_of(module) for name, module in layers}
         self.tables = {
             clean_name(name): module.num_embeddings
             for name, module in root.named_modules()
@@ -115,6 +116,14 @@ class CallRecord(HookOwner):
     def forget(self) -> None:
         """Forget the calls so far, and go on listening."""
         self.calls, self._open = [], []
+
+    def to_host(self) -> None:
+        """Bring all values to the host, which waits for the device."""
+        seen = [one for call in self.calls for one in (*call.inputs, *call.outputs) if one.values is not None]
+        for one, values in zip(
+            seen, copies_on_host([one.values for one in seen if one.values is not None]), strict=True
+        ):
+            one.values = values
 
     def begin(self, name: str, inputs: Any) -> None:
         """Take note of what a module receives."""
@@ -182,8 +191,3 @@ def _seen(values: Any) -> list[Seen]:
         for leaf in leaves
         if isinstance(leaf, Tensor)
     ]
-
-
-def _width(layer: nn.Module) -> int:
-    width = getattr(layer, "out_features", getattr(layer, "out_channels", 0))
-    return width if isinstance(width, int) else 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_collapse.monitoring.autograd_graph import AutogradGraph, Node, children, kind
+from lightning_collapse.monitoring.autograd_graph import VIEWS, AutogradGraph, Node, children, kind
 from lightning_collapse.monitoring.call_record import Call, CallRecord, Seen
 
 NUMBER, WAVES, POSITIONS, INDEX = (
@@ -24,12 +24,11 @@ NUMBER, WAVES, POSITIONS, INDEX = (
 )
 ROUTER, VARIANCE = "its softmax weighs what others return", "its exponential scales what others return"
 NO_GRADIENT = "no gradient passes through it"
-_VIEWS: tuple[str, ...] = ("View", "UnsafeView", "Reshape", "ReshapeAlias", "Squeeze", "Unsqueeze", "Transpose")
-_VIEWS += ("Permute", "T", "ToCopy", "Expand", "Clone", "Alias", "Neg")
+_PASSED = (*VIEWS, "Expand", "Clone", "Alias", "Neg")
 _SCALES = ("Mul", "Div", "Add", "Sub", "Clamp")
 _CHOICES: tuple[str, ...] = ("Topk", "Sort", "Gather", "Index", "Select", "Slice", "Split", "Unbind", "Scatter")
 _CHOICES += ("ScatterAdd", "MaskedFill", "Where", "Sum", "Clamp", "Div", "Max", "Amax")
-_CHOSEN = (*_VIEWS, *_CHOICES)
+_CHOSEN = (*_PASSED, *_CHOICES)
 _POSITIONS, _WAVES = 4, 4
 
 
@@ -140,13 +139,13 @@ def _takes_a_constant(node: Node) -> bool:
 
 def _scales_others(graph: AutogradGraph, node: Node) -> str:
     """Whether the only way from a layer's output leads through a softmax, or one way through an exponential."""
-    firsts = list(_up(graph, node, lambda above: kind(above) in _VIEWS or _is_scaled(above)))
+    firsts = list(_up(graph, node, lambda above: kind(above) in _PASSED or _is_scaled(above)))
     if firsts and all(kind(first) in ("Softmax", "Topk") for first in firsts):
         weighs = (other for first in firsts for other in _up(graph, first, lambda above: kind(above) in _CHOSEN))
         return ROUTER if any(_multiplies_others(graph, above, node) for above in weighs) else ""
     for first in firsts:
         if kind(first) in ("Exp", "Softplus"):
-            scaled = _up(graph, first, lambda above: kind(above) in (*_VIEWS, "Sqrt", "Clamp", "Reciprocal"))
+            scaled = _up(graph, first, lambda above: kind(above) in (*_PASSED, "Sqrt", "Clamp", "Reciprocal"))
             if any(_multiplies_others(graph, above, node, noise=True) for above in scaled):
                 return VARIANCE
     return ""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_collapse.monitoring.autograd_graph import AutogradGraph, Below, Node, children, kind
+from lightning_collapse.monitoring.autograd_graph import VIEWS, AutogradGraph, Below, Node, children, kind
 from lightning_collapse.monitoring.call_record import Seen
 from lightning_collapse.monitoring.value_comparison import Sample, sample_of
 
@@ -19,18 +19,6 @@ _PROBABILITIES = ("LogSoftmax", "Softmax", "Sigmoid", "LogSigmoid", "Log", "LogS
 _PICKS = ("Gather", "Index", "IndexSelect", "Take")
 _ERRORS = ("Pow", "Abs", "Mul", "LinalgVectorNorm", "Norm")
 _PAIRS = ("Mul", "Mm", "Bmm", "Dot", "Mv", "Cdist", "PairwiseDistance", *NUMBERS)
-_VIEWS = (
-    "View",
-    "UnsafeView",
-    "Reshape",
-    "ReshapeAlias",
-    "Squeeze",
-    "Unsqueeze",
-    "Transpose",
-    "Permute",
-    "T",
-    "ToCopy",
-)
 _SAVED = ("target", "targets", "other", "self")
 
 
@@ -123,7 +111,7 @@ def is_log_probability(node: Node) -> bool:
 def _error(graph: AutogradGraph, node: Node) -> list[Comparison]:
     """Of ``(prediction - target) ** 2`` and such: the difference is saved, and the prediction was recorded."""
     inner = children(node)
-    while len(inner) == 1 and kind(inner[0]) in (*_VIEWS, "Add", "Clamp", "Mul") and len(children(inner[0])) == 1:
+    while len(inner) == 1 and kind(inner[0]) in (*VIEWS, "Add", "Clamp", "Mul") and len(children(inner[0])) == 1:
         inner = children(inner[0])  # such as the constant that keeps a norm from zero
     difference = inner[0] if inner else None
     if difference is None or any(child != difference for child in inner) or kind(difference) != "Sub":
@@ -149,7 +137,7 @@ def _value_of(graph: AutogradGraph, node: Node) -> Seen | None:
                 if output.node is not None and output.node == node:
                     return output
         inner = children(node)
-        if kind(node) not in _VIEWS or len(inner) != 1:
+        if kind(node) not in VIEWS or len(inner) != 1:
             return None
         node = inner[0]
 
@@ -180,7 +168,7 @@ def _product(graph: AutogradGraph, node: Node, name: str) -> list[Comparison]:
     if constant is None or constant.numel() < 2:
         return []
     source = varying
-    while kind(source) in (*_VIEWS, "Neg") and len(children(source)) == 1:
+    while kind(source) in (*VIEWS, "Neg") and len(children(source)) == 1:
         source = children(source)[0]
     of_probabilities = kind(source) in _PROBABILITIES or is_log_probability(source)
     sort, classes = "probabilities" if of_probabilities else "weight", 0

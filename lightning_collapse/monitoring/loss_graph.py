@@ -58,7 +58,8 @@ def tensors_of(batch: Any, name: str = "", depth: int = _DEEP) -> Iterator[tuple
 def read_loss(loss: Tensor, batch: Any, record: CallRecord) -> LossUse:
     """Read what a loss compares, before its backward pass.
 
-    It looks at the graph of one loss, and waits for the device once, to compare values where storages differ. Compiled
+    It looks at the graph of one loss, and compares values where storages differ. That waits for the device, for what
+    the modules received and for each tensor that is compared: it is for the first batch of a run. Compiled
     steps, functions with a derivative of their own and most losses written by hand tell nothing: the task stays
     unknown.
 
@@ -81,6 +82,7 @@ def read_loss(loss: Tensor, batch: Any, record: CallRecord) -> LossUse:
     """
     if loss.grad_fn is None:
         return LossUse(why="the loss has no gradient")
+    record.to_host()
     graph = AutogradGraph(loss, record)
     tensors = dict(tensors_of(batch))
     evidence = _match(graph, tensors, comparisons(graph))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from lightning_collapse.monitoring.autograd_graph import AutogradGraph, Node, children, kind
+from lightning_collapse.monitoring.autograd_graph import VIEWS, AutogradGraph, Node, children, kind
 from lightning_collapse.monitoring.loss_comparisons import Comparison, is_log_probability
 from lightning_collapse.monitoring.loss_use import Evidence, LossUse
 from lightning_collapse.monitoring.value_comparison import is_masked_part, is_mixture, relation
@@ -85,7 +85,7 @@ def _picks(evidence: Evidence) -> tuple[list[Comparison], list[Comparison]]:
 
 
 def _through_views(node: Node) -> Node:
-    while kind(node) in ("View", "Reshape", "Transpose", "Permute", "Squeeze", "Unsqueeze") and children(node):
+    while kind(node) in VIEWS and children(node):
         node = children(node)[0]
     return node
 

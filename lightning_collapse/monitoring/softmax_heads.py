@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lightning_collapse.monitoring.autograd_graph import AutogradGraph, Node, children, kind
+from lightning_collapse.monitoring.autograd_graph import RESHAPED, AutogradGraph, Node, children, kind
 
 _SOFTMAX = ("Softmax", "LogSoftmax")
-_PASSED: tuple[str, ...] = (
-    "View",
-    "UnsafeView",
-    "Reshape",
-    "ReshapeAlias",
-    "Squeeze",
-    "Unsqueeze",
-    "ToCopy",
-    "Clone",
-    "Alias",
-)
-_PASSED += ("Slice", "Select", "SplitWithSizes", "Split", "Mul", "Div", "Sub", "Add", "Neg")
+_PASSED = (*RESHAPED, "Clone", "Alias", "Slice", "Select", "SplitWithSizes", "Split", "Mul", "Div", "Sub", "Add", "Neg")
 
 
 def softmax_heads(graph: AutogradGraph, compared: Iterable[str]) -> tuple[str, ...]:

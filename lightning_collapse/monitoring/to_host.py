@@ -1,6 +1,7 @@
 """Device-to-host transfer, the one of a point: named tensors in, named numbers out."""
 
-from collections.abc import Hashable, Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -43,3 +44,21 @@ def to_host(readings: Mapping[Name, Tensor]) -> dict[Name, Number]:
     numbers: list[float] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).tolist()
     single, rest = iter(numbers[: len(scalars)]), iter(numbers[len(scalars) :])
     return {name: [next(rest) for _ in x] if x.ndim else next(single) for name, x in readings.items()}
+
+
+def copies_on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors on the host, with their shapes and types; one transfer for all of a device and a type.
+
+    Example:
+        >>> copies_on_host([torch.ones(2, 1), torch.tensor([3])])[1]
+        tensor([3])
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for index, x in enumerate(tensors):
+        groups[x.device, x.dtype].append(index)
+    found = list(tensors)
+    for indices in groups.values():
+        parts = torch.cat([tensors[i].flatten() for i in indices]).cpu()
+        for i, piece in zip(indices, torch.split(parts, [tensors[i].numel() for i in indices]), strict=True):
+            found[i] = piece.view(tensors[i].shape)
+    return found

@@ -6,10 +6,10 @@ from statistics import fmean, median
 from typing import Any
 
 from lightning_collapse.rules.scores import (
+    NORMAL_MAD,
+    Budgeted,
     Side,
     Transform,
-    check_choices,
-    false_alarm_points,
     nan_for_none,
     none_for_nan,
     normal_score,
@@ -20,11 +20,11 @@ from lightning_collapse.rules.scores import (
 WINDOW, FEWEST = 32, 16
 EFFICIENCY = 0.37
 """Of the median absolute deviation for Gaussian noise: as many degrees of freedom has it per difference."""
-NORMAL_MAD, NORMAL_MEAN = 1.4826, 1.2533
-"""Standard deviations of Gaussian noise per median and per mean absolute deviation."""
+NORMAL_MEAN = 1.2533
+"""Standard deviations of Gaussian noise per mean absolute deviation."""
 
 
-class Burst:
+class Burst(Budgeted):
     r"""Alarms at a single point that jumps, on curves that fall (or rise) by themselves and in runs of few points.
 
     The difference to the last point is compared with the median and the median absolute deviation (MAD) of the 32
@@ -65,11 +65,7 @@ class Burst:
         side: Side = "rise",
         transform: Transform = "log",
     ) -> None:
-        check_choices(side, transform)
-        self.side = side
-        self.transform = transform
-        self.points = false_alarm_points(planned, curves, budget) * (2 if side == "both" else 1)
-        """Points on average to a false alarm of one side of this curve."""
+        super().__init__(planned, curves, budget, side, transform)
         self.threshold = point_threshold(self.points)
         """What a score must reach."""
         self._last = nan

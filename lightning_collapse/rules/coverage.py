@@ -74,16 +74,16 @@ class Coverage:
             'no failure found in 2 layers over 40 points; 1 layer not judged: `embed` (it did not run)'
         """
         found = [f"{verdict.name} since step {verdict.since}" for verdict in verdicts]
-        words = f"{_count(len(found), 'failure') if found else 'no failure'} found"
+        words = f"{counted(len(found), 'failure') if found else 'no failure'} found"
         if not self.points:
             words = f"{words}, " if found else ""
             words += "nothing judged: there was no point that a rule can read"
         elif self.judged:
-            words += f" in {_count(len(self.judged), 'layer')}"
-        words += f" over {_count(self.points, 'point')}" if self.points else ""
+            words += f" in {counted(len(self.judged), 'layer')}"
+        words += f" over {counted(self.points, 'point')}" if self.points else ""
         words += f": {_some(found)}" if found else ""
         left_out = [f"`{name}` ({why})" for name, why in self.left_out.items()]
-        return words + (f"; {_count(len(left_out), 'layer')} not judged: {_some(left_out)}" if left_out else "")
+        return words + (f"; {counted(len(left_out), 'layer')} not judged: {_some(left_out)}" if left_out else "")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from: a number and a list of strings."""
@@ -105,7 +105,13 @@ def _why(layer: str, points: Mapping[str, Point], task: Task) -> str:
     return flags[0] if flags else "no rule could read its points"
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """A number of things in words.
+
+    Example:
+        >>> counted(1, "layer"), counted(2, "layer")
+        ('1 layer', '2 layers')
+    """
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from lightning_collapse.rules.scores import (
     PLANNED,
+    Budgeted,
     Side,
     Transform,
-    check_choices,
     cusum_threshold,
-    false_alarm_points,
     nan_for_none,
     none_for_nan,
     normal_score,
@@ -56,7 +55,7 @@ class _State:
     onsets: list[int] = field(default_factory=lambda: [-1, -1])
 
 
-class Detector:
+class Detector(Budgeted):
     r"""Alarms when the level of a curve shifts, with at most ``budget`` false alarms per healthy run; constant state.
 
     A point :math:`y_t` (after the transform) is predicted from the one before it, with the mean, the lag-1
@@ -126,11 +125,7 @@ class Detector:
         side: Side = "rise",
         transform: Transform = "log",
     ) -> None:
-        check_choices(side, transform)
-        self.side = side
-        self.transform = transform
-        self.points = false_alarm_points(planned, curves, budget) * (2 if side == "both" else 1)
-        """Points on average to a false alarm of one side of this curve."""
+        super().__init__(planned, curves, budget, side, transform)
         self.threshold = cusum_threshold(self.points)
         """What the sum of the scores must reach."""
         self.armed_after, below = SHORT if (planned or PLANNED) <= SHORT_RUN else LONG

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Curve, Evidence
-from lightning_collapse.rules.progress import LOSS, UNHARMED, is_harmed
+from lightning_collapse.rules.progress import LOSS, RECALL, UNHARMED, is_harmed
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Point
 
 POINTS, SHARE, MANY, FEW = 16, 0.7, 64, 6
 """Before this share of the planned points, at least 16 and at most 64, nothing is said of a joint embedding; before the
 sixth point nothing of prototypes."""
-RANK, RECALL = "eigenvalue_effective_rank", "views/recall_at_1"
+RANK = "eigenvalue_effective_rank"
 
 
 @register_rule

@@ -11,6 +11,30 @@ PLANNED = 1000
 """Points of a run of unknown length."""
 LEAST = 20.0
 """Points to a false alarm below which there is no threshold."""
+NORMAL_MAD = 1.4826
+"""Standard deviations of Gaussian noise per median absolute deviation."""
+
+
+class Budgeted:
+    """What has a budget of false alarms per healthy run.
+
+    Args:
+        planned: Points of a whole run; ``None`` for unknown, which counts as 1,000.
+        curves: How many curves share the budget.
+        budget: Allowed false alarms per healthy run, over all the curves.
+        side: Whether a rise, a fall, or both count.
+        transform: Scale where noise is even.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, planned: int | None, curves: int, budget: float, side: Side, transform: Transform) -> None:
+        check_choices(side, transform)
+        self.side = side
+        self.transform = transform
+        self.points = false_alarm_points(planned, curves, budget) * (2 if side == "both" else 1)
+        """Points on average to a false alarm of one side of this curve."""
 
 
 def cusum_threshold(points: float, slack: float = 0.5) -> float:

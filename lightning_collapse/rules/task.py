@@ -30,7 +30,6 @@ class Task:
             whose scores are as many; never more than there are features. 0 where there is no such end.
         last: Names of the layers from the one before the output layer on.
         outputs: Those of them whose outputs the loss compares with targets, so that nothing is said of how they lie.
-        kinds: What is judged: kinds of the rules whose curves are drawn.
         conditioning: Names of layers that hold few directions by design: what embeds one number or a position,
             routers, heads of a variance.
         reasons: Why, for each of these, in words.
@@ -42,7 +41,6 @@ class Task:
     directions: int = 0
     last: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
-    kinds: frozenset[str] = frozenset()
     conditioning: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict, compare=False)
     embeddings: frozenset[str] = frozenset()

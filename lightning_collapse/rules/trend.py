@@ -6,13 +6,11 @@ from math import isnan, nan, sqrt
 from statistics import median
 from typing import Any, Literal
 
-from lightning_collapse.rules.scores import Transform, check_choices, transformed
+from lightning_collapse.rules.scores import NORMAL_MAD, Transform, check_choices, transformed
 
 Direction = Literal["rising", "falling", "flat"]
 FEWEST = 6
 """Points below which residuals tell nothing of noise."""
-NORMAL_MAD = 1.4826
-"""Standard deviations of Gaussian noise per median absolute deviation."""
 EFFICIENCY = 0.91
 """Variance of the slope of least squares over that of Theil and Sen, for Gaussian noise at evenly spaced steps."""
 

@@ -41,6 +41,12 @@ def weighted_layers(root: nn.Module) -> list[Named]:
     return list(layers_of("", root))
 
 
+def width_of(layer: nn.Module) -> int:
+    """How many numbers a layer returns per row or position, 0 if that is not known."""
+    width = getattr(layer, "out_features", getattr(layer, "out_channels", 0))
+    return width if isinstance(width, int) else 0
+
+
 def weighted_children(name: str, module: nn.Module) -> list[Named]:
     """Children that hold weights; of lists, which are never called themselves, their elements."""
     if is_opaque(module):

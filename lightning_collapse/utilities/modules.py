@@ -25,6 +25,7 @@ from lightning_collapse.utilities.module_tree import (
 )
 from lightning_collapse.utilities.module_tree import clean_name as clean_name
 from lightning_collapse.utilities.module_tree import weighted_layers as weighted_layers
+from lightning_collapse.utilities.module_tree import width_of as width_of
 from lightning_collapse.utilities.points import curve_part
 from lightning_collapse.utilities.private_torch import (
     SHAPELESS,

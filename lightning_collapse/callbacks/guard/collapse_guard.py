@@ -16,7 +16,7 @@ from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.guard.action import Action, action_name, load_states, states_of
 from lightning_collapse.callbacks.guard.arguments import ActionLike, check_rules, make_actions, make_outcome
 from lightning_collapse.callbacks.guard.outcome_reader import Source
-from lightning_collapse.callbacks.guard.required_monitors import available, require_available
+from lightning_collapse.callbacks.guard.required_monitors import require_available
 from lightning_collapse.callbacks.guard.task_inference import infer_task
 from lightning_collapse.callbacks.guard.training_health import TrainingHealth, planned_points
 from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
@@ -305,7 +305,6 @@ class CollapseGuard(Callback):
         use, self._reader = self._reader.use, None
         with self._containment("inferring the task", "the task stays unknown"):
             self.task = infer_task(trainer, pl_module, use, self._requested)
-            self.task = replace(self.task, kinds=available(self._rules, trainer.callbacks))
         if not self._requested:
             self._say_task()
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_collapse.monitoring.loss_use import LossUse
 from lightning_collapse.rules import Task
-from lightning_collapse.utilities.modules import INPUT_SUFFIX, clean_name, curve_name, weighted_layers
+from lightning_collapse.utilities.modules import INPUT_SUFFIX, clean_name, curve_name, weighted_layers, width_of
 
 OUTPUTS_FOLLOW = ("classification", "multi-label", "regression", "language model")
 OF_FAMILY = {"neural_collapse": "classification", "regression_collapse": "regression"}
@@ -66,17 +66,11 @@ def _tap_name(name: str) -> str:
 
 def _by_registration(task: Task, pl_module: LightningModule, directions: int) -> Task:
     layers = [(clean_name(layer), module) for layer, module in weighted_layers(pl_module)]
-    width = _width(layers[-1][1]) if layers else 0
+    width = width_of(layers[-1][1]) if layers else 0
     ends = {"classification": max(width - 1, 1), "regression": width, "multi-label": width} if width else {}
     names = [layer for layer, _ in layers]
     last = _ending_behind(pl_module, names[-2:]) | {f"{layer}.input" for layer in names[-1:]}
     return _with_layers(task, directions or ends.get(task.name, 0), last, _heads(names))
-
-
-def _width(layer: nn.Module) -> int:
-    """How many numbers a layer returns per row or position, 0 if that is not known."""
-    width = getattr(layer, "out_features", getattr(layer, "out_channels", 0))
-    return width if isinstance(width, int) else 0
 
 
 def _heads(layers: Sequence[str]) -> frozenset[str]:

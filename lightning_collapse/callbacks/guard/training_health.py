@@ -64,7 +64,7 @@ class TrainingHealth:
 def _mean(loss: Tensor | None, count: int, device: torch.device) -> float | None:
     """Of the losses of all processes; collective where there are several."""
     if world_size() == 1:
-        return None if loss is None else loss.item() / count
+        return None if loss is None else loss.item() / count  # waits for the device, at points as `to_host` does
     total = torch.tensor([0.0, float(count)], device=device, dtype=accumulation_dtype(device))
     if loss is not None:
         total[0] = loss

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_collapse.reporting import PointReader
+from lightning_collapse.rules.coverage import counted
 
 if TYPE_CHECKING:
     from lightning_collapse.callbacks.monitors.monitor import Monitor
@@ -26,12 +27,8 @@ def say_unjudged(trainer: Trainer, drawn: Mapping[Monitor, int], first: bool) ->
     if silent or any(isinstance(callback, PointReader) for callback in trainer.callbacks):
         return
     told = [
-        f"`{type(monitor).__name__}` ({_count(points, 'point')}"
-        + (f" of {_count(len(monitor.window.taps), 'layer')})" if monitor.window is not None else ")")
+        f"`{type(monitor).__name__}` ({counted(points, 'point')}"
+        + (f" of {counted(len(monitor.window.taps), 'layer')})" if monitor.window is not None else ")")
         for monitor, points in drawn.items()
     ]
     rank_zero_info(f"{', '.join(told)}: nothing is judged; add `CollapseGuard()` to `callbacks` for verdicts.")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
