@@ -8,6 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+_TABLES = {
+    "measures": "measure and curve: what it reads, its range, what collapsed looks like, source",
+    "monitors": "monitor: what it is for, and its curves",
+    "rules": "verdict of the guard: what it says, reads and advises, source",
+    "losses": "anti-collapse loss: views, terms, what it reads at both ends, source",
+    "penalties": "penalty against forgetting: what it remembers, source",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one of the commands; ``--help`` lists them.
@@ -19,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m lightning_collapse", description="See and stop representation collapse in PyTorch Lightning."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    measures = commands.add_parser(
-        "measures", help="list every measure: name, range, what collapsed looks like, source"
-    )
-    measures.add_argument("--width", type=int, default=None, help="characters per line; the terminal's by default")
+    for name, what in _TABLES.items():
+        command = commands.add_parser(name, help=f"list every {what}")
+        command.add_argument("--markdown", action="store_true", help="print a Markdown table")
+        command.add_argument("--width", type=int, default=None, help="characters per line; the terminal's by default")
     demo = commands.add_parser(
         "demo", help="train an encoder twice on real images, once so that it collapses, and show what is seen"
     )
@@ -33,13 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     page.add_argument("logdir", type=Path, help="folder with event files, as for tensorboard --logdir")
     page.add_argument("--out", type=Path, default=Path("collapse.html"), help="the page (%(default)s)")
     chosen = parser.parse_args(arguments)
-    if chosen.command == "measures":
-        from lightning_collapse.reporting import legend_for_terminal
-
-        try:
-            print(legend_for_terminal(chosen.width), flush=True)
-        except BrokenPipeError:  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if chosen.command in _TABLES:
+        _print_table(chosen.command, chosen.markdown, chosen.width)
     elif chosen.command == "report":
         from lightning_collapse.reporting import report
 
@@ -49,6 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(str(error)) from error
     else:
         _demo(chosen.out, chosen.steps, chosen.seed)
+
+
+def _print_table(name: str, markdown: bool, width: int | None) -> None:
+    import lightning_collapse.callbacks  # noqa: F401  registers the monitors
+    from lightning_collapse.reporting import TABLES
+
+    table = TABLES[name]()
+    try:
+        print(table.markdown() if markdown else table.text(width), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _demo(out: Path, steps: int, seed: int) -> None:

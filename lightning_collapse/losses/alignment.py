@@ -64,6 +64,7 @@ class Alignment(AntiCollapseLoss):
         ValueError: If ``alpha`` is less than 1, where the slope at agreement is infinite.
     """
 
+    source = "Wang & Isola, ICML 2020, arXiv 2005.10242, of normalized rows"
     views = 2
 
     def __init__(self, alpha: float = 2.0) -> None:

@@ -70,6 +70,7 @@ class BalancedSoftmax(AntiCollapseLoss):
         https://arxiv.org/abs/2303.10058
     """
 
+    source = "Ren et al., NeurIPS 2020, arXiv 2007.10740"
     takes_labels = True
     constants = ("class_counts",)
     class_counts: Tensor

@@ -79,6 +79,7 @@ class BarlowTwins(AntiCollapseLoss):
         tensor(4.)
     """
 
+    source = "Zbontar et al., ICML 2021, arXiv 2103.03230"
     views = 2
 
     def __init__(self, invariance: float = 1.0, redundancy: float = 0.0051, eps: float = 1e-5) -> None:

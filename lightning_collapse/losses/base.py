@@ -22,6 +22,7 @@ class AntiCollapseLoss(nn.Module):
         views: How many feature matrices it takes: 1, or 2 for a pair of augmented views.
         takes_labels: Whether the class of each row, shape ``(N,)``, is its last argument. Such a loss can have
             parameters, and is for :class:`~lightning_collapse.AntiCollapseMixin`: a layer returns no labels.
+        source: Authors, year, identifier, and which form it is, for the tables.
         constants: Names of buffers that the arguments decide. All others are what the loss remembers: the state of
             :class:`~lightning_collapse.Regularizer` and the checkpoints of
             :class:`~lightning_collapse.AntiCollapseMixin` hold them.
@@ -30,6 +31,7 @@ class AntiCollapseLoss(nn.Module):
 
     views: ClassVar[Literal[1, 2]] = 1
     takes_labels: ClassVar[bool] = False
+    source: ClassVar[str] = ""
     constants: ClassVar[tuple[str, ...]] = ()
 
     _coefficients: dict[str, float]

@@ -76,6 +76,8 @@ class CodingRate(AntiCollapseLoss):
         ValueError: If ``eps`` is not positive.
     """
 
+    source = "Yu et al., NeurIPS 2020, arXiv 2006.08558, with the precision of EMP-SSL, arXiv 2304.03977"
+
     def __init__(self, eps: float = 0.2) -> None:
         super().__init__()
         require_positive(eps=eps)

@@ -124,6 +124,7 @@ class CorInfoMax(AntiCollapseLoss):
         [9.21, 18.4, 26.24, 27.61]
     """
 
+    source = "Ozsoy et al., NeurIPS 2022, arXiv 2209.07999; remembers covariances from step to step"
     views = 2
     means: Tensor | None
     covariances: Tensor | None

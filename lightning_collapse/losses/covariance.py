@@ -47,6 +47,8 @@ def covariance_loss(features: Tensor) -> Tensor:
 class CovarianceLoss(AntiCollapseLoss):
     """Module form of :func:`covariance_loss`, with one term, ``covariance``."""
 
+    source = "Bardes et al., ICLR 2022, arXiv 2105.04906"
+
     def __init__(self) -> None:
         super().__init__()
         self.coefficients = {"covariance": 1.0}

@@ -181,6 +181,11 @@ class CWRGP(ShufflingLoss):
         tensor(True)
     """
 
+    source = (
+        "Weng et al., NeurIPS 2022, arXiv 2210.03586, released-code form: ZCA of at most 64 samples over their "
+        'features in 4 random groups, so for 260 features or more; `axis="features"` for Shuffled-DBN, Hua et al., '
+        "ICCV 2021, arXiv 2105.00470 (2 at collapse)"
+    )
     views = 2
 
     def __init__(

@@ -81,6 +81,7 @@ class FeatureDecorrelation(AntiCollapseLoss):
         tensor(4.)
     """
 
+    source = "SimTPR, Lee et al., ICML 2023, arXiv 2306.05637"
     views = 2
 
     def __init__(

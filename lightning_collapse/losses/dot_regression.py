@@ -91,6 +91,7 @@ class DotRegression(AntiCollapseLoss):
         https://github.com/NeuralCollapseApplications/ImbalancedLearning.
     """
 
+    source = "Yang et al., NeurIPS 2022, arXiv 2203.09081"
     takes_labels = True
 
     def __init__(self, classifier: nn.Module, lengths: Lengths = "equal") -> None:

@@ -81,6 +81,8 @@ class EffectiveRankHinge(JitteredCovarianceLoss):
         tensor(2.0000)
     """
 
+    source = "this package"
+
     def __init__(
         self,
         rank: float = 1.0,

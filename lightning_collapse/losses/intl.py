@@ -61,6 +61,11 @@ class INTL(SpectralTransformation):
         20.96
     """
 
+    source = (
+        "Weng et al., ICLR 2024, arXiv 2305.16789, IterNorm with trace loss, released-code form: samples whitened "
+        "over features"
+    )
+
     def __init__(self, iterations: int = 4, trace: float = 0.01, axis: Axis = "samples") -> None:
         super().__init__(power=None, iterations=iterations, trace=trace, axis=axis)
 

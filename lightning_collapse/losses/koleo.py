@@ -75,6 +75,8 @@ class KoLeo(AntiCollapseLoss):
         ValueError: If ``eps`` is not positive.
     """
 
+    source = "Sablayrolles et al., ICLR 2019, arXiv 1806.03198, as in DINOv2"
+
     def __init__(self, eps: float = 1e-8) -> None:
         super().__init__()
         require_positive(eps=eps)

@@ -98,6 +98,11 @@ class LDReg(AntiCollapseLoss):
         https://arxiv.org/abs/2401.10474, code at https://github.com/HanxunH/LDReg.
     """
 
+    source = (
+        'Huang et al., ICLR 2024, arXiv 2401.10474, equation 1; `form="released"` for the training code\'s, which '
+        "rewards collapse"
+    )
+
     def __init__(self, k: int = 64, form: Form = "paper", eps: float = 1e-4) -> None:
         super().__init__()
         require_whole(2, k=k)

@@ -91,6 +91,8 @@ class LogDetBarrier(JitteredCovarianceLoss):
         tensor(8.2105)
     """
 
+    source = "this package"
+
     def __init__(self, target_std: float = 1.0, eps: float = 1e-4, jitter: float = 1e-5, momentum: float = 0.0) -> None:
         super().__init__(target_std, jitter, momentum)
         require_positive(eps=eps)

@@ -112,6 +112,10 @@ class MaxSup(AntiCollapseLoss):
         0.2
     """
 
+    source = (
+        "Zhou et al., NeurIPS 2025, arXiv 2502.15798; of logits, beside the cross-entropy, in place of label smoothing"
+    )
+
     def __init__(self, max_suppression: float = 0.1) -> None:
         super().__init__()
         self.coefficients = {"max_suppression": max_suppression}

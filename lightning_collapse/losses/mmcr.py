@@ -91,6 +91,7 @@ class MMCR(AntiCollapseLoss):
         (-4.0, -2.0)
     """
 
+    source = "Yerxa et al., NeurIPS 2023, arXiv 2303.03307, local with factor 0 as in the authors' scripts"
     views = 2
 
     def __init__(self, local: float = 0.0) -> None:

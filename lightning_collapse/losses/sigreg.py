@@ -140,6 +140,11 @@ class SIGReg(ShufflingLoss):
         tensor(40.8921)
     """
 
+    source = (
+        "Balestriero & LeCun, 2025, arXiv 2511.08544, the mean over samples of a normal law; "
+        '`quadrature="package"` for the released rule'
+    )
+
     def __init__(self, slices: int = 1024, quadrature: Quadrature = "paper", seed: int = 0) -> None:
         super().__init__()
         require_whole(1, slices=slices)

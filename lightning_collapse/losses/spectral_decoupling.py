@@ -67,6 +67,8 @@ class SpectralDecoupling(AntiCollapseLoss):
         tensor(0.0150)
     """
 
+    source = "Pezeshki et al., NeurIPS 2021, arXiv 2011.09468; of logits, in place of weight decay"
+
     def __init__(self, logits: float = 0.003, target: float = 0.0) -> None:
         super().__init__()
         self.target = target

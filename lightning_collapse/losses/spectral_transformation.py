@@ -119,6 +119,7 @@ class SpectralTransformation(AntiCollapseLoss):
         tensor(True)
     """
 
+    source = "Weng et al., ICLR 2024, arXiv 2305.16789: `power=` of the covariance, or IterNorm with `power=None`"
     views = 2
 
     def __init__(

@@ -84,6 +84,7 @@ class TREGS(AntiCollapseLoss):
         {'invariance': tensor(0.), 'length': tensor(-2.1213), 'sphere': tensor(0.)}
     """
 
+    source = "Mordacq et al., NeurIPS 2025, arXiv 2510.23484; values for rows of norm 1, where it does not keep them"
     views = 2
 
     def __init__(self, invariance: float = 10.0, length: float = 0.2, sphere: float = 8e-4) -> None:

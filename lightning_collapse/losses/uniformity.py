@@ -112,6 +112,8 @@ class Uniformity(AntiCollapseLoss):
         ValueError: If ``t`` is not between 0 and 40, where ``float32`` still tells distances apart.
     """
 
+    source = "Wang & Isola, ICML 2020, arXiv 2005.10242, of normalized rows"
+
     def __init__(self, t: float = 2.0) -> None:
         super().__init__()
         if not 0 < t <= MAX_T:

@@ -63,6 +63,8 @@ class VarianceLoss(AntiCollapseLoss):
         ValueError: If ``target_std`` or ``eps`` is not positive.
     """
 
+    source = "Bardes et al., ICLR 2022, arXiv 2105.04906"
+
     def __init__(self, target_std: float = 1.0, eps: float = 1e-4) -> None:
         super().__init__()
         require_positive(target_std=target_std, eps=eps)

@@ -82,6 +82,11 @@ class VCReg(AntiCollapseLoss):
         tensor(0.9900)
     """
 
+    source = (
+        "Zhu et al. 2023, arXiv 2306.13292, mean over pairs; coefficients of a public reimplementation, to be "
+        "tuned; `delta=` for the outlier form"
+    )
+
     def __init__(
         self,
         variance: float = 0.16,

@@ -94,6 +94,10 @@ class VICReg(AntiCollapseLoss):
         tensor(24.7500)
     """
 
+    source = (
+        'Bardes et al., ICLR 2022, arXiv 2105.04906, released-code form with (25, 25, 1); `convention="paper"` for '
+        "the paper's"
+    )
     views = 2
 
     def __init__(

@@ -103,6 +103,8 @@ class VISReg(ShufflingLoss):
         {'scale': 1.0, 'shape': 0.988, 'center': 4.0}
     """
 
+    source = "Wu et al., 2026, arXiv 2606.02572, without its invariance"
+
     def __init__(
         self,
         slices: int = 4096,

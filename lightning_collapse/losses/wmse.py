@@ -146,6 +146,10 @@ class WMSE(ShufflingLoss):
         tensor(True)
     """
 
+    source = (
+        "Ermolov et al., ICML 2021, arXiv 2007.06346, released-code form: Cholesky, sub-batches of 128 per "
+        'process; `scope="global"` whitens the global batch'
+    )
     views = 2
 
     def __init__(

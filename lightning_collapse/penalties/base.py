@@ -39,12 +39,15 @@ class Penalty(ABC):
     Attributes:
         needs_data: Whether :meth:`consolidate` reads a model's output on data.
         follows_steps: Whether what is learned comes from the steps of the training.
+        remembers: What it keeps of a task, in words, and ``source``: authors, year, identifier; for the tables.
         state: Tables of tensors by kind and name of a parameter, each as large as the parameter.
 
     Raises:
         ValueError: If ``weight`` is negative or not finite.
     """
 
+    remembers: ClassVar[str] = ""
+    source: ClassVar[str] = ""
     needs_data: ClassVar[bool] = False
     follows_steps: ClassVar[bool] = False
 

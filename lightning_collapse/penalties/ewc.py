@@ -65,6 +65,11 @@ class EWC(QuadraticPenalty):
         trainer = Trainer(callbacks=[WeightPenalty(EWC(weight=100.0))])
     """
 
+    remembers = (
+        "the diagonal of the Fisher information at the end of every task, exactly, in the memory of one; "
+        "`online=True` for one that fades"
+    )
+    source = "Kirkpatrick et al., PNAS 2017, arXiv 1612.00796; Schwarz et al., ICML 2018, arXiv 1805.06370"
     factor = 0.5
     needs_data = True
 

@@ -89,6 +89,8 @@ class KFACEWC(Penalty):
         trainer = Trainer(callbacks=[WeightPenalty(KFACEWC(weight=1.0))])
     """
 
+    remembers = "Kronecker factors of the Fisher information of linear layers and convolutions"
+    source = "Ritter et al., NeurIPS 2018, arXiv 1805.07810"
     needs_data = True
 
     def __init__(

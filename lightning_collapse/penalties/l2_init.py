@@ -40,6 +40,8 @@ class L2Init(QuadraticPenalty):
         tensor([2., 2., 2.])
     """
 
+    remembers = "the weights before the first step"
+    source = "Kumar et al., 2023, arXiv 2308.11958"
     known_by = "anchor"
 
     def __init__(self, weight: float = 1e-2) -> None:

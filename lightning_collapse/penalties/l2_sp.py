@@ -50,6 +50,8 @@ class L2SP(QuadraticPenalty):
         (tensor([0., 0.]), tensor([0.0100, 0.0100]))
     """
 
+    remembers = "pretrained weights, while the new ones decay"
+    source = "Li et al., ICML 2018, arXiv 1802.01483"
     factor = 0.5
     known_by = "pretrained"
 

@@ -42,6 +42,8 @@ class MAS(QuadraticPenalty):
         trainer = Trainer(callbacks=[WeightPenalty(MAS(weight=1.0))])
     """
 
+    remembers = "how much the output moves with each weight, without labels"
+    source = "Aljundi et al., ECCV 2018, arXiv 1711.09601"
     needs_data = True
 
     def __init__(self, weight: float = 1.0, n_samples: int | None = None, outputs: Outputs | None = None) -> None:

@@ -56,6 +56,8 @@ class RankOneEWC(Penalty):
         trainer = Trainer(callbacks=[WeightPenalty(RankOneEWC(weight=15000.0))])
     """
 
+    remembers = "the mean gradient, and how far gradients lie along it"
+    source = "Wang et al., ICLR 2026, arXiv 2509.23593"
     needs_data = True
 
     def __init__(

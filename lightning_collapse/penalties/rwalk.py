@@ -54,6 +54,8 @@ class RWalk(PathPenalty):
         trainer = Trainer(callbacks=[WeightPenalty(RWalk(weight=1.0))])
     """
 
+    remembers = "Fisher information along the path, and the score of the path"
+    source = "Chaudhry et al., ECCV 2018, arXiv 1801.10112"
     counts_steps = True
 
     def __init__(self, weight: float = 1.0, alpha: float = 0.9, every_n_steps: int = 10, epsilon: float = 1e-3) -> None:

@@ -42,6 +42,9 @@ class SynapticIntelligence(PathPenalty):
         trainer = Trainer(callbacks=[WeightPenalty(SynapticIntelligence(weight=0.1))])
     """
 
+    remembers = "what each weight brought on its path"
+    source = "Zenke et al., ICML 2017, arXiv 1703.04200"
+
     def __init__(self, weight: float = 0.1, damping: float = 0.1) -> None:
         super().__init__(weight)
         if not damping > 0:

@@ -1,15 +1,10 @@
-"""TensorBoard dashboard and legend, both read from the tables of measures and curves."""
+"""TensorBoard dashboard: which chart draws which curve, read from the tables of measures and curves."""
 
 import re
-import shutil
-from itertools import zip_longest
-from textwrap import wrap
 from typing import NamedTuple
 
-from lightning_collapse.utilities.registry import CURVES, MEASURES, Measure
+from lightning_collapse.utilities.registry import CURVES, MEASURES
 
-_COLUMNS = ("measure", "reads", "range", "collapsed", "source")
-_NARROWEST = 10
 _HEALTH = ("n", "nonfinite_fraction", "flag")
 _ONE_CHART = {"regularizer": ".+", "penalty": "[^/]+", "guard": ".+"}
 # the server anchors a pattern at the front only; `TensorBoardLogger(prefix=...)` puts "prefix-" there
@@ -88,30 +83,9 @@ def dashboard_layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
 
 def curve_facts() -> dict[tuple[str, str], list[str]]:
     """What the charts mean: what a curve reads, its range, what collapsed looks like, source; by category and chart."""
-    measures = {("Collapse", m.curve): [_reads(m), m.range, m.collapsed, m.source] for m in MEASURES.values()}
+    measures = {("Collapse", m.curve): [m.reads, m.range, m.collapsed, m.source] for m in MEASURES.values()}
     curves = {(category(c.family), c.name): [c.reads, c.range, c.collapsed, c.source] for c in CURVES.values()}
     return measures | curves
-
-
-def legend() -> str:
-    """What every registered measure and curve means, as a Markdown table."""
-    cells = [[cell.replace("|", r"\|") for cell in row] for row in _rows()]
-    lines = [_COLUMNS, ["---"] * len(_COLUMNS), *([f"`{name}`", *facts] for name, *facts in cells)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def legend_for_terminal(width: int | None = None) -> str:
-    """The table of :func:`legend` for a terminal: aligned columns, cells wrapped to ``width`` characters.
-
-    Args:
-        width: Characters per line; ``None`` asks the terminal. Columns do not shrink below a readable minimum.
-    """
-    rows = [list(_COLUMNS), *_rows()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    budget = (width or shutil.get_terminal_size().columns) - 2 * (len(widths) - 1)
-    while sum(widths) > budget and max(widths[1:]) > _NARROWEST:
-        widths[widths.index(max(widths[1:]), 1)] -= 1  # names stay whole: they are there to be copied
-    return "\n".join(line for row in rows for line in _wrapped(row, widths))
 
 
 def category(family: str) -> str:
@@ -121,21 +95,3 @@ def category(family: str) -> str:
 
 def _chart(pattern: str) -> tuple[str, list[str]]:
     return "Multiline", [f"{_PREFIX}{pattern}$"]
-
-
-def _rows() -> list[list[str]]:
-    facts = [
-        *((m.name, _reads(m), m.range, m.collapsed, m.source) for m in MEASURES.values()),
-        *((key, c.reads, c.range, c.collapsed, c.source) for key, c in CURVES.items()),
-    ]
-    return [[" ".join(fact.split()) for fact in row] for row in facts]
-
-
-def _reads(measure: Measure) -> str:
-    return f"{measure.spectrum} spectrum" if measure.kind == "spectrum" else measure.kind
-
-
-def _wrapped(row: list[str], widths: list[int]) -> list[str]:
-    cells = [wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)]
-    lines = zip_longest(*cells, fillvalue="")
-    return ["  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines]

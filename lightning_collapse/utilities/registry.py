@@ -62,6 +62,11 @@ class Measure:
         """Last part of the curve's name."""
         return self.key or self.name
 
+    @property
+    def reads(self) -> str:
+        """What it is computed from, in a few words."""
+        return f"{self.spectrum} spectrum" if self.kind == "spectrum" else self.kind
+
     def of_spectrum(self, spectrum: Any) -> Tensor:
         """Evaluate ``fn`` on a ``Spectrum`` record."""
         return self.fn(spectrum if self.record else spectrum.singular_values)

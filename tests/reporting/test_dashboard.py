@@ -1,4 +1,4 @@
-"""The dashboard as a TensorBoard server reads it, and the legend."""
+"""The dashboard as a TensorBoard server reads it."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_collapse.reporting import dashboard_layout, legend, legend_for_terminal, log_dashboard
+from lightning_collapse.reporting import dashboard_layout, log_dashboard
 from lightning_collapse.utilities.registry import CURVES, MEASURES, Curve, Measure
 
 FACTS = {
@@ -120,29 +120,3 @@ def ask(url):
         patterns = {chart["title"]: chart["multiline"]["tag"][0] for chart in charts}
         served = {title: list(get("scalars", run="run", tag=tag)["tag_to_events"]) for title, tag in patterns.items()}
     return layout, served
-
-
-def test_legend_is_a_markdown_table():
-    header, rule, *rows = legend().splitlines()
-    assert header == "| measure | reads | range | collapsed | source |"
-    assert rule == "| --- | --- | --- | --- | --- |"
-    assert rows == [
-        "| `effective_rank` | centered spectrum | 1 to K | 1 | Roy & Vetterli 2007 |",
-        r"| `eigenvalue_effective_rank` | raw spectrum | \|x\| to K |  |  |",
-        "| `uniformity` | rows |  | 0, all points equal |  |",
-        "| `alignment` | pairs |  |  |  |",
-        "| `tube/glow` | a tube | 0 to 1 | 0 | Crookes 1875 |",
-    ]
-
-
-@pytest.mark.parametrize("width", [10, 74, 80, 400])
-def test_legend_for_the_terminal_says_the_same_and_fits(width):
-    text = legend_for_terminal(width)
-    assert width < 74 or max(map(len, text.splitlines())) <= width
-    assert sorted(re.findall(r"\w+", text)) == sorted(re.findall(r"\w+", legend().replace("---", "")))
-    assert all(line == line.rstrip() for line in text.splitlines())
-
-
-def test_legend_for_the_terminal_asks_it_for_its_width(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "72")
-    assert legend_for_terminal() == legend_for_terminal(72) != legend_for_terminal(400)

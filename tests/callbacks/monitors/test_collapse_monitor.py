@@ -166,12 +166,29 @@ def test_stand_alone_validation_test_and_predict_draw_nothing():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_early_stopping_and_checkpoint_on_a_curve(tmp_path):
-    stop = EarlyStopping(ENCODER, mode="max", stopping_threshold=0.5, check_on_train_epoch_end=True)
-    best = ModelCheckpoint(tmp_path, monitor=ENCODER, mode="max", save_on_train_epoch_end=True)
-    trainer = fit(Toy(), [monitor(), stop, best], max_epochs=3, enable_checkpointing=True)
-    assert trainer.current_epoch == 1
-    assert best.best_model_score == trainer.callback_metrics[ENCODER]
+class Folding(Toy):
+    """From the third epoch on all rows of the encoder lie on one line."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 2:
+            with torch.no_grad():
+                last = self.encoder[2]
+                last.weight[1:] = last.weight[:1].clone()
+
+
+@pytest.mark.parametrize(("module", "epochs"), [(Toy, 5), (Folding, 3)])
+def test_early_stopping_ends_a_collapsing_run_and_no_healthy_one_and_the_checkpoint_is_of_before(
+    module, epochs, tmp_path
+):
+    settings = {"monitor": ENCODER, "mode": "max"}
+    stop = EarlyStopping(
+        **settings, divergence_threshold=2.0, patience=1000, strict=False, check_on_train_epoch_end=True
+    )
+    best = ModelCheckpoint(tmp_path, filename="{epoch}", **settings, save_on_train_epoch_end=True)
+    trainer = fit(module(), [monitor(), stop, best], max_epochs=5, enable_checkpointing=True)
+    assert trainer.current_epoch == epochs
+    assert best.best_model_score >= trainer.callback_metrics[ENCODER]
+    assert module is Toy or best.best_model_path.endswith(("epoch=0.ckpt", "epoch=1.ckpt"))
 
 
 def test_hooks_are_gone_after_the_fit_and_after_a_failure():

@@ -1,0 +1,153 @@
+"""Tables of measures, monitors, rules, losses and penalties, read from the registries."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import getdoc, isabstract, signature
+from itertools import zip_longest
+from math import isnan
+from textwrap import wrap
+
+from lightning_collapse.losses.base import AntiCollapseLoss
+from lightning_collapse.rules import RULES
+from lightning_collapse.utilities.registry import CURVES, LOSSES, MEASURES, MONITORS, PENALTIES
+
+_NARROWEST = 10
+_SHAPE = (256, 7)
+_OTHERS = ((512, 7), (256, 14))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings; the first column holds names.
+
+    Example:
+        >>> print(Table(("name", "source"), (("vicreg", "Bardes et al."),)).markdown())
+        | name | source |
+        | --- | --- |
+        | `vicreg` | Bardes et al. |
+    """
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        cells = [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in self.rows]
+        lines = [self.head, ["---"] * len(self.head), *([f"`{name}`", *facts] for name, *facts in cells)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def text(self, width: int | None = None) -> str:
+        """For a terminal: aligned columns, cells wrapped to ``width`` characters.
+
+        Args:
+            width: Characters per line; ``None`` asks the terminal. Columns do not shrink below a readable minimum.
+        """
+        rows = [list(self.head), *([" ".join(cell.split()) for cell in row] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        budget = (width or shutil.get_terminal_size().columns) - 2 * (len(widths) - 1)
+        while sum(widths) > budget and max(widths[1:]) > _NARROWEST:
+            widths[widths.index(max(widths[1:]), 1)] -= 1  # names stay whole: they are there to be copied
+        return "\n".join(line for row in rows for line in _wrapped(row, widths))
+
+
+def measures() -> Table:
+    """What every registered measure and curve means."""
+    facts = [
+        *((m.name, m.reads, m.range, m.collapsed, m.source) for m in MEASURES.values()),
+        *((key, c.reads, c.range, c.collapsed, c.source) for key, c in CURVES.items()),
+    ]
+    return Table(("measure", "reads", "range", "collapsed", "source"), tuple(facts))
+
+
+def legend() -> str:
+    """The measures as a Markdown table, for loggers that take text."""
+    return measures().markdown()
+
+
+def monitors() -> Table:
+    """What every monitor is for, and the curves it draws."""
+    rows = []
+    for name, cls in sorted(MONITORS.items()):
+        curves = ", ".join(f"`{curve}`" for curve in _curves_of(cls))
+        rows.append((name, _summary(cls), getattr(cls, "family", ""), curves))
+    return Table(("monitor", "what it is for", "family", "curves"), tuple(rows))
+
+
+def rules() -> Table:
+    """What every rule says, of which curves, and what it advises."""
+    rows = []
+    for kind, rule in RULES.items():
+        read = ", ".join(f"`{rule.family}/{name}`" for name in rule.measures)
+        about = ", ".join(rule.tasks) or "any"
+        says = rule.says.replace("{layer}", "LAYER") or _summary(type(rule))
+        advice = rule.advice or "nothing: it is a notice" if rule.informative else rule.advice
+        rows.append((kind, says, read, about, advice, rule.paper))
+    return Table(("verdict", "says", "reads", "task", "advice", "source"), tuple(rows))
+
+
+def losses() -> Table:
+    """What every loss takes, its terms, and what it reads at both ends."""
+    rows = []
+    for name, cls in sorted(LOSSES.items()):
+        loss = cls()
+        if isinstance(loss, AntiCollapseLoss):
+            ends = (_end(loss.value_at_perfection, loss.at_perfection), _end(loss.value_at_collapse, loss.at_collapse))
+            rows.append((name, str(loss.views), ", ".join(loss.coefficients), *ends, loss.source))
+    with_labels = {cls.__name__: cls for cls in _subclasses(AntiCollapseLoss) if cls.takes_labels and cls.source}
+    rows += [(name, "1, with labels", "", "", "", cls.source) for name, cls in sorted(with_labels.items())]
+    return Table(("loss", "views", "terms", "at perfection", "at collapse", "source"), tuple(rows))
+
+
+def penalties() -> Table:
+    """What every penalty on weights remembers of a task."""
+    rows = [
+        (name, str(getattr(cls, "remembers", "")), str(getattr(cls, "source", ""))) for name, cls in PENALTIES.items()
+    ]
+    return Table(("penalty", "remembers", "source"), tuple(sorted(rows)))
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "measures": measures,
+    "monitors": monitors,
+    "rules": rules,
+    "losses": losses,
+    "penalties": penalties,
+}
+"""All tables, by the name of the command that prints them."""
+
+
+def _curves_of(cls: type) -> Iterator[str]:
+    """The curves that a monitor draws: the measures it takes by default, then those that it declares."""
+    declared = [
+        f"{curve.family}/{curve.name}" if curve.family else curve.name for curve in getattr(cls, "declares", ())
+    ]
+    chosen = signature(cls).parameters.get("measures")
+    default = chosen.default if chosen is not None and isinstance(chosen.default, tuple) else ()
+    yield from (name for name in default if name in MEASURES and name not in declared)
+    yield from declared
+
+
+def _summary(cls: type) -> str:
+    """The first sentence of a docstring."""
+    return (getdoc(cls) or "").partition("\n\n")[0].replace("``", "`")
+
+
+def _end(value: float, of_shape: Callable[[int, int], float]) -> str:
+    """A value, with a star where it depends on the shape of the batch."""
+    if not isnan(value) and all(of_shape(*shape) == of_shape(*_SHAPE) for shape in _OTHERS):
+        return f"{value:.4g}"
+    return f"{of_shape(*_SHAPE):.4g}*"
+
+
+def _subclasses(cls: type[AntiCollapseLoss]) -> Iterator[type[AntiCollapseLoss]]:
+    for sub in cls.__subclasses__():
+        if not isabstract(sub):
+            yield sub
+        yield from _subclasses(sub)
+
+
+def _wrapped(row: list[str], widths: list[int]) -> list[str]:
+    cells = [wrap(cell, width, break_on_hyphens=False) for cell, width in zip(row, widths, strict=True)]
+    lines = zip_longest(*cells, fillvalue="")
+    return ["  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines]
