@@ -1,56 +1,53 @@
-"""What the README shows runs, and what it lists is what there is."""
+"""What the README and the pages show runs, and what they list is what there is."""
 
 import re
-from math import isnan
-from pathlib import Path
 
 import pytest
 
-from lightning_collapse.reporting import legend
+from lightning_collapse.reporting import TABLES
 from lightning_collapse.utilities.registry import CURVES, LOSSES, MEASURES, MONITORS, PENALTIES
+from tests.pages import PAGES, ROOT, filled
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-PAGES = [path.read_text() for path in sorted((ROOT / "examples").glob("*.md"))]
-BLOCKS = [block for text in (README, *PAGES) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+README = ROOT / "README.md"
+BLOCKS = [
+    pytest.param(block, id=f"{path.stem}-{number}")
+    for path in (README, *PAGES)
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
+]
 
 
 @pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.parametrize("block", BLOCKS)
 def test_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # what a block registers is gone after it
-    known = [(table, dict(table)) for table in (MEASURES, CURVES, MONITORS)]
+    known = [(table, dict(table)) for table in (MEASURES, CURVES, MONITORS, LOSSES, PENALTIES)]
     try:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(block, "page", "exec"), {"__name__": "page"})
     finally:
         for table, before in known:
             table.clear()
             table.update(before)
 
 
-def test_table_of_measures_is_the_registry():
-    table = re.search(r"<!-- measures -->\n(.*?)\n<!-- /measures -->", README, re.DOTALL).group(1)
-    assert table == legend()
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_tables_of_a_page_are_those_of_the_registries(path):
+    text = path.read_text(encoding="utf-8")
+    assert filled(text) == text, "run `python -m tests.pages`"
 
 
-def test_table_of_losses_is_what_they_declare():
-    for loss in (cls() for cls in LOSSES.values()):
-        row = next(line for line in README.splitlines() if line.startswith(f"| `{type(loss).__name__}`"))
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert int(cells[1]) == loss.views
-        assert cells[2] == ", ".join(loss.coefficients)
-        ends = (loss.value_at_perfection, loss.at_perfection), (loss.value_at_collapse, loss.at_collapse)
-        for cell, (value, of_shape) in zip(cells[3:5], ends, strict=True):
-            said = "7" if cell == "D" else cell.partition(" for 256 rows")[0]
-            digits = len(said.partition(".")[2])
-            assert float(said) == pytest.approx(of_shape(256, 7) if isnan(value) else value, abs=0.5 * 0.1**digits)
+def test_every_table_is_on_a_page():
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+    assert all(f"<!-- {name} -->" in text for name in TABLES if name != "measures")
 
 
-def test_every_penalty_has_a_row():
-    assert PENALTIES
-    for name in PENALTIES:
-        assert any(line.startswith(f"| `{name}` |") for line in README.splitlines()), name
+@pytest.mark.parametrize("path", [README, *PAGES], ids=lambda path: path.stem)
+def test_links_and_pictures_of_a_page_are_there_and_it_is_short_enough(path):
+    text = path.read_text(encoding="utf-8")
+    places = re.findall(r"\]\(([^)#]+)\)", text)
+    assert all(place.startswith("https://") or (path.parent / place).exists() for place in places)
+    assert len(text.encode()) <= (12_288 if path == README else 20_480)
+    assert path.stem == "README" or "\n\nWhat you get: " in text
 
 
 def test_the_gallery_shows_every_example():

@@ -1,5 +1,6 @@
 """Tables of measures, monitors, rules, losses and penalties, read from the registries."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from textwrap import wrap
 
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.rules import RULES
-from lightning_collapse.utilities.registry import CURVES, LOSSES, MEASURES, MONITORS, PENALTIES
+from lightning_collapse.utilities.registry import CURVES, LOSSES, MEASURES, MONITORS, PENALTIES, Curve
 
+_FACTS = ("measure", "reads", "range", "collapsed", "source")
 _NARROWEST = 10
 _SHAPE = (256, 7)
 _OTHERS = ((512, 7), (256, 14))
@@ -33,7 +35,7 @@ class Table:
 
     def markdown(self) -> str:
         """As a Markdown table."""
-        cells = [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in self.rows]
+        cells = [[_plain(cell).replace("|", r"\|") for cell in row] for row in self.rows]
         lines = [self.head, ["---"] * len(self.head), *([f"`{name}`", *facts] for name, *facts in cells)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -43,7 +45,7 @@ class Table:
         Args:
             width: Characters per line; ``None`` asks the terminal. Columns do not shrink below a readable minimum.
         """
-        rows = [list(self.head), *([" ".join(cell.split()) for cell in row] for row in self.rows)]
+        rows = [list(self.head), *([_plain(cell) for cell in row] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         budget = (width or shutil.get_terminal_size().columns) - 2 * (len(widths) - 1)
         while sum(widths) > budget and max(widths[1:]) > _NARROWEST:
@@ -53,11 +55,18 @@ class Table:
 
 def measures() -> Table:
     """What every registered measure and curve means."""
-    facts = [
-        *((m.name, m.reads, m.range, m.collapsed, m.source) for m in MEASURES.values()),
-        *((key, c.reads, c.range, c.collapsed, c.source) for key, c in CURVES.items()),
-    ]
-    return Table(("measure", "reads", "range", "collapsed", "source"), tuple(facts))
+    return Table(_FACTS, features().rows + curves().rows)
+
+
+def features() -> Table:
+    """What every registered measure of features means."""
+    return Table(_FACTS, tuple((m.name, m.reads, m.range, m.collapsed, m.source) for m in MEASURES.values()))
+
+
+def curves() -> Table:
+    """What every other curve means, by family."""
+    rows = ((key, c.reads, c.range, c.collapsed, c.source) for key, c in sorted(CURVES.items(), key=_family))
+    return Table(_FACTS, tuple(rows))
 
 
 def legend() -> str:
@@ -109,12 +118,18 @@ def penalties() -> Table:
 
 TABLES: dict[str, Callable[[], Table]] = {
     "measures": measures,
+    "features": features,
+    "curves": curves,
     "monitors": monitors,
     "rules": rules,
     "losses": losses,
     "penalties": penalties,
 }
-"""All tables, by the name of the command that prints them."""
+"""All tables by name; ``measures`` are ``features`` and ``curves`` together."""
+
+
+def _family(item: tuple[str, Curve]) -> str:
+    return item[1].family
 
 
 def _curves_of(cls: type) -> Iterator[str]:
@@ -130,7 +145,12 @@ def _curves_of(cls: type) -> Iterator[str]:
 
 def _summary(cls: type) -> str:
     """The first sentence of a docstring."""
-    return (getdoc(cls) or "").partition("\n\n")[0].replace("``", "`")
+    return (getdoc(cls) or "").partition("\n\n")[0]
+
+
+def _plain(cell: str) -> str:
+    """One line, with names in backticks in place of the marks of docstrings."""
+    return re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", " ".join(cell.split())).replace("``", "`")
 
 
 def _end(value: float, of_shape: Callable[[int, int], float]) -> str:

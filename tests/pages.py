@@ -1,0 +1,23 @@
+"""Tables of the pages in ``examples/``: between two marks stands what the registries say. Run it to write them anew."""
+
+import re
+from pathlib import Path
+
+import lightning_collapse.callbacks  # noqa: F401  registers the monitors
+from lightning_collapse.reporting import TABLES
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "examples").glob("*.md"))
+
+
+def filled(text: str) -> str:
+    """A page whose tables are those of the registries."""
+    for name, table in TABLES.items():
+        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = between.sub(lambda marks, table=table: f"{marks[1]}{table().markdown()}\n{marks[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
