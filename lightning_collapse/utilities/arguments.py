@@ -42,14 +42,15 @@ def require_one_of(options: Sequence[str], **values: str) -> None:
 
 
 def did_you_mean(wrong: str, names: Iterable[str]) -> str:
-    """A question that names what comes nearest to a name that does not exist; empty if nothing comes near.
+    """A question that names the three that come nearest to a name that does not exist; empty if nothing comes near.
 
     Example:
         >>> did_you_mean("encoder0", ["encoder", "encoder.0", "head"])
-        ' Did you mean `encoder.0`?'
+        ' Did you mean `encoder.0` or `encoder`?'
         >>> did_you_mean("Head", ["encoder", "head"]), did_you_mean("tail", ["encoder", "head"])
         (' Did you mean `head`?', '')
     """
     there = {name.lower(): name for name in reversed(list(names))}
-    nearest = get_close_matches(wrong.lower(), there, n=1)
-    return f" Did you mean `{there[nearest[0]]}`?" if nearest else ""
+    nearest = [f"`{there[name]}`" for name in get_close_matches(wrong.lower(), there, n=3)]
+    choice = " or ".join(part for part in (", ".join(nearest[:-1]), *nearest[-1:]) if part)
+    return f" Did you mean {choice}?" if choice else ""

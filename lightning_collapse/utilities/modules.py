@@ -37,6 +37,7 @@ from lightning_collapse.utilities.trainer import is_compiled_whole
 
 MAX_DEFAULT_LAYERS = 12
 INPUT_SUFFIX = ":input"
+_LISTED = 12
 VOCABULARY = 4  # a last layer this many times wider than its input is a vocabulary's
 _CHANNELS_FIRST = (
     nn.Conv1d,
@@ -79,14 +80,16 @@ def find_modules(root: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modul
     """Submodules by exact clean name or glob, in the order of the model, keyed by clean name.
 
     Raises:
-        ValueError: If a pattern matches nothing; the message lists what there is, and what comes nearest.
+        ValueError: If a pattern matches nothing; the message lists the first of what there is, and what comes nearest.
     """
     names = {clean_name(name): module for name, module in reversed(list(named_modules(root)))}
     names = {name: module for name, module in names.items() if not is_list(module)}
     names = dict(reversed(names.items()))  # of a compiled or sharded module the outermost wrapper
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
-            there = f"It has: {', '.join(names)}.{did_you_mean(pattern, names)}"
+            few = list(names)[:_LISTED]
+            more = f" and {len(names) - len(few)} more" if len(names) > len(few) else ""
+            there = f"It has: {', '.join(few)}{more}.{did_you_mean(pattern, names)}"
             raise ValueError(f"{pattern!r} matches no submodule of {type(root).__name__}. {there}")
     found = {name: module for name, module in names.items() if any(_matches(name, p) for p in patterns)}
     first = {id(module): name for name, module in reversed(found.items())}  # a shared module once
