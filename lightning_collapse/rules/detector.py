@@ -27,6 +27,9 @@ CAP = 3.0
 OUTLIER, WILD = 3.0, 8.0
 """Standard deviations of an error beyond which the variance learns no more of it: while the sum is above 0, so that a
 shift does not hide itself, and once it is 0 again; with the first alone heavy tails look too narrow."""
+FAR = 3.0
+"""Root mean squares of the deviations beyond which the mean and the autocorrelation learn no more of one: a point
+of Student-t(3) noise may lie 50 standard deviations out, and would move the mean by one."""
 FEW = 8
 """Points before which errors are taken as they are, and as uncorrelated."""
 LARGEST_PHI = 0.95
@@ -65,7 +68,9 @@ class Detector(Budgeted):
     .. math:: e_t = (y_t - m) - \hat\varphi (y_{t-1} - m), \qquad z_t = \Phi^{-1}(F_{\nu}(e_t / s)), \qquad
         U_t = \max(0,\; U_{t-1} + \min(z_t, 3) - \tfrac12)
 
-    with an alarm while :math:`U_t \ge h`. The baseline forgets (half-life 44 points), is kept while :math:`U_t` is
+    with :math:`s^2` the mean square of earlier errors; behind a point that is far from the mean the variance of
+    :math:`\hat\varphi` times its squared distance counts too, as for the prediction of any regression. It alarms while
+    :math:`U_t \ge h`. The baseline forgets (half-life 44 points), is kept while :math:`U_t` is
     above ``freeze``, and accepts a new level after 64 such points: then everything starts anew.
 
     **Threshold.** ``planned * curves / budget`` points on average to a false alarm (the union bound, which holds
@@ -224,9 +229,13 @@ def _prediction_error(state: _State, y: float) -> float:
 def _learn(state: _State, y: float, error: float, armed: bool) -> None:
     """Let a point into the mean, the autocorrelation and the variance."""
     deviation, before = y - state.mean, state.last - state.mean
+    has_scale, scale = _has_scale(state, armed), sqrt(state.variance)
+    bounded, wild = (_clipped(error, bound * scale) if has_scale else error for bound in (OUTLIER, WILD))
+    if has_scale and state.square > 0:
+        far = FAR * max(sqrt(state.square), _floor(state))
+        deviation, before = _clipped(deviation, far), _clipped(before, far)
     if state.count >= 2 and not isnan(before):
         weight = max(1 / (state.count - 1), FORGET)
-        bounded, wild = (_bounded(state, error, armed, deviations) for deviations in (OUTLIER, WILD))
         state.variance += weight * (bounded * bounded - state.variance)
         state.pending += weight * (wild * wild - state.pending)
         if not any(state.sums):
@@ -237,13 +246,14 @@ def _learn(state: _State, y: float, error: float, armed: bool) -> None:
     state.count, state.frozen = state.count + 1, 0
 
 
-def _bounded(state: _State, error: float, armed: bool, deviations: float) -> float:
-    """An error, or so many standard deviations if that is less."""
-    # a curve that starts as a constant has no scale yet; once armed, its first move is a shift
-    if state.count < FEW or (not armed and state.variance <= _floor(state) ** 2):
-        return error
-    bound = deviations * sqrt(state.variance)
-    return min(max(error, -bound), bound)
+def _has_scale(state: _State, armed: bool) -> bool:
+    """Whether it is known what is far: of a curve that starts as a constant not before it is armed."""
+    return state.count >= FEW and (armed or state.variance > _floor(state) ** 2)
+
+
+def _clipped(value: float, bound: float) -> float:
+    """Between minus the bound and the bound; NaN stays NaN."""
+    return value if isnan(value) else min(max(value, -bound), bound)
 
 
 def _floor(state: _State) -> float:
@@ -252,4 +262,9 @@ def _floor(state: _State) -> float:
 
 
 def _scale(state: _State) -> float:
-    return max(sqrt(state.variance), _floor(state))
+    """Standard deviation of the next error; behind a far point the error of the autocorrelation counts."""
+    variance = max(state.variance, _floor(state) ** 2)
+    if state.square > 0:
+        leverage = (state.last - state.mean) ** 2 / state.square
+        variance += state.variance * max(leverage - 1, 0.0) / min(state.count, MEMORY)
+    return sqrt(variance)

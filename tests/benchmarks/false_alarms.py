@@ -79,7 +79,8 @@ def sums(curves: Array, how: Settings) -> Array:
             phi = np.minimum(np.maximum((n * product / square + 1) / (n - 3), 0), detector.LARGEST_PHI)
             error = np.where(follows & (count >= detector.FEW) & (square > 0), deviation - phi * before, deviation)
             floor, root, degrees = 1e-6 * (1 + np.abs(mean)), np.sqrt(variance), np.maximum(n - 2, 1)
-            scale = np.maximum(root, floor)
+            leverage = np.where(square > 0, np.maximum(before**2 / square - 1, 0) / n, 0)
+            scale = np.sqrt(np.maximum(variance, floor**2) + variance * leverage)
             score = (8 * degrees + 1) / (8 * degrees + 3) * np.sqrt(degrees * np.log1p((error / scale) ** 2 / degrees))
             score = np.minimum(score, detector.CAP) * np.sign(error)
             added = np.minimum(np.maximum(total + score - detector.SLACK, 0), 2 * how.threshold)
@@ -92,6 +93,8 @@ def sums(curves: Array, how: Settings) -> Array:
             close = np.where(bounded, np.minimum(size, detector.OUTLIER * root), size)
             weight = np.where(learns & follows & (count >= 2), np.maximum(1 / (count - 1), forget), 0)
             pairs = weight > 0
+            far = np.where(bounded & (square > 0), detector.FAR * np.maximum(np.sqrt(square), floor), np.inf)
+            deviation, before = np.clip(deviation, -far, far), np.clip(before, -far, far)
             variance = np.where(pairs, variance + weight * (close * close - variance), variance)
             pending = np.where(pairs, pending + weight * (size * size - pending), pending)
             variance = np.where(pairs & (total == 0), pending, variance)
