@@ -18,7 +18,7 @@ from lightning_collapse.utilities.registry import register_loss
 def barlow_twins_terms(first: Tensor, second: Tensor, eps: float = 1e-5) -> dict[str, Tensor]:
     """The two terms of :class:`BarlowTwins`, unweighted.
 
-    In one process with ``N < D`` no ``D x D`` matrix is formed.
+    In one process with ``N < D`` no ``D x D`` matrix is formed; else it can be differentiated once.
 
     Collective: every process must call it; two all-reduces, about ``D * D + 2 D`` numbers.
 

@@ -11,6 +11,7 @@ from lightning_collapse.losses.support.rows import mean_of_rows
 from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of
+from lightning_collapse.utilities.differentiable_once import once
 
 Lengths = Literal["equal", "batch"]
 LENGTHS = get_args(Lengths)
@@ -24,7 +25,7 @@ def dot_regression(features: Tensor, labels: Tensor, prototypes: Tensor, lengths
 
     where the lengths :math:`\|h_i\|` carry no gradient. Of rows of length 1 the gradient is
     :math:`-(1 - \cos \angle(h_i, m_{y_i}))\, m_{y_i}`, towards the prototype, where cross-entropy adds a push from the
-    prototypes of other classes that drowns rare classes.
+    prototypes of other classes that drowns rare classes. Can be differentiated once.
 
     Collective: every process must call it; one all-reduce of 3 numbers, with ``lengths="batch"`` another of ``C``.
 
@@ -69,7 +70,7 @@ def dot_regression(features: Tensor, labels: Tensor, prototypes: Tensor, lengths
     length = torch.linalg.vector_norm(features.detach(), dim=1)
     error = (features * targets).sum(dim=1) - length * torch.linalg.vector_norm(targets.detach(), dim=1)
     values = error.square() / (2 * torch.where(length > 0, length, 1.0))
-    return mean_of_rows("dot_regression", values.unsqueeze(1), named).squeeze(0)
+    return once(mean_of_rows("dot_regression", values.unsqueeze(1), named).squeeze(0))
 
 
 class DotRegression(AntiCollapseLoss):

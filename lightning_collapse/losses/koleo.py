@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.pairs import gather_rows
-from lightning_collapse.losses.support.rows import unit_rows
+from lightning_collapse.losses.support.rows import lengths, unit_rows
 from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.neighbors import nearest_rows
 from lightning_collapse.spectral.precision import full_precision
@@ -59,7 +59,7 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
     rows = unit_rows(features)
     everything, first = gather_rows("koleo_loss", rows)
     nearest = nearest_rows(everything, 1, first, len(rows)).squeeze(1)
-    distances = torch.linalg.vector_norm(rows - everything.index_select(0, nearest), dim=1)
+    distances = lengths(rows - everything.index_select(0, nearest))
     distances = torch.where(distances <= 4 * torch.finfo(rows.dtype).eps, 0.0, distances)
     return all_reduce_sum_with_grad(-(distances + eps).log().sum()) / len(everything)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.labels import count_classes, named_rows
-from lightning_collapse.losses.support.rows import sum_of_rows
+from lightning_collapse.losses.support.rows import lengths, sum_of_rows
 from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_whole
@@ -117,13 +117,12 @@ class LongTailCollapse(AntiCollapseLoss):
 def _angles_to_the_nearest(means: Tensor) -> Tensor:
     """Angle ``(C,)`` between each mean and the one nearest in direction, seen from their center; 0 if all coincide."""
     centered = means - means.mean(dim=0)
-    lengths = torch.linalg.vector_norm(centered, dim=1, keepdim=True)
-    some = lengths > 0
-    directions = torch.where(some, centered / torch.where(some, lengths, 1.0), 0.0)
+    length = lengths(centered).unsqueeze(1)
+    some = length > 0
+    directions = torch.where(some, centered / torch.where(some, length, 1.0), 0.0)
     with torch.no_grad():
         nearest = (directions @ directions.T).fill_diagonal_(-2.0).argmax(dim=1)
     others = directions[nearest]
-    apart = torch.linalg.vector_norm(directions - others, dim=1)
-    together = torch.linalg.vector_norm(directions + others, dim=1)
+    apart, together = lengths(directions - others), lengths(directions + others)
     # the half angle of unit vectors has this tangent, and a slope that is finite at every angle
     return 2 * torch.atan2(apart, torch.where(apart + together > 0, together, 1.0))

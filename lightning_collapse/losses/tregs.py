@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.pairs import gather_rows, squared_distances
+from lightning_collapse.losses.support.rows import lengths
 from lightning_collapse.losses.support.spanning_tree import minimum_spanning_tree
 from lightning_collapse.losses.support.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
@@ -35,8 +36,7 @@ def tregs_terms(first: Tensor, second: Tensor) -> dict[str, Tensor]:
     views = stack_views("tregs_terms", first=first, second=second)
     everything, _ = gather_rows("tregs_terms", torch.cat(views.unbind(), dim=1))
     length = sum((_tree_length(view) for view in everything.chunk(2, dim=1)), start=views.new_zeros(()))
-    # the derivative of the norm at 0 is taken as 0
-    sphere = (torch.linalg.vector_norm(views, dim=2) - 1).square().sum()
+    sphere = (lengths(views) - 1).square().sum()
     sums = all_reduce_sum_with_grad(torch.stack([(views[0] - views[1]).square().sum(), sphere]))
     n = len(everything)
     return {"invariance": sums[0] / n, "length": -length / n, "sphere": sums[1] / n}
@@ -44,8 +44,7 @@ def tregs_terms(first: Tensor, second: Tensor) -> dict[str, Tensor]:
 
 def _tree_length(rows: Tensor) -> Tensor:
     left, right = minimum_spanning_tree(squared_distances(rows.detach(), rows.detach(), 0))
-    length: Tensor = torch.linalg.vector_norm(rows[left] - rows[right], dim=1).sum()
-    return length
+    return lengths(rows[left] - rows[right]).sum()
 
 
 @register_loss

@@ -14,6 +14,7 @@ from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.losses.support.whitening import SCOPES, Scope
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
+from lightning_collapse.utilities.differentiable_once import once
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, world_size
 from lightning_collapse.utilities.registry import register_loss
 
@@ -24,7 +25,8 @@ def visreg_terms(features: Tensor, directions: Tensor, eps: float = 1e-4, scope:
 
     With ``scope="rank"`` nothing travels and every process reads its own rows. With ``scope="global"`` it is
     collective: every process must call it with the same directions, rows of all processes travel, every process sorts
-    all of them, and several processes wait once for the device, to learn how many rows there are.
+    all of them, and several processes wait once for the device, to learn how many rows there are. Can be
+    differentiated once.
 
     Args:
         features: Representations, shape ``(N, D)``, with at least two rows.
@@ -57,7 +59,7 @@ def visreg_terms(features: Tensor, directions: Tensor, eps: float = 1e-4, scope:
     gaps = projections.sort(dim=0).values - quantiles.unsqueeze(1)
     return {
         "scale": (1 - std).square().mean(),
-        "shape": gaps.square().mean(),
+        "shape": once(gaps.square().mean()),
         "center": mean.square().mean(),
     }
 

@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
@@ -45,3 +46,34 @@ def differentiable_once(backward: Backward) -> Backward:
         return backward(ctx, *gradients)
 
     return wrapper  # type: ignore[return-value]
+
+
+def once(value: Tensor) -> Tensor:
+    """The same value, which can be differentiated once: for one that holds a part of itself constant, as published.
+
+    Its derivative depends on that part too, and autograd would not see it.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> torch.autograd.grad(once(x * x.detach()), x)
+        (tensor(3.),)
+    """
+    result: Tensor = _Once.apply(value)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]

@@ -83,11 +83,88 @@ def test_gradcheck(name: str, shape: Shape) -> None:
     assert torch.autograd.gradcheck(build(name).eval(), inputs)
 
 
-@pytest.mark.parametrize(
-    "name", ["CovarianceLoss", "FeatureDecorrelation", "MMCR", "SIGReg", "Uniformity", "VICReg", "WMSE"]
+TWICE: list[tuple[str, dict[str, Any]]] = [
+    ("Alignment", {}),
+    ("Alignment", {"alpha": 3.0}),
+    ("BarlowTwins", {}),
+    ("EffectiveRankHinge", {}),
+    ("EffectiveRankHinge", {"momentum": 0.5}),
+    ("INTL", {}),
+    ("INTL", {"axis": "features"}),
+    ("KoLeo", {}),
+    ("LogDetBarrier", {}),
+    ("LogDetBarrier", {"momentum": 0.5}),
+    ("SpectralDecoupling", {}),
+    ("TREGS", {}),
+    ("VCReg", {"delta": 0.05}),
+    ("VarianceLoss", {}),
+]
+"""Losses that can be differentiated twice, and with which arguments; all others refuse."""
+
+
+def refuses(name: str, arguments: Any, shape: Shape) -> bool:
+    """Whether the loss is to refuse a second derivative."""
+    if name == "BarlowTwins" and shape[0] >= shape[1]:
+        return True
+    return name != "MaxSup" and (name, arguments) not in TWICE
+
+
+every_twice = pytest.mark.parametrize(
+    ("name", "arguments", "shape"),
+    [
+        pytest.param(name, arguments, shape, id="-".join([name, *arguments, side]))
+        for name, arguments in TWICE
+        for side, shape in CASES[name].shapes.items()
+        if not refuses(name, arguments, shape)
+    ],
 )
-def test_a_second_derivative_that_would_lack_a_part_is_refused(name: str) -> None:
-    inputs = [z.requires_grad_() for z in views(name, some(name))]
+
+
+@every_twice
+def test_second_derivative(name: str, arguments: Any, shape: Shape) -> None:
+    loss = LOSSES[name](**arguments)
+    inputs = [z.requires_grad_() for z in views(name, shape)]
+    loss(*(0.9 * z for z in inputs))  # some remember
+    assert torch.autograd.gradgradcheck(loss.eval(), inputs, atol=1e-6, rtol=1e-3, fast_mode=True)
+
+
+@every_twice
+@pytest.mark.parametrize("factor", [0, 1])
+def test_second_derivative_is_finite_where_rows_are_equal(name: str, arguments: Any, shape: Shape, factor: int) -> None:
+    inputs = views(name, shape)
+    for z in inputs:
+        z[:2] = factor * z[0]
+        z.requires_grad_()
+    grads = torch.autograd.grad(LOSSES[name](**arguments)(*inputs), inputs, create_graph=True)
+    along = sum((grad * z.detach().sin()).sum() for grad, z in zip(grads, inputs, strict=True))
+    assert all(second.isfinite().all() for second in torch.autograd.grad(along, inputs))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # which torch itself calls
+def test_second_derivative_of_transforms() -> None:
+    """Forward through the backward pass, as `torch.func` has it."""
+    loss, (features,) = VarianceLoss(), views("VarianceLoss", (6, 4))
+    expected = torch.autograd.functional.hessian(loss, features)
+    torch.testing.assert_close(torch.func.hessian(loss)(features), expected)
+
+
+def test_what_is_linear_has_no_second_derivative() -> None:
+    (inputs,) = (z.requires_grad_() for z in views("MaxSup", (12, 5)))
+    (grad,) = torch.autograd.grad(build("MaxSup")(inputs), inputs, create_graph=True)
+    assert not grad.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, id=f"{name}-{side}")
+        for name in sorted(LOSSES)
+        for side, shape in CASES[name].shapes.items()
+        if refuses(name, {}, shape)
+    ],
+)
+def test_a_second_derivative_that_would_lack_a_part_is_refused(name: str, shape: Shape) -> None:
+    inputs = [z.requires_grad_() for z in views(name, shape)]
     with pytest.raises(RuntimeError, match="differentiated once only"):
         torch.autograd.grad(build(name).eval()(*inputs), inputs, create_graph=True)
 

@@ -181,6 +181,34 @@ def averaged(case: str, split: slice) -> tuple[Tensor, Tensor]:
     return value, grad / world_size()
 
 
+def second_derivative(name: str, split: slice) -> Tensor | str:
+    """Along a direction, of the layer's weights, as data-parallel training averages it, or the words of its refusal."""
+    rows, weight = data(FACTS[name].split[-1], torch.float64)
+    weight.requires_grad_()
+    loss = LOSSES[name](**FACTS[name].exact)
+    value = loss(*(row[split] @ weight for row in rows[: loss.views]))
+    try:
+        (grad,) = torch.autograd.grad(value, weight, create_graph=True)
+    except RuntimeError as error:
+        return str(error)
+    if grad.requires_grad:
+        (second,) = torch.autograd.grad((grad * weight.detach().sin()).sum(), weight)
+    else:  # a linear loss
+        second = torch.zeros_like(weight)
+    dist.all_reduce(second)
+    return second / world_size()
+
+
+def difference_of_gradients(name: str) -> Tensor:
+    """The same in one process, from first derivatives."""
+    rows, weight = data(FACTS[name].split[-1], torch.float64)
+    loss, step = LOSSES[name](**FACTS[name].exact), 1e-6 * weight.sin()
+    ends = [(weight + side * step).requires_grad_() for side in (1, -1)]
+    for end in ends:
+        loss(*(row @ end for row in rows[: loss.views])).backward()
+    return (ends[0].grad - ends[1].grad) / 2e-6
+
+
 def at_collapse(name: str, rows: int) -> tuple[float, float]:
     """What a loss reads where some rows of each process are all equal, and what it is to read."""
     loss = LOSSES[name](**FACTS[name].exact)
@@ -201,6 +229,7 @@ def worker(rank: int, folder: str) -> None:
     join(rank, RANKS, folder)
     result: dict[str, Any] = {case: averaged(case, splits(rank, CASES[case][1][0])) for case in CASES}
     result["messages"] = {name: messages(name) for name in LOSSES}
+    result["second"] = {name: second_derivative(name, splits(rank, FACTS[name].split[-1][0])) for name in LOSSES}
     floors = EffectiveRankHinge(), LogDetBarrier()
     result["collapsed"] = [gradient_at_collapse(loss, splits(rank, 12)) for loss in floors]
     result["few"] = {rows: few_rows(rank, rows) for rows in [(1, 0), (0, 1), (0, 0), (1, 1), (0, 2)]}
@@ -260,6 +289,17 @@ def check(case: str, ranks: list[dict[str, Any]]) -> None:
         assert ((grad * reference).sum() / reference.square().sum()).item() == pytest.approx(1, abs=tolerance)
         torch.testing.assert_close(grad, reference, rtol=tolerance, atol=tolerance * reference.abs().max().item())
     assert all(torch.equal(result[case][0], ranks[0][case][0]) for result in ranks)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_second_derivative_is_that_of_one_process_or_refused(name: str, ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        found = result["second"][name]
+        if isinstance(found, str):
+            assert "differentiated once only" in found
+        else:
+            expected = difference_of_gradients(name)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 def test_messages(ranks: list[dict[str, Any]]) -> None:

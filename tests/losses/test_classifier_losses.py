@@ -192,8 +192,16 @@ def test_gradcheck(name: str) -> None:
     def value(features: Tensor, *parameters: Tensor) -> Tensor:
         return functional_call(loss, dict(zip(names, parameters, strict=True)), (features, LABELS))
 
-    leaves = [p.detach().clone().requires_grad_() for p in loss.parameters()]
-    assert torch.autograd.gradcheck(value, [rows(name).requires_grad_(), *leaves])
+    leaves = [rows(name).requires_grad_(), *(p.detach().clone().requires_grad_() for p in loss.parameters())]
+    assert torch.autograd.gradcheck(value, leaves)
+    assert torch.autograd.gradgradcheck(value, leaves)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.detached])
+def test_a_second_derivative_that_would_lack_a_part_is_refused(name: str) -> None:
+    leaf = rows(name).requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(CASES[name].make()(leaf, LABELS), leaf, create_graph=True)
 
 
 @pytest.mark.parametrize("lengths", ["equal", "batch"])

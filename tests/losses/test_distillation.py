@@ -28,6 +28,12 @@ def test_is_the_cross_entropy_of_the_paper_up_to_a_constant():
     torch.testing.assert_close(*(torch.autograd.grad(value, student)[0] for value in (loss, paper)))
 
 
+@pytest.mark.parametrize("loss", [distillation_loss, feature_distillation_loss])
+def test_second_derivative(loss):
+    student, teacher = torch.randn(2, 5, 4, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, teacher), student.requires_grad_())
+
+
 def test_agreement_reads_zero_with_zero_gradient():
     for loss in (distillation_loss, feature_distillation_loss):
         x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)

@@ -37,7 +37,8 @@ def correlation_terms(
     Raises:
         TooFewRowsError: If there are fewer than two rows over all processes.
     """
-    terms = _Terms.apply(function, *views, eps, lost, mean_over_rows)  # type: ignore[no-untyped-call]
+    rows, samples, _ = center(function, views)
+    terms = _Terms.apply(rows, samples, samples - lost, eps, mean_over_rows)  # type: ignore[no-untyped-call]
     return dict(zip(("invariance", "redundancy"), terms, strict=True))
 
 
@@ -50,10 +51,8 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, function: str, first: Tensor, second: Tensor, eps: float, lost: int, mean_over_rows: bool
+        ctx: Any, rows: Tensor, samples: int | Tensor, dof: int | Tensor, eps: float, mean_over_rows: bool
     ) -> tuple[Tensor, Tensor]:
-        rows, samples, _ = center(function, [first, second])
-        dof = samples - lost
         products, energies = rows[0].mT @ rows[1], rows.square().sum(dim=1)
         if world_size() > 1:
             message = all_reduce_sum(torch.cat([products, energies]))
@@ -77,8 +76,10 @@ class _Terms(torch.autograd.Function):
         if world_size() > 1:
             grads = tuple(all_reduce_sum(torch.stack(grads)))
         on, off = 2 * grads[0] * error, 2 * grads[1]
-        first, second = rows * (scale.square() * (off * sums).addcmul_(on, 1 + error)).neg_().unsqueeze(1)
+        gradient = rows * (scale.square() * (off * sums).addcmul_(on, 1 + error)).neg_().unsqueeze(1)
         inner = (correlation * off).mul_(outer)
         inner.diagonal().copy_(on * outer.diagonal())
         # in place: autocast, which may be on in the backward pass, lets such products be
-        return None, first.addmm_(rows[1], inner.mT), second.addmm_(rows[0], inner), None, None, None
+        gradient[0].addmm_(rows[1], inner.mT)
+        gradient[1].addmm_(rows[0], inner)
+        return gradient, None, None, None, None

@@ -32,10 +32,17 @@ def unit_rows(features: Tensor) -> Tensor:
     largest = torch.linalg.vector_norm(features.detach(), torch.inf, dim=-1, keepdim=True)
     empty = largest == 0  # and not what is no number, which must not look like a row of zeros
     scaled = features / largest.masked_fill(empty, 1.0)
-    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    squares = scaled.square().sum(dim=-1, keepdim=True)
     # times a reciprocal: the derivative of a quotient takes three more passes over the rows
-    units: Tensor = scaled * length.masked_fill(empty, torch.inf).reciprocal()
+    units: Tensor = scaled * squares.masked_fill(empty, torch.inf).rsqrt()
     return units
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """Lengths of rows, from ``(..., D)`` to ``(...)``; of zeros first and second derivatives are 0."""
+    squares = rows.square().sum(dim=-1)
+    empty = squares == 0  # and not what is no number
+    return torch.where(empty, 0.0, torch.where(empty, 1.0, squares).sqrt())
 
 
 def mean_of_rows(function: str, values: Tensor, counted: Tensor | None = None) -> Tensor:

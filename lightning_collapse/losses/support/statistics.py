@@ -76,8 +76,8 @@ def center(
         views: Each of shape ``(N, D)``; ``N`` may differ between processes.
         extra: A scalar of this process to sum over all of them in the same message; keeps its gradient.
         rows: The fewest rows, over all processes, that will do.
-        grad_of_mean: Whether the mean passes a gradient on: not needed where nothing but products of centered rows is
-            summed, since what it would pass on is multiplied by their sum, which is zero.
+        grad_of_mean: Whether the mean passes a first derivative on, as it does a second one: not needed where nothing
+            but products of centered rows is summed, since it would be multiplied by their sum, which is zero.
 
     Raises:
         TooFewRowsError: If there are fewer than ``rows`` rows over all processes.
@@ -86,14 +86,47 @@ def center(
     extra = views[0].new_zeros(()) if extra is None else extra
     if world_size() == 1:
         require_rows(function, rows, n, n)
-        return CenteredBatch(_subtract_mean(torch.stack(tuple(views)), 1, grad_of_mean), n, extra)
-    together = torch.stack(tuple(views))
-    sums = _sums(together if grad_of_mean else together.detach(), 1)
+        centered: Tensor = _Centered.apply(grad_of_mean, n, None, *views)  # type: ignore[no-untyped-call]
+        return CenteredBatch(centered, n, extra)
+    sums = _sums(torch.stack([view.detach() for view in views]), 1)
     message = all_reduce_sum_with_grad(torch.cat([sums.new_full((1,), n), extra.reshape(1).to(sums), sums.flatten()]))
-    count, extra = message[0].detach().to(together), message[1].to(extra)
+    count, extra = message[0].detach().to(views[0]), message[1].to(extra)
     require_rows(function, rows, count, n)
-    mean = (message[2:].view_as(sums) / count).to(together.dtype)
-    return CenteredBatch(together.sub_(mean if grad_of_mean else mean.detach()), count, extra)
+    mean = (message[2:].detach().view_as(sums) / count).to(views[0].dtype)
+    centered = _Centered.apply(grad_of_mean, count, mean, *views)  # type: ignore[no-untyped-call]
+    return CenteredBatch(centered, count, extra)
+
+
+class _Centered(torch.autograd.Function):
+    """Views, stacked, about a mean, by default their own, which passes a derivative on where it is not multiplied by 0.
+
+    A second derivative comes by where the first one came with ``create_graph=True``.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_of_mean: bool, count: int | Tensor, mean: Tensor | None, *views: Tensor) -> Tensor:
+        rows = torch.stack(views)
+        return _subtract_mean(rows, 1) if mean is None else rows.sub_(mean)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.grad_of_mean, ctx.count, *_ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.grad_of_mean = ctx.grad_of_mean or torch.is_grad_enabled()
+        gradient = _about_mean(grads[0], ctx.count) if ctx.grad_of_mean else grads[0]
+        return None, None, None, *gradient.unbind()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return _about_mean(torch.stack(tangents[3:]), ctx.count)
+
+
+def _about_mean(change: Tensor, count: int | Tensor) -> Tensor:
+    return change - all_reduce_sum_with_grad(change.sum(dim=1, keepdim=True)) / count
 
 
 def without_mean(rows: Tensor, dim: int) -> Tensor:
@@ -106,13 +139,13 @@ def without_mean(rows: Tensor, dim: int) -> Tensor:
         >>> without_mean(torch.full((6, 1), 50.1), dim=0).any()
         tensor(False)
     """
-    return _subtract_mean(rows.clone(), dim, grad_of_mean=True)
+    return _subtract_mean(rows.clone(), dim)
 
 
-def _subtract_mean(rows: Tensor, dim: int, grad_of_mean: bool) -> Tensor:
+def _subtract_mean(rows: Tensor, dim: int) -> Tensor:
     """The same in place, by way of the first row."""
     rows = rows.sub_(_first(rows, dim))
-    return rows.sub_((rows if grad_of_mean else rows.detach()).mean(dim=dim, keepdim=True))
+    return rows.sub_(rows.mean(dim=dim, keepdim=True))
 
 
 def _sums(rows: Tensor, dim: int) -> Tensor:

@@ -4,10 +4,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from lightning_collapse.losses.base import TooFewRowsError
-from lightning_collapse.losses.support.rows import require_rows
+from lightning_collapse.losses.support.rows import lengths, require_rows
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.differentiable_once import differentiable_once
 from lightning_collapse.utilities.distributed import all_reduce_sum_with_grad, world_size
@@ -40,7 +39,7 @@ def inverse_cholesky(covariance: Tensor) -> Tensor:
 
 def cosine_distances(first: Tensor, second: Tensor, shortest: float = SHORTEST) -> Tensor:
     """Squared distances of normalized rows, between 0 and 4: from two of ``(..., N, D)`` to ``(..., N)``."""
-    first, second = normalize(first, dim=-1, eps=shortest), normalize(second, dim=-1, eps=shortest)
+    first, second = (view / lengths(view).clamp_min(shortest).unsqueeze(-1) for view in (first, second))
     return 2 - 2 * (first * second).sum(dim=-1)
 
 
