@@ -194,9 +194,13 @@ class Lit(LightningModule):
         self.now += 1
         loss = self.loss(batch)
         self.ran.append(float(loss))
-        if self.logs and not torch.compiler.is_compiling():  # torch 2.13 fails to compile a first `self.log`
-            self.log("loss", loss)
+        if self.logs:
+            self.report(loss)
         return loss
+
+    @torch.compiler.disable  # else what is logged tells from which step on Dynamo gave up compiling
+    def report(self, loss: Tensor) -> None:
+        self.log("loss", loss)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch))

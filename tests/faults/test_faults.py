@@ -37,6 +37,15 @@ def test_a_seed_is_a_setting():
     assert draw(3) == draw(3) != draw(4)
 
 
+def test_a_compiled_step_logs_whether_or_not_it_is_compiled_once_more():
+    """Watching has it compiled anew, so that Dynamo gives up later than in a bare fit."""
+    setting = replace(PLAIN, compiled="whole", logs=True, legs="watched later", stop_at=2)
+    setting = replace(setting, watchers=(("GradientMonitor", {}), ("CollapseMonitor", {"every_n_steps": 1})))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        assert "loss" in fitting.fit(setting, False).facts["metrics"]
+        assert not run(setting).failures
+
+
 class Offender(Callback):
     """Does something that a watcher must not."""
 
