@@ -117,16 +117,10 @@ class _Centered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.grad_of_mean = ctx.grad_of_mean or torch.is_grad_enabled()
-        gradient = _about_mean(grads[0], ctx.count) if ctx.grad_of_mean else grads[0]
+        (gradient,) = grads
+        if ctx.grad_of_mean:
+            gradient = gradient - all_reduce_sum_with_grad(gradient.sum(dim=1, keepdim=True)) / ctx.count
         return None, None, None, *gradient.unbind()
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return _about_mean(torch.stack(tangents[3:]), ctx.count)
-
-
-def _about_mean(change: Tensor, count: int | Tensor) -> Tensor:
-    return change - all_reduce_sum_with_grad(change.sum(dim=1, keepdim=True)) / count
 
 
 def without_mean(rows: Tensor, dim: int) -> Tensor:
