@@ -98,9 +98,9 @@ def center(
 
 
 class _Centered(torch.autograd.Function):
-    """Views, stacked, about a mean, by default their own, which passes a derivative on where it is not multiplied by 0.
+    """Views, stacked, about a mean, their own if none is given, which passes on what is not multiplied by zero.
 
-    A second derivative comes by where the first one came with ``create_graph=True``.
+    Without ``grad_of_mean`` those are second derivatives; a first one with ``create_graph=True`` tells that they come.
     """
 
     generate_vmap_rule = True
