@@ -29,6 +29,7 @@ from lightning_collapse.functional.intrinsic_dimension import (
     two_nn,
 )
 from lightning_collapse.functional.isotropic_null import expected_under_isotropy
+from lightning_collapse.functional.lidar import Lidar, lidar, lidar_null
 from lightning_collapse.functional.marchenko_pastur import MarchenkoPasturFit, marchenko_pastur_fit
 from lightning_collapse.functional.neural_collapse import (
     Cdnv,
@@ -106,6 +107,7 @@ __all__ = [
     "Cdnv",
     "GradientNoise",
     "HeadEntropy",
+    "Lidar",
     "LocalIntrinsicDimension",
     "LogKernel",
     "MarchenkoPasturFit",
@@ -150,6 +152,8 @@ __all__ = [
     "intransigence",
     "isotropy",
     "learning_accuracy",
+    "lidar",
+    "lidar_null",
     "local_intrinsic_dimension",
     "majority_fraction",
     "marchenko_pastur_fit",

@@ -2,6 +2,7 @@
 
 from lightning_collapse.metrics.attention_entropy import AttentionEntropy
 from lightning_collapse.metrics.intrinsic_dimension import IntrinsicDimension
+from lightning_collapse.metrics.lidar import LiDAR
 from lightning_collapse.metrics.nearest_center import NearestClassCenterAgreement
 from lightning_collapse.metrics.neural_collapse import NeuralCollapse
 from lightning_collapse.metrics.rank import (
@@ -31,6 +32,7 @@ __all__ = [
     "EigenvalueEffectiveRank",
     "IntrinsicDimension",
     "Isotropy",
+    "LiDAR",
     "NESum",
     "NearestClassCenterAgreement",
     "NeuralCollapse",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_collapse.functional.lidar import Lidar
 from lightning_collapse.monitoring.execution_order import ExecutionOrder
 from lightning_collapse.monitoring.feature_buffer import Batch, FeatureBuffer, LayerFeatures
 from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
@@ -203,6 +204,17 @@ class FeatureWindow:
         if self.pairs is None:
             return {}
         return self.pairs.read(list(self.plans), self._time - self.window + 1, self._device)
+
+    def lidar(self) -> dict[str, Lidar]:
+        """LiDAR of layers that see two views and bring more pairs than features, or might. Collective."""
+        if self.pairs is None:
+            return {}
+        widths = {
+            name: plan.width
+            for name, plan in self.plans.items()
+            if plan.width <= self.max_dim and plan.rows * world_size() > 2 * (plan.width + 1)
+        }
+        return self.pairs.lidar(widths, self._time - self.window + 1, self._device)
 
     def affordable(self, width: int) -> int:
         """Rows whose spectrum costs no more than ``max_overhead``; at least 64, at most four per feature."""

@@ -1,19 +1,21 @@
-"""View pairs: rows of two views of the same samples, and which layers see two views at all."""
+"""View pairs: rows of two views of the same samples, which layers see two views at all, and LiDAR of these."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_collapse.functional.lidar import Lidar, lidar_of_moments
 from lightning_collapse.functional.views import view_statistics
+from lightning_collapse.spectral.view_moments import ViewMoments, reduce_view_moments
 from lightning_collapse.utilities.distributed import all_reduce_sum
 
 ROWS = 192
-"""Rows of a view in a point, and at most of a batch."""
+"""Rows of a view in a point, and at most of a batch; for LiDAR as many batches more as the window has."""
 CERTAIN = 6.0
 """How many standard errors above chance samples must be found again to be views."""
 TRIES = 3
@@ -50,7 +52,7 @@ class ViewPairs:
         elif views.shape[1] < usual[1]:
             return
         kept.append((time, views))
-        del kept[: -max(ROWS // views.shape[1], 1)]
+        del kept[: -max(max(ROWS, 2 * views.shape[2]) // views.shape[1], 1)]
 
     def read(self, layers: list[str], since: int, device: torch.device) -> dict[str, Tensor]:
         """Sums over the pairs of all processes, see :func:`~lightning_collapse.functional.views.view_statistics`.
@@ -65,7 +67,7 @@ class ViewPairs:
         layers = [layer for layer in layers if self.open or layer in self.layers]
         groups: dict[Hashable, list[tuple[int, Tensor]]] = {}
         for i, layer in enumerate(layers):
-            for time, views in self._batches.get(layer, ()):
+            for time, views in _latest(self._batches.get(layer, ())):
                 if time >= since:
                     groups.setdefault((views.shape, views.dtype, views.device), []).append((i, views))
         total = torch.zeros(len(layers), 5, device=device, dtype=torch.float64 if device.type != "mps" else None)
@@ -75,6 +77,26 @@ class ViewPairs:
             total.index_add_(0, torch.tensor([i for i, _ in members], device=device), found)
         total = all_reduce_sum(total) if layers else total
         return dict(zip(layers, total.unbind(), strict=True))
+
+    def lidar(self, widths: Mapping[str, int], since: int, device: torch.device) -> dict[str, Lidar]:
+        """LiDAR of the pairs of all processes, of layers that are known to see two views. Collective, likewise.
+
+        In units of the variance within samples, so that the scale of the features does not matter.
+
+        Args:
+            widths: Features of the layers of which to say something, by name; the same on every process.
+            since: Time of the oldest batch to count.
+            device: As in :meth:`read`.
+        """
+        moments = {layer: ViewMoments(width, device) for layer, width in widths.items() if layer in self.layers}
+        for layer, of in moments.items():
+            for time, views in self._batches.get(layer, ()):
+                if time >= since and views.shape[2] == widths[layer]:
+                    of.update(views.to(of.within.device))
+        if not moments:
+            return {}
+        reduced = reduce_view_moments(list(moments.values()))
+        return {layer: lidar_of_moments(of, relative=True) for layer, of in zip(moments, reduced, strict=True)}
 
     def judge(self, sums: Mapping[str, list[float]]) -> None:
         """Decide from the first points which layers see two views; given what :meth:`read` returned, on the host."""
@@ -110,3 +132,8 @@ class ViewPairs:
         self._tries = {layer: list(of) for layer, of in state["tries"].items()}
         batches = state["batches"]
         self._batches = {layer: [(time, views.to(device)) for time, views in batches[layer]] for layer in batches}
+
+
+def _latest(kept: Sequence[tuple[int, Tensor]]) -> Sequence[tuple[int, Tensor]]:
+    """As many of the batches as fill a point."""
+    return kept[-max(ROWS // kept[-1][1].shape[1], 1) :] if kept else ()

@@ -8,6 +8,7 @@ from lightning_collapse.spectral.power_iteration import PowerIteration, TopSingu
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.spectral.sketch import GaussianSketch
 from lightning_collapse.spectral.spectrum import Spectrum, singular_values, spectrum_of
+from lightning_collapse.spectral.view_moments import ViewMoments, reduce_view_moments
 
 __all__ = [
     "ClassMoments",
@@ -16,11 +17,13 @@ __all__ = [
     "PowerIteration",
     "Spectrum",
     "TopSingularPair",
+    "ViewMoments",
     "eigenvalues",
     "eigenvectors",
     "full_precision",
     "matrix_spectra",
     "reduce_moments",
+    "reduce_view_moments",
     "singular_values",
     "spectrum_of",
     "top_singular_pair",

@@ -24,6 +24,7 @@ HELPERS: dict[str, set[str]] = {
     "functional/gradient_noise.py": {"noise_ratio"},
     "functional/intrinsic_dimension.py": {"local_dimension_of_distances", "two_nn_of_distances"},
     "functional/isotropic_null.py": {"marchenko_pastur_quantiles"},
+    "functional/lidar.py": {"lidar_of_moments", "stack_views"},
     "functional/marchenko_pastur.py": {"marchenko_pastur_cdf"},
     "functional/neural_collapse/cdnv.py": {"over_pairs"},
     "functional/neural_collapse/class_means.py": {

@@ -6,9 +6,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_collapse import CollapseMonitor
-from lightning_collapse.functional import recall_at_1
+from lightning_collapse.functional import lidar, lidar_null, recall_at_1
 from lightning_collapse.monitoring.view_pairs import ViewPairs
-from tests.toys import Toy, batches, fit
+from tests.toys import PointKeeper, Toy, batches, fit
 
 
 class TwoCalls(Toy):
@@ -36,6 +36,19 @@ class Unrelated(Toy):
         return first.pow(2).mean() - second.tanh().mean()
 
 
+class Keeps(TwoCalls):
+    """The same, and keeps what it has made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.made.append(torch.stack(self.views).detach())
+        return loss
+
+
 def recall(trainer):
     return trainer.logger.curve("views/encoder/recall_at_1")
 
@@ -47,6 +60,31 @@ def test_views_are_found_and_read_exactly(model):
     [(_, value)] = recall(trainer)
     assert value == pytest.approx(recall_at_1(*(view.detach() for view in toy.views)).item())
     assert [v for _, v in trainer.logger.curve("views/encoder/chance")] == [pytest.approx(1 / 32)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_lidar_is_that_of_the_views_in_the_window(scale):
+    toy, keeper = Keeps(), PointKeeper()
+    with torch.no_grad():
+        toy.encoder[0].weight.mul_(scale), toy.encoder[0].bias.mul_(scale)
+    fit(toy, [CollapseMonitor(layers=["encoder"], every_n_steps=2, rows=64), keeper], max_steps=4)
+    # the first point tells that these are views; the later windows hold two batches
+    points, excess = keeper.curve("views/encoder/lidar"), keeper.curve("views/encoder/lidar_excess")
+    expected = [lidar(*torch.cat(toy.made[i : i + 2], dim=1), relative=True) for i in (0, 2)]
+    assert [point.value for point in points] == pytest.approx([of.rank.item() for of in expected])
+    assert [point.value for point in excess] == pytest.approx([of.excess.item() for of in expected])
+    assert [(point.n, point.null) for point in points] == [(64, lidar_null(64, 8))] * 2
+
+
+def test_no_lidar_of_as_many_features_as_samples():
+    class Wide(TwoCalls):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(16, 40)
+
+    trainer = fit(Wide(), [CollapseMonitor(layers=["encoder"], every_n_steps=1, rows=32)], max_steps=3)
+    assert recall(trainer)
+    assert not trainer.logger.curve("views/encoder/lidar")
 
 
 @pytest.mark.parametrize("model", [Toy, Unrelated])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import nan, sqrt
+from math import nan
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
@@ -20,6 +21,7 @@ from lightning_collapse.monitoring.evaluate import assignments, evaluate, flag_o
 from lightning_collapse.monitoring.feature_buffer import Batch, FeatureBuffer, LayerFeatures
 from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.to_host import to_host
+from lightning_collapse.monitoring.view_points import VIEW_CURVES, VIEWS, lidar_points, view_points
 from lightning_collapse.reporting import (
     LOG10_EDGES,
     History,
@@ -39,7 +41,7 @@ from lightning_collapse.utilities.trainer import logging_step
 PICTURE_EVERY = 10
 _HISTOGRAM = "log10_std"
 _ASSIGNED = "assignment_perplexity"
-VIEWS = "views"
+_LIDAR = "lidar"
 
 
 class CollapseMonitor(Monitor):
@@ -54,7 +56,9 @@ class CollapseMonitor(Monitor):
     The curve ``assignment_perplexity`` is of layers whose outputs go through a softmax that the loss compares with no
     target, such as prototypes and the scores of a router. The curves ``views/...`` are of layers that see two views of
     the same samples, in two calls of a training step or one behind the other in a batch: those in which one view finds
-    the other far above chance at the first points.
+    the other far above chance at the first points. ``lidar`` is drawn of those with more samples in the window than
+    features; read it beside ``lidar_excess``, without which it is full, and at one number of samples: isotropic
+    features read its null, :func:`~lightning_collapse.functional.lidar_null`, and no more.
 
     Besides, to loggers that can show them, every tenth point: a histogram of log10 standard deviations along the
     principal axes per layer, and a picture of the first measure over layers and steps.
@@ -92,10 +96,7 @@ class CollapseMonitor(Monitor):
         Curve("nonfinite_fraction", "rows left out for NaN or infinity", "0 to 1", "above 0"),
         Curve("flag", "why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`", "0 to 7", "above 0"),
         Curve("assignment_perplexity", "outputs of a softmax in use, see the measure", "1 to D", "near 1"),
-        Curve("recall_at_1", "rows whose nearest other view is their own", "0 to 1", "as at its start", family=VIEWS),
-        Curve("chance", "the same by chance", "0 to 1", "never", family=VIEWS),
-        Curve("alignment", "squared distance of two views on the sphere", "0 to 4", "near 0", family=VIEWS),
-        Curve("uniformity", "log of the mean potential between rows", "-4 n / (n - 1) to 0", "near 0", family=VIEWS),
+        *VIEW_CURVES,
     )
     identity = ("layers", "measures", "every_n_steps")
 
@@ -224,12 +225,18 @@ class CollapseMonitor(Monitor):
         if self.window is None:
             return {}
         views = {(name, VIEWS): sums for name, sums in self.window.views().items()}
+        views |= {(name, _LIDAR): torch.stack(found) for name, found in self.window.lidar().items()}
         return self._evaluate(self.window.features(), pictures) | views
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
         points = self._make_points(self.family, step, numbers)
-        points += self._view_points(step, {layer: sums for (layer, name), sums in numbers.items() if name == VIEWS})
+        if self.window is not None and self.window.pairs is not None:
+            sums, found = (
+                {of: number for (of, key), number in numbers.items() if key == name} for name in (VIEWS, _LIDAR)
+            )
+            points += view_points(self.window.pairs, step, sums)
+            points += lidar_points(step, found, {name: plan.width for name, plan in self.window.plans.items()})
         first = self._measures[0].curve  # for the picture, as a share of what noise reads where there is such a null
         shown = {point.layer: point for point in points if point.measure == first}
         self._history.append(step, {name: p.value / p.null if p.null > 0 else p.value for name, p in shown.items()})
@@ -330,20 +337,6 @@ class CollapseMonitor(Monitor):
                 points.append(Point(family, tap.name, _ASSIGNED, step, float(assigned), n, expected, flag))
             own = {"n": float(n), "nonfinite_fraction": 1 - n / seen if seen else nan, "flag": float(flag)}
             points += [Point(family, tap.name, name, step, value, n, flag=flag) for name, value in own.items()]
-        return points
-
-    def _view_points(self, step: int, sums: Mapping[str, list[float]]) -> list[Point]:
-        if self.window is None or self.window.pairs is None:
-            return []
-        self.window.pairs.judge(sums)
-        points = []
-        for layer, (pairs, hits, chances, apart, uniform) in sums.items():
-            if layer in self.window.pairs.layers and pairs:
-                recall, chance = hits / pairs, chances / pairs
-                error = sqrt(max(recall * (1 - recall), chance) / pairs)
-                values = {"chance": chance, "alignment": apart / pairs, "uniformity": uniform / pairs}
-                points.append(Point(VIEWS, layer, "recall_at_1", step, recall, int(pairs), chance, error=error))
-                points += [Point(VIEWS, layer, name, step, value, int(pairs)) for name, value in values.items()]
         return points
 
     def _draw_history(self, trainer: Trainer, step: int) -> None:
