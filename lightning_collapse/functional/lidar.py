@@ -124,7 +124,7 @@ def lidar_null(n: int, d: int, views: int = 2) -> float:
     ``n (views - 1)`` degrees of freedom. The eigenvalues of such a matrix follow Wachter's law on
     :math:`\big[\big(\tfrac{1 - h}{1 - y_2}\big)^2, \big(\tfrac{1 + h}{1 - y_2}\big)^2\big]` with
     :math:`y_1 = \tfrac{d}{n - 1}, y_2 = \tfrac{d}{n (Q - 1)}, h^2 = y_1 + y_2 - y_1 y_2`; this is the effective rank of
-    its quantiles, within 3 % from a hundred samples on. It is the ceiling of features of which all directions are alike.
+    its quantiles, within 3 % from a hundred samples on. It is the ceiling of features whose directions are all alike.
 
     Args:
         n: Samples.
