@@ -32,7 +32,9 @@ def assignment_null(n: int, d: int) -> float:
     if d == 1:
         return 1.0
     entropy, chance = 0.0, 1 / d
-    for count in range(1, n + 1):
+    # beyond forty standard deviations there is no probability left in double precision
+    mean, reach = n / d, 40 * math.sqrt(n / d) + 40
+    for count in range(max(1, int(mean - reach)), min(n, int(mean + reach)) + 1):
         log_probability = (
             math.lgamma(n + 1)
             - math.lgamma(count + 1)

@@ -2,6 +2,7 @@
 
 from lightning_collapse.monitoring.attention_hooks import AttentionHooks
 from lightning_collapse.monitoring.call_record import CallRecord
+from lightning_collapse.monitoring.codebooks import Codebooks
 from lightning_collapse.monitoring.execution_order import ExecutionOrder
 from lightning_collapse.monitoring.feature_hooks import FeatureHooks
 from lightning_collapse.monitoring.feature_window import FeatureWindow
@@ -13,6 +14,7 @@ from lightning_collapse.monitoring.training_flops import TrainingFlops
 __all__ = [
     "AttentionHooks",
     "CallRecord",
+    "Codebooks",
     "ExecutionOrder",
     "FeatureHooks",
     "FeatureWindow",

@@ -24,7 +24,7 @@ from lightning_collapse.utilities.attention_calls import (
 )
 from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
 from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, hooks_ignored, is_to_be_ignored
-from lightning_collapse.utilities.private_torch import innermost_function_mode, is_fake
+from lightning_collapse.utilities.private_torch import FUSED_IN_EVAL, innermost_function_mode, is_fake
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """From a module and the arguments of its call to ``(query, key)`` or an :class:`AttentionCall`."""
@@ -33,7 +33,6 @@ Captured = AttentionCall | Tensor
 
 _SOFTMAX = {F.softmax, torch.softmax, torch.special.softmax, torch.Tensor.softmax}
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
-_FUSED_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class AttentionHooks:
@@ -97,8 +96,7 @@ class AttentionHooks:
             name = self._names.get(id(module))
             running.append(name or mode.layer)
             mode.layer = running[-1]
-            if isinstance(module, _FUSED_IN_EVAL) and not module.training and mode.is_innermost():
-                # such a layer asks whether anybody listens, and computes in another order if so
+            if isinstance(module, FUSED_IN_EVAL) and not module.training and mode.is_innermost():
                 mode.__exit__(None, None, None)
                 aside.append(module)
 

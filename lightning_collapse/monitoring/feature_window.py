@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_collapse.functional.lidar import Lidar
+from lightning_collapse.monitoring.call_record import storage_of
+from lightning_collapse.monitoring.codebooks import Codebooks
 from lightning_collapse.monitoring.execution_order import ExecutionOrder
 from lightning_collapse.monitoring.feature_buffer import Batch, FeatureBuffer, LayerFeatures
 from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
@@ -24,6 +26,7 @@ from lightning_collapse.utilities.execution import Execution, functional_layers
 from lightning_collapse.utilities.features import evenly, padding_mask
 from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import Tap, let_hooks_be_seen, weighted_layers
+from lightning_collapse.utilities.private_torch import tree_leaves
 
 EVERYTHING = 1 << 31
 
@@ -54,6 +57,7 @@ class FeatureWindow:
             :attr:`rows` and :attr:`limit` for them.
         views: Keep rows of two views of the same samples too, of layers that see two.
         positions: Take every position of a map for a row, and not their mean.
+        codebooks: Counts the codes of the batches too.
 
     Attributes:
         hooks: The hooks.
@@ -81,6 +85,7 @@ class FeatureWindow:
         choose: Callable[[Execution], Sequence[Tap]] | None = None,
         views: bool = False,
         positions: bool = False,
+        codebooks: Codebooks | None = None,
     ) -> None:
         let_hooks_be_seen(root)
         self.taps = list(taps)
@@ -89,6 +94,7 @@ class FeatureWindow:
         self.max_dim = max_dim
         self.plans: dict[str, SamplingPlan] = {}
         self.pairs = ViewPairs() if views else None
+        self.codebooks = codebooks
         self._root, self._device = root, device
         self.limit = limit
         self._make_hooks = partial(FeatureHooks, position=position, containment=containment, positions=positions)
@@ -139,7 +145,9 @@ class FeatureWindow:
             if self.pairs is not None:
                 self.hooks.views = ROWS if self.pairs.open or self.pairs.layers else 0
                 self.hooks.halved = None if self.pairs.open else self.pairs.layers
-            self._scope.request(self.hooks, *(() if self._order is None else (self._order,)))
+            if self.codebooks is not None:
+                self.codebooks.given = {storage_of(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
+            self._scope.request(*(one for one in (self.hooks, self._order, self.codebooks) if one is not None))
             self._beside = beside
 
     def after_batch(self, batches_left: int, between: int) -> None:
@@ -156,6 +164,8 @@ class FeatureWindow:
             return
         self._requested = False
         captured = self.pop()
+        if self.codebooks is not None:
+            self.codebooks.collect(self._time)
         beside = self._pair(captured)
         first = not self._negotiated
         if first or (batches_left == 0 and len(self.plans) < len(self.taps)):
@@ -216,6 +226,10 @@ class FeatureWindow:
         }
         return self.pairs.lidar(widths, self._time - self.window + 1, self._device)
 
+    def codes(self) -> dict[str, Tensor]:
+        """Perplexity, rows and unused share of codebooks, see :class:`Codebooks`. Collective."""
+        return {} if self.codebooks is None else self.codebooks.read(self._time - self.window + 1, self._device)
+
     def affordable(self, width: int) -> int:
         """Rows whose spectrum costs no more than ``max_overhead``; at least 64, at most four per feature."""
         return rows_within(self._budget, width)
@@ -235,6 +249,8 @@ class FeatureWindow:
         self._buffer.clear()
         if self.pairs is not None:
             self.pairs.clear()
+        if self.codebooks is not None:
+            self.codebooks.clear()
         self._beside = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,6 +264,7 @@ class FeatureWindow:
             "budget": self._budget,
             "execution": [list(names) for names in self._execution],
             "views": {} if self.pairs is None else self.pairs.state_dict(rows=world_size() == 1),
+            "codes": {} if self.codebooks is None else self.codebooks.state_dict(),
             "rows": self._buffer.state_dict() if world_size() == 1 else {},  # a checkpoint holds those of one process
         }
 
@@ -263,6 +280,8 @@ class FeatureWindow:
             self._buffer.load_state_dict(state["rows"], names, self._device)
         if self.pairs is not None and state.get("views"):
             self.pairs.load_state_dict(state["views"], self._device)
+        if self.codebooks is not None and state.get("codes"):
+            self.codebooks.load_state_dict(state["codes"], self._device)
         if self._negotiated:
             self._settle()
             if self._order is not None:

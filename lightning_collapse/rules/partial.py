@@ -10,8 +10,9 @@ from lightning_collapse.utilities.points import Point
 
 POINTS, SHARE, MANY, FEW = 16, 0.7, 64, 6
 """Before this share of the planned points, at least 16 and at most 64, nothing is said of a joint embedding; before the
-sixth point nothing of prototypes."""
-RANK = "eigenvalue_effective_rank"
+sixth point nothing of prototypes, before the sixteenth nothing of codes."""
+RANK, UNUSED = "eigenvalue_effective_rank", "unused_codes"
+"""The second tells a codebook from a softmax."""
 
 
 @register_rule
@@ -87,26 +88,34 @@ class PartialCollapse(Rule):
 
 @register_rule
 class PrototypeCollapse(Rule):
-    """Nearly all rows choose the same few prototypes, clusters or experts.
+    """Nearly all rows choose the same few prototypes, clusters, codes or experts.
 
     The perplexity of the choices is above one by a tenth of what it would be if all were equally likely, over as many
     rows, or less, and does not rise. Where a target is compared with the softmax it says nothing, and is not drawn.
     Fewer than four outputs in use by chance are too few to tell. One expert may be enough: where features are not
-    compared with each other, it is a notice as long as the loss has kept nine tenths of what it gained. That prototypes
-    die without centering or equal partition is the finding of Caron et al. (2021, arXiv 2104.14294; 2020, arXiv
-    2006.09882), that experts do of Shazeer et al. (2017, arXiv 1701.06538); the numbers are ours.
+    compared with each other, it is a notice as long as the loss has kept nine tenths of what it gained.
+
+    Of a codebook it is a quarter, and a failure whatever the loss: what does not choose different codes cannot be told
+    apart behind them. But most begin with a few, until unused ones are moved or drawn along: nothing is said before
+    the sixteenth point. That prototypes die without centering or equal partition is the finding of Caron et al. (2021,
+    arXiv 2104.14294; 2020, arXiv 2006.09882), that experts do of Shazeer et al. (2017, arXiv 1701.06538), that codes do
+    of Lancucki et al. (2020, arXiv 2005.08520); the numbers are ours.
     """
 
     kind = "prototype_collapse"
-    says = "Nearly all inputs choose the same few prototypes, clusters or experts in `{layer}`."
+    says = "Nearly all inputs choose the same few prototypes, clusters, codes or experts in `{layer}`."
     family = "collapse"
     measures = ("assignment_perplexity",)
+    optional = (UNUSED,)
     follows = ("assignment_perplexity", LOSS)
     lower_is_worse = ("assignment_perplexity",)
     patience = 3
-    share = 0.1
+    share, code_share = 0.1, 0.25
     least_null = 4.0
-    advice = "Balance the scores (centering, Sinkhorn), or spread their input with `Regularizer(KoLeo(), on=...)`."
+    advice = (
+        "Balance the scores (centering, Sinkhorn), move codes that no row chooses to where rows are, or spread the"
+        " input with `Regularizer(KoLeo(), on=...)`."
+    )
     paper = "Caron et al., 2021, arXiv 2104.14294"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
@@ -114,24 +123,25 @@ class PrototypeCollapse(Rule):
         return 0.0
 
     def weigh(self, evidence: Evidence) -> float:
-        """A tenth of the null over the perplexity, both counted from one; undecided while it rises."""
+        """A tenth, or a quarter, of the null over the perplexity, counted from one; undecided while it rises."""
         [name] = self.measures
         curve: Curve | None = evidence.history.get(name)
         null = evidence.points[name].null
-        if curve is None or curve.count < FEW or not null > self.least_null:
+        share, few = (self.code_share, POINTS) if UNUSED in evidence.points else (self.share, FEW)
+        if curve is None or curve.count < few or not null > self.least_null:
             return 0.0
-        severity = self.share * (null - 1) / max(curve.level - 1, 1e-300)
+        severity = share * (null - 1) / max(curve.level - 1, 1e-300)
         return min(severity, UNDECIDED) if curve.direction() == "rising" else severity
 
     def excuse(self, evidence: Evidence) -> str:
-        """That the loss has come to no harm."""
-        return "" if is_harmed(evidence) else UNHARMED
+        """That the loss has come to no harm, but for a codebook."""
+        return "" if UNUSED in evidence.points or is_harmed(evidence) else UNHARMED
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
-        """Perplexity, null and beginning."""
+        """Perplexity, null and beginning, and of a codebook the codes without a row."""
         [name] = self.measures
-        used = points[name]
+        used, unused = points[name], points.get(UNUSED)
         return (
             f"over {used.n} rows the perplexity of the choices is {used.value:.1f}, where equally likely ones read"
             f" {used.null:.1f} and the run began with {baseline[name]:.1f}"
-        )
+        ) + (f"; {100 * unused.value:.0f} % of the codes are chosen by none" if unused is not None else "")

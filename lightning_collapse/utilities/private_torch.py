@@ -11,6 +11,8 @@ WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Names of the child that compilation, sharding and activation checkpointing hide a module under."""
 SHAPELESS = (nn.Identity, nn.GroupNorm, nn.modules.dropout._DropoutNd)
 """Modules that return what they receive, whatever its shape."""
+FUSED_IN_EVAL = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+"""Modules that ask in evaluation mode whether anybody listens, and compute in another order if so."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

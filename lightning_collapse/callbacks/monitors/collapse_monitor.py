@@ -17,6 +17,7 @@ from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
 from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
 from lightning_collapse.functional.assignment import assignment_null
 from lightning_collapse.functional.isotropic_null import expected_under_isotropy
+from lightning_collapse.monitoring.codebooks import Codebooks, code_points
 from lightning_collapse.monitoring.evaluate import assignments, evaluate, flag_of
 from lightning_collapse.monitoring.feature_buffer import Batch, FeatureBuffer, LayerFeatures
 from lightning_collapse.monitoring.feature_window import FeatureWindow
@@ -42,6 +43,7 @@ PICTURE_EVERY = 10
 _HISTOGRAM = "log10_std"
 _ASSIGNED = "assignment_perplexity"
 _LIDAR = "lidar"
+_CODES = "codes"
 
 
 class CollapseMonitor(Monitor):
@@ -54,11 +56,14 @@ class CollapseMonitor(Monitor):
     - ``val/collapse/...``: the same of the validation batches, with ``validation=True``.
 
     The curve ``assignment_perplexity`` is of layers whose outputs go through a softmax that the loss compares with no
-    target, such as prototypes and the scores of a router. The curves ``views/...`` are of layers that see two views of
-    the same samples, in two calls of a training step or one behind the other in a batch: those in which one view finds
-    the other far above chance at the first points. ``lidar`` is drawn of those with more samples in the window than
-    features; read it beside ``lidar_excess``, without which it is full, and at one number of samples: isotropic
-    features read its null, :func:`~lightning_collapse.functional.lidar_null`, and no more.
+    target, such as prototypes and the scores of a router, and of codebooks, beside ``unused_codes``: of tables in which
+    the model looks up what it has searched for itself, see :class:`~lightning_collapse.monitoring.Codebooks`.
+
+    The curves ``views/...`` are of layers that see two views of the same samples, in two calls of a training step or
+    one behind the other in a batch: those in which one view finds the other far above chance at the first points.
+    ``lidar`` is drawn of those with more samples in the window than features; read it beside ``lidar_excess``, without
+    which it is full, and at one number of samples: isotropic features read its null,
+    :func:`~lightning_collapse.functional.lidar_null`, and no more.
 
     Besides, to loggers that can show them, every tenth point: a histogram of log10 standard deviations along the
     principal axes per layer, and a picture of the first measure over layers and steps.
@@ -95,7 +100,8 @@ class CollapseMonitor(Monitor):
         Curve("n", "rows behind the point, over all processes", "0 to infinity", "few: do not read the ranks"),
         Curve("nonfinite_fraction", "rows left out for NaN or infinity", "0 to 1", "above 0"),
         Curve("flag", "why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`", "0 to 7", "above 0"),
-        Curve("assignment_perplexity", "outputs of a softmax in use, see the measure", "1 to D", "near 1"),
+        Curve("assignment_perplexity", "outputs of a softmax, or codes, in use, see the measure", "1 to D", "near 1"),
+        Curve("unused_codes", "codes of a codebook that no row chose", "0 to 1", "near 1"),
         *VIEW_CURVES,
     )
     identity = ("layers", "measures", "every_n_steps")
@@ -169,6 +175,7 @@ class CollapseMonitor(Monitor):
             choose=partial(default_taps, pl_module) if self.layers is None else None,
             views=True,
             positions=ends_in_maps(pl_module),
+            codebooks=Codebooks(pl_module, None if self.layers is None else [t.name for t in taps], self.contained),
         )
         if self.layers is None:
             names = ", ".join(tap.name for tap in taps)
@@ -226,17 +233,18 @@ class CollapseMonitor(Monitor):
             return {}
         views = {(name, VIEWS): sums for name, sums in self.window.views().items()}
         views |= {(name, _LIDAR): torch.stack(found) for name, found in self.window.lidar().items()}
-        return self._evaluate(self.window.features(), pictures) | views
+        codes = {(name, _CODES): found for name, found in self.window.codes().items()}
+        return self._evaluate(self.window.features(), pictures) | views | codes
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
         points = self._make_points(self.family, step, numbers)
         if self.window is not None and self.window.pairs is not None:
-            sums, found = (
-                {of: number for (of, key), number in numbers.items() if key == name} for name in (VIEWS, _LIDAR)
-            )
-            points += view_points(self.window.pairs, step, sums)
-            points += lidar_points(step, found, {name: plan.width for name, plan in self.window.plans.items()})
+            points += view_points(self.window.pairs, step, _of(numbers, VIEWS))
+            widths = {name: plan.width for name, plan in self.window.plans.items()}
+            points += lidar_points(step, _of(numbers, _LIDAR), widths)
+        if self.window is not None and self.window.codebooks is not None:
+            points += code_points(step, _of(numbers, _CODES), self.window.codebooks.sizes)
         first = self._measures[0].curve  # for the picture, as a share of what noise reads where there is such a null
         shown = {point.layer: point for point in points if point.measure == first}
         self._history.append(step, {name: p.value / p.null if p.null > 0 else p.value for name, p in shown.items()})
@@ -346,6 +354,11 @@ class CollapseMonitor(Monitor):
             log_image(logger, f"collapse/{self.curves[0]}", heat_map(self._history.values, 0.0, top), step)
             if not self._points:
                 log_text(logger, "collapse/layers", f"The rows of the picture, from top to bottom:\n{rows}", step)
+
+
+def _of(numbers: Mapping[Name, Any], name: str) -> dict[str, list[float]]:
+    """Readings of one name, by layer."""
+    return {layer: reading for (layer, key), reading in numbers.items() if key == name}
 
 
 def _measures(names: Sequence[str] | str) -> list[Measure]:
