@@ -103,6 +103,7 @@ def relative_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
     kind="rows",
     statistic=lambda features, mask: _direction_sum(features, mask),
     from_statistic=lambda total: _direction_spread(total),
+    batched=True,
     range="0 to 1",
     collapsed="near 0",
     source="Chen & He, CVPR 2021, arXiv 2011.10566",
@@ -324,20 +325,24 @@ def _unit_rows(features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return rows / norm.clamp_min(torch.finfo(rows.dtype).tiny), weight * (norm.squeeze(1) > 0)
 
 
+@full_precision
 def _direction_sum(features: Tensor, mask: Tensor | None) -> Tensor:
-    """The sum of rows of unit length, and behind it how many they are, ``(D + 1,)``."""
+    """The sum of rows ``(..., N, D)`` of unit length, and behind it how many they are, ``(..., D + 1)``."""
     dtype = accumulation_dtype(features.device)
-    rows, _, weight = finite_rows(features.to(dtype), mask)
+    rows, _, weight = finite_rows(features, mask, dtype)
     if features.dtype == dtype:  # no headroom to square in
-        rows = rows / rows.detach().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-    norm = rows.norm(dim=1)
+        rows = rows / rows.detach().abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    norm = torch.linalg.vector_norm(rows, dim=-1)
     counts = weight * (norm > 0)
-    return torch.cat([(counts / norm.clamp_min(torch.finfo(dtype).tiny)) @ rows, counts.sum().unsqueeze(0)])
+    shares = counts / norm.clamp_min(torch.finfo(dtype).tiny)
+    total = (shares.unsqueeze(-2) @ rows).squeeze(-2)
+    return torch.cat([total, counts.sum(dim=-1, keepdim=True)], dim=-1)
 
 
 def _direction_spread(total: Tensor) -> Tensor:
-    mean = total[:-1] / total[-1].clamp_min(1)
-    return torch.where(total[-1] > 0, _root((1 - mean.square().sum()).clamp_min(0)), torch.nan)
+    count = total[..., -1]
+    mean = total[..., :-1] / count.clamp_min(1).unsqueeze(-1)
+    return torch.where(count > 0, _root((1 - mean.square().sum(dim=-1)).clamp_min(0)), torch.nan)
 
 
 def _uniformity_on_sphere(d: int, t: float = 2.0) -> float:

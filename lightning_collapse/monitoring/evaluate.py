@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import isnan
 from typing import Any
 
@@ -77,19 +77,18 @@ def evaluate(
     given, shared = _share(given, [m for m in measures if m.kind == "rows" and m.from_spectrum is None])
     found: dict[str, Evaluation] = {}
     for members in _alike(given, shared):
-        group = [given[i] for i in members]
-        grams = _grams(group, [shared[i] for i in members], kinds)
+        group = _Group([given[i] for i in members], [shared[i] for i in members])
+        grams = _grams(group, kinds)
         records = {kind: record for kind, (_, record) in grams.items()}
         records |= {kind: finish_spectrum(eigenvalues(grams[kind][0]), records[kind]) for kind in solved}
         kind = "centered" if "centered" in kinds else "raw"
         record = records[kind]
-        norm = grams[kind][0].diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()
-        top = values_of(record)[..., 0] if kind in solved else norm
-        seen = [given[i].mask.sum() if (moments := shared[i]) is None else moments.seen for i in members]
+        top = values_of(record)[..., 0] if kind in solved else _norm(grams[kind][0])
         columns = {m.curve: _evaluate(m, group, grams, records).to(record.count).unbind() for m in measures}
-        for j, i in enumerate(members):
+        own = zip(record.count.unbind(), group.seen, top.unbind(), record.singular_values.unbind(), strict=True)
+        for j, (i, (n, seen, of_top, singular_values)) in enumerate(zip(members, own, strict=True)):
             values = {curve: column[j] for curve, column in columns.items()}
-            found[names[i]] = Evaluation(record.count[j], seen[j], top[j], values, record.singular_values[j])
+            found[names[i]] = Evaluation(n, seen, of_top, values, singular_values)
     return {name: found[name] for name in names}
 
 
@@ -101,6 +100,33 @@ def assignments(layers: Mapping[str, LayerFeatures]) -> dict[str, Tensor]:
     counts = [assignment_counts(layer.rows, layer.mask) for layer in layers.values()]
     total = torch.split(all_reduce_sum(torch.cat(counts)), [len(of) for of in counts])
     return {name: perplexity(of) for name, of in zip(layers, total, strict=True)}
+
+
+class _Group:
+    """Layers that are taken together, with their moments where several processes share these."""
+
+    def __init__(self, layers: Sequence[LayerFeatures], moments: Sequence[Moments | None]) -> None:
+        self.layers = layers
+        self.moments = [of_layer for of_layer in moments if of_layer is not None]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Of all layers, shape ``(L, N, D)``."""
+        return _stacked([layer.rows for layer in self.layers])
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Of all layers, boolean, shape ``(L, N)``."""
+        return _stacked([layer.mask for layer in self.layers])
+
+    @property
+    def seen(self) -> Sequence[Tensor]:
+        """Considered rows of each layer."""
+        return [of_layer.seen for of_layer in self.moments] or self.mask.sum(dim=-1).unbind()
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)  # without a copy
 
 
 def flag_of(n: int, seen: int, top: float, sketched: bool) -> Flag:
@@ -118,11 +144,12 @@ def flag_of(n: int, seen: int, top: float, sketched: bool) -> Flag:
 
 def _evaluate(
     measure: Measure,
-    layers: Sequence[LayerFeatures],
+    group: _Group,
     grams: Mapping[str, tuple[Tensor, Spectrum]],
     records: Mapping[str, Spectrum],
 ) -> Tensor:
     """Values of a measure, one per layer of a group: of all at once, or where that fails of one after the other."""
+    layers = group.layers
     nothing = layers[0].rows.new_full((), torch.nan)
     if layers[0].sketched and not measure.sketchable:
         return nothing.expand(len(layers))
@@ -137,6 +164,10 @@ def _evaluate(
                 if values.shape == (len(layers),):
                     return values
         calls = [partial(from_spectrum, _part(record, i)) for i in range(len(layers))]
+    elif measure.batched and measure.statistic is not None and measure.from_statistic is not None:
+        sums = [layer.sums[measure.name] for layer in layers if measure.name in layer.sums]
+        total = torch.stack(sums) if sums else measure.statistic(group.rows, group.mask)
+        return measure.from_statistic(total)
     else:
         calls = [
             partial(measure.from_statistic, layer.sums[measure.name])
@@ -213,26 +244,26 @@ def _alike(layers: Sequence[LayerFeatures], shared: Sequence[Moments | None]) ->
     return list(groups.values())
 
 
-def _grams(
-    layers: Sequence[LayerFeatures], shared: Sequence[Moments | None], kinds: Collection[str]
-) -> dict[str, tuple[Tensor, Spectrum]]:
-    grams = {kind: _gram(layers, shared, kind) for kind in ("centered",) if kind in kinds}
+def _grams(group: _Group, kinds: Collection[str]) -> dict[str, tuple[Tensor, Spectrum]]:
+    grams = {kind: _gram(group, kind) for kind in ("centered",) if kind in kinds}
     if "raw" in kinds:
-        by_features = "centered" in grams and grams["centered"][0].shape[-1] == layers[0].rows.shape[1]
-        grams["raw"] = uncentered(*grams["centered"]) if by_features else _gram(layers, shared, "raw")
+        by_features = "centered" in grams and grams["centered"][0].shape[-1] == group.layers[0].rows.shape[1]
+        grams["raw"] = uncentered(*grams["centered"]) if by_features else _gram(group, "raw")
     return grams
 
 
-def _gram(layers: Sequence[LayerFeatures], shared: Sequence[Moments | None], kind: str) -> tuple[Tensor, Spectrum]:
+def _gram(group: _Group, kind: str) -> tuple[Tensor, Spectrum]:
     center = kind == "centered"
-    moments = [m for m in shared if m is not None]
-    if moments:
-        grams, records = zip(*(m.gram(center) for m in moments), strict=True)
+    if group.moments:
+        grams, records = zip(*(m.gram(center) for m in group.moments), strict=True)
         gram, record = torch.stack(grams), _together(records)
     else:
-        rows, masks = torch.stack([layer.rows for layer in layers]), torch.stack([layer.mask for layer in layers])
-        gram, record = gram_of(rows, center, masks)
-    return gram, replace(record, sketched=layers[0].sketched)
+        gram, record = gram_of(group.rows, center, group.mask)
+    return gram, replace(record, sketched=group.layers[0].sketched)
+
+
+def _norm(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()
 
 
 def _together(records: Sequence[Spectrum]) -> Spectrum:

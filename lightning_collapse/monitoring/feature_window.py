@@ -62,6 +62,7 @@ class FeatureWindow:
     Attributes:
         hooks: The hooks.
         plans: How rows of each layer are collected, of those that have run.
+        window: Batches before a point to listen to.
         pairs: The views, if they were asked for.
         unpaired: Rows that a layer returned and what was given beside them, if the latest batch had unlike numbers.
         beside_width: Numbers that lie beside a row; 0 before there were any.
@@ -93,6 +94,7 @@ class FeatureWindow:
         self.max_overhead = max_overhead
         self.max_dim = max_dim
         self.plans: dict[str, SamplingPlan] = {}
+        self.window = 1
         self.pairs = ViewPairs() if views else None
         self.codebooks = codebooks
         self._root, self._device = root, device
@@ -116,11 +118,6 @@ class FeatureWindow:
         self._paired, self._take = paired, take
         self.unpaired: tuple[int, int] | None = None
         self.beside_width = 0
-
-    @property
-    def window(self) -> int:
-        """Batches before a point to listen to."""
-        return max((plan.window for plan in self.plans.values()), default=1)
 
     def wants(self, batches_left: int) -> bool:
         """Whether the batch that is followed by ``batches_left`` others before a point is listened to."""
@@ -273,6 +270,7 @@ class FeatureWindow:
         self._follow(Execution(*map(tuple, state["execution"])))
         names = [tap.name for tap in self._chosen]
         self.plans = {name: SamplingPlan(*plan) for name, plan in state["plans"].items() if name in names}
+        self._measure_window()
         self._negotiated = bool(self.plans)
         self._batch_flops, self._time, self._budget = state["batch_flops"], state["time"], state["budget"]
         self.beside_width, self._usual = state["beside_width"], dict(state["usual"])
@@ -295,6 +293,7 @@ class FeatureWindow:
         self._execution, self._chosen = execution, list(self._choose(execution))
         self.taps = [tap for tap in self.taps if tap in self._chosen]
         self.plans = {tap.name: self.plans[tap.name] for tap in self.taps if tap.name in self.plans}
+        self._measure_window()
 
     def _capacity(self, name: str) -> int:
         """Rows of a point on this process: what as many full batches bring as the plan has, or less if it says so."""
@@ -332,8 +331,13 @@ class FeatureWindow:
                 rows = self.rows(width) if callable(self.rows) else self.rows
                 rows = rows or self.affordable(min(width, self.max_dim))
                 self.plans[tap.name] = SamplingPlan.make(rows, width, per_batch, between)
+        self._measure_window()
         self._negotiated = True
         self._settle()
+
+    def _measure_window(self) -> None:
+        # not asked of the plans at every step, which would take as long as all else that a step brings
+        self.window = max((plan.window for plan in self.plans.values()), default=1)
 
     def _settle(self) -> None:
         if self._flops is not None:

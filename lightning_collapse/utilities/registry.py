@@ -27,6 +27,8 @@ class Measure:
         statistic: For ``kind="rows"``: maps features and mask to a vector that adds up over disjoint sets of rows, as
             long for any number of them; then several processes need not bring their rows together.
         from_statistic: The value from such a sum.
+        batched: Whether ``statistic`` and ``from_statistic`` take several layers of one shape at once, features
+            ``(..., N, D)`` and sums ``(..., S)``; monitors read them in the time of one then.
         from_gram: For ``kind="spectrum"``: the same value from the Gram matrix ``(..., K, K)`` of the features and its
             ``Spectrum`` record without singular values; then monitors need no decomposition for it.
         spectrum: Which singular values ``fn`` reads: of ``"centered"`` or of ``"raw"`` features.
@@ -47,6 +49,7 @@ class Measure:
     from_spectrum: Callable[[Any], Tensor] | None = None
     statistic: Callable[..., Tensor] | None = None
     from_statistic: Callable[[Tensor], Tensor] | None = None
+    batched: bool = False
     from_gram: Callable[[Tensor, Any], Tensor] | None = None
     spectrum: Literal["centered", "raw"] = "centered"
     range: str = ""
