@@ -15,6 +15,8 @@ DIFFERENCE_ELEMENTS = 1 << 17
 """Most numbers of a tile of differences of rows, which stays in the processor's cache."""
 SPARE = 8
 """How many more than wanted are kept, to be measured where single precision cannot tell them apart."""
+SMALL = 1 << 16
+"""Pairs of points up to which double precision takes no longer than single precision and the proof that it suffices."""
 ROUNDINGS = 16
 """Those of a score beside its inner product, and as many again to spare."""
 TINY = 2.0**-125
@@ -184,8 +186,10 @@ def _(points: Tensor, k: int, first: int, count: int, excluded: Tensor) -> Tenso
 
 @torch.library.impl(OPERATOR, "cpu")
 def _(points: Tensor, k: int, first: int, count: int, excluded: Tensor) -> Tensor:
-    """In single precision, and again what that leaves open."""
+    """In single precision, and again what that leaves open; of few points in double precision at once."""
     own = torch.arange(first, first + count)
+    if count * len(points) <= SMALL:
+        return _search(points, k, own, excluded)
     # whichever row is subtracted: each difference is rounded in proportion to itself
     rows = (points - points.mean(dim=0)).float()
     energy = torch.linalg.vector_norm(rows, dim=1).square()
@@ -270,7 +274,7 @@ def _repetitions(rows: Tensor, finite: Tensor) -> Tensor:
     # frequencies without a common multiple: no two rows that differ in a few numbers share a key by design
     factors = (torch.arange(1, rows.shape[1] + 1, device=rows.device).to(rows.dtype).sqrt() * 12.9898).sin()
     scale = rows.abs().amax() if rows.numel() else rows.new_ones(())
-    keys = (rows / torch.where(scale > 0, scale, 1.0) * factors).sum(dim=1)
+    keys = (rows / torch.where(scale > 0, scale, 1.0)).mul_(factors).sum(dim=1)
     order = torch.where(finite, keys, torch.inf).argsort(stable=True)
     ordered, exists = rows[order], finite[order]
     same = (ordered[1:] == ordered[:-1]).all(dim=1) & exists[1:] & exists[:-1]
