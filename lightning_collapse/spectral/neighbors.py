@@ -17,6 +17,8 @@ SPARE = 8
 """How many more than wanted are kept, to be measured where single precision cannot tell them apart."""
 SMALL = 1 << 16
 """Pairs of points up to which double precision takes no longer than single precision and the proof that it suffices."""
+FEW = 256
+"""Columns up to which ``topk`` is the fastest way to the largest of them."""
 ROUNDINGS = 16
 """Those of a score beside its inner product, and as many again to spare."""
 TINY = 2.0**-125
@@ -257,8 +259,10 @@ def _best(rows: Tensor, energy: Tensor, k: int, own: Tensor, excluded: Tensor) -
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As ``topk``, but faster: the ``k`` largest numbers lie in the ``k`` groups with the largest maxima."""
+    """As ``topk``, but faster of many columns: the ``k`` largest lie in the ``k`` groups with the largest maxima."""
     columns = scores.shape[1]
+    if columns <= FEW:
+        return scores.topk(k, dim=1)
     size = min(max(columns // (4 * k), 1), 16)
     groups = columns // size
     index = torch.arange(columns, device=scores.device)
