@@ -328,12 +328,19 @@ def _all_readable(rules: Sequence[Rule], families: Mapping[str, Mapping[str, Poi
     judged = False
     for rule in (rule for rule in rules if not rule.informative):
         for layer, points in families[rule.family].items():
-            own = [points[name] for name in rule.measures if name in points] if rule.applies_to(layer, task) else []
-            ran = len(own) == len(rule.measures) and all(point.flag != Flag.NOT_CALLED for point in own)
-            if ran and not rule.readable(points):
+            if not rule.applies_to(layer, task):
+                continue
+            if rule.readable(points):
+                judged = judged or _ran(rule, points)
+            elif _ran(rule, points):
                 return False
-            judged = judged or ran
     return judged
+
+
+def _ran(rule: Rule, points: Mapping[str, Point]) -> bool:
+    """Whether the rule's curves are all there, of a layer that was called."""
+    own = [points[name] for name in rule.measures if name in points]
+    return len(own) == len(rule.measures) and all(point.flag != Flag.NOT_CALLED for point in own)
 
 
 def _listed(streaks: Mapping[Place, Streak]) -> list[dict[str, Any]]:
