@@ -99,9 +99,23 @@ def relative_spread(features: Tensor, mask: Tensor | None = None) -> Tensor:
     return _root(share).to(features.dtype)
 
 
+@full_precision
+def _direction_sum(features: Tensor, mask: Tensor | None) -> Tensor:
+    """The sum of rows ``(..., N, D)`` of unit length, and behind it how many they are, ``(..., D + 1)``."""
+    dtype = accumulation_dtype(features.device)
+    rows, _, weight = finite_rows(features, mask, dtype)
+    if features.dtype == dtype:  # no headroom to square in
+        rows = rows / rows.detach().abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    norm = torch.linalg.vector_norm(rows, dim=-1)
+    counts = weight * (norm > 0)
+    shares = counts / norm.clamp_min(torch.finfo(dtype).tiny)
+    total = (shares.unsqueeze(-2) @ rows).squeeze(-2)
+    return torch.cat([total, counts.sum(dim=-1, keepdim=True)], dim=-1)
+
+
 @register_measure(
     kind="rows",
-    statistic=lambda features, mask: _direction_sum(features, mask),
+    statistic=_direction_sum,
     from_statistic=lambda total: _direction_spread(total),
     batched=True,
     range="0 to 1",
@@ -323,20 +337,6 @@ def _unit_rows(features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     rows = rows / rows.detach().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     norm = rows.norm(dim=1, keepdim=True)
     return rows / norm.clamp_min(torch.finfo(rows.dtype).tiny), weight * (norm.squeeze(1) > 0)
-
-
-@full_precision
-def _direction_sum(features: Tensor, mask: Tensor | None) -> Tensor:
-    """The sum of rows ``(..., N, D)`` of unit length, and behind it how many they are, ``(..., D + 1)``."""
-    dtype = accumulation_dtype(features.device)
-    rows, _, weight = finite_rows(features, mask, dtype)
-    if features.dtype == dtype:  # no headroom to square in
-        rows = rows / rows.detach().abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-    norm = torch.linalg.vector_norm(rows, dim=-1)
-    counts = weight * (norm > 0)
-    shares = counts / norm.clamp_min(torch.finfo(dtype).tiny)
-    total = (shares.unsqueeze(-2) @ rows).squeeze(-2)
-    return torch.cat([total, counts.sum(dim=-1, keepdim=True)], dim=-1)
 
 
 def _direction_spread(total: Tensor) -> Tensor:

@@ -213,7 +213,6 @@ class Monitor(Callback, ABC):
             except Exception as error:
                 self.contained.catch("what it does after a batch", "points may be missing", error)
         if self._publishes:
-            # the flag first: to ask for the class takes three times as long, and this is every step
             due = [c for c in trainer.callbacks if getattr(c, "_due", False) and isinstance(c, Monitor)]
             if due:
                 _publish_together(due, trainer, pl_module)
