@@ -1,11 +1,14 @@
 """TensorBoard dashboard: which chart draws which curve, read from the tables of measures and curves."""
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from lightning_collapse.utilities.registry import CURVES, MEASURES
 
-_HEALTH = ("n", "nonfinite_fraction", "flag")
+HEALTH = ("n", "nonfinite_fraction", "flag")
+"""Curves that say how far to trust the others; each is one chart, whatever the family."""
+_TRUST = "Health"
 _ONE_CHART = {"regularizer": ".+", "penalty": "[^/]+", "guard": ".+"}
 # the server anchors a pattern at the front only; `TensorBoardLogger(prefix=...)` puts "prefix-" there
 _PREFIX = "(.*-)?(val/)?"
@@ -17,14 +20,18 @@ class Place(NamedTuple):
     Attributes:
         category: Title of the category, such as ``"Neural collapse"``.
         chart: Name of the chart in it: that of the measure.
-        line: Name of the line in the chart: the layer, or ``all``, behind ``val/`` if it is one of validation.
-        health: Whether the chart says how far to trust the others.
+        line: Name of the line in the chart: the layer, or ``all``, behind ``val/`` if it is one of validation; of a
+            curve in the category of health all of the curve's name but its last part.
     """
 
     category: str
     chart: str
     line: str
-    health: bool = False
+
+    @property
+    def health(self) -> bool:
+        """Whether the chart says how far to trust the others."""
+        return self.category == _TRUST
 
 
 def place(tag: str) -> Place | None:
@@ -38,16 +45,21 @@ def place(tag: str) -> Place | None:
 
     Example:
         >>> place("val/collapse/encoder/effective_rank")
-        Place(category='Collapse', chart='effective_rank', line='val/encoder', health=False)
+        Place(category='Collapse', chart='effective_rank', line='val/encoder')
+        >>> place("collapse/encoder/n")
+        Place(category='Health', chart='n', line='collapse/encoder')
     """
-    families = "|".join(map(re.escape, dict.fromkeys(["collapse", *(curve.family for curve in CURVES.values())])))
+    families = "|".join(map(re.escape, _families()))
     if found := re.fullmatch(rf"({_PREFIX})({families})/(.+)/([^/]+)", tag):
         prefix, _, _, family, layer, name = found.groups(default="")
-        return Place(category(family), name, prefix + layer, name in _HEALTH)
+        if name in HEALTH:
+            return Place(_TRUST, name, tag.rpartition("/")[0])
+        return Place(category(family), name, prefix + layer)
     if found := re.fullmatch(rf"({_PREFIX})({families})/([^/]+)", tag):
         prefix, _, _, family, name = found.groups(default="")
         if f"{family}/{name}" in CURVES:  # of the whole
-            return Place(category(family), name, prefix + "all", name in _HEALTH)
+            health = name in HEALTH
+            return Place(_TRUST if health else category(family), name, prefix + (family if health else "all"))
     one = "|".join(f"{family}/{names}" for family, names in _ONE_CHART.items())
     if found := re.fullmatch(rf"({_PREFIX})({one})", tag):
         prefix, _, _, name = found.groups(default="")
@@ -56,41 +68,65 @@ def place(tag: str) -> Place | None:
     return None
 
 
-def dashboard_layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
+def dashboard_layout(tags: Iterable[str] | None = None) -> dict[str, dict[str, tuple[str, list[str]]]]:
     """Charts for TensorBoard's "Custom Scalars" tab: one per registered measure and curve, with a line per layer.
 
-    The tags are regular expressions that the TensorBoard server matches, so one call at the start of a run also covers
-    curves that appear later. Curves of validation (``val/...``) share the chart of training: the gap between the two
-    is what one looks for.
+    The tags of a chart are a regular expression that the TensorBoard server matches, so that it also has the layers
+    that appear later. Curves of validation (``val/...``) share the chart of training: the gap between the two is what
+    one looks for. The charts that say how far to trust the others (number of rows, share that is not finite, flag)
+    stand by themselves, one each for all families.
+
+    Args:
+        tags: Curves that are drawn: only charts that have one of them are laid out. ``None`` for all that are known.
 
     Returns:
         ``{category: {chart: ("Multiline", [pattern])}}``, what ``SummaryWriter.add_custom_scalars`` takes.
 
     Example:
-        >>> dashboard_layout()["Collapse"]["flag"]
-        ('Multiline', ['(.*-)?(val/)?collapse/.+/flag$'])
+        >>> dashboard_layout(["collapse/encoder/effective_rank", "guard/complete_collapse"])["Collapse"]
+        {'effective_rank': ('Multiline', ['(.*-)?(val/)?collapse/.+/effective_rank$'])}
     """
-    measures = [measure.curve for measure in MEASURES.values() if measure.kind != "pairs"]
-    families = {"Collapse": {name: _chart(f"collapse/.+/{name}") for name in (*measures, *_HEALTH)}}
-    for curve in CURVES.values():
-        charts = families.setdefault(category(curve.family), {})
-        charts.setdefault(curve.name, _chart(f"{curve.family}/(.+/)?{curve.name}"))  # of every layer, or of the whole
-    for family, names in _ONE_CHART.items():
-        charts = families.pop(category(family), {})
-        families[category(family)] = {family: _chart(f"{family}/{names}"), **charts}
-    return families
+    layout = _every_chart()
+    if tags is None:
+        return layout
+    drawn = {(at.category, at.chart) for at in map(place, tags) if at is not None}
+    kept = {
+        title: {name: chart for name, chart in charts.items() if (title, name) in drawn}
+        for title, charts in layout.items()
+    }
+    return {title: charts for title, charts in kept.items() if charts}
 
 
 def curve_facts() -> dict[tuple[str, str], list[str]]:
     """What the charts mean: what a curve reads, its range, what collapsed looks like, source; by category and chart."""
-    measures = {("Collapse", m.curve): [m.reads, m.range, m.collapsed, m.source] for m in MEASURES.values()}
-    curves = {(category(c.family), c.name): [c.reads, c.range, c.collapsed, c.source] for c in CURVES.values()}
-    return measures | curves
+    facts = {("Collapse", m.curve): [m.reads, m.range, m.collapsed, m.source] for m in MEASURES.values()}
+    for curve in CURVES.values():
+        chart = _TRUST if curve.name in HEALTH else category(curve.family), curve.name
+        facts.setdefault(chart, [curve.reads, curve.range, curve.collapsed, curve.source])
+    return facts
 
 
 def category(family: str) -> str:
     """Title of the category that shows the curves of a family."""
     return family.replace("_", " ").capitalize()
+
+
+def _families() -> list[str]:
+    return list(dict.fromkeys(["collapse", *(curve.family for curve in CURVES.values())]))
+
+
+def _every_chart() -> dict[str, dict[str, tuple[str, list[str]]]]:
+    measures = [measure.curve for measure in MEASURES.values() if measure.kind != "pairs"]
+    categories = {"Collapse": {name: _chart(f"collapse/.+/{name}") for name in measures}}
+    for curve in CURVES.values():
+        if curve.name not in HEALTH:  # of every layer, or of the whole
+            charts = categories.setdefault(category(curve.family), {})
+            charts.setdefault(curve.name, _chart(f"{curve.family}/(.+/)?{curve.name}"))
+    for family, names in _ONE_CHART.items():
+        charts = categories.pop(category(family), {})
+        categories[category(family)] = {family: _chart(f"{family}/{names}"), **charts}
+    families = "|".join(map(re.escape, _families()))
+    return categories | {_TRUST: {name: _chart(f"({families})/(.+/)?{name}") for name in HEALTH}}
 
 
 def _chart(pattern: str) -> tuple[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Publication of points: to the loggers, to ``callback_metrics`` and to whoever reads points."""
+"""Publication of points: to the loggers and their dashboards, to ``callback_metrics`` and to whoever reads points."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_collapse.reporting.containments import METRICS, containment_of
 from lightning_collapse.reporting.logger_adapters import log_curves
+from lightning_collapse.reporting.run_dashboard import update_dashboard
 from lightning_collapse.utilities.points import Point
 
 
@@ -24,19 +25,21 @@ def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point
 
     Not ``self.log``: it resamples at Lightning's own cadence, repeats stale values, and costs more than the
     mathematics. Every process must publish the same points, so that ``EarlyStopping`` and ``ModelCheckpoint`` decide
-    alike everywhere. A logger or a reader that raises an exception is left out for the rest of the fit, with one
+    alike everywhere. Points that are not to be drawn go to readers and to ``callback_metrics`` alone. A logger or a reader that raises an exception is left out for the rest of the fit, with one
     warning; the others go on.
     """
     if not points:
         return
     values = {point.key: point.value for point in points}
+    drawn = [point for point in points if point.drawn]
     tensors = torch.tensor(list(values.values())).unbind()  # one by one they cost more than many a measure
     trainer.callback_metrics.update(zip(values, tensors, strict=True))
     for logger in trainer.loggers:
         containment = containment_of(logger)
         if METRICS not in containment.failed:
             with containment(METRICS, "this logger gets nothing from now on"):
-                log_curves(logger, values, points[0].step)
+                log_curves(logger, {point.key: point.value for point in drawn}, points[0].step)
+                update_dashboard(logger, drawn)
     for callback in trainer.callbacks:
         read = getattr(callback, "on_points", None)  # to ask for the protocol takes a hundred times as long
         if read is not None and not (containment := containment_of(callback)).failed:

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from inspect import getdoc, isabstract, signature
 from itertools import zip_longest
@@ -69,9 +69,21 @@ def curves() -> Table:
     return Table(_FACTS, tuple(rows))
 
 
-def legend() -> str:
-    """The measures as a Markdown table, for loggers that take text."""
-    return measures().markdown()
+def legend(drawn: Collection[tuple[str, str]] | None = None) -> str:
+    """The measures as a Markdown table, for loggers that take text.
+
+    Args:
+        drawn: Family and name of the curves that are wanted; ``None`` for all.
+
+    Example:
+        >>> print(legend([("guard", "complete_collapse"), ("collapse", "effective_rank")]).splitlines()[2][:38])
+        | `effective_rank` | centered spectrum
+    """
+    if drawn is None:
+        return measures().markdown()
+    names = {m.name for m in MEASURES.values() if ("collapse", m.curve) in drawn}
+    names |= {key for key, c in CURVES.items() if (c.family, c.name) in drawn}
+    return Table(_FACTS, tuple(row for row in measures().rows if row[0] in names)).markdown()
 
 
 def monitors() -> Table:

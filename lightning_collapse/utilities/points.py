@@ -41,6 +41,7 @@ class Point(NamedTuple):
         null: What isotropic noise with this ``n`` and width would read; NaN where there is no null.
         flag: Why the reading deserves doubt.
         error: Standard error of the reading; NaN where it is not known.
+        drawn: Whether loggers are given it, and not only those who read points.
     """
 
     family: str
@@ -52,6 +53,7 @@ class Point(NamedTuple):
     null: float = nan
     flag: Flag = Flag.OK
     error: float = nan
+    drawn: bool = True
 
     @property
     def key(self) -> str:

@@ -25,7 +25,7 @@ from lightning_collapse.functional.continual import (
     learning_accuracy,
 )
 from lightning_collapse.functional.stability_gap import min_accuracy, worst_case_accuracy
-from lightning_collapse.reporting import heat_map, log_image, log_text, publish
+from lightning_collapse.reporting import labelled_heat_map, log_image, log_text, publish
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.points import Flag, Point
@@ -305,8 +305,10 @@ class ContinualMetrics(TaskAware):
 
     def _draw(self, trainer: Trainer, step: int) -> None:
         ends = (0.0, 1.0) if self.metric is correct else (None, None)
+        rows, title = [f"after {name}" for name in self.names], "accuracy of every task, by what was learned before"
         for logger in trainer.loggers:
-            log_image(logger, "continual/accuracies", heat_map(self._values.numpy(), *ends), step)
+            picture = labelled_heat_map(self._values.numpy(), rows, self.names, title, "task", *ends)
+            log_image(logger, "continual/accuracies", picture, step)
             log_text(logger, "continual/accuracies", self.table(), step)
 
     def _announce(self, trainer: Trainer) -> None:

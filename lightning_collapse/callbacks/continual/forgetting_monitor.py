@@ -17,9 +17,9 @@ from lightning_collapse.callbacks.continual.continual_metrics import MEASURES
 from lightning_collapse.callbacks.continual.monitored_curves import require_available
 from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
-from lightning_collapse.callbacks.monitors.monitor import check_layers
 from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot
 from lightning_collapse.reporting import publish
+from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.modules import clean_name, find_modules
 from lightning_collapse.utilities.points import Flag, Point

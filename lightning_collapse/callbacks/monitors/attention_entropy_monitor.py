@@ -12,12 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
+from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.attention_entropy import entropy_sums
 from lightning_collapse.functional.attention_rows import rows_of_call, rows_of_masked_logits
 from lightning_collapse.monitoring.attention_hooks import AttentionHooks, Captured, Reader, ReaderHooks, names_attention
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.spectral.precision import accumulation_dtype
+from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.hooks import HookOwner
@@ -82,6 +83,7 @@ class AttentionEntropyMonitor(Monitor):
         collapsed_below: Heads with less normalized entropy count as collapsed. No paper that we could read states a
             number; ours is 0.05.
         overloaded_above: Heads with more count as overloaded; ours is 0.95.
+        detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, on a pattern
@@ -136,8 +138,9 @@ class AttentionEntropyMonitor(Monitor):
         rows: int = 16,
         collapsed_below: float = 0.05,
         overloaded_above: float = 0.95,
+        detail: Detail = "high",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail)
         check_layers(layers, "all attention")
         if isinstance(layers, Mapping) and not all(map(callable, layers.values())):
             raise ValueError(f"`layers` as a mapping takes functions `read(module, args, kwargs)`, got {layers!r}.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
-from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
+from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.assignment import assignment_null
 from lightning_collapse.functional.isotropic_null import expected_under_isotropy
 from lightning_collapse.monitoring.codebooks import Codebooks, code_points
@@ -26,12 +26,12 @@ from lightning_collapse.monitoring.view_points import VIEW_CURVES, VIEWS, lidar_
 from lightning_collapse.reporting import (
     LOG10_EDGES,
     History,
-    heat_map,
+    labelled_heat_map,
     log10_histogram,
     log_histogram,
     log_image,
-    log_text,
 )
+from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.channel_axis import ends_in_maps
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.modules import curve_name, default_taps
@@ -85,6 +85,7 @@ class CollapseMonitor(Monitor):
             automatic number of rows (from below by 64).
         max_dim: A layer with more features is watched through a random projection to this many.
         validation: Also make a point of every validation epoch during the fit.
+        detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
 
     Raises:
         ValueError: On an unknown measure or an argument out of range; when the fit starts, as
@@ -121,8 +122,9 @@ class CollapseMonitor(Monitor):
         max_overhead: float = 0.005,
         max_dim: int = 2048,
         validation: bool = False,
+        detail: Detail = "high",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail)
         check_layers(layers, "the default layers")
         if rows is not None and rows < 2:
             raise ValueError(f"`rows` must be at least 2, or None for the automatic number, got {rows}.")
@@ -348,12 +350,13 @@ class CollapseMonitor(Monitor):
         return points
 
     def _draw_history(self, trainer: Trainer, step: int) -> None:
-        top = 1.0 if self._measures[0].kind == "spectrum" else None
-        rows = "".join(f"\n1. `{layer}`" for layer in self._history.layers)
+        history, name = self._history, self.curves[0]
+        share = self._measures[0].kind == "spectrum"
+        title = f"{name}, as a share of what isotropic noise reads" if share else name
+        top = 1.0 if share else None
         for logger in trainer.loggers:
-            log_image(logger, f"collapse/{self.curves[0]}", heat_map(self._history.values, 0.0, top), step)
-            if not self._points:
-                log_text(logger, "collapse/layers", f"The rows of the picture, from top to bottom:\n{rows}", step)
+            picture = labelled_heat_map(history.values, history.layers, history.steps, title, low=0.0, high=top)
+            log_image(logger, f"collapse/{name}", picture, step)
 
 
 def _of(numbers: Mapping[Name, Any], name: str) -> dict[str, list[float]]:

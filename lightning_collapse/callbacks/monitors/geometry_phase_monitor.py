@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, Name
+from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.geometry_phase import PhaseTracker
 from lightning_collapse.functional.isotropic_null import expected_under_isotropy
 from lightning_collapse.functional.spectrum_shape import alpha_req
@@ -54,6 +54,7 @@ class GeometryPhaseMonitor(Monitor):
         rows: Sequences per point, over all processes, instead of the automatic number.
         hysteresis: Relative change of the rank that counts as a turn.
         patience: Points in a row it takes.
+        detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, if there is no
@@ -102,8 +103,9 @@ class GeometryPhaseMonitor(Monitor):
         rows: int | None = None,
         hysteresis: float = 0.1,
         patience: int = 2,
+        detail: Detail = "high",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail)
         if layer is not None and not isinstance(layer, str):
             raise ValueError(f"`layer` takes one name, or None for the input of the last Linear, got {layer!r}.")
         if not isinstance(position, int):

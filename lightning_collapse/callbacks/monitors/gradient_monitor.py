@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
+from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.monitoring.gradient_noise_window import GradientNoiseWindow, Noise
+from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.batch import batch_size
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.gradients import gradients_of, squared_norms
@@ -55,6 +56,7 @@ class GradientMonitor(Monitor):
         smoothing: Weight of the past in the two averages, per point; 0 for none.
         micro_batch_size: Samples of a micro-batch on one process; ``None`` reads the first dimension of the first
             tensor of a batch.
+        detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, on a pattern
@@ -90,8 +92,9 @@ class GradientMonitor(Monitor):
         noise: bool = True,
         smoothing: float = 0.9,
         micro_batch_size: int | None = None,
+        detail: Detail = "high",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail)
         check_layers(layers, "the default layers")
         if not 0 <= smoothing < 1:
             raise ValueError(f"`smoothing` must be at least 0 and less than 1, got {smoothing}.")

@@ -11,11 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
+from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.intrinsic_dimension import local_dimension_of_distances, two_nn_of_distances
 from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.spectral.neighbors import nearest_distances
 from lightning_collapse.spectral.precision import accumulation_dtype
+from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.distributed import all_gather_rows
 from lightning_collapse.utilities.modules import default_taps
 from lightning_collapse.utilities.points import Flag, Point
@@ -48,6 +49,7 @@ class IntrinsicDimensionMonitor(Monitor):
             on a dozen layers costs as much as several steps of a small model.
         rows: Rows per layer and point, over all processes. The cost of a point grows with its square.
         k: Neighbours of ``lid``.
+        detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, on a pattern
@@ -86,8 +88,9 @@ class IntrinsicDimensionMonitor(Monitor):
         every_n_steps: int | None = None,
         rows: int = 512,
         k: int = 20,
+        detail: Detail = "high",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail)
         check_layers(layers, "the default layers")
         for name, number in (("rows", rows), ("k", k)):
             if number < 3:

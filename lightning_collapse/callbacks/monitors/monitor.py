@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_collapse.callbacks.monitors.closing_line import say_unjudged
 from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.to_host import Number, to_host
-from lightning_collapse.reporting import dashboard_layout, legend, log_dashboard, log_text, publish, try_again
+from lightning_collapse.reporting import HEALTH, log_text, publish, try_again
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import Tap, classification_head, clean_name, find_taps, is_compiled
@@ -23,6 +23,7 @@ from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import CURVES, Curve, register_monitor
 from lightning_collapse.utilities.trainer import batches_until, is_due, is_resumed, lighten_results, logging_step
 
+Detail = Literal["high", "low"]
 Name = tuple[str, str]
 """Of a reading: the layer and the measure."""
 
@@ -43,6 +44,8 @@ class Monitor(Callback, ABC):
 
     Args:
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
+        detail: ``"high"``, or ``"low"`` to keep from loggers the curves that say how far to trust the others, ``n``,
+            ``flag`` and ``nonfinite_fraction``; rules, ``callback_metrics`` and readers of points have them all the same.
 
     Attributes:
         family: First part of the names of the curves it draws.
@@ -51,7 +54,7 @@ class Monitor(Callback, ABC):
         window: The rows of the layers it watches, if :meth:`start` has made one.
 
     Raises:
-        ValueError: If ``every_n_steps`` is not positive.
+        ValueError: If ``every_n_steps`` is not positive, or ``detail`` is neither.
     """
 
     family: ClassVar[str] = ""
@@ -65,13 +68,16 @@ class Monitor(Callback, ABC):
             lines = (curve.line for curve in cls.declares)
             cls.__doc__ = (cls.__doc__ or "").replace("    {curves}", "\n".join(f"    {line}" for line in lines))
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
+    def __init__(self, every_n_steps: int | None = None, detail: Detail = "high") -> None:
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise ValueError(
                 f"`every_n_steps` must be a whole number of at least 1, or None to follow the trainer's, got"
                 f" {every_n_steps!r}."
             )
+        if detail not in get_args(Detail):
+            raise ValueError(f"`detail` must be 'high' or 'low', got {detail!r}.")
         self.every_n_steps = every_n_steps
+        self.detail = detail
         self.window: FeatureWindow | None = None
         self.contained = Containment(type(self).__name__)
         self._left = self._every = -1
@@ -181,12 +187,7 @@ class Monitor(Callback, ABC):
                     self.window.load_state_dict(state["window"])
                 self.restore(state["state"])
         self._explain_names(trainer, pl_module)
-        monitors = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]
-        self._publishes = monitors[-1] is self
-        if monitors[0] is self:  # a run has one dashboard
-            for logger in trainer.loggers:
-                log_dashboard(logger, dashboard_layout())
-                log_text(logger, "collapse/legend", legend(), step=0)
+        self._publishes = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)][-1] is self
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -264,10 +265,9 @@ class Monitor(Callback, ABC):
                 " hand back so many. Loggers have them all."
             )
 
-    @staticmethod
-    def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
+    def publish(self, trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
         """Hand points on; see :func:`~lightning_collapse.reporting.publish`."""
-        publish(trainer, pl_module, points)
+        publish(trainer, pl_module, self._in_detail(points))
 
     def choose_taps(self, layers: Sequence[str] | None, default: Sequence[Tap], root: nn.Module) -> list[Tap]:
         """Taps by the names or patterns that the argument ``layers`` holds, or the default ones without any.
@@ -331,6 +331,11 @@ class Monitor(Callback, ABC):
         for logger in trainer.loggers if foreign else ():
             log_text(logger, f"{self.family}/names", "\n".join(foreign), step=0)
 
+    def _in_detail(self, points: Sequence[Point]) -> Sequence[Point]:
+        if self.detail == "high":
+            return points
+        return [point._replace(drawn=False) if point.measure in HEALTH else point for point in points]
+
     def _stop(self) -> None:
         self._paused = []
         with self.contained("what it does at the end"):
@@ -338,22 +343,6 @@ class Monitor(Callback, ABC):
         if self.window is not None:
             self.window.close()
         self.window = None
-
-
-def check_layers(layers: Any, everything: str) -> None:
-    """Refuse what cannot be names of layers; ``everything`` says what is watched without them.
-
-    Raises:
-        ValueError: If it is a string, empty, no collection, or holds anything but strings.
-    """
-    if layers is None:
-        return
-    if isinstance(layers, str):
-        raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
-    if not isinstance(layers, Collection) or not all(isinstance(name, str) for name in layers):
-        raise ValueError(f"`layers` takes a list of names of submodules, got {layers!r}.")
-    if not layers:
-        raise ValueError(f"`layers` is empty. Leave it out to watch {everything}.")
 
 
 def _publish_together(monitors: Sequence[Monitor], trainer: Trainer, pl_module: LightningModule) -> None:
@@ -366,7 +355,7 @@ def _publish_together(monitors: Sequence[Monitor], trainer: Trainer, pl_module: 
         monitor._due = False
         with monitor.contained("reading a point", "the point is left out"):
             if type(monitor).measure is not Monitor.measure:
-                points += monitor.measure(trainer, pl_module, step)
+                points += monitor._in_detail(monitor.measure(trainer, pl_module, step))
             else:
                 found = monitor.read(trainer, pl_module)
                 readings.update({(monitor, name): tensor for name, tensor in found.items()})
@@ -382,7 +371,8 @@ def _publish_together(monitors: Sequence[Monitor], trainer: Trainer, pl_module: 
         numbers[monitor][name] = number
     for monitor, own in numbers.items():
         with monitor.contained("making points", "the point is left out"):
-            points += [point._replace(value=float(point.value)) for point in monitor.points(step, own)]
+            made = monitor._in_detail(monitor.points(step, own))
+            points += [point._replace(value=float(point.value)) for point in made]
     publish(trainer, pl_module, points)
     for monitor in monitors:
         with monitor.contained("drawing", "the picture is left out"):

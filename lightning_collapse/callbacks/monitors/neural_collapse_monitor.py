@@ -21,7 +21,7 @@ from lightning_collapse.callbacks.evaluation.evaluation_pass import (
     check_pass,
     is_pass_due,
 )
-from lightning_collapse.callbacks.monitors.monitor import Monitor, Name
+from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.neural_collapse.nc1 import nc1_null
 from lightning_collapse.metrics.neural_collapse import measures
 from lightning_collapse.monitoring.feature_hooks import Captured
@@ -82,6 +82,7 @@ class NeuralCollapseMonitor(Monitor):
             in the papers: after 1, 2, 3, 4, 6, 7, 10, 13, 18, 24, 32 and so on, and after the last.
         inputs: A function ``(pl_module, batch)`` that calls the model. ``None`` calls ``pl_module`` on the first of a
             pair, or with what a mapping holds beside the labels as keywords.
+        detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, if there is no
@@ -125,8 +126,9 @@ class NeuralCollapseMonitor(Monitor):
         loader: Loader | None = None,
         epochs: Collection[int] | None = None,
         inputs: Inputs | None = None,
+        detail: Detail = "high",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail)
         if layer is not None and not isinstance(layer, str):
             raise ValueError(f"`layer` takes one name, or None for the last Linear, got {layer!r}.")
         if labels is not None and not callable(labels):

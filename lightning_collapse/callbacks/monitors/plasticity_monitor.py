@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
+from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.plasticity import dead_fraction, dormant_fraction
 from lightning_collapse.monitoring.evaluate import evaluate
 from lightning_collapse.monitoring.feature_buffer import LayerFeatures
@@ -24,6 +24,7 @@ from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot, 
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.spectral.rows import finite_rows
 from lightning_collapse.spectral.sketch import GaussianSketch
+from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.execution import Execution
 from lightning_collapse.utilities.features import evenly
@@ -62,6 +63,7 @@ class PlasticityMonitor(Monitor):
         max_dim: The rank of a layer with more features is that of a random projection to this many.
         distance: Whether to draw ``init_distance``.
         max_overhead: Share of the floating-point operations of training that the ranks may cost.
+        detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, on a pattern
@@ -116,8 +118,9 @@ class PlasticityMonitor(Monitor):
         max_dim: int = 2048,
         distance: bool = True,
         max_overhead: float = 0.005,
+        detail: Detail = "high",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail)
         check_layers(layers, "activations")
         if batches < 1:
             raise ValueError(f"`batches` must be at least 1, got {batches}.")

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, Name
+from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.intrinsic_dimension import two_nn_of_distances
 from lightning_collapse.functional.regression_collapse import regression_collapse
 from lightning_collapse.monitoring.feature_window import FeatureWindow
@@ -57,6 +57,7 @@ class RegressionCollapseMonitor(Monitor):
             element of ``(x, y)``, or what a mapping has under ``targets``, ``target``, ``labels``, ``label`` or ``y``.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         rows: Rows per point, over all processes. The cost of a point grows with its square.
+        detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, if there is no
@@ -97,8 +98,9 @@ class RegressionCollapseMonitor(Monitor):
         targets: Callable[[Any], Tensor] | None = None,
         every_n_steps: int | None = None,
         rows: int = 256,
+        detail: Detail = "high",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail)
         if rows < 3:
             raise ValueError(f"`rows` must be at least 3, got {rows}.")
         if targets is not None and not callable(targets):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
+from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.spectral_alignment import (
     cosines,
     diversity_of_counts,
@@ -27,6 +27,7 @@ from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.reporting import log_histogram
 from lightning_collapse.spectral.power_iteration import PowerIteration, TopSingularPair
 from lightning_collapse.spectral.precision import accumulation_dtype
+from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.hooks import HookOwner
@@ -76,6 +77,7 @@ class SpectralAlignmentMonitor(Monitor):
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         rows: Rows per call of a layer to look at, at most, spread evenly over all of them (every ``k``-th, so it can be
             half as many); tokens count as rows.
+        detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, on a pattern
@@ -127,8 +129,14 @@ class SpectralAlignmentMonitor(Monitor):
     )
     identity = ("layers", "every_n_steps")
 
-    def __init__(self, layers: Sequence[str] | None = None, every_n_steps: int | None = None, rows: int = 256) -> None:
-        super().__init__(every_n_steps)
+    def __init__(
+        self,
+        layers: Sequence[str] | None = None,
+        every_n_steps: int | None = None,
+        rows: int = 256,
+        detail: Detail = "high",
+    ) -> None:
+        super().__init__(every_n_steps, detail)
         check_layers(layers, "all weight matrices")
         if rows < 2:
             raise ValueError(f"`rows` must be at least 2, got {rows}. The default is 256.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Monitor, Name, check_layers
+from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.monitoring.training_flops import TrainingFlops
 from lightning_collapse.monitoring.weight_spectra import (
     ONLY_WEIGHTS,
@@ -25,6 +25,7 @@ from lightning_collapse.monitoring.weight_spectra import (
     read_matrices,
 )
 from lightning_collapse.spectral.cost import spectrum_flops
+from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.batch import batch_positions
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.modules import find_modules, weighted_layers
@@ -86,6 +87,7 @@ class WeightSpectrumMonitor(Monitor):
         max_overhead: Share of the floating-point operations of training that points may cost.
         max_dim: Matrices whose smaller side exceeds this are left out, as are those with a single row or column.
         embeddings: Also watch the tables of embeddings.
+        detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
 
     Raises:
         ValueError: On an unknown measure or an argument out of range; when the fit starts, as
@@ -116,8 +118,9 @@ class WeightSpectrumMonitor(Monitor):
         max_overhead: float = 0.005,
         max_dim: int = 2048,
         embeddings: bool = False,
+        detail: Detail = "high",
     ) -> None:
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, detail)
         check_layers(layers, "the default layers")
         if not max_overhead > 0:
             raise ValueError(
