@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     page = commands.add_parser("report", help="make one HTML file that shows the runs in TensorBoard event files")
     page.add_argument("logdir", type=Path, help="folder with event files, as for tensorboard --logdir")
     page.add_argument("--out", type=Path, default=Path("collapse.html"), help="the page (%(default)s)")
+    page.add_argument("--open", action="store_true", help="show the page in the browser")
     chosen = parser.parse_args(arguments)
     if chosen.command in _TABLES:
         _print_table(chosen.command, chosen.markdown, chosen.width)
@@ -47,9 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_collapse.reporting import report
 
         try:
-            print(f"Page: {report(chosen.logdir, chosen.out)}")
+            written = report(chosen.logdir, chosen.out)
         except ValueError as error:
             raise SystemExit(str(error)) from error
+        print(f"Page: {written}")
+        if chosen.open and not webbrowser.open(written.resolve().as_uri()):
+            print("There is no browser to open it with.")
     else:
         _demo(chosen.out, chosen.steps, chosen.seed)
 

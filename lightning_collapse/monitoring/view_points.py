@@ -14,7 +14,6 @@ VIEWS = "views"
 THILAK = "Thilak et al., 2023, arXiv 2312.04000"
 VIEW_CURVES = (
     Curve("recall_at_1", "rows whose nearest other view is their own", "0 to 1", "as at its start", family=VIEWS),
-    Curve("chance", "the same by chance", "0 to 1", "never", family=VIEWS),
     Curve("alignment", "squared distance of two views on the sphere", "0 to 4", "near 0", family=VIEWS),
     Curve("uniformity", "log of the mean potential between rows", "-4 n / (n - 1) to 0", "near 0", family=VIEWS),
     Curve("lidar", "directions in which samples differ more than views", "1 to D", "near 1", THILAK, VIEWS),
@@ -23,14 +22,14 @@ VIEW_CURVES = (
 
 
 def view_points(pairs: ViewPairs, step: int, sums: Mapping[str, list[float]]) -> list[Point]:
-    """Points of recall, chance, alignment and uniformity; given what ``ViewPairs.read`` returned, on the host."""
+    """Points of recall, alignment and uniformity; given what ``ViewPairs.read`` returned, on the host."""
     pairs.judge(sums)
     points = []
     for layer, (n, hits, chances, apart, uniform) in sums.items():
         if layer in pairs.layers and n:
             recall, chance = hits / n, chances / n
             error = sqrt(max(recall * (1 - recall), chance) / n)
-            values = {"chance": chance, "alignment": apart / n, "uniformity": uniform / n}
+            values = {"alignment": apart / n, "uniformity": uniform / n}
             points.append(Point(VIEWS, layer, "recall_at_1", step, recall, int(n), chance, error=error))
             points += [Point(VIEWS, layer, name, step, value, int(n)) for name, value in values.items()]
     return points

@@ -8,6 +8,7 @@ from math import log10, nan
 import numpy as np
 
 from lightning_collapse.reporting.events import Histograms
+from lightning_collapse.reporting.labels import labels
 from lightning_collapse.reporting.run_view import Curve, evenly
 from lightning_collapse.reporting.spectrum import LOG10_EDGES
 from lightning_collapse.reporting.svg import (
@@ -18,7 +19,6 @@ from lightning_collapse.reporting.svg import (
     line_plot,
     number,
     raster,
-    short,
     text,
     thin,
     value_range,
@@ -42,6 +42,7 @@ def curves_figure(
     marks: Marks = (),
     nulls: Mapping[str, Curve] | None = None,
     most: int = 500,
+    colors: Mapping[str, int] | None = None,
 ) -> str:
     """Curves over steps; of more than eight, eight from the first to the last.
 
@@ -54,16 +55,38 @@ def curves_figure(
         marks: Steps to mark, each with its word.
         nulls: What noise would read, by the name of the curve.
         most: Points per curve.
+        colors: Number of the color of every curve, where charts share colors; else by order.
     """
     names = evenly(list(curves), COLORS)
-    lines = [Line(name, *thin(*_columns(curves[name]), most), f"c{i}") for i, name in enumerate(names)]
-    noise = [Line(f"{n}, noise", *thin(*_columns(of), most), "null") for n, of in (nulls or {}).items() if of]
-    keys = [(line.style, line.name) for line in lines] + ([("null", "isotropic noise")] if noise else [])
+    label = labels(names)
+    styles = {name: f"c{(colors or {}).get(name, i) % COLORS}" for i, name in enumerate(names)}
+    lines = [Line(name, *thin(*_columns(curves[name]), most), styles[name]) for name in names]
+    noise = [Line(f"{n}, noise", *thin(*_columns(of), most), "null") for n, of in _different(nulls or {}).items() if of]
+    keys = [(line.style, label[line.name]) for line in lines] + ([("null", "isotropic noise")] if noise else [])
     left_out = f"{len(names)} of {len(curves)} layers are drawn." if len(names) < len(curves) else ""
     steps = evenly(sorted({step for name in names for step in curves[name]}), _NUMBERS)
     rows = [[str(step), *(_cell(curves[name], step) for name in names)] for step in steps]
     svg = line_plot(f"{title}, {subtitle}: {', '.join(names)}", [*noise, *lines], span, limits, marks)
-    return _figure(title, subtitle, svg, _keys(keys), left_out, _table(["step", *names], rows))
+    table = table_of(["step", *(label[name] for name in names)], rows)
+    return _figure(title, subtitle, svg, _keys([*keys, *_mark_keys(marks)]), left_out, table)
+
+
+def sparkline(name: str, curve: Curve, null: Curve, span: tuple[int, int], marks: Marks = (), most: int = 500) -> str:
+    """One curve in a small picture, with its key.
+
+    Args:
+        name: What it shows.
+        curve: The curve.
+        null: What noise would read; empty where that is not known.
+        span: First and last step of the axis.
+        marks: Steps to mark, each with its word.
+        most: Points of the curve.
+    """
+    lines = [Line(name, *thin(*_columns(curve), most), "c0")]
+    lines += [Line("isotropic noise", *thin(*_columns(null), most), "null")] if null else []
+    svg = line_plot(name, lines, span, limits_of([curve, null]), marks, height=110)
+    keys = [("c0", name), *([("null", "isotropic noise")] if null else []), *_mark_keys(marks)]
+    return f"<figure>{svg}{_keys(keys)}</figure>"
 
 
 def layers_figure(
@@ -88,13 +111,15 @@ def layers_figure(
 
     ends = (log10(low), log10(high)) if logarithmic else (low, high)
     table = [[value(name, step) for step in steps] for name in names]
-    svg = raster(f"{title} by layer and step, {subtitle}", names, steps, table, ends, marks)
+    label = labels(names)
+    shown_as = [label[name] for name in names]
+    svg = raster(f"{title} by layer and step, {subtitle}", shown_as, steps, table, ends, marks)
     shown = evenly(steps, 6)
-    rows = [[name, *(_cell(curves[name], step) for step in shown)] for name in names]
+    rows = [[text(label[name]), *(_cell(curves[name], step) for step in shown)] for name in names]
     kind = ", share of what noise reads" if shares else ", logarithmic" if logarithmic else ""
     left_out = f" {len(names)} of {len(curves)} layers are drawn." if len(names) < len(curves) else ""
     note = f"{number(low)} {_bar()} {number(high)}{kind}; a column per point.{left_out}"
-    return _figure("", "", svg, "", note, _table(["layer", *map(str, shown)], rows))
+    return _figure("", subtitle, svg, _keys(_mark_keys(marks)), note, table_of(["layer", *map(str, shown)], rows))
 
 
 def spectrum_figure(layer: str, subtitle: str, histograms: Histograms, marks: Marks = ()) -> str:
@@ -125,7 +150,9 @@ def spectrum_figure(layer: str, subtitle: str, histograms: Histograms, marks: Ma
         for i in bins
     ]
     note = f"0 {_bar()} {100 * top:.0f} % of the axes in a quarter of a decade"
-    return _figure(layer, subtitle, svg, "", note, _table(["deviation", *map(str, shown)], rows))
+    return _figure(
+        layer, subtitle, svg, _keys(_mark_keys(marks)), note, table_of(["deviation", *map(str, shown)], rows)
+    )
 
 
 def _figure(title: str, subtitle: str, svg: str, keys: str, note: str, table: str) -> str:
@@ -136,25 +163,48 @@ def _figure(title: str, subtitle: str, svg: str, keys: str, note: str, table: st
     )
 
 
+def table_of(head: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> str:
+    """A table whose rows fold into lists where it would not fit: every cell knows the name of its column.
+
+    Args:
+        head: Names of the columns.
+        rows: Cells, which are HTML.
+        words: Whether the cells are sentences and not numbers.
+    """
+    room = next((size for size in (4, 6, 9) if len(head) <= size), 99)
+    cells = "".join(f"<th>{text(cell)}</th>" for cell in head)
+    names = [text(cell) for cell in head]
+    lines = ("".join(f'<td data-of="{n}">{cell}</td>' for n, cell in zip(names, row, strict=True)) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    style = f"w{room} words" if words else f"w{room}"
+    return f'<div class=fits><table class="{style}"><tr>{cells}</tr>{body}</table></div>'
+
+
 def _keys(keys: Sequence[tuple[str, str]]) -> str:
-    items = "".join(
-        f'<li class="{style}" title="{text(name)}"><i></i>{text(short(name, 40))}</li>' for style, name in keys
-    )
-    return f"<ul class=keys>{items}</ul>"
+    items = "".join(f'<li class="{style}"><i></i>{text(name)}</li>' for style, name in keys)
+    return f"<ul class=keys>{items}</ul>" if keys else ""
+
+
+def _mark_keys(marks: Marks) -> list[tuple[str, str]]:
+    """What dashed lines stand for; of many only what kind of step they mark."""
+    words = [word for _, word in marks] if len(marks) <= 2 else ["since when a layer is judged so, see the verdicts"]
+    return [("mark", word) for word in words]
+
+
+def _different(nulls: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Layers of one width have one null."""
+    kept: dict[tuple[float, ...], str] = {}
+    for name, curve in nulls.items():
+        kept.setdefault(tuple(curve.values()), name)
+    return {name: nulls[name] for name in kept.values()}
 
 
 def _bar() -> str:
     return f'<img class=bar alt="dark to bright" src="{color_bar()}">'
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{text(short(cell, 40))}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<div class=scroll tabindex=0><table><tr>{cells}</tr>{body}</table></div>"
-
-
 def _cell(curve: Curve, step: int) -> str:
-    return number(curve[step]) if step in curve else ""
+    return text(number(curve[step])) if step in curve else ""
 
 
 def _columns(curve: Curve) -> tuple[list[int], list[float]]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_collapse.reporting.heat_map import heat_map
+from lightning_collapse.reporting.labels import labels
 
 _ROW, _COLUMN, _WIDTH, _HEIGHT = 18, 44, 640, 1152  # pixels: of a row and a column, and of all of them at most
 _TOP, _BOTTOM, _GAP, _BAR = 26, 24, 6, 12
@@ -32,7 +33,7 @@ def labelled_heat_map(
 
     Args:
         values: Shape ``(L, T)``: one row per layer, the first on top, and one column per step.
-        rows: Name of every row.
+        rows: Name of every row; what all begin with is not drawn.
         columns: Step of every column.
         title: What is drawn.
         axis: What the columns are.
@@ -53,9 +54,9 @@ def labelled_heat_map(
     from PIL import Image, ImageDraw, ImageFont  # Lightning does not import it, so neither may our import
 
     table = np.asarray(values, dtype=float)
-    if table.shape != (len(rows), len(columns)):
+    if table.shape != (len(rows), len(columns)) or not table.size:
         raise ValueError(
-            f"Expected `values` of shape {(len(rows), len(columns))}, a name for each row and column,"
+            f"Expected `values` of shape {(len(rows), len(columns))}, a name for each row and column, at least one,"
             f" got {table.shape}."
         )
     low, high = _ends(table, low, high)
@@ -63,7 +64,8 @@ def labelled_heat_map(
     height, width = max(1, min(_ROW, _HEIGHT // len(rows))), max(1, min(_COLUMN, _WIDTH // len(columns)))
     colors = heat_map(table, low, high, cell=1).repeat(height, axis=0).repeat(width, axis=1)
     tall, wide = colors.shape[:2]
-    names = [_ascii(name) for name in rows]
+    label = labels(rows)
+    names = [_ascii(label[name]) for name in rows]
     left = _GAP + round(max(font.getlength(name) for name in names)) + _GAP
     numbers = round(max(font.getlength(_number(value)) for value in (*table[:, -1], low, high)))
     right = left + wide + _GAP + numbers + 2 * _GAP

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -11,16 +10,17 @@ from pathlib import Path
 from lightning_collapse.reporting.dashboard import category as category_of
 from lightning_collapse.reporting.dashboard import curve_facts
 from lightning_collapse.reporting.events import read_runs
-from lightning_collapse.reporting.figures import curves_figure, layers_figure, limits_of, spectrum_figure
+from lightning_collapse.reporting.figures import curves_figure, layers_figure, limits_of, spectrum_figure, table_of
+from lightning_collapse.reporting.labels import labels
 from lightning_collapse.reporting.page_style import STYLE
-from lightning_collapse.reporting.run_view import Board, evenly
-from lightning_collapse.reporting.svg import COLORS, number, text, time_line
-from lightning_collapse.reporting.verdicts import Finding
-from lightning_collapse.rules import ALL, RULES, Task
+from lightning_collapse.reporting.run_view import Board, Curve, evenly
+from lightning_collapse.reporting.svg import COLORS, Marks, number, text
+from lightning_collapse.reporting.verdict_cards import marks_of, run_card, verdict_cards
+from lightning_collapse.rules import RULES
 
 POINTS = 500
 """Most points of a curve that are drawn."""
-_RUNS, _CHARTS, _VERDICTS, _SPECTRA = 8, 48, 12, 12  # most of these are drawn, the last three of each run
+_RUNS, _CHARTS, _SPECTRA, _LAYERS = 8, 48, 12, 64  # most of these are drawn, the last two of each run
 _BUDGET = 150_000  # points on the page
 
 
@@ -68,6 +68,7 @@ def _page(boards: Sequence[Board], known: int, found: int) -> str:
         "Runs": _overview(boards),
         "Verdicts": _verdicts(boards, most),
         "Loss": _losses(boards, most),
+        "Final values": _final_values(boards),
         **_categories(boards, most),
         "Spectra": _spectra(boards),
         "How to read it": _legend(boards, most),
@@ -92,168 +93,127 @@ def _page(boards: Sequence[Board], known: int, found: int) -> str:
 
 
 def _overview(boards: Sequence[Board]) -> str:
-    return f'<div class="grid wide">{"".join(_run(board) for board in boards)}</div>'
-
-
-def _run(board: Board) -> str:
-    run = board.run
-    seconds = run.ended - run.began
-    facts = {
-        "last step": str(run.last_step),
-        "curves": str(sum(len(lines) for charts in board.charts.values() for lines in charts.values())),
-        "layers": str(len(board.layers)),
-        "duration": str(timedelta(seconds=round(seconds))) if isfinite(seconds) else "unknown",
-    }
-    items = "".join(f"<div><dt>{name}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
-    kinds = list(dict.fromkeys(f.kind for f in board.findings))
-    badges = "".join(
-        f'<span class="badge {_style(kind, "good")}">{text(kind.replace("_", " "))}</span>' for kind in kinds
-    )
-    if not kinds:
-        judged = "Guard" in board.charts
-        badges = f'<span class="badge good">{"no verdict" if judged else "not judged: no CollapseGuard"}</span>'
-    tables = "".join(_final(board, category, chart) for category, chart in _read_by_rules(board).items())
-    style = "bad" if any(_style(kind, "") == "" for kind in kinds) else "news"
-    head = f"<h3 class=name>{text(run.name)}</h3>{badges}<dl>{items}</dl>"
-    return f'<article class="card {style}">{head}{tables}</article>\n'
-
-
-def _read_by_rules(board: Board) -> dict[str, list[str]]:
-    """The measures that rules read, where the run has them, by category."""
-    read: dict[str, list[str]] = {}
-    for rule in RULES.values():
-        category = category_of(rule.family)
-        read.setdefault(category, []).extend([*rule.measures, *rule.optional])
-    return {
-        category: [name for name in charts if name in read.get(category, ())]
-        for category, charts in board.charts.items()
-        if set(charts) & set(read.get(category, ()))
-    }
-
-
-def _final(board: Board, category: str, charts: Sequence[str]) -> str:
-    """Last values with their nulls."""
-    lines = list(dict.fromkeys(line for chart in charts for line in board.charts[category][chart]))
-    rows = ""
-    for line in lines[:64]:
-        cells = ""
-        for chart in charts:
-            value, null = board.last(category, chart, line)
-            beside = f" <span class=soft>of {number(null)}</span>" if isfinite(null) else ""
-            cells += f"<td>{number(value) if line in board.charts[category][chart] else ''}{beside}</td>"
-        rows += f"<tr><td class=name>{text(line)}</td>{cells}</tr>"
-    head = "".join(f"<th>{text(chart.replace('_', ' '))}</th>" for chart in charts)
-    more = f"<p class=soft>The first 64 of {len(lines)} layers.</p>" if len(lines) > 64 else ""
-    table = f"<div class=scroll tabindex=0><table><tr><th>layer</th>{head}</tr>{rows}</table></div>{more}"
-    title = f"Final values, {text(category.lower())}"
-    return f"<details{' open' if len(lines) <= 12 else ''}><summary>{title}</summary>{table}</details>"
+    return f'<div class="grid wide">{"".join(run_card(board) for board in boards)}</div>'
 
 
 def _verdicts(boards: Sequence[Board], most: int) -> str:
-    parts = []
-    for board in (board for board in boards if board.findings):
-        bars = [
-            (_where(finding), _style(finding.kind, "news") or "bad", finding.since, finding.until, finding.step)
-            for finding in board.findings[:40]
-        ]
-        said = "; ".join(f"{_where(f)} since step {f.since}, said at step {f.step}" for f in board.findings[:40])
-        picture = time_line(f"Verdicts over steps: {said}", bars, board.run.last_step)
-        note = "From the step since when to the end of the verdict; the dot is the step at which it was said."
-        parts.append(
-            f"<figure class=card><b>When</b> <span class=soft>{text(board.run.name)}</span>{picture}"
-            f"<figcaption>{note}</figcaption></figure>\n"
-        )
-        parts += [_verdict(board, finding, most) for finding in board.findings[:_VERDICTS]]
-        if len(board.findings) > _VERDICTS:
-            parts.append(
-                f"<p class=soft>The first {_VERDICTS} of {len(board.findings)} verdicts with their evidence.</p>"
-            )
-    if not parts and any("Guard" in board.charts for board in boards):
-        return "<p>The guard was there and said nothing.</p>"
-    return "".join(parts)
+    return "".join(verdict_cards(board, most) for board in boards)
 
 
-def _verdict(board: Board, finding: Finding, most: int) -> str:
-    rule = RULES.get(finding.kind)
-    where = f" in <code>{text(finding.layer)}</code>" if finding.layer else ""
-    words = [f"<p><b>{text(finding.says)}</b></p>"] if finding.says else []
-    words += [f"<p>{text(finding.told[:1].upper() + finding.told[1:])}.</p>"] if finding.told else []
-    if not finding.layer:
-        words.append(
-            '<p>Only the number of layers was logged; <code>CollapseGuard(action="log")</code> also names them.</p>'
-        )
-    if advice := getattr(rule, "advice", ""):
-        words.append(f"<p><b>What helps:</b> {text(advice)}</p>")
-    if paper := getattr(rule, "paper", ""):
-        words.append(f"<p class=soft>{text(paper)}</p>")
-    figures = []
-    if rule is not None:
-        category = category_of(rule.family)
-        charts = board.charts.get(category, {})
-        for measure in (*rule.measures, *rule.optional):
-            lines = charts.get(measure, {})
-            names = [finding.layer, *([ALL] if rule.applies_to(ALL, Task()) else [])] if finding.layer else list(lines)
-            curves = {name: lines[name] for name in names if name in lines}
-            nulls = {name: board.null(category, measure, name) for name in curves}
-            if curves:
-                marks = [(finding.since, f"since step {finding.since}"), (finding.step, f"said at step {finding.step}")]
-                limits, span = limits_of([*curves.values(), *nulls.values()]), (0, board.run.last_step)
-                figures.append(curves_figure(measure, "", curves, limits, span, marks, nulls, most))
-    since = f"since step {finding.since}, said at step {finding.step}" if finding.layer else f"at step {finding.step}"
-    title = f"{text(str(finding).capitalize())}{where}"
-    return (
-        f'<article class="card {_style(finding.kind, "news") or "bad"}"><h3>{title}</h3>'
-        f"<p class=soft>{text(board.run.name)}, {since}</p>{''.join(words)}"
-        f"<div class=grid>{''.join(figures)}</div></article>\n"
-    )
+def _final_values(boards: Sequence[Board]) -> str:
+    """Last values, with their nulls, of the measures that rules read."""
+    read: dict[str, list[str]] = {}
+    for rule in RULES.values():
+        read.setdefault(category_of(rule.family), []).extend([*rule.measures, *rule.optional])
+    tables = ""
+    for board in boards:
+        for category, charts in board.charts.items():
+            if names := [name for name in charts if name in read.get(category, ())]:
+                tables += f"<div class=card>{_final(board, category, names)}</div>"
+    return tables
+
+
+def _final(board: Board, category: str, charts: Sequence[str]) -> str:
+    lines = list(dict.fromkeys(line for chart in charts for line in board.charts[category][chart]))
+    label = labels(lines)
+    rows = []
+    for line in lines[:_LAYERS]:
+        cells = [f"<span class=name>{text(label[line])}</span>"]
+        for chart in charts:
+            value, null = board.last(category, chart, line)
+            beside = f" <span class=soft>of {number(null)}</span>" if isfinite(null) else ""
+            cells.append(f"{number(value)}{beside}" if line in board.charts[category][chart] else "")
+        rows.append(cells)
+    more = f"<p class=soft>The first {_LAYERS} of {len(lines)} layers.</p>" if len(lines) > _LAYERS else ""
+    table = table_of(["layer", *(chart.replace("_", " ") for chart in charts)], rows)
+    head = f"<b>{text(category)}</b> <span class=soft>{text(board.run.name)}</span>"
+    return f"{head}{table}{more}"
 
 
 def _losses(boards: Sequence[Board], most: int) -> str:
-    figures = []
-    for board in (board for board in boards if board.losses):
-        curves = {tag: board.losses[tag] for tag in list(board.losses)[:COLORS]}
-        span = (0, board.run.last_step)
-        limits = limits_of(list(curves.values()))
-        figures.append(f"<div class=cell>{curves_figure('', board.run.name, curves, limits, span, most=most)}</div>")
+    """A chart per run, or of several runs one per name."""
+    if len(boards) == 1:
+        curves = {tag: boards[0].losses[tag] for tag in list(boards[0].losses)[:COLORS]}
+        figures = [_compared("", curves, boards, most)] if curves else []
+    else:
+        tags = list(dict.fromkeys(chain.from_iterable(board.losses for board in boards)))[:COLORS]
+        figures = [
+            _compared(tag, _by_run(boards, lambda board, tag=tag: board.losses.get(tag)), boards, most) for tag in tags
+        ]
     return f"<div class=grid>{''.join(figures)}</div>" if figures else ""
 
 
 def _categories(boards: Sequence[Board], most: int) -> dict[str, str]:
-    """A section per category of the dashboard; the charts that say how far to trust the others stand folded below."""
+    """A section per category of the dashboard; the charts that say how far to trust the others are folded."""
     left = _CHARTS
     sections = {}
     for category in dict.fromkeys(chain.from_iterable(board.charts for board in boards)):
         charts = list(dict.fromkeys(chain.from_iterable(board.charts.get(category, {}) for board in boards)))
-        health = {chart for board in boards for name, chart in board.health if name == category}
         shown, left = charts[:left], max(left - len(charts), 0)
-        sections[category] = _grid([_chart(boards, category, chart, most) for chart in shown if chart not in health])
-        if folded := _grid([_chart(boards, category, chart, most) for chart in shown if chart in health]):
-            sections[category] += f"<details><summary>How far to trust these</summary>{folded}</details>"
+        drawn = "".join(_chart(boards, category, chart, most) for chart in shown)
+        if any((category, chart) in board.health for board in boards for chart in charts):
+            drawn = f"<details><summary>How far to trust the others</summary>{drawn}</details>"
         if len(shown) < len(charts):
-            sections[category] += f"<p class=soft>{len(shown)} of {len(charts)} charts are drawn.</p>"
+            drawn += f"<p class=soft>{len(shown)} of {len(charts)} charts are drawn.</p>"
+        sections[category] = (
+            drawn if len(boards) > 1 or drawn.startswith("<details") else f"<div class=grid>{drawn}</div>"
+        )
     return sections
 
 
-def _grid(charts: Sequence[Sequence[str]]) -> str:
-    """Charts of one run side by side; of several runs, the runs side by side and the charts below each other."""
-    if any(len(chart) > 1 for chart in charts):
-        return "".join(f'<div class="grid wide">{"".join(chart)}</div>' for chart in charts)
-    return f"<div class=grid>{''.join(cell for chart in charts for cell in chart)}</div>" if charts else ""
+def _chart(boards: Sequence[Board], category: str, chart: str, most: int) -> str:
+    """The curves of a measure, and below them the same by layer.
 
-
-def _chart(boards: Sequence[Board], category: str, chart: str, most: int) -> list[str]:
-    """The curves of a measure, and below them the same by layer: a cell per run, all with one axis."""
+    Of one run all layers are in one chart; of several runs a chart per layer compares them.
+    """
     having = [board for board in boards if chart in board.charts.get(category, {})]
-    limits = limits_of([curve for board in having for curve in board.charts[category][chart].values()])
-    cells = []
+    shown = ((board, line, curve) for board in having for line, curve in board.charts[category][chart].items())
+    limits = limits_of([part for board, line, curve in shown for part in (curve, board.null(category, chart, line))])
+    by_layer = ""
     for board in having:
-        curves, marks, name = board.charts[category][chart], _marks(board, category), board.run.name
-        figures = curves_figure(chart, name, curves, limits, (0, board.run.last_step), marks, most=most)
+        curves = board.charts[category][chart]
         if len(curves) > 1 and category not in ("Guard", "Regularizer") and (category, chart) not in board.health:
             nulls = {line: board.null(category, chart, line) for line in curves}
-            figures += layers_figure(chart, name, curves, nulls, limits, marks)
-        cells.append(f"<div class=cell>{figures}</div>")
-    return cells
+            picture = layers_figure(chart, board.run.name, curves, nulls, limits, marks_of(board, category))
+            by_layer += picture if len(boards) == 1 else f"<div class=cell>{picture}</div>"
+    if len(boards) == 1:
+        [board] = having
+        curves, span = board.charts[category][chart], (0, board.run.last_step)
+        nulls = {line: board.null(category, chart, line) for line in curves}
+        drawn = curves_figure(chart, board.run.name, curves, limits, span, marks_of(board, category), nulls, most)
+        return f"<div class=cell>{drawn}{by_layer}</div>"
+    lines = list(dict.fromkeys(chain.from_iterable(board.charts[category][chart] for board in having)))
+    label, cells = labels(lines), ""
+    for line in evenly(lines, COLORS):
+        curves = _by_run(having, lambda board, line=line: board.charts[category][chart].get(line))
+        nulls = _by_run(having, lambda board, line=line: board.null(category, chart, line))
+        marks = [
+            (step, f"{board.run.name}: {word}") for board in having for step, word in marks_of(board, category, line)
+        ]
+        cells += _compared(label[line], curves, boards, most, limits, marks, nulls)
+    some = f"<p class=soft>{COLORS} of {len(lines)} layers are drawn.</p>" if len(lines) > COLORS else ""
+    return f"<h3>{text(chart)}</h3><div class=grid>{cells}{by_layer}</div>{some}"
+
+
+def _compared(
+    title: str,
+    curves: Mapping[str, Curve],
+    boards: Sequence[Board],
+    most: int,
+    limits: tuple[float, float, bool] | None = None,
+    marks: Marks = (),
+    nulls: Mapping[str, Curve] | None = None,
+) -> str:
+    """A chart with a line per run; a run has one color on the whole page."""
+    colors = {board.run.name: i for i, board in enumerate(boards)} if len(boards) > 1 else None
+    span = (0, max(board.run.last_step for board in boards))
+    shown = limits_of(list(curves.values())) if limits is None else limits
+    name = "" if len(boards) > 1 else boards[0].run.name
+    return f"<div class=cell>{curves_figure(title, name, curves, shown, span, marks, nulls, most, colors)}</div>"
+
+
+def _by_run(boards: Sequence[Board], curve: Callable[[Board], Curve | None]) -> dict[str, Curve]:
+    return {board.run.name: found for board in boards if (found := curve(board))}
 
 
 def _spectra(boards: Sequence[Board]) -> str:
@@ -265,7 +225,7 @@ def _spectra(boards: Sequence[Board]) -> str:
         f"<div class=cell>{spectrum_figure(layer, board.run.name, board.spectra[layer], marks)}</div>"
         for board in boards
         for layer in evenly(list(board.spectra), _SPECTRA)
-        for marks in [_marks(board, "Collapse", layer)]
+        for marks in [marks_of(board, "Collapse", layer)]
     ]
     return f"{intro}<div class=grid>{''.join(figures)}</div>" if figures else ""
 
@@ -273,37 +233,16 @@ def _spectra(boards: Sequence[Board]) -> str:
 def _legend(boards: Sequence[Board], most: int) -> str:
     """What every chart on the page means, and what was left out."""
     shown = {(category, chart) for board in boards for category, charts in board.charts.items() for chart in charts}
-    rows = "".join(
-        f"<tr><td class=name>{text(chart)}</td>{''.join(f'<td>{text(fact)}</td>' for fact in facts)}</tr>"
+    rows = [
+        [f"<span class=name>{text(chart)}</span>", *(text(fact) for fact in facts)]
         for (category, chart), facts in curve_facts().items()
         if (category, chart) in shown
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("measure", "reads", "range", "collapsed", "source"))
+    ]
     return (
         "<p>Compare a rank with what isotropic noise of the same size reads, not with the width of the layer:"
         " <span class=soft>of</span> in the tables, dotted in the plots. Dashed is the step since when a layer is so"
         " judged, and in the evidence also the step at which it was said.</p><p>A curve is drawn with at most"
         f" {most} points, of which the extremes and missing numbers stay; a tick on the floor of a plot, and grey in a"
         " picture, is a value that was no number.</p>"
-        f"<div class=scroll tabindex=0><table class=words><tr>{head}</tr>{rows}</table></div>"
+        f"{table_of(['measure', 'reads', 'range', 'collapsed', 'source'], rows, words=True)}"
     )
-
-
-def _marks(board: Board, category: str, layer: str | None = None) -> list[tuple[int, str]]:
-    """Since when layers were judged by a curve of this category."""
-    marks: dict[int, str] = {}
-    for finding in board.findings:
-        rule = RULES.get(finding.kind)
-        if rule is not None and category_of(rule.family) == category and layer in (None, finding.layer):
-            words = f"{_where(finding)} since step {finding.since}"
-            marks[finding.since] = f"{marks[finding.since]}; {words}" if finding.since in marks else words
-    return list(marks.items())[:8]
-
-
-def _where(finding: Finding) -> str:
-    return f"{finding} in {finding.layer}" if finding.layer else str(finding)
-
-
-def _style(kind: str, news: str) -> str:
-    """``news`` for a finding that is no failure."""
-    return news if kind in RULES and RULES[kind].informative else ""

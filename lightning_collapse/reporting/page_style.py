@@ -1,6 +1,16 @@
 """Style sheet of the report page: light and dark, from a phone to a wall."""
 
-STYLE = """
+_ROOMS = {".w4": "18rem", ".w6": "30rem", ".w9": "46rem", ".w99": "999rem"}
+"""By the class of a table, which tells how many columns it has at most: the room that these need."""
+_FOLDED = """@container (max-width: ROOM) {
+TABLE th, TABLE td:empty { display: none }
+TABLE tr, TABLE td { display: block; text-align: left; border: 0; padding: 0 }
+TABLE tr { border-bottom: 1px solid var(--rule); padding: .25rem 0 }
+TABLE td + td::before { content: attr(data-of) ": "; color: var(--soft) } }
+"""
+
+STYLE = (
+    """
 :root { color-scheme: light dark; --back: #fbfbfa; --card: #fff; --ink: #1d2126; --soft: #5d6670; --rule: #dfe2e6;
   --bad: #c0272d; --badback: #fdeeee; --news: #1f6f54; --newsback: #e9f5f0;
   --c0: #1f5fbf; --c1: #d1600a; --c2: #16825d; --c3: #a8327d; --c4: #8a6d00; --c5: #0e7f96; --c6: #6b4fc4;
@@ -31,26 +41,36 @@ code, .name { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monosp
   color: var(--bad); background: var(--badback) } .badge.good { color: var(--news); background: var(--newsback) }
 dl { display: flex; flex-wrap: wrap; gap: .2rem 1.6rem; margin: .5rem 0 } dt { color: var(--soft); font-size: .78rem }
 dd { margin: 0 } dl div { min-width: 0 }
-svg { display: block; width: 100%; height: auto; max-width: 440px; margin: .3rem 0 }
+svg { display: block; width: 100%; height: auto; margin: .3rem 0 }
+.beside { display: flex; flex-wrap: wrap; gap: .4rem 1.4rem } .beside > div { flex: 1 1 15rem; min-width: 0 }
+.beside > .grid { flex: 2 1 24rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)) }
+.card p { max-width: none } .when > div { min-width: 0 }
+.track { position: relative; height: 16px; margin: 0 6px .3rem; border-bottom: 1px solid var(--rule) }
+.track i { position: absolute; top: 4px; height: 8px; min-width: 3px; border-radius: 2px }
+.track i.bad { background: var(--bad); border: 0 } .track i.news { background: var(--news); border: 0 }
+.track b { position: absolute; top: 3px; width: 10px; height: 10px; margin-left: -5px; border-radius: 50%;
+  background: var(--card); border: 2px solid var(--ink) }
+.ends { display: flex; justify-content: space-between; color: var(--soft); font-size: .8rem }
 svg text { fill: var(--soft);
   font: 13px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif } svg .y { text-anchor: end }
 svg path { fill: none } svg image { image-rendering: pixelated } path.rule { stroke: var(--rule) }
 path.line { stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round } path.lost { stroke-width: 1.5 }
 path.mark { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 4 3 }
-path.null { stroke: var(--soft); stroke-dasharray: 2 4 } circle.said { fill: var(--card); stroke: var(--ink);
-  stroke-width: 2 }
-rect.bad { fill: var(--bad) } rect.news { fill: var(--news) }
+path.null { stroke: var(--soft); stroke-dasharray: 2 4 }
 .keys { display: flex; flex-wrap: wrap; gap: 0 .9rem; list-style: none; margin: 0; padding: 0; font-size: .8rem }
 .keys i { display: inline-block; width: 1.1em; height: 0; border-top: 3px solid; vertical-align: middle;
   margin-right: .35em }
-.keys .null i { border-top-style: dotted; color: var(--soft) } .bar { width: 6rem; height: .6rem;
+.keys .null i { border-top-style: dotted; color: var(--soft) }
+.keys .mark i { border-top-style: dashed; color: var(--bad) } .bar { width: 6rem; height: .6rem;
   vertical-align: middle }
-.scroll { overflow-x: auto; max-width: 100% } table { border-collapse: collapse; font-size: .84rem; margin: .4rem 0 }
-th, td { padding: .2rem .7rem .2rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule);
-  font-variant-numeric: tabular-nums }
-th { font-weight: 600; white-space: normal; overflow-wrap: normal; vertical-align: bottom }
-th:first-child, td:first-child { text-align: left }
-.words td { text-align: left; white-space: normal; min-width: 7rem; vertical-align: top }
-.words th { text-align: left } summary { cursor: pointer; padding: .3rem 0 }
-""" + "".join(f".c{i} {{ stroke: var(--c{i}) }} .keys .c{i} i {{ color: var(--c{i}) }}\n" for i in range(8))
+.fits { container-type: inline-size } table { border-collapse: collapse; font-size: .84rem; margin: .4rem 0;
+  width: 100%; table-layout: fixed }
+th, td { padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px solid var(--rule);
+  font-variant-numeric: tabular-nums; vertical-align: top }
+th { font-weight: 600; vertical-align: bottom } th:first-child { width: 22% }
+th:first-child, td:first-child, .words td, .words th { text-align: left } summary { cursor: pointer; padding: .3rem 0 }
+"""
+    + "".join(_FOLDED.replace("ROOM", room).replace("TABLE", table) for table, room in _ROOMS.items())
+    + "".join(f".c{i} {{ stroke: var(--c{i}) }} .keys .c{i} i {{ color: var(--c{i}) }}\n" for i in range(8))
+)
 """Colors of lines differ in lightness and hue, 4.5 to 1 or more against their card."""

@@ -25,8 +25,8 @@ def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point
 
     Not ``self.log``: it resamples at Lightning's own cadence, repeats stale values, and costs more than the
     mathematics. Every process must publish the same points, so that ``EarlyStopping`` and ``ModelCheckpoint`` decide
-    alike everywhere. Points that are not to be drawn go to readers and to ``callback_metrics`` alone. A logger or a reader that raises an exception is left out for the rest of the fit, with one
-    warning; the others go on.
+    alike everywhere. Points that are not to be drawn go to readers and to ``callback_metrics`` alone. A logger or a
+    reader that raises an exception is left out for the rest of the fit, with one warning; the others go on.
     """
     if not points:
         return

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from re import compile
 from typing import TypeVar
 
-import numpy as np
-
-from lightning_collapse.functional.isotropic_null import expected_under_isotropy
-from lightning_collapse.reporting.dashboard import dashboard_layout, place
+from lightning_collapse.reporting.dashboard import Place, dashboard_layout, place
 from lightning_collapse.reporting.events import Histograms, Run
+from lightning_collapse.reporting.nulls import find_nulls
 from lightning_collapse.reporting.verdicts import Finding, find_verdicts
-from lightning_collapse.utilities.points import Flag
-from lightning_collapse.utilities.registry import MEASURES
+from lightning_collapse.rules import ALL
 
 T = TypeVar("T")
 Curve = Mapping[int, float]
+_NO_LAYERS = ("Guard", "Regularizer", "Penalty", "Scalars", "Outcome", "Continual", "Health")
 _SPECTRUM = compile(r"(.*-)?(val/)?collapse/(.+)/log10_std")
 _LOSS = compile(r"(.*[/_. -])?loss([/_. -].*)?")
 
@@ -32,6 +31,7 @@ class Board:
         charts: The curves, as ``charts[category][chart][line]``, in the order of the dashboard.
         health: Charts that say how far to trust the others, as ``(category, chart)``.
         losses: Curves of any tool whose name holds the word loss.
+        nulls: What noise would read at the steps of a curve, by its place, where that was logged.
         spectra: Histograms of the standard deviations along the principal axes, by layer.
         findings: What the guard said.
     """
@@ -40,6 +40,7 @@ class Board:
     charts: dict[str, dict[str, dict[str, Curve]]] = field(default_factory=dict)
     health: set[tuple[str, str]] = field(default_factory=set)
     losses: dict[str, Curve] = field(default_factory=dict)
+    nulls: dict[Place, Curve] = field(default_factory=dict)
     spectra: dict[str, Histograms] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
@@ -49,8 +50,10 @@ class Board:
         board = cls(run, findings=find_verdicts(run))
         order = {name: list(charts) for name, charts in dashboard_layout().items()}
         board.charts = {name: {} for name in order}
+        nulls = find_nulls(run)
         for tag, curve in run.scalars.items():
             if (at := place(tag)) is not None:
+                board.nulls[at] = _at_steps_of(curve, _named(nulls, tag))
                 board.charts[at.category].setdefault(at.chart, {})[at.line] = curve
                 board.health |= {(at.category, at.chart)} if at.health else set()
             elif _LOSS.fullmatch(tag.lower()):
@@ -67,47 +70,42 @@ class Board:
     @property
     def layers(self) -> list[str]:
         """Every layer that has a curve, in the order of their first points."""
-        charts = [
-            chart
-            for name, charts in self.charts.items()
-            if name not in ("Guard", "Regularizer")
-            for chart in charts.values()
+        lines = [
+            line.removeprefix("val/")
+            for category, charts in self.charts.items()
+            if category not in _NO_LAYERS
+            for lines in charts.values()
+            for line in lines
         ]
-        return list(dict.fromkeys(line.removeprefix("val/") for lines in charts for line in lines))
+        return [line for line in dict.fromkeys(lines) if line != ALL]
 
-    def null(self, category: str, chart: str, line: str) -> dict[int, float]:
-        """What isotropic noise of the same size would read at every step, where that is known.
+    @property
+    def points(self) -> int:
+        """Points of the curve that has most."""
+        every = (curve for charts in self.charts.values() for lines in charts.values() for curve in lines.values())
+        return max(map(len, every), default=0)
 
-        The width of a layer is not logged. It is the number of its principal axes, once a point rests on more rows than
-        these; with fewer the null stays unknown.
-        """
-        measure = next((m for m in MEASURES.values() if m.curve == chart), None)
-        curve = self.charts.get(category, {}).get(chart, {}).get(line, {})
-        health = self.charts.get(category, {})
-        rows, flags = (health.get(name, {}).get(line, {}) for name in ("n", "flag"))
-        if category != "Collapse" or measure is None or not rows:
-            return {}
-        widths = [
-            round(sum(counts))
-            for step, (_, counts) in self.spectra.get(line, {}).items()
-            if rows.get(step, 0) > sum(counts) > 0
-        ]
-        if not widths or (measure.record and Flag.SKETCHED in flags.values()):
-            return {}
-        # of many sizes a few are asked: the null is smooth in n
-        sizes = evenly(sorted({int(rows[step]) for step in curve if rows.get(step, 0) > 1}), 32)
-        try:
-            nulls = [expected_under_isotropy(measure.name, n, widths[-1]) for n in sizes]
-        except Exception:  # a measure of the user's own
-            return {}
-        found = {step: float(np.interp(rows[step], sizes, nulls)) for step in curve if rows.get(step, 0) > 1}
-        return {step: null for step, null in found.items() if null > 0}
+    def null(self, category: str, chart: str, line: str) -> Curve:
+        """What noise of the same size would read at every step, where that was logged."""
+        return self.nulls.get(Place(category, chart, line), {})
 
     def last(self, category: str, chart: str, line: str) -> tuple[float, float]:
         """The last value of a curve and its null; NaN where there is none."""
         curve = self.charts.get(category, {}).get(chart, {}).get(line, {})
         step = max(curve, default=-1)
         return curve.get(step, nan), self.null(category, chart, line).get(step, nan)
+
+
+def _named(nulls: Mapping[str, Curve], tag: str) -> Curve:
+    """The nulls of a curve; a logger may have put ``prefix-`` before its name."""
+    found = nulls.get(tag)
+    return found if found is not None else next((c for name, c in nulls.items() if tag.endswith(f"-{name}")), {})
+
+
+def _at_steps_of(curve: Curve, nulls: Curve) -> Curve:
+    """Each null holds until the next one."""
+    steps = list(nulls)
+    return {step: nulls[steps[i - 1]] for step in curve if (i := bisect_right(steps, step))}
 
 
 def evenly(items: Sequence[T], most: int) -> list[T]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,8 +19,8 @@ from lightning_collapse.reporting.heat_map import heat_map
 COLORS = 8
 """How many lines a plot can tell apart; the page gives them the classes ``c0`` to ``c7``."""
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 50, 10, 8, 22
-_LABELS = 136  # of the rows of a raster
+_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 50, 10, 8, 26
+_LABELS, _LETTERS = 216, 26  # of the rows of a raster, at most
 _ROW = 16
 
 Marks = Sequence[tuple[int, str]]
@@ -46,10 +48,35 @@ def text(value: object) -> str:
     return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value)))
 
 
+def prose(value: object) -> str:
+    """Text for HTML, in which what stands between backticks is code.
+
+    Example:
+        >>> prose("add `VICReg()` <here>")
+        'add <code>VICReg()</code> &lt;here&gt;'
+    """
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(value))
+
+
 def short(name: str, length: int) -> str:
     """A name in at most ``length`` characters: of layers the two ends tell most."""
     tail = (length - 1) * 2 // 3
     return name if len(name) <= length else f"{name[: length - 1 - tail]}…{name[-tail:]}"
+
+
+def apart(names: Sequence[str]) -> list[str]:
+    """Shortened names, of which those that have become equal begin with a number.
+
+    Example:
+        >>> apart(["a…z", "b", "a…z"])
+        ['1: a…z', 'b', '2: a…z']
+    """
+    seen: Counter[str] = Counter()
+    many, told = Counter(names), []
+    for name in names:
+        seen[name] += 1
+        told.append(f"{seen[name]}: {name}" if many[name] > 1 and name else name)
+    return told
 
 
 def number(value: float) -> str:
@@ -108,7 +135,12 @@ def value_range(lines: Sequence[Line]) -> tuple[float, float, bool]:
 
 
 def line_plot(
-    title: str, lines: Sequence[Line], span: tuple[int, int], limits: tuple[float, float, bool], marks: Marks = ()
+    title: str,
+    lines: Sequence[Line],
+    span: tuple[int, int],
+    limits: tuple[float, float, bool],
+    marks: Marks = (),
+    height: int = 200,
 ) -> str:
     """Curves over steps.
 
@@ -118,11 +150,11 @@ def line_plot(
         span: First and last step of the axis.
         limits: Of the values, as :func:`value_range` tells.
         marks: Steps to mark by a vertical line, each with its word.
+        height: Of the picture, which is 400 wide.
 
     Returns:
         An ``<svg>`` element.
     """
-    height = 200
     floor_ = height - _BOTTOM
     low, high, logarithmic = limits
 
@@ -134,10 +166,10 @@ def line_plot(
         return floor_ - (floor_ - _TOP) * share
 
     parts = []
-    for value in _decades(low, high) if logarithmic else _ticks(low, high, 4):
+    for value in _decades(low, high, height // 40) if logarithmic else _ticks(low, high, height // 50):
         parts.append(f'<path class="rule" d="M{_LEFT} {y(value):.1f}H{_WIDTH - _RIGHT}"/>')
         parts.append(f'<text class="y" x="{_LEFT - 5}" y="{y(value) + 4:.1f}">{text(number(value))}</text>')
-    parts += _step_axis(span, x, height)
+    parts += _step_axis(span, x, height, _LEFT)
     for step, word in marks:
         parts.append(f'<path class="mark" d="M{x(step):.1f} {_TOP}V{floor_}"><title>{text(word)}</title></path>')
     for line in lines:
@@ -174,19 +206,22 @@ def raster(
     Returns:
         An ``<svg>`` element.
     """
-    left = _LEFT if numeric else _LABELS
+    left = _LEFT if numeric else max(44, min(8 * max(map(len, rows)) + 12, _LABELS))
     tall = 130.0 if numeric else float(_ROW * len(rows))
     width, height = _WIDTH - left - _RIGHT, _TOP + tall + _BOTTOM
     each = tall / len(rows)
+    shown = apart([short(name, _LETTERS) for name in rows])
     parts = [
+        _axis_name(left, height),
         f'<image x="{left}" y="{_TOP}" width="{width}" height="{tall:.0f}" preserveAspectRatio="none"'
-        f' href="{_png(heat_map(values, *limits, cell=1))}"/>'
+        f' href="{_png(heat_map(values, *limits, cell=1))}"/>',
     ]
     for i, name in enumerate(rows):
         below = _TOP + each * (i + (1 if numeric else 0.5)) + 4
-        full = f"<title>{text(name)}</title>" if len(name) > 18 else ""
+        full = f"<title>{text(name)}</title>" if len(name) > _LETTERS else ""
         if name:
-            parts.append(f'<text class="y" x="{left - 5}" y="{below:.1f}">{text(short(name, 18))}{full}</text>')
+            words = text(shown[i])
+            parts.append(f'<text class="y" x="{left - 5}" y="{below:.1f}">{words}{full}</text>')
     column = width / len(steps)
     for step, word in marks:
         at = left + column * (sum(s < step for s in steps))
@@ -204,35 +239,6 @@ def color_bar() -> str:
     return _png(heat_map(np.linspace(0, 1, 64)[None], cell=1))
 
 
-def time_line(title: str, bars: Sequence[tuple[str, str, int, int, int | None]], last: int) -> str:
-    """Bars over steps, each below its name.
-
-    Args:
-        title: What it shows, for those who hear the page.
-        bars: Name, class of the style sheet, first and last step, and a step to mark by a dot.
-        last: Last step of the axis.
-
-    Returns:
-        An ``<svg>`` element.
-    """
-    left = 10
-    height = 32 * len(bars) + _BOTTOM
-
-    def x(step: float) -> float:
-        return left + (_WIDTH - left - _RIGHT) * step / max(last, 1)
-
-    parts = _step_axis((0, last), x, height)
-    for i, (name, style, since, until, said) in enumerate(bars):
-        top = 32 * i
-        parts.append(f'<text x="{left}" y="{top + 13}">{text(short(name, 52))}<title>{text(name)}</title></text>')
-        parts.append(f'<path class="rule" d="M{left} {top + 23}H{_WIDTH - _RIGHT}"/>')
-        wide = max(x(until) - x(since), 3)
-        parts.append(f'<rect class="{style}" x="{x(since):.1f}" y="{top + 19}" width="{wide:.1f}" height="8" rx="2"/>')
-        if said is not None:
-            parts.append(f'<circle class="said" cx="{x(said):.1f}" cy="{top + 23}" r="4"/>')
-    return _svg(title, height, parts)
-
-
 def _svg(title: str, height: float, parts: Sequence[str]) -> str:
     label = text(title)
     return (
@@ -241,12 +247,16 @@ def _svg(title: str, height: float, parts: Sequence[str]) -> str:
     )
 
 
-def _step_axis(span: tuple[int, int], x: Callable[[float], float], height: float) -> list[str]:
-    parts = []
+def _step_axis(span: tuple[int, int], x: Callable[[float], float], height: float, left: float) -> list[str]:
+    parts = [_axis_name(left, height)]
     for step in (tick for tick in _ticks(*span, 4) if tick == int(tick)):
         anchor = "start" if x(step) < 20 else "end" if x(step) > _WIDTH - 25 else "middle"
         parts.append(f'<text x="{x(step):.1f}" y="{height - 7:.0f}" text-anchor="{anchor}">{step:.0f}</text>')
     return parts
+
+
+def _axis_name(left: float, height: float) -> str:
+    return f'<text class="y" x="{left - 12:.0f}" y="{height - 7:.0f}">step</text>'
 
 
 def _path(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
@@ -271,9 +281,9 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     return [i * step for i in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
 
 
-def _decades(low: float, high: float) -> list[float]:
+def _decades(low: float, high: float, about: int) -> list[float]:
     first, last = round(log10(low)), round(log10(high))
-    return [10.0**i for i in range(first, last + 1, ceil((last - first) / 5))]
+    return [10.0**i for i in range(first, last + 1, ceil((last - first) / about))]
 
 
 def _png(image: npt.NDArray[np.uint8]) -> str:

@@ -72,6 +72,9 @@ def verdict_records(verdicts: Sequence[Verdict]) -> list[str]:
 def find_verdicts(run: Run) -> list[Finding]:
     """Every verdict of a run, in the order of the steps since when: from data, in older runs from words and counts.
 
+    Where verdicts were logged, what is only counted is part of one of them and no further verdict; but notices, of
+    which only the count is logged, are told.
+
     Example:
         >>> run = Run("a", texts={"guard/verdict": {39: "- complete collapse in `z` since step 29: all is still."}})
         >>> [finding.told for finding in find_verdicts(run)]
@@ -95,10 +98,11 @@ def find_verdicts(run: Run) -> list[Finding]:
         )
         for verdict in verdicts
     ]
-    said = {finding.kind for finding in findings}
+    only_counted = not findings
     for kind, curve in counts.items():
         until = -1
-        for step, count in curve.items() if kind not in said else ():
+        is_notice = kind in RULES and RULES[kind].informative
+        for step, count in curve.items() if is_notice or only_counted else ():
             if count > 0 and step > until:
                 until = _until(curve, step, run.last_step)
                 findings.append(Finding(kind, "", step, step, until))

@@ -56,10 +56,11 @@ def recall(trainer):
 @pytest.mark.parametrize("model", [TwoCalls, OneCall])
 def test_views_are_found_and_read_exactly(model):
     toy = model()
-    trainer = fit(toy, [CollapseMonitor(layers=["encoder"], every_n_steps=1, rows=32)], max_steps=1)
+    keeper = PointKeeper()
+    trainer = fit(toy, [CollapseMonitor(layers=["encoder"], every_n_steps=1, rows=32), keeper], max_steps=1)
     [(_, value)] = recall(trainer)
     assert value == pytest.approx(recall_at_1(*(view.detach() for view in toy.views)).item())
-    assert [v for _, v in trainer.logger.curve("views/encoder/chance")] == [pytest.approx(1 / 32)]
+    assert [point.null for point in keeper.curve("views/encoder/recall_at_1")] == [pytest.approx(1 / 32)]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
@@ -95,8 +96,9 @@ def test_what_is_no_view_is_not_drawn(model):
 
 def test_a_short_last_batch_has_no_other_chance():
     loader = DataLoader([*batches(3), torch.randn(6, 16), *batches(3)], batch_size=None)
-    trainer = fit(TwoCalls(), [CollapseMonitor(layers=["encoder"], every_n_steps=1)], loader)
-    assert {v for _, v in trainer.logger.curve("views/encoder/chance")} == {1 / 32}
+    keeper = PointKeeper()
+    fit(TwoCalls(), [CollapseMonitor(layers=["encoder"], every_n_steps=1), keeper], loader)
+    assert {point.null for point in keeper.curve("views/encoder/recall_at_1")} == {1 / 32}
 
 
 def test_features_are_kept_of_layers_with_views_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import nan
@@ -179,12 +180,6 @@ class CollapseMonitor(Monitor):
             positions=ends_in_maps(pl_module),
             codebooks=Codebooks(pl_module, None if self.layers is None else [t.name for t in taps], self.contained),
         )
-        if self.layers is None:
-            names = ", ".join(tap.name for tap in taps)
-            rank_zero_info(
-                f"`CollapseMonitor` watches {names or 'nothing: no layer holds a weight'}."
-                " Choose others with `layers=[...]`."
-            )
 
     @override
     def stop(self) -> None:
@@ -251,6 +246,8 @@ class CollapseMonitor(Monitor):
         shown = {point.layer: point for point in points if point.measure == first}
         self._history.append(step, {name: p.value / p.null if p.null > 0 else p.value for name, p in shown.items()})
         self._histograms = {layer: number for (layer, name), number in numbers.items() if name == _HISTOGRAM}
+        if not self._points:
+            self._say_what_is_drawn(points)
         return points
 
     @override
@@ -349,12 +346,21 @@ class CollapseMonitor(Monitor):
             points += [Point(family, tap.name, name, step, value, n, flag=flag) for name, value in own.items()]
         return points
 
+    def _say_what_is_drawn(self, points: Sequence[Point]) -> None:
+        """At the first point and not before: only then it is known which layers run, and which see two views."""
+        drawn = Counter(point.layer for point in self._in_detail(points) if point.drawn)
+        twice = ", and as many of validation" if self.validation else ""
+        curves = f": {drawn.total()} curves, at most {max(drawn.values())} of a layer{twice}" if drawn else ""
+        names = ", ".join(drawn) or "nothing: no layer holds a weight"
+        hint = " Choose others with `layers=[...]`." if self.layers is None else ""
+        rank_zero_info(f"`CollapseMonitor` watches {names}{curves}.{hint}")
+
     def _draw_history(self, trainer: Trainer, step: int) -> None:
         history, name = self._history, self.curves[0]
         share = self._measures[0].kind == "spectrum"
         title = f"{name}, as a share of what isotropic noise reads" if share else name
         top = 1.0 if share else None
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if history.steps else ():
             picture = labelled_heat_map(history.values, history.layers, history.steps, title, low=0.0, high=top)
             log_image(logger, f"collapse/{name}", picture, step)
 

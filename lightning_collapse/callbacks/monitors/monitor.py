@@ -45,7 +45,7 @@ class Monitor(Callback, ABC):
     Args:
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         detail: ``"high"``, or ``"low"`` to keep from loggers the curves that say how far to trust the others, ``n``,
-            ``flag`` and ``nonfinite_fraction``; rules, ``callback_metrics`` and readers of points have them all the same.
+            ``flag`` and ``nonfinite_fraction``; rules, readers of points and ``callback_metrics`` have them.
 
     Attributes:
         family: First part of the names of the curves it draws.

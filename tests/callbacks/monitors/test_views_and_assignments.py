@@ -174,7 +174,7 @@ def test_a_resumed_fit_draws_what_an_uninterrupted_one_does(tmp_path):
         "collapse/head/assignment_perplexity",
         "views/encoder/recall_at_1",
         "views/encoder/alignment",
-        "views/head/chance",
+        "views/head/recall_at_1",
     ):
         expected = whole.logger.curve(key)
         assert len(expected) == 12, key
