@@ -86,7 +86,7 @@ def sparkline(name: str, curve: Curve, null: Curve, span: tuple[int, int], marks
     lines += [Line("isotropic noise", *thin(*_columns(null), most), "null")] if null else []
     svg = line_plot(name, lines, span, limits_of([curve, null]), marks, height=110)
     keys = [("c0", name), *([("null", "isotropic noise")] if null else []), *_mark_keys(marks)]
-    return f"<figure>{svg}{_keys(keys)}</figure>"
+    return f"<figure class=spark>{svg}{_keys(keys)}</figure>"
 
 
 def layers_figure(

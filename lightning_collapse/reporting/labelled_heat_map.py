@@ -90,9 +90,9 @@ def labelled_heat_map(
         _write_cells(write, table, colors, (left, height, width))
     for i in sorted({0, (len(columns) - 1) // 2, len(columns) - 1}):
         share = 0.0 if i == 0 else 1.0 if i == len(columns) - 1 else 0.5
-        words = f"{axis} {columns[i]}" if i == 0 else str(columns[i])
-        if i == 0 or left + width * (i + share) > left + font.getlength(f"{axis} {columns[0]}") + 40:
-            write(words, left + width * (i + share), _TOP + tall + _BOTTOM / 2, share)
+        words, x = f"{axis} {columns[i]}" if i == 0 else str(columns[i]), wide * (i + share) / len(columns)
+        if i == 0 or x > font.getlength(f"{axis} {columns[0]}") + 40:
+            write(words, left + x, _TOP + tall + _BOTTOM / 2, share)
     write(_number(high), right + _BAR + _GAP, _TOP + 6)
     write(_number(low), right + _BAR + _GAP, _TOP + max(tall - 6, 16))
     return np.asarray(picture)

@@ -9,11 +9,11 @@ from lightning_collapse.utilities.points import Point
 
 NULLS = "legend/nulls_json"
 _SCHEMA = 1
-_MOVED = 0.02  # of its value: nulls move with the number of rows, which is the same at nearly every point
+_MOVED = 0.001  # of its value: nulls move with the number of rows, which is the same at nearly every point
 
 
 def null_records(points: Sequence[Point], last: MutableMapping[str, float]) -> list[str]:
-    """The nulls that have moved by more than a fiftieth, each as one line of JSON.
+    """The nulls that have moved by more than a thousandth, each as one line of JSON.
 
     Args:
         points: Of one step.
@@ -23,7 +23,7 @@ def null_records(points: Sequence[Point], last: MutableMapping[str, float]) -> l
         >>> last = {}
         >>> null_records([Point("collapse", "z", "effective_rank", 9, 3.0, null=7.5)], last)
         ['{"schema": 1, "curve": "collapse/z/effective_rank", "step": 9, "null": 7.5}']
-        >>> null_records([Point("collapse", "z", "effective_rank", 19, 3.0, null=7.6)], last)
+        >>> null_records([Point("collapse", "z", "effective_rank", 19, 3.0, null=7.505)], last)
         []
     """
     records = []

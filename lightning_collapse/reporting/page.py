@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -138,7 +138,8 @@ def _losses(boards: Sequence[Board], most: int) -> str:
     else:
         tags = list(dict.fromkeys(chain.from_iterable(board.losses for board in boards)))[:COLORS]
         figures = [
-            _compared(tag, _by_run(boards, lambda board, tag=tag: board.losses.get(tag)), boards, most) for tag in tags
+            _compared(tag, _by_run((board, board.losses.get(tag, {})) for board in boards), boards, most)
+            for tag in tags
         ]
     return f"<div class=grid>{''.join(figures)}</div>" if figures else ""
 
@@ -185,8 +186,8 @@ def _chart(boards: Sequence[Board], category: str, chart: str, most: int) -> str
     lines = list(dict.fromkeys(chain.from_iterable(board.charts[category][chart] for board in having)))
     label, cells = labels(lines), ""
     for line in evenly(lines, COLORS):
-        curves = _by_run(having, lambda board, line=line: board.charts[category][chart].get(line))
-        nulls = _by_run(having, lambda board, line=line: board.null(category, chart, line))
+        curves = _by_run((board, board.charts[category][chart].get(line, {})) for board in having)
+        nulls = _by_run((board, board.null(category, chart, line)) for board in having)
         marks = [
             (step, f"{board.run.name}: {word}") for board in having for step, word in marks_of(board, category, line)
         ]
@@ -212,8 +213,8 @@ def _compared(
     return f"<div class=cell>{curves_figure(title, name, curves, shown, span, marks, nulls, most, colors)}</div>"
 
 
-def _by_run(boards: Sequence[Board], curve: Callable[[Board], Curve | None]) -> dict[str, Curve]:
-    return {board.run.name: found for board in boards if (found := curve(board))}
+def _by_run(curves: Iterable[tuple[Board, Curve]]) -> dict[str, Curve]:
+    return {board.run.name: curve for board, curve in curves if curve}
 
 
 def _spectra(boards: Sequence[Board]) -> str:

@@ -114,8 +114,7 @@ def test_several_loggers_and_their_files(tmp_path):
     assert [event.step for event in events.Scalars(ENCODER)] == [0, 1, 3, 5]
     assert "collapse/encoder/log10_std" in events.Tags()["histograms"]
     assert "collapse/effective_rank" in events.Tags()["images"]
-    assert "collapse/legend/text_summary" in events.Tags()["tensors"]
-    assert "collapse/layers/text_summary" in events.Tags()["tensors"]
+    assert "legend/curves/text_summary" in events.Tags()["tensors"]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert "guard/complete_collapse" in events.Tags()["scalars"]
     rows = list(csv.DictReader(io.StringIO((Path(loggers[1].log_dir) / "metrics.csv").read_text())))

@@ -41,11 +41,9 @@ def lines_of(category, chart, tags):
 
 def test_one_chart_per_measure_of_features_and_three_for_their_health():
     layout = dashboard_layout()
-    assert list(layout) == ["Collapse", "Tube", "Regularizer", "Penalty", "Guard"]
-    assert list(layout["Collapse"]) == [
-        *("effective_rank", "eigenvalue_effective_rank", "uniformity"),
-        *("n", "nonfinite_fraction", "flag"),
-    ]
+    assert list(layout) == ["Collapse", "Tube", "Regularizer", "Penalty", "Guard", "Health"]
+    assert list(layout["Collapse"]) == ["effective_rank", "eigenvalue_effective_rank", "uniformity"]
+    assert list(layout["Health"]) == ["n", "nonfinite_fraction", "flag"]
 
 
 def test_a_chart_has_the_lines_of_its_measure_only():
@@ -62,9 +60,20 @@ def test_a_chart_has_the_lines_of_its_measure_only():
         "effective_rank",
     }
     assert lines_of("Collapse", "effective_rank", rank | others) == rank
-    assert lines_of("Collapse", "n", {"collapse/a/n", "collapse/a/nonfinite_fraction", "collapse/n"}) == {
-        "collapse/a/n"
+    own = {"collapse/a/n", "tube/a/n", "val/tube/n"}
+    assert lines_of("Health", "n", own | {"collapse/a/nonfinite_fraction", "train/n"}) == own
+
+
+def test_only_what_is_drawn_has_a_chart():
+    tags = ["collapse/a/effective_rank", "val/collapse/a/flag", "accuracy", "guard/complete_collapse"]
+    layout = dashboard_layout(tags)
+    assert {title: list(charts) for title, charts in layout.items()} == {
+        "Collapse": ["effective_rank"],
+        "Guard": ["guard"],
+        "Health": ["flag"],
     }
+    assert all(layout[title][name] == dashboard_layout()[title][name] for title in layout for name in layout[title])
+    assert dashboard_layout([]) == {}
 
 
 def test_a_curve_of_another_family_has_a_chart_in_its_own_category():
@@ -98,6 +107,7 @@ def test_tensorboard_serves_every_chart_over_http(tmp_path):
         "Regularizer",
         "Penalty",
         "Guard",
+        "Health",
     ]
     assert served.pop("effective_rank") == ["collapse/a/effective_rank"]
     assert served.pop("eigenvalue_effective_rank") == ["collapse/a/eigenvalue_effective_rank"]

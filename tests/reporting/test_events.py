@@ -73,7 +73,9 @@ def test_thinning_keeps_ends_extremes_and_holes(most):
 
 def test_the_page_groups_as_the_dashboard_does():
     fills = {"(.+/)?": ("a/b.c/", ""), "[^/]+": ("a-b",), ".+": ("a/b.c",)}
-    for category, charts in dashboard_layout().items():
+    layout = dashboard_layout()
+    del layout["Health"]
+    for category, charts in layout.items():
         for chart, (_, [pattern]) in charts.items():
             body = pattern.removeprefix("(.*-)?(val/)?").removesuffix("$")
             blank = next(blank for blank in fills if blank in body)
@@ -82,5 +84,9 @@ def test_the_page_groups_as_the_dashboard_does():
                 assert re.fullmatch(pattern, tag)
                 at = place(tag)
                 assert (at.category, at.chart, at.line) == (category, chart, prefix + (fill.removesuffix("/") or "all"))
+    for tag in ("collapse/a.b/n", "val/collapse/a.b/n", "run-neural_collapse/a/flag"):
+        at = place(tag)
+        assert (at.category, at.line) == ("Health", tag.rpartition("/")[0])
+        assert re.fullmatch(dashboard_layout()["Health"][at.chart][1][0], tag)
     assert place("collapse/a/of_my_own").chart == "of_my_own"
     assert place("accuracy") is place("collapse") is place("collapse/a") is None

@@ -127,6 +127,11 @@ def hostile(folder):
     writer.close()
 
 
+def bare(words):
+    """Without what markup and white space make of them."""
+    return re.sub(r"[`\s]", "", words)
+
+
 def page_of(folder, tmp_path):
     return report(folder, tmp_path / "page.html").read_text(encoding="utf-8")
 
@@ -137,10 +142,32 @@ def test_it_says_what_the_guard_said(trained, html):
     for verdict in trained[1]:
         kind = verdict.kind.replace("_", " ")
         said = f"{kind} in {verdict.layer} since step {verdict.since}, said at step {verdict.step}"
-        assert said in page.of("svg")[0]["aria-label"]
-        assert f"{verdict.evidence[1:]}; also {', '.join(verdict.also)}." in page.text
-        assert page.text.count(verdict.advice) == 1
-    assert page.text.count("no verdict") == 1
+        assert said in page.text
+        assert bare(f"{verdict.evidence[1:]}; also {', '.join(verdict.also)}.") in bare(page.text)
+        assert bare(page.text).count(bare(verdict.advice)) == 1
+    assert page.text.count("No verdict") == 1
+    assert "`" not in page.text
+
+
+def test_the_first_screen_is_the_verdict_a_sentence_and_the_curve_it_rests_on(trained, html):
+    dying, healthy = re.findall(r'<article class="card .*?</article>', html, re.DOTALL)[:2]
+    [verdict, *_] = trained[1]
+    assert f"Complete collapse in <code>{verdict.layer}</code> since step {verdict.since}" in dying
+    assert bare(verdict.says) in bare(Page(dying).text)
+    assert f"feature_std of {verdict.layer}" in Page(dying).of("svg")[0]["aria-label"]
+    assert f"since step {verdict.since}" in re.findall(r'<li class="mark">.*?</li>', dying)[0]
+    assert "The guard was there and said nothing, in 4 layers over 13 points." in Page(healthy).text
+    assert "of all layers the lowest beside noise" in Page(healthy).of("svg")[0]["aria-label"]
+
+
+def test_what_is_part_of_a_verdict_is_no_further_one(tmp_path):
+    curves = {"guard/complete_collapse": [0, 1, 1], "guard/dimensional_collapse": [0, 2, 2]}
+    curves["guard/neural_collapse_reached"] = [0, 0, 1]
+    words = "- complete collapse in `a` since step 1: it is so; also dimensional collapse in `b`."
+    page = Page(page_of(write(tmp_path / "run", curves, [("guard/verdict", words, 1)]), tmp_path))
+    assert "2 verdicts in 1 run" in page.text
+    assert "neural collapse reached since step 2" in page.text
+    assert "Dimensional collapse" not in page.text
 
 
 def test_numbers_of_the_page_are_those_of_the_events(tmp_path):
@@ -186,18 +213,27 @@ def test_every_picture_has_a_name_and_numbers(html):
     assert len(page.of("svg")) > 20
     assert all(a["role"] == "img" and a["aria-label"] for a in page.of("svg"))
     assert all("alt" in a for a in page.of("img"))
-    assert html.count("<figure") - html.count("<figure class=card>") == html.count("<summary>Numbers</summary>")
+    bare = html.count("<figure class=card>") + html.count("<figure class=spark>")
+    assert html.count("<figure") - bare == html.count("<summary>Numbers</summary>")
+    for svg in re.findall("<svg.*?</svg>", html):
+        assert ">step</text>" in svg
+
+
+def test_dashed_and_dotted_lines_have_a_key(html):
+    for figure in re.findall("<figure.*?</figure>", html, re.DOTALL):
+        for style in ("mark", "line null"):
+            assert (f'class="{style}"' in figure) == (f'<li class="{style.removeprefix("line ")}">' in figure)
 
 
 def test_evidence_has_the_curves_that_the_rule_reads(html):
-    [verdict, *_] = re.findall(r"<h3>Complete collapse in .*?</article>", html, re.DOTALL)
+    [verdict, *_] = re.findall(r"<h3>Complete collapse in <code>[^<]*</code></h3>.*?</article>", html, re.DOTALL)
     assert re.findall(r"<figure><b>(\w+)</b>", verdict) == [
         "feature_std",
         "relative_spread",
         "direction_spread",
         "eigenvalue_effective_rank",
     ]
-    assert verdict.count('class="mark"') == 8
+    assert verdict.count('path class="mark"') == 8
     assert all(len(re.findall(r"[ML]", path)) > 5 for path in re.findall(r'class="line c0" d="([^"]+)"', verdict))
 
 
@@ -210,6 +246,7 @@ def test_missing_numbers_are_gaps_and_ticks(tmp_path):
     html = page_of(write(tmp_path / "run", curves), tmp_path)
     Page(html)
     assert not re.findall(r'[" ,]-?(?:nan|inf)', re.sub(r"base64,[^\"]*", "", html))
+    html = html.partition("<h2>Collapse</h2>")[2]
     [path] = re.findall(r'class="line c0" d="([^"]+)"', html)
     assert path.count("M") == 3
     assert re.findall(r'class="lost c0" d="([^"]+)"', html)[0].count("M") == 3
@@ -219,9 +256,10 @@ def test_missing_numbers_are_gaps_and_ticks(tmp_path):
 def test_runs_share_an_axis_and_colors(tmp_path):
     for run, top in (("a", 2.0), ("b", 40.0)):
         write(tmp_path / "logs" / run, {f"collapse/{layer}/effective_rank": [1.0, top] for layer in "xy"})
-    html = page_of(tmp_path / "logs", tmp_path)
+    html = page_of(tmp_path / "logs", tmp_path).partition("<h2>Collapse</h2>")[2]
     labels = [re.findall(r'class="y"[^>]*>([^<]+)', svg) for svg in re.findall("<svg.*?</svg>", html)]
-    assert [label for label in labels if "x" not in label] == [["0", "10", "20", "30", "40"]] * 2
+    assert [label for label in labels if "x" not in label] == [["0", "10", "20", "30", "40", "step"]] * 2
+    assert re.findall(r'<li class="(c\d)"><i></i>(\w)</li>', html) == [("c0", "a"), ("c1", "b")] * 2
     assert len(set(re.findall(r"<figcaption>(0 .*?; a column per point)", html))) == 1
 
 
@@ -235,7 +273,7 @@ def test_a_long_run_is_thinned_and_keeps_its_spike(tmp_path):
     values = [5.0] * 3000
     values[1234] = 77.0
     html = page_of(write(tmp_path / "run", {"collapse/a/effective_rank": values}), tmp_path)
-    [path] = re.findall(r'class="line c0" d="([^"]+)"', html)
+    [path] = re.findall(r'class="line c0" d="([^"]+)"', html.partition("<h2>Collapse</h2>")[2])
     assert 100 < len(re.findall("[ML]", path)) <= 500
     assert len({re.split(" ", at)[1] for at in re.findall(r"[ML]([\d. ]+)", path)}) == 2
     assert len(html) < 60_000
@@ -262,10 +300,8 @@ def test_curves_of_other_tools_are_left_out_but_for_the_loss(tmp_path):
 def test_without_words_the_counts_tell(tmp_path):
     curves = {"guard/complete_collapse": [0, 1, 2, 0, 0, 1, 1], "guard/neural_collapse_reached": [0] * 6 + [1]}
     page = Page(page_of(write(tmp_path / "run", curves), tmp_path))
-    assert (
-        "complete collapse since step 1, said at step 1; complete collapse since step 5"
-        in page.of("svg")[0]["aria-label"]
-    )
+    assert "complete collapse since step 1, said at step 1 complete collapse since step 5" in page.text
+    assert "layers that are judged so" in page.of("svg")[0]["aria-label"]
     assert [a["class"] for a in page.of("article")] == ["card bad", "card bad", "card bad", "card news"]
     assert "Only the number of layers was logged" in page.text
 
@@ -290,3 +326,25 @@ def test_the_command_writes_the_page(logs, html, tmp_path, capsys):
     main(["report", str(logs), "--out", str(tmp_path / "mine.html")])
     assert (tmp_path / "mine.html").read_text(encoding="utf-8") == html
     assert str(tmp_path / "mine.html") in capsys.readouterr().out
+
+
+def test_the_command_opens_the_page(logs, tmp_path, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or False)
+    main(["report", str(logs), "--out", str(tmp_path / "mine.html"), "--open"])
+    assert opened == [(tmp_path / "mine.html").as_uri()]
+    assert "no browser" in capsys.readouterr().out
+
+
+def test_layers_are_told_apart_by_what_differs(tmp_path):
+    front = "model.backbone.encoder.layers"
+    layers = [f"{front}.{i}.attention.output.dense_of_a_long_name_{side}" for i in range(3) for side in "ab"]
+    curves = {f"collapse/{layer}/effective_rank": [3.0, 2.0] for layer in layers}
+    curves |= {"spectral_alignment/all/median": [0.1, 0.2], "guard/complete_collapse": [0, 0]}
+    html = page_of(write(tmp_path / "run", curves), tmp_path)
+    assert "in 6 layers over 2 points" in Page(html).text
+    [raster] = [svg for svg in re.findall("<svg.*?</svg>", html) if "<image" in svg]
+    named = [name for name in re.findall(r'class="y"[^>]*>([^<]+)', raster) if name != "step"]
+    assert len(set(named)) == 6
+    assert all(name in html for name in ("layers.0.attention.output.dense_of_a_long_name_a</li>",))
+    assert f"<li>{front}" not in html

@@ -1,4 +1,4 @@
-"""The page as a browser lays it out: on a phone nothing sticks out, and every plot is drawn."""
+"""The page as a browser lays it out: nothing is clipped or sticks out, from a phone to a desk; every plot is drawn."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 from lightning_collapse.reporting import report
 from tests.reporting.test_page import hostile, write
 
+MEASURES = ("feature_std", "relative_spread", "direction_spread", "eigenvalue_effective_rank", "effective_rank", "n")
 MEASURE = """<body><iframe id=page style="border:0" width=WIDTH height=800 srcdoc="PAGE"></iframe><pre id=said></pre>
 <script>
 document.getElementById("page").onload = event => {
@@ -20,7 +21,15 @@ document.getElementById("page").onload = event => {
   const boxes = [...page.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect())
   const lines = [...page.querySelectorAll("path.line")].map(path => path.getTotalLength())
   const text = [...page.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height)
-  document.getElementById("said").textContent = JSON.stringify({
+  const clipped = [...page.querySelectorAll("table, .fits, .card, .cell, .keys, .when, figure, article, p, h3, dl, td")]
+    .filter(part => part.scrollWidth > part.clientWidth && part.clientWidth)
+    .map(part => `${part.tagName}.${part.className} ${part.scrollWidth} > ${part.clientWidth}`)
+  for (const words of page.querySelectorAll("svg text")) {
+    const own = words.getBoundingClientRect(), all = words.ownerSVGElement.getBoundingClientRect()
+    if (own.left < all.left - 1 || own.right > all.right + 1 || own.top < all.top - 1 || own.bottom > all.bottom + 1)
+      clipped.push(`text ${words.textContent}`)
+  }
+  document.getElementById("said").textContent = JSON.stringify({ clipped,
     width: page.documentElement.scrollWidth, room: page.documentElement.clientWidth, svgs: boxes.length,
     smallest: Math.min(...boxes.map(box => Math.min(box.width, box.height))), text: Math.min(...text),
     widest: Math.max(...boxes.map(box => box.right)), lines: lines.length, shortest: Math.min(...lines),
@@ -41,18 +50,20 @@ def browser():
     return found
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
+@pytest.fixture(scope="module", params=["one run", "several runs"])
+def page(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("logs")
     name = "backbone.stages.3.blocks.17.attention.output.projection_of_a_long_name"
-    curves = {f"collapse/{name}{i}/{m}": [3.0, 2.0, 1.5, 4.0] for i in range(12) for m in ("effective_rank", "n")}
+    curves = {f"collapse/{name}{i}/{m}": [3.0, 2.0, 1.5, 4.0] for i in range(12) for m in MEASURES}
     words = f"- complete collapse in `{name}1` since step 1: {'verylongword' * 20}."
     write(folder / ("run_" * 30), curves, [("guard/verdict", words, 2)])
-    hostile(folder)
+    if request.param == "several runs":
+        hostile(folder)
+        write(folder / "short", curves | {f"collapse/{name}{i}/a_measure": [1e5, -2.0] for i in range(3)})
     return report(folder, folder / "page.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("width", [320, 390, 1200])
+@pytest.mark.parametrize("width", [320, 420, 800, 1280])
 def test_it_fits_and_plots_are_drawn(width, page, tmp_path):
     frame = tmp_path / "frame.html"
     frame.write_text(MEASURE.replace("WIDTH", str(width)).replace("PAGE", escape(page)), encoding="utf-8")
@@ -61,6 +72,7 @@ def test_it_fits_and_plots_are_drawn(width, page, tmp_path):
     said = json.loads(unescape(re.search(r'<pre id="said">(.*?)</pre>', dom, re.DOTALL)[1]))
     assert said["width"] <= said["room"] <= width
     assert said["widest"] <= width
+    assert said["clipped"] == []
     assert said["svgs"] == page.count("<svg") > 10
     assert said["smallest"] > 20
     assert said["text"] > 8

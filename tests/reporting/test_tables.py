@@ -42,6 +42,14 @@ def test_legend_is_a_markdown_table():
     ]
 
 
+@pytest.mark.usefixtures("few")
+def test_legend_of_some_curves_is_short():
+    assert legend([("tube", "glow"), ("collapse", "uniformity")]).splitlines()[2:] == [
+        "| `uniformity` | rows |  | 0, all points equal |  |",
+        "| `tube/glow` | a tube | 0 to 1 | 0 | Crookes 1875 |",
+    ]
+
+
 @pytest.mark.parametrize("width", [10, 74, 80, 400])
 @pytest.mark.usefixtures("few")
 def test_table_for_the_terminal_says_the_same_and_fits(width):
