@@ -62,7 +62,7 @@ def curves_figure(
     styles = {name: f"c{(colors or {}).get(name, i) % COLORS}" for i, name in enumerate(names)}
     lines = [Line(name, *thin(*_columns(curves[name]), most), styles[name]) for name in names]
     noise = [Line(f"{n}, noise", *thin(*_columns(of), most), "null") for n, of in _different(nulls or {}).items() if of]
-    keys = [(line.style, label[line.name]) for line in lines] + ([("null", "isotropic noise")] if noise else [])
+    keys = [(line.style, label[line.name]) for line in lines] + ([("null", "what noise reads")] if noise else [])
     left_out = f"{len(names)} of {len(curves)} layers are drawn." if len(names) < len(curves) else ""
     steps = evenly(sorted({step for name in names for step in curves[name]}), _NUMBERS)
     rows = [[str(step), *(_cell(curves[name], step) for name in names)] for step in steps]
@@ -83,9 +83,9 @@ def sparkline(name: str, curve: Curve, null: Curve, span: tuple[int, int], marks
         most: Points of the curve.
     """
     lines = [Line(name, *thin(*_columns(curve), most), "c0")]
-    lines += [Line("isotropic noise", *thin(*_columns(null), most), "null")] if null else []
+    lines += [Line("what noise reads", *thin(*_columns(null), most), "null")] if null else []
     svg = line_plot(name, lines, span, limits_of([curve, null]), marks, height=110)
-    keys = [("c0", name), *([("null", "isotropic noise")] if null else []), *_mark_keys(marks)]
+    keys = [("c0", name), *([("null", "what noise reads")] if null else []), *_mark_keys(marks)]
     return f"<figure class=spark>{svg}{_keys(keys)}</figure>"
 
 

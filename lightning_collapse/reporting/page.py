@@ -7,7 +7,6 @@ from itertools import chain
 from math import isfinite
 from pathlib import Path
 
-from lightning_collapse.reporting.dashboard import category as category_of
 from lightning_collapse.reporting.dashboard import curve_facts
 from lightning_collapse.reporting.events import read_runs
 from lightning_collapse.reporting.figures import curves_figure, layers_figure, limits_of, spectrum_figure, table_of
@@ -15,7 +14,7 @@ from lightning_collapse.reporting.labels import labels
 from lightning_collapse.reporting.page_style import STYLE
 from lightning_collapse.reporting.run_view import Board, Curve, evenly
 from lightning_collapse.reporting.svg import COLORS, Marks, number, text
-from lightning_collapse.reporting.verdict_cards import marks_of, run_card, verdict_cards
+from lightning_collapse.reporting.verdict_cards import marks_of, read_by, run_card, verdict_cards
 from lightning_collapse.rules import RULES
 
 POINTS = 500
@@ -104,7 +103,8 @@ def _final_values(boards: Sequence[Board]) -> str:
     """Last values, with their nulls, of the measures that rules read."""
     read: dict[str, list[str]] = {}
     for rule in RULES.values():
-        read.setdefault(category_of(rule.family), []).extend([*rule.measures, *rule.optional])
+        for category, chart in read_by(rule):
+            read.setdefault(category, []).append(chart)
     tables = ""
     for board in boards:
         for category, charts in board.charts.items():
@@ -175,7 +175,8 @@ def _chart(boards: Sequence[Board], category: str, chart: str, most: int) -> str
         curves = board.charts[category][chart]
         if len(curves) > 1 and category not in ("Guard", "Regularizer") and (category, chart) not in board.health:
             nulls = {line: board.null(category, chart, line) for line in curves}
-            picture = layers_figure(chart, board.run.name, curves, nulls, limits, marks_of(board, category))
+            name = board.run.name if len(boards) > 1 else ""
+            picture = layers_figure(chart, name, curves, nulls, limits, marks_of(board, category))
             by_layer += picture if len(boards) == 1 else f"<div class=cell>{picture}</div>"
     if len(boards) == 1:
         [board] = having

@@ -69,6 +69,12 @@ def where(finding: Finding) -> str:
     return f"{finding} in {finding.layer}" if finding.layer else str(finding)
 
 
+def read_by(rule: Rule) -> list[tuple[str, str]]:
+    """Categories and charts of the curves that a rule reads, of other families too."""
+    parts = [measure.rpartition("/") for measure in (*rule.measures, *rule.optional)]
+    return [(category_of(family or rule.family), name) for family, _, name in parts]
+
+
 def is_notice(kind: str) -> bool:
     """Whether it is no failure."""
     return kind in RULES and RULES[kind].informative
@@ -104,8 +110,7 @@ def _evidence(board: Board, finding: Finding) -> str:
     rule = RULES.get(finding.kind)
     marks = [(finding.since, f"since step {finding.since}")]
     if rule is not None:
-        category = category_of(rule.family)
-        for measure in (*rule.measures, *rule.optional):
+        for category, measure in read_by(rule):
             lines = board.charts.get(category, {}).get(measure, {})
             for line in (finding.layer, ALL):
                 if line in lines:
@@ -165,11 +170,10 @@ def _card(board: Board, finding: Finding, most: int) -> str:
 
 def _figures(board: Board, finding: Finding, rule: Rule, most: int) -> list[str]:
     """All curves that the rule reads, of the layer, or of every layer where none is named."""
-    category = category_of(rule.family)
     marks = [(finding.since, f"since step {finding.since}"), (finding.step, f"said at step {finding.step}")]
     marks = [(finding.since, "; ".join(word for _, word in marks))] if finding.since == finding.step else marks
     figures = []
-    for measure in (*rule.measures, *rule.optional):
+    for category, measure in read_by(rule):
         lines: Mapping[str, Curve] = board.charts.get(category, {}).get(measure, {})
         names: Sequence[str] = list(lines)
         if finding.layer:

@@ -67,7 +67,8 @@ class CollapseMonitor(Monitor):
     :func:`~lightning_collapse.functional.lidar_null`, and no more.
 
     Besides, to loggers that can show them, every tenth point: a histogram of log10 standard deviations along the
-    principal axes per layer, and a picture of the first measure over layers and steps.
+    principal axes per layer, and a picture of the first measure over layers and steps; that from the hundredth point on
+    at every hundredth.
 
     A point rests on a window of the training batches just before it, across the end of an epoch: as many as four rows
     per feature need, as long as that costs no more than ``max_overhead`` of the training. Never compare ranks at
@@ -255,7 +256,8 @@ class CollapseMonitor(Monitor):
         for logger in trainer.loggers:
             for layer, counts in self._histograms.items():
                 log_histogram(logger, f"collapse/{layer}/{_HISTOGRAM}", counts, LOG10_EDGES, step)
-        if self._points % PICTURE_EVERY == 0:
+        # the picture is of the whole run: late in a long one it changes slowly
+        if self._points % (PICTURE_EVERY if self._points < 10 * PICTURE_EVERY else 10 * PICTURE_EVERY) == 0:
             self._draw_history(trainer, step)
 
     @override
