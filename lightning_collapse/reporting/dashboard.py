@@ -8,7 +8,8 @@ from lightning_collapse.utilities.registry import CURVES, MEASURES
 
 HEALTH = ("n", "nonfinite_fraction", "flag")
 """Curves that say how far to trust the others; each is one chart, whatever the family."""
-_TRUST = "Health"
+TRUST = "Health"
+"""Title of the category of these."""
 _ONE_CHART = {"regularizer": ".+", "penalty": "[^/]+", "guard": ".+"}
 # the server anchors a pattern at the front only; `TensorBoardLogger(prefix=...)` puts "prefix-" there
 _PREFIX = "(.*-)?(val/)?"
@@ -27,11 +28,6 @@ class Place(NamedTuple):
     category: str
     chart: str
     line: str
-
-    @property
-    def health(self) -> bool:
-        """Whether the chart says how far to trust the others."""
-        return self.category == _TRUST
 
 
 def place(tag: str) -> Place | None:
@@ -53,13 +49,13 @@ def place(tag: str) -> Place | None:
     if found := re.fullmatch(rf"({_PREFIX})({families})/(.+)/([^/]+)", tag):
         prefix, _, _, family, layer, name = found.groups(default="")
         if name in HEALTH:
-            return Place(_TRUST, name, tag.rpartition("/")[0])
+            return Place(TRUST, name, tag.rpartition("/")[0])
         return Place(category(family), name, prefix + layer)
     if found := re.fullmatch(rf"({_PREFIX})({families})/([^/]+)", tag):
         prefix, _, _, family, name = found.groups(default="")
         if f"{family}/{name}" in CURVES:  # of the whole
             health = name in HEALTH
-            return Place(_TRUST if health else category(family), name, prefix + (family if health else "all"))
+            return Place(TRUST if health else category(family), name, prefix + (family if health else "all"))
     one = "|".join(f"{family}/{names}" for family, names in _ONE_CHART.items())
     if found := re.fullmatch(rf"({_PREFIX})({one})", tag):
         prefix, _, _, name = found.groups(default="")
@@ -101,7 +97,7 @@ def curve_facts() -> dict[tuple[str, str], list[str]]:
     """What the charts mean: what a curve reads, its range, what collapsed looks like, source; by category and chart."""
     facts = {("Collapse", m.curve): [m.reads, m.range, m.collapsed, m.source] for m in MEASURES.values()}
     for curve in CURVES.values():
-        chart = _TRUST if curve.name in HEALTH else category(curve.family), curve.name
+        chart = TRUST if curve.name in HEALTH else category(curve.family), curve.name
         facts.setdefault(chart, [curve.reads, curve.range, curve.collapsed, curve.source])
     return facts
 
@@ -126,7 +122,7 @@ def _every_chart() -> dict[str, dict[str, tuple[str, list[str]]]]:
         charts = categories.pop(category(family), {})
         categories[category(family)] = {family: _chart(f"{family}/{names}"), **charts}
     families = "|".join(map(re.escape, _families()))
-    return categories | {_TRUST: {name: _chart(f"({families})/(.+/)?{name}") for name in HEALTH}}
+    return categories | {TRUST: {name: _chart(f"({families})/(.+/)?{name}") for name in HEALTH}}
 
 
 def _chart(pattern: str) -> tuple[str, list[str]]:

@@ -7,7 +7,7 @@ from itertools import chain
 from math import isfinite
 from pathlib import Path
 
-from lightning_collapse.reporting.dashboard import curve_facts
+from lightning_collapse.reporting.dashboard import TRUST, curve_facts
 from lightning_collapse.reporting.events import read_runs
 from lightning_collapse.reporting.figures import curves_figure, layers_figure, limits_of, spectrum_figure, table_of
 from lightning_collapse.reporting.labels import labels
@@ -152,13 +152,13 @@ def _categories(boards: Sequence[Board], most: int) -> dict[str, str]:
         charts = list(dict.fromkeys(chain.from_iterable(board.charts.get(category, {}) for board in boards)))
         shown, left = charts[:left], max(left - len(charts), 0)
         drawn = "".join(_chart(boards, category, chart, most) for chart in shown)
-        if any((category, chart) in board.health for board in boards for chart in charts):
+        if len(boards) == 1:
+            drawn = f"<div class=grid>{drawn}</div>"
+        if category == TRUST:
             drawn = f"<details><summary>How far to trust the others</summary>{drawn}</details>"
         if len(shown) < len(charts):
             drawn += f"<p class=soft>{len(shown)} of {len(charts)} charts are drawn.</p>"
-        sections[category] = (
-            drawn if len(boards) > 1 or drawn.startswith("<details") else f"<div class=grid>{drawn}</div>"
-        )
+        sections[category] = drawn
     return sections
 
 
@@ -173,7 +173,7 @@ def _chart(boards: Sequence[Board], category: str, chart: str, most: int) -> str
     by_layer = ""
     for board in having:
         curves = board.charts[category][chart]
-        if len(curves) > 1 and category not in ("Guard", "Regularizer") and (category, chart) not in board.health:
+        if len(curves) > 1 and category not in ("Guard", "Regularizer", TRUST):
             nulls = {line: board.null(category, chart, line) for line in curves}
             name = board.run.name if len(boards) > 1 else ""
             picture = layers_figure(chart, name, curves, nulls, limits, marks_of(board, category))

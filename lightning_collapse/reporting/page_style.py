@@ -43,7 +43,7 @@ dl { display: flex; flex-wrap: wrap; gap: .2rem 1.6rem; margin: .5rem 0 } dt { c
 dd { margin: 0 } dl div { min-width: 0 }
 svg { display: block; width: 100%; height: auto; margin: .3rem 0 }
 .beside { display: flex; flex-wrap: wrap; gap: .4rem 1.4rem } .beside > div { flex: 1 1 15rem; min-width: 0 }
-.beside > .grid { flex: 2 1 24rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)) }
+.beside > .grid { flex: 2 1 33rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)) }
 .card p { max-width: none } .when > div { min-width: 0 }
 .track { position: relative; height: 16px; margin: 0 6px .3rem; border-bottom: 1px solid var(--rule) }
 .track i { position: absolute; top: 4px; height: 8px; min-width: 3px; border-radius: 2px }

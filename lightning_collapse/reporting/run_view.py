@@ -9,7 +9,7 @@ from math import nan
 from re import compile
 from typing import TypeVar
 
-from lightning_collapse.reporting.dashboard import Place, dashboard_layout, place
+from lightning_collapse.reporting.dashboard import TRUST, Place, dashboard_layout, place
 from lightning_collapse.reporting.events import Histograms, Run
 from lightning_collapse.reporting.nulls import find_nulls
 from lightning_collapse.reporting.verdicts import Finding, find_verdicts
@@ -17,7 +17,7 @@ from lightning_collapse.rules import ALL
 
 T = TypeVar("T")
 Curve = Mapping[int, float]
-_NO_LAYERS = ("Guard", "Regularizer", "Penalty", "Scalars", "Outcome", "Continual", "Health")
+_NO_LAYERS = ("Guard", "Regularizer", "Penalty", "Scalars", "Outcome", "Continual", TRUST)
 _SPECTRUM = compile(r"(.*-)?(val/)?collapse/(.+)/log10_std")
 _LOSS = compile(r"(.*[/_. -])?loss([/_. -].*)?")
 
@@ -29,7 +29,6 @@ class Board:
     Attributes:
         run: What its event files say.
         charts: The curves, as ``charts[category][chart][line]``, in the order of the dashboard.
-        health: Charts that say how far to trust the others, as ``(category, chart)``.
         losses: Curves of any tool whose name holds the word loss.
         nulls: What noise would read at the steps of a curve, by its place, where that was logged.
         spectra: Histograms of the standard deviations along the principal axes, by layer.
@@ -38,7 +37,6 @@ class Board:
 
     run: Run
     charts: dict[str, dict[str, dict[str, Curve]]] = field(default_factory=dict)
-    health: set[tuple[str, str]] = field(default_factory=set)
     losses: dict[str, Curve] = field(default_factory=dict)
     nulls: dict[Place, Curve] = field(default_factory=dict)
     spectra: dict[str, Histograms] = field(default_factory=dict)
@@ -55,7 +53,6 @@ class Board:
             if (at := place(tag)) is not None:
                 board.nulls[at] = _at_steps_of(curve, _named(nulls, tag))
                 board.charts[at.category].setdefault(at.chart, {})[at.line] = curve
-                board.health |= {(at.category, at.chart)} if at.health else set()
             elif _LOSS.fullmatch(tag.lower()):
                 board.losses[tag] = curve
         for category, charts in board.charts.items():

@@ -89,6 +89,7 @@ def test_a_family_is_one_chart(family):
 
 def test_tensorboard_serves_every_chart_over_http(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="run")
+    log_dashboard(logger, dashboard_layout(["tube/glow"]))  # the later layout holds
     log_dashboard(logger, dashboard_layout())
     logger.log_metrics({"collapse/a/effective_rank": 2.0, "collapse/a/eigenvalue_effective_rank": 1.0}, step=0)
     logger.experiment.close()
