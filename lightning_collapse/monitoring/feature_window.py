@@ -232,6 +232,11 @@ class FeatureWindow:
         return rows_within(self._budget, width)
 
     @property
+    def settled(self) -> bool:
+        """Whether it looks where it will look from now on; the first batch may have asked for other layers."""
+        return self._chosen == self.taps
+
+    @property
     def listeners(self) -> list[HookOwner]:
         """All that has hooks now."""
         return [owner for owner in (self.hooks, self._flops, self._order) if owner is not None]

@@ -156,3 +156,23 @@ def test_a_layer_has_at_most_twelve_curves_and_the_run_says_how_many(detail, at_
     assert max(map(len, of_layer.values())) == at_most
     assert f": {len(drawn)} curves, at most {at_most} of a layer. Choose others with `layers=[...]`." in caplog.text
     assert all(layer in caplog.text for layer in of_layer)
+
+
+class Headless(Swapped):
+    """Its classifier, which is registered last, is never called: other layers are watched from the second batch on."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(24, 10)
+
+
+def test_layers_that_join_after_the_first_batch_are_counted(caplog):
+    torch.manual_seed(0)
+    data = DataLoader(torch.randn(12 * 32, 16), batch_size=32)
+    with caplog.at_level("INFO"):
+        trainer = fit(Headless(), [CollapseMonitor(every_n_steps=2)], data)
+    last = {key for step, row in trainer.logger.rows for key in row if step == 11}
+    assert "collapse/prototypes.input/effective_rank" in last
+    assert not any("classifier" in key for key in last)
+    [said] = [record.message for record in caplog.records if "watches" in record.message]
+    assert f": {len(last)} curves" in said

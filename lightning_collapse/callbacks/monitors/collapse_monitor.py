@@ -146,6 +146,7 @@ class CollapseMonitor(Monitor):
         self._layers: dict[str, LayerFeatures] = {}
         self._histograms: dict[str, list[float]] = {}
         self._history = History()
+        self._told = False
         self._validation_rows = FeatureBuffer(max_dim)
         self._reader: LossReader | None = None
         self._heads: frozenset[str] = frozenset()
@@ -165,7 +166,7 @@ class CollapseMonitor(Monitor):
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         taps = self.choose_taps(self.layers, default_taps(pl_module), pl_module)
-        self._history, self._heads = History(), frozenset()
+        self._history, self._heads, self._told = History(), frozenset(), False
         self._reader = reader_of(pl_module, self.contained)
         self.window = FeatureWindow(
             pl_module,
@@ -247,7 +248,7 @@ class CollapseMonitor(Monitor):
         shown = {point.layer: point for point in points if point.measure == first}
         self._history.append(step, {name: p.value / p.null if p.null > 0 else p.value for name, p in shown.items()})
         self._histograms = {layer: number for (layer, name), number in numbers.items() if name == _HISTOGRAM}
-        if not self._points:
+        if not self._told and self.window is not None and self.window.settled:
             self._say_what_is_drawn(points)
         return points
 
@@ -349,7 +350,8 @@ class CollapseMonitor(Monitor):
         return points
 
     def _say_what_is_drawn(self, points: Sequence[Point]) -> None:
-        """At the first point and not before: only then it is known which layers run, and which see two views."""
+        """At the first point of all layers: only then it is known which of them run, and which see two views."""
+        self._told = True
         drawn = Counter(point.layer for point in self._in_detail(points) if point.drawn)
         twice = ", and as many of validation" if self.validation else ""
         curves = f": {drawn.total()} curves, at most {max(drawn.values())} of a layer{twice}" if drawn else ""
