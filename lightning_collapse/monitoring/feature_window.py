@@ -216,12 +216,12 @@ class FeatureWindow:
         """LiDAR of layers that see two views and bring more pairs than features, or might. Collective."""
         if self.pairs is None:
             return {}
-        widths = {
-            name: plan.width
-            for name, plan in self.plans.items()
-            if plan.width <= self.max_dim and plan.rows * world_size() > 2 * (plan.width + 1)
-        }
-        return self.pairs.lidar(widths, self._time - self.window + 1, self._device)
+        return self.pairs.lidar(self.lidar_widths(), self._time - self.window + 1, self._device)
+
+    def lidar_widths(self) -> dict[str, int]:
+        """Widths of the layers that bring more pairs than features, if they see two views."""
+        enough = {name: plan for name, plan in self.plans.items() if plan.width <= self.max_dim}
+        return {name: of.width for name, of in enough.items() if of.rows * world_size() > 2 * (of.width + 1)}
 
     def codes(self) -> dict[str, Tensor]:
         """Perplexity, rows and unused share of codebooks, see :class:`Codebooks`. Collective."""

@@ -17,7 +17,6 @@ VIEW_CURVES = (
     Curve("alignment", "squared distance of two views on the sphere", "0 to 4", "near 0", family=VIEWS),
     Curve("uniformity", "log of the mean potential between rows", "-4 n / (n - 1) to 0", "near 0", family=VIEWS),
     Curve("lidar", "directions in which samples differ more than views", "1 to D", "near 1", THILAK, VIEWS),
-    Curve("lidar_excess", "variance between samples over that of views", "0 to infinity", "near 0", family=VIEWS),
 )
 
 
@@ -38,9 +37,8 @@ def view_points(pairs: ViewPairs, step: int, sums: Mapping[str, list[float]]) ->
 def lidar_points(step: int, found: Mapping[str, list[float]], widths: Mapping[str, int]) -> list[Point]:
     """Points of LiDAR; given rank, excess and number of samples of layers, on the host, and how wide these are."""
     points = []
-    for layer, (rank, excess, n) in found.items():
+    for layer, (rank, _, n) in found.items():
         null = lidar_null(int(n), widths[layer])
         if null > 0:  # with as many features as samples there is nothing to read
             points.append(Point(VIEWS, layer, "lidar", step, rank, int(n), null))
-            points.append(Point(VIEWS, layer, "lidar_excess", step, excess, int(n), 0.0))
     return points

@@ -70,10 +70,9 @@ def test_lidar_is_that_of_the_views_in_the_window(scale):
         toy.encoder[0].weight.mul_(scale), toy.encoder[0].bias.mul_(scale)
     fit(toy, [CollapseMonitor(layers=["encoder"], every_n_steps=2, rows=64), keeper], max_steps=4)
     # the first point tells that these are views; the later windows hold two batches
-    points, excess = keeper.curve("views/encoder/lidar"), keeper.curve("views/encoder/lidar_excess")
+    points = keeper.curve("views/encoder/lidar")
     expected = [lidar(*torch.cat(toy.made[i : i + 2], dim=1), relative=True) for i in (0, 2)]
     assert [point.value for point in points] == pytest.approx([of.rank.item() for of in expected])
-    assert [point.value for point in excess] == pytest.approx([of.excess.item() for of in expected])
     assert [(point.n, point.null) for point in points] == [(64, lidar_null(64, 8))] * 2
 
 

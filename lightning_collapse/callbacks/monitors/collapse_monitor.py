@@ -43,6 +43,7 @@ from lightning_collapse.utilities.trainer import logging_step
 PICTURE_EVERY = 10
 _HISTOGRAM = "log10_std"
 _ASSIGNED = "assignment_perplexity"
+_NONFINITE = "nonfinite_fraction"
 _LIDAR = "lidar"
 _CODES = "codes"
 
@@ -62,9 +63,9 @@ class CollapseMonitor(Monitor):
 
     The curves ``views/...`` are of layers that see two views of the same samples, in two calls of a training step or
     one behind the other in a batch: those in which one view finds the other far above chance at the first points.
-    ``lidar`` is drawn of those with more samples in the window than features; read it beside ``lidar_excess``, without
-    which it is full, and at one number of samples: isotropic features read its null,
-    :func:`~lightning_collapse.functional.lidar_null`, and no more.
+    ``lidar`` is drawn of those with more samples in the window than features; read it at one number of samples, beside
+    its null, :func:`~lightning_collapse.functional.lidar_null`, which isotropic features read, and beside the recall:
+    views that have nothing in common read full.
 
     Besides, to loggers that can show them, every tenth point: a histogram of log10 standard deviations along the
     principal axes per layer, and a picture of the first measure over layers and steps; that from the hundredth point on
@@ -101,7 +102,7 @@ class CollapseMonitor(Monitor):
     family = "collapse"
     declares = (
         Curve("n", "rows behind the point, over all processes", "0 to infinity", "few: do not read the ranks"),
-        Curve("nonfinite_fraction", "rows left out for NaN or infinity", "0 to 1", "above 0"),
+        Curve(_NONFINITE, "rows left out for NaN or infinity; drawn if any", "0 to 1", "above 0"),
         Curve("flag", "why to doubt the point, see :class:`~lightning_collapse.utilities.Flag`", "0 to 7", "above 0"),
         Curve("assignment_perplexity", "outputs of a softmax, or codes, in use, see the measure", "1 to D", "near 1"),
         Curve("unused_codes", "codes of a codebook that no row chose", "0 to 1", "near 1"),
@@ -345,14 +346,20 @@ class CollapseMonitor(Monitor):
             if (assigned := numbers.get((tap.name, _ASSIGNED))) is not None and layer is not None:
                 expected = assignment_null(n, layer.width)
                 points.append(Point(family, tap.name, _ASSIGNED, step, float(assigned), n, expected, flag))
-            own = {"n": float(n), "nonfinite_fraction": 1 - n / seen if seen else nan, "flag": float(flag)}
-            points += [Point(family, tap.name, name, step, value, n, flag=flag) for name, value in own.items()]
+            own = {"n": float(n), _NONFINITE: 1 - n / seen if seen else nan, "flag": float(flag)}
+            points += [
+                Point(family, tap.name, name, step, value, n, flag=flag, drawn=name != _NONFINITE or value > 0)
+                for name, value in own.items()
+            ]
         return points
 
     def _say_what_is_drawn(self, points: Sequence[Point]) -> None:
         """At the first point of all layers: only then it is known which of them run, and which see two views."""
         self._told = True
         drawn = Counter(point.layer for point in self._in_detail(points) if point.drawn)
+        if self.window is not None and self.window.pairs is not None:  # from the next point on
+            has = {point.layer for point in points if point.measure == _LIDAR}
+            drawn.update((self.window.pairs.layers & self.window.lidar_widths().keys()) - has)
         twice = ", and as many of validation" if self.validation else ""
         curves = f": {drawn.total()} curves, at most {max(drawn.values())} of a layer{twice}" if drawn else ""
         names = ", ".join(drawn) or "nothing: no layer holds a weight"
