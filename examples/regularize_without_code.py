@@ -54,7 +54,7 @@ def main(steps: int = 300) -> None:
     """Train without and with the callback, and say what was seen."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     without = spread([], steps)
-    regularized = spread([Regularizer(VICReg(), on="projector")], steps)
+    regularized = spread([Regularizer(VICReg(), layer="projector")], steps)
     print(f"After {steps} steps the embeddings' std is {without:.1e} without and {regularized:.2f} with it.")
 
 

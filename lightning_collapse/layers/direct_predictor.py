@@ -40,9 +40,9 @@ class DirectPredictor(nn.Module):
         dim: Width ``D`` of the features.
         method: Which of the two.
         convention: Which published form.
-        decay: :math:`\rho`, the share of the old correlation that is kept at an update; of the authors' command for
-            DirectPred by default.
-        eps: :math:`\epsilon`; of the same command by default. [2] uses larger ones with ``"direct_copy"``.
+        decay: ρ, the share of the old correlation that is kept at an update; of the authors' command for DirectPred by
+            default.
+        eps: ε; of the same command by default. [2] uses larger ones with ``"direct_copy"``.
 
     Attributes:
         weight: :math:`W`, symmetric, ``(D, D)``; the identity before the first update.

@@ -63,7 +63,7 @@ class ETFClassifier(nn.Module):
     Args:
         dim: Width ``D`` of the features, at least ``num_classes - 1``.
         num_classes: Number of classes ``C``, at least 2.
-        seed: Of the rotation, see :func:`simplex_etf`.
+        seed: Of the rotation, see ``simplex_etf``.
 
     Attributes:
         weight: The prototypes, shape ``(C, D)``, of length 1.

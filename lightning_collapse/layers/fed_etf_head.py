@@ -19,8 +19,8 @@ class FedETFHead(nn.Module):
         dim: Width of the features.
         num_classes: Number of classes ``C``, at least 2.
         projection: Width of the projection, at least ``num_classes - 1``; ``num_classes`` by default, as published.
-        scale: What :math:`s` starts from; 1 for most, 10 for the smallest of the authors' networks.
-        seed: Of the simplex, see :func:`~lightning_collapse.layers.simplex_etf`; the same for all clients.
+        scale: What ``s`` starts from; 1 for most, 10 for the smallest of the authors' networks.
+        seed: Of the simplex, see ``simplex_etf``; the same for all clients.
 
     Raises:
         ValueError: If there are fewer than two classes, or more than ``projection + 1``.

@@ -55,7 +55,7 @@ def alignment_loss(first: Tensor, second: Tensor, alpha: float = 2.0) -> Tensor:
 
 @register_loss
 class Alignment(AntiCollapseLoss):
-    """Module form of :func:`alignment_loss`, with one term, ``alignment``.
+    """Module form of ``alignment_loss``, with one term, ``alignment``.
 
     Args:
         alpha: Power of the distance.

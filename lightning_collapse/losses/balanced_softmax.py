@@ -55,7 +55,7 @@ def balanced_cross_entropy(logits: Tensor, labels: Tensor, class_counts: Tensor)
 
 
 class BalancedSoftmax(AntiCollapseLoss):
-    """Module form of :func:`balanced_cross_entropy`, in place of the cross-entropy, with one term, ``cross_entropy``.
+    """Module form of ``balanced_cross_entropy``, in place of the cross-entropy, with one term, ``cross_entropy``.
 
     Args:
         class_counts: Rows of each class in the training set (in federated learning, that of the client), such as

@@ -62,7 +62,7 @@ class BarlowTwins(AntiCollapseLoss):
 
     Args:
         invariance: Coefficient of the diagonal.
-        redundancy: Coefficient :math:`\lambda`; published default.
+        redundancy: Coefficient λ; published default.
         eps: Added to variances; that of the released code's batch normalization.
 
     Raises:

@@ -65,7 +65,7 @@ def coding_rate_loss(features: Tensor, eps: float = 0.2) -> Tensor:
 
 @register_loss
 class CodingRate(AntiCollapseLoss):
-    """Module form of :func:`coding_rate_loss`, with one term, ``coding_rate``.
+    """Module form of ``coding_rate_loss``, with one term, ``coding_rate``.
 
     EMP-SSL adds it to 200 times the mean negative cosine of patches with their mean.
 

@@ -105,7 +105,7 @@ class CorInfoMax(AntiCollapseLoss):
     forgetting factor a hundredth of the step before is all they carry.
 
     Args:
-        invariance: Coefficient :math:`\alpha`; the authors' value for CIFAR, with the mean over samples and features.
+        invariance: Coefficient α; the authors' value for CIFAR, with the mean over samples and features.
         forgetting: Weight of what was before in the running moments; the authors' value. Not the momentum of a moving
             average: nearly all comes from the batch.
         eps: Added to the diagonal in the determinant; the authors' value.

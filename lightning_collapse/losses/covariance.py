@@ -45,7 +45,7 @@ def covariance_loss(features: Tensor) -> Tensor:
 
 @register_loss
 class CovarianceLoss(AntiCollapseLoss):
-    """Module form of :func:`covariance_loss`, with one term, ``covariance``."""
+    """Module form of ``covariance_loss``, with one term, ``covariance``."""
 
     source = "Bardes et al., ICLR 2022, arXiv 2105.04906"
 

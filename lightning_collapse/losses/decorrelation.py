@@ -62,7 +62,7 @@ class FeatureDecorrelation(AntiCollapseLoss):
 
     Args:
         invariance: Coefficient of the diagonal.
-        redundancy: Coefficient :math:`\lambda`; that of the released code by default.
+        redundancy: Coefficient λ; that of the released code by default.
         convention: Which published form.
         eps: Added to variances, which for directions are about ``1 / D``.
 

@@ -74,14 +74,14 @@ def dot_regression(features: Tensor, labels: Tensor, prototypes: Tensor, lengths
 
 
 class DotRegression(AntiCollapseLoss):
-    """Module form of :func:`dot_regression`, in place of the cross-entropy, with one term, ``dot_regression``.
+    """Module form of ``dot_regression``, in place of the cross-entropy, with one term, ``dot_regression``.
 
     Give it what the classifier compares: ``anti_collapse_loss(classifier.embed(features), labels)`` with an
     :class:`~lightning_collapse.layers.ETFClassifier`.
 
     Args:
         classifier: A module whose ``weight`` of shape ``(C, D)`` is fixed and holds the prototypes.
-        lengths: Whether prototypes of classes that are rare in the batch are longer, see :func:`dot_regression`.
+        lengths: Whether prototypes of classes that are rare in the batch are longer, see ``dot_regression``.
 
     Raises:
         ValueError: If the classifier has no such weight, or ``lengths`` is unknown.

@@ -64,13 +64,12 @@ class EffectiveRankHinge(JitteredCovarianceLoss):
     ``jitter**2`` of the features' variance, and is the same in every step and on every process.
 
     Args:
-        rank: Coefficient :math:`\rho`.
-        spread: Coefficient :math:`\sigma`.
-        target: The floor :math:`\tau` of the rank, a share above 0 and up to 1.
-        target_std: The floor :math:`\gamma` of the spread, in units of the features.
+        rank: Coefficient ρ.
+        spread: Coefficient σ.
+        target: The floor τ of the rank, a share above 0 and up to 1.
+        target_std: The floor γ of the spread, in units of the features.
         jitter: Standard deviation of what is added to tell equal rows apart, in units of the features.
-        momentum: Share of the earlier covariance, see
-            :class:`~lightning_collapse.losses.jitter.JitteredCovarianceLoss`; :math:`N - 1` is then
+        momentum: Share of the earlier covariance, see ``JitteredCovarianceLoss``; ``N - 1`` is then
             ``(1 + momentum) / (1 - momentum)`` times that of the batch.
 
     Raises:

@@ -33,7 +33,7 @@ def intl_terms(first: Tensor, second: Tensor, iterations: int = 4, axis: Axis = 
 
 @register_loss
 class INTL(SpectralTransformation):
-    r"""IterNorm with trace loss: :class:`SpectralTransformation` with the published rule for its coefficient.
+    r"""IterNorm with trace loss: ``SpectralTransformation`` with the published rule for its coefficient.
 
     .. math:: \beta = 0.01\, \max(0, \log_2 M - 3)
 

@@ -66,7 +66,7 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
 
 @register_loss
 class KoLeo(AntiCollapseLoss):
-    """Module form of :func:`koleo_loss`, with one term, ``entropy``.
+    """Module form of ``koleo_loss``, with one term, ``entropy``.
 
     Args:
         eps: Keeps the logarithm of repeated rows finite.

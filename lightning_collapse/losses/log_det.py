@@ -77,11 +77,10 @@ class LogDetBarrier(JitteredCovarianceLoss):
     (``float32`` on devices without).
 
     Args:
-        target_std: Standard deviation :math:`\gamma` that every direction is to have, in units of the features.
+        target_std: Standard deviation γ that every direction is to have, in units of the features.
         eps: Share of the target variance that is added to all directions.
         jitter: Standard deviation of what is added to tell equal rows apart, in units of the features.
-        momentum: Share of the earlier covariance, see
-            :class:`~lightning_collapse.losses.jitter.JitteredCovarianceLoss`.
+        momentum: Share of the earlier covariance, see ``JitteredCovarianceLoss``.
 
     Raises:
         ValueError: If an argument is out of range.

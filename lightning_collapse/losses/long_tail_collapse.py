@@ -63,8 +63,8 @@ class LongTailCollapse(AntiCollapseLoss):
     Args:
         num_classes: Number of classes ``C``.
         dim: Width ``D`` of the features.
-        within: Coefficient :math:`\lambda_1`; that of the authors' code by default.
-        between: Coefficient :math:`\lambda_2`; that of the authors' code by default.
+        within: Coefficient λ₁; that of the authors' code by default.
+        between: Coefficient λ₂; that of the authors' code by default.
 
     Attributes:
         means: The class means, a parameter of shape ``(C, D)``, drawn from a standard normal distribution.

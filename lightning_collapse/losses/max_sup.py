@@ -101,7 +101,7 @@ class MaxSup(AntiCollapseLoss):
     runs: ``weight=LinearRamp(first=1.0, last=2.0, steps=...)`` with the default here.
 
     Args:
-        max_suppression: Coefficient :math:`\alpha`; the published value by default.
+        max_suppression: Coefficient α; the published value by default.
 
     References:
         Zhou et al., *MaxSup: Overcoming Representation Collapse in Label Smoothing*, NeurIPS 2025.

@@ -78,7 +78,7 @@ class MMCR(AntiCollapseLoss):
     :math:`-\|C\|_*`, and ``local``, the mean nuclear norm of the views of a sample.
 
     Args:
-        local: Coefficient :math:`\lambda`; 0 in the authors' scripts, and so here.
+        local: Coefficient λ; 0 in the authors' scripts, and so here.
 
     References:
         Yerxa et al., *Learning efficient coding of natural images with maximum manifold capacity representations*,

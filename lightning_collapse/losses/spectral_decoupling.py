@@ -54,8 +54,8 @@ class SpectralDecoupling(AntiCollapseLoss):
     (CelebA), and their penalty starts late in some runs: see :class:`~lightning_collapse.losses.LinearWarmup`.
 
     Args:
-        logits: Coefficient :math:`c`; that of the authors' two-moons experiment by default.
-        target: What the logits are drawn to, :math:`\gamma`; the published value by default.
+        logits: Coefficient ``c``; that of the authors' two-moons experiment by default.
+        target: What the logits are drawn to, γ; the published value by default.
 
     References:
         Pezeshki et al., *Gradient Starvation: A Learning Proclivity in Neural Networks*, NeurIPS 2021.

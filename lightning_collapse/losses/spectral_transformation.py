@@ -100,9 +100,9 @@ class SpectralTransformation(AntiCollapseLoss):
     ``T = 4``. :meth:`at_perfection` tells it.
 
     Args:
-        power: Exponent :math:`p`; ``None`` for IterNorm.
+        power: Exponent ``p``; ``None`` for IterNorm.
         iterations: ``T`` of IterNorm; published default.
-        trace: Coefficient :math:`\beta`; by default the term is computed and not added.
+        trace: Coefficient β; by default the term is computed and not added.
         axis: Whose covariance it is.
 
     Raises:

@@ -69,9 +69,9 @@ class TREGS(AntiCollapseLoss):
     anew, with gradient. The authors' code was not at hand; that the tree is that of the global batch is our choice.
 
     Args:
-        invariance: Coefficient :math:`\beta`; published default.
-        length: Coefficient :math:`\gamma`; published default.
-        sphere: Coefficient :math:`\lambda`; published default.
+        invariance: Coefficient β; published default.
+        length: Coefficient γ; published default.
+        sphere: Coefficient λ; published default.
 
     References:
         Mordacq et al., *T-REGS: Minimum spanning tree regularization for self-supervised learning*, NeurIPS 2025.

@@ -103,7 +103,7 @@ def _kernel(own: Tensor, everything: Tensor, mask: Tensor | None, first: int, st
 
 @register_loss
 class Uniformity(AntiCollapseLoss):
-    """Module form of :func:`uniformity_loss`, with one term, ``uniformity``.
+    """Module form of ``uniformity_loss``, with one term, ``uniformity``.
 
     Args:
         t: Inverse width of the potential.

@@ -53,7 +53,7 @@ def variance_hinge(variance: Tensor, target_std: float, eps: float) -> Tensor:
 
 @register_loss
 class VarianceLoss(AntiCollapseLoss):
-    """Module form of :func:`variance_loss`, with one term, ``variance``.
+    """Module form of ``variance_loss``, with one term, ``variance``.
 
     Args:
         target_std: Floor of the standard deviation, in units of the features.

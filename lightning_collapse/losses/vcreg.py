@@ -63,9 +63,9 @@ class VCReg(AntiCollapseLoss):
     public reimplementation (https://github.com/Algomancer/VCReg), to be tuned again.
 
     Args:
-        variance: Coefficient :math:`\alpha`.
-        covariance: Coefficient :math:`\beta`.
-        target_std: Floor :math:`\gamma` of the standard deviation; published default.
+        variance: Coefficient α.
+        covariance: Coefficient β.
+        target_std: Floor γ of the standard deviation; published default.
         eps: Keeps the gradient of the root finite at zero variance.
         delta: Covariances above it count linearly; ``None`` squares them all.
 

@@ -74,10 +74,10 @@ class VICReg(AntiCollapseLoss):
 
     Args:
         convention: Which published form.
-        invariance: Coefficient :math:`\lambda`; published default.
-        variance: Coefficient :math:`\mu`; published default.
-        covariance: Coefficient :math:`\nu`; published default.
-        target_std: Floor :math:`\gamma` of the standard deviation; published default.
+        invariance: Coefficient λ; published default.
+        variance: Coefficient μ; published default.
+        covariance: Coefficient ν; published default.
+        target_std: Floor γ of the standard deviation; published default.
         eps: Keeps the gradient of the root finite at zero variance; published default.
 
     Raises:

@@ -37,10 +37,10 @@ class CLASSP(Optimizer):
 
     Args:
         params: Parameters, or groups of them, each with any of the following of its own.
-        lr: Learning rate :math:`\eta`; 0.2 is the code's default, as are the next three.
-        threshold: :math:`\theta`, which the square of a gradient must exceed.
-        eps: :math:`\epsilon`, what the sums start from.
-        power: :math:`p`.
+        lr: Learning rate η; 0.2 is the code's default, as are the next three.
+        threshold: θ, which the square of a gradient must exceed.
+        eps: ε, what the sums start from.
+        power: The exponent ``p``.
         apply_decay: Whether to divide by the sums; they grow either way.
 
     Raises:

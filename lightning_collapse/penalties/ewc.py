@@ -34,17 +34,17 @@ class EWC(QuadraticPenalty):
     which ``normalize`` does.
 
     Args:
-        weight: :math:`w`. The default is ours, and a start: it depends on estimator and data by orders of magnitude.
-            Importances ``"batched"`` over 32 samples are about as many times smaller, and take 1000 and more.
-            Plain gradient descent with momentum :math:`\mu` diverges where :math:`w F` exceeds
-            :math:`2 (1 + \mu)` over the learning rate; then take a smaller one, or ``normalize``.
-        estimator: How the Fisher information is estimated, see :func:`~lightning_collapse.penalties.diagonal_fisher`;
-            ``None`` is ``"exact"`` for at most 20 outputs and ``"sample"`` for more, or for sequences.
+        weight: ``w``. The default is ours, and a start: it depends on estimator and data by orders of magnitude.
+            Importances ``"batched"`` over 32 samples are about as many times smaller, and take 1000 and more. Plain
+            gradient descent with momentum μ diverges where ``w F`` exceeds ``2 (1 + μ)`` over the learning rate; then
+            take a smaller one, or ``normalize``.
+        estimator: How the Fisher information is estimated, see ``diagonal_fisher``; ``None`` is ``"exact"`` for at most
+            20 outputs and ``"sample"`` for more, or for sequences.
         n_samples: How many samples of a task it reads; ``None`` for all.
         online: One anchor instead of one per task.
-        gamma: :math:`\gamma`, for ``online``.
-        normalize: ``"max"`` divides :math:`F_k` by its largest entry, ``"trace"`` by the mean of its entries.
-        likelihood: Of the outputs, see :func:`~lightning_collapse.penalties.diagonal_fisher`.
+        gamma: γ, for ``online``.
+        normalize: ``"max"`` divides ``F_k`` by its largest entry, ``"trace"`` by the mean of its entries.
+        likelihood: Of the outputs, see ``diagonal_fisher``.
         outputs: The model's outputs on a batch, ``outputs(model, batch)``; by default the model is called on the
             inputs.
         labels: Labels of a batch, for estimators that read them.

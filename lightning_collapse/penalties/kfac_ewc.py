@@ -60,11 +60,10 @@ class KFACEWC(Penalty):
     ``WeightPenalty(EWC(), parameters=[...])`` beside it holds these.
 
     Args:
-        weight: :math:`w`. 1 is the paper's natural value, where the loss is a mean over as many samples as an old task
-            had; it tunes it.
-        estimator: Which labels the Fisher information is over, see
-            :func:`~lightning_collapse.penalties.kronecker_factors`; ``None`` is ``"exact"`` for at most 20 outputs and
-            ``"sample"`` for more, or for sequences.
+        weight: ``w``. 1 is the paper's natural value, where the loss is a mean over as many samples as an old task had;
+            it tunes it.
+        estimator: Which labels the Fisher information is over, see ``kronecker_factors``; ``None`` is ``"exact"`` for
+            at most 20 outputs and ``"sample"`` for more, or for sequences.
         n_samples: How many samples of a task it reads; ``None`` for all.
         max_factors: How many pairs of factors a layer keeps; ``None`` for one from every task.
         likelihood: Of the outputs.

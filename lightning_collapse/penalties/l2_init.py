@@ -21,7 +21,7 @@ class L2Init(QuadraticPenalty):
     grows by is pulled to where it was first seen. No factor 1/2, as in the paper. It acts from the first step.
 
     Args:
-        weight: :math:`w`. The paper chooses from 1e-2, 1e-3, 1e-4 and 1e-5.
+        weight: ``w``. The paper chooses from 1e-2, 1e-3, 1e-4 and 1e-5.
 
     References:
         [1] Kumar, Marklund & Van Roy, *Maintaining plasticity in continual learning via regenerative regularization*,

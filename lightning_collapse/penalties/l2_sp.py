@@ -29,8 +29,8 @@ class L2SP(QuadraticPenalty):
     weight decay of the optimizer off.
 
     Args:
-        weight: :math:`\alpha`. The paper chooses it by cross-validation.
-        new_weight: :math:`\beta`.
+        weight: α. The paper chooses it by cross-validation.
+        new_weight: β.
         new: Glob patterns of names of parameters that are not pretrained, such as ``["head.*"]``.
 
     Raises:

@@ -25,7 +25,7 @@ class MAS(QuadraticPenalty):
     as in the paper; FACIL and avalanche average them. It reads no labels: any output will do, such as an embedding.
 
     Args:
-        weight: :math:`w`, 1 in the paper.
+        weight: ``w``, 1 in the paper.
         n_samples: How many samples of a task it reads; ``None`` for all.
         outputs: The model's outputs on a batch, ``outputs(model, batch)``; by default the model is called on the
             inputs.

@@ -37,8 +37,8 @@ class RankOneEWC(Penalty):
     several optimizers that step one after the other, each gets the pull where the one before has led.
 
     Args:
-        weight: :math:`w`, 15000 in the paper for all data sets.
-        likelihood: Of the outputs, see :func:`~lightning_collapse.penalties.rank_one_fisher`.
+        weight: ``w``, 15000 in the paper for all data sets.
+        likelihood: Of the outputs, see ``rank_one_fisher``.
         losses: Losses of samples, ``(B,)``, of a model and a batch, in place of ``likelihood``, ``outputs`` and
             ``labels``.
         n_samples: How many samples of a task it reads; ``None`` for all.

@@ -37,10 +37,10 @@ class RWalk(PathPenalty):
     The authors' code differs: no 1/2 before :math:`F`, and the average is added to the old score.
 
     Args:
-        weight: :math:`w`. The authors' code has 75000 on permuted MNIST; the default is ours, and a start.
-        alpha: :math:`\alpha`, what the newest squares weigh, as in the authors' code.
+        weight: ``w``. The authors' code has 75000 on permuted MNIST; the default is ours, and a start.
+        alpha: α, what the newest squares weigh, as in the authors' code.
         every_n_steps: Steps between two updates, as in the authors' code.
-        epsilon: :math:`\epsilon`. The authors' code has 1e-32 or a damping of up to 0.1, by data set.
+        epsilon: ε. The authors' code has 1e-32 or a damping of up to 0.1, by data set.
 
     Raises:
         ValueError: If an argument is out of range.

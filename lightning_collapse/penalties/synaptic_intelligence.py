@@ -27,8 +27,8 @@ class SynapticIntelligence(PathPenalty):
     code has it, since a weight that has raised the loss would otherwise be pushed away.
 
     Args:
-        weight: :math:`w`, in the paper :math:`c`; 0.1 is its value on permuted MNIST.
-        damping: :math:`\xi`.
+        weight: ``w``, in the paper ``c``; 0.1 is its value on permuted MNIST.
+        damping: ξ.
 
     Raises:
         ValueError: If ``weight`` is negative or ``damping`` not positive.

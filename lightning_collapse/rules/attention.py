@@ -75,7 +75,7 @@ class AttentionOverload(Rule):
     heads = 0.9
     left = 0.25
     gain = 2.0
-    advice = "Keep tokens apart with `Regularizer(KoLeo(), on=...)` on the input of this attention."
+    advice = "Keep tokens apart with `Regularizer(KoLeo(), layer=...)` on the input of this attention."
     paper = "Jha & Reagen, 2025, arXiv 2501.03489"
 
     def update_baseline(self, so_far: float, value: float, count: int) -> float:

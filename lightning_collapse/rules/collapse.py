@@ -68,7 +68,7 @@ class CompleteCollapse(Rule):
     follows = (LOSS, RECALL)
     lower_is_worse = ("feature_std", "relative_spread", "direction_spread")
     supersedes = ("dimensional_collapse",)
-    advice = "Add `Regularizer(VICReg(), on=...)`, or `VCReg()` for one view, or have `SwitchOn` raise its weight."
+    advice = "Add `Regularizer(VICReg(), layer=...)`, or `VCReg()` for one view, or have `SwitchOn` raise its weight."
     paper = "Bardes, Ponce & LeCun, 2022, arXiv 2105.04906; Chen & He, 2021, arXiv 2011.10566"
 
     def applies_to(self, layer: str, task: Task) -> bool:
@@ -139,7 +139,7 @@ class DimensionalCollapse(Rule):
     lower_is_worse = ("eigenvalue_effective_rank", "effective_rank", "direction_spread")
     higher_is_worse = ("relative_spread",)
     shares = (0.1, 0.3)
-    advice = "Add `Regularizer(VICReg(), on=...)`, or `EffectiveRankHinge()` or `VCReg()` for one view."
+    advice = "Add `Regularizer(VICReg(), layer=...)`, or `EffectiveRankHinge()` or `VCReg()` for one view."
     paper = "Jing et al., 2022, arXiv 2110.09348"
 
     def applies_to(self, layer: str, task: Task) -> bool:

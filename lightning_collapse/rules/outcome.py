@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from math import isfinite, nan
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lightning_collapse.rules.base import Rule, register_rule
 from lightning_collapse.rules.detector import Detector
@@ -14,7 +14,8 @@ from lightning_collapse.utilities.registry import register_curve
 
 OUTCOME = "outcome"
 """Family of the points of an outcome; its name stands for the layer."""
-MODES = ("max", "min")
+Mode = Literal["max", "min"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 register_curve(OUTCOME, "value", reads="a logged metric", range="any", collapsed="up to its `mode`")
 register_curve(OUTCOME, "best", reads="the best of it so far", range="any")

@@ -43,7 +43,7 @@ class PartialCollapse(Rule):
     line = 0.2
     fallen = 0.5
     chance = 1 / 32
-    advice = "Add `Regularizer(VICReg(), on=...)` or `Regularizer(BarlowTwins(), on=...)`, or check the stop-gradient."
+    advice = "Add `Regularizer(VICReg(), layer=...)`, or `BarlowTwins()` for `VICReg()`, or check the stop-gradient."
     paper = "Jing et al., 2022, arXiv 2110.09348; Li et al., 2022, arXiv 2203.12719"
 
     def applies_to(self, layer: str, task: Task) -> bool:
@@ -114,7 +114,7 @@ class PrototypeCollapse(Rule):
     least_null = 4.0
     advice = (
         "Balance the scores (centering, Sinkhorn), move codes that no row chooses to where rows are, or spread the"
-        " input with `Regularizer(KoLeo(), on=...)`."
+        " input with `Regularizer(KoLeo(), layer=...)`."
     )
     paper = "Caron et al., 2021, arXiv 2104.14294"
 

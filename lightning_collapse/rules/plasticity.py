@@ -21,7 +21,7 @@ class PlasticityLoss(Rule):
     measures = ("dormant_fraction",)
     higher_is_worse = ("dormant_fraction",)
     share = 0.5
-    advice = "Bring units back with `ShrinkAndPerturb()`, or add `Regularizer(VCReg(), on=...)` to the layer."
+    advice = "Bring units back with `ShrinkAndPerturb()`, or add `Regularizer(VCReg(), layer=...)` to the layer."
     paper = "Sokar et al., 2023, arXiv 2302.12902"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:

@@ -29,7 +29,7 @@ class RegressionOverCompression(Rule):
     least = 0.1
     distinct = 0.9
     tasks = ("regression",)
-    advice = "Lower the weight decay, or add `Regularizer(EffectiveRankHinge(), on=...)` to the layer."
+    advice = "Lower the weight decay, or add `Regularizer(EffectiveRankHinge(), layer=...)` to the layer."
     paper = "2025, arXiv 2510.01105"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-TASKS = (
+TaskName = Literal[
     "classification",
     "multi-label",
     "regression",
@@ -12,7 +13,8 @@ TASKS = (
     "reconstruction",
     "denoising",
     "reinforcement",
-)
+]
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
 """Classes that exclude each other; several answers that do not; numbers; tokens; features compared with features; what
 the network receives; noise that was added to it; outputs that actions choose."""
 

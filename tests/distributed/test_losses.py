@@ -234,11 +234,11 @@ def worker(rank: int, folder: str) -> None:
     result["collapsed"] = [gradient_at_collapse(loss, splits(rank, 12)) for loss in floors]
     result["few"] = {rows: few_rows(rank, rows) for rows in [(1, 0), (0, 1), (0, 0), (1, 1), (0, 2)]}
     result["primitives"] = primitives(rank)
-    result["callback"] = door(Flipped, Regularizer(VICReg(), on="projector"))
+    result["callback"] = door(Flipped, Regularizer(VICReg(), layer="projector"))
     result["mixin"] = door(MixedFlipped)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result["sometimes"] = door(SometimesThree, Regularizer(VICReg(), on="projector"))
+        result["sometimes"] = door(SometimesThree, Regularizer(VICReg(), layer="projector"))
     result["warned"] = [str(w.message) for w in caught if "go without" in str(w.message)]
     with pytest.raises(TooFewRowsError):
         VarianceLoss()(torch.zeros(0, 3))
@@ -372,7 +372,7 @@ def test_without_a_process_group() -> None:
 
 
 def test_doors(ranks: list[dict[str, Any]]) -> None:
-    single, logger, _ = fit(Flipped, Regularizer(VICReg(), on="projector"), **FIT)
+    single, logger, _ = fit(Flipped, Regularizer(VICReg(), layer="projector"), **FIT)
     for result in ranks:
         (callback, callback_rows), (mixin, mixin_rows) = result["callback"], result["mixin"]
         assert torch.equal(callback, mixin)

@@ -28,7 +28,7 @@ class Shrinking(Toy):
 def _check(rank):
     torch.manual_seed(0)
     guard, keeper = CollapseGuard(action=SwitchOn("variance", ramp=4)), PointKeeper()
-    monitor, regularizer = CollapseMonitor(["encoder"], every_n_steps=1), Regularizer(VarianceLoss(), on="encoder")
+    monitor, regularizer = CollapseMonitor(["encoder"], every_n_steps=1), Regularizer(VarianceLoss(), layer="encoder")
     options = {**QUIET, "devices": 2, "strategy": DDPStrategy(process_group_backend="gloo"), "logger": False}
     trainer = Trainer(
         **options, use_distributed_sampler=False, callbacks=[regularizer, monitor, guard, keeper], log_every_n_steps=1

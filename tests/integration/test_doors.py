@@ -38,7 +38,7 @@ PRECISIONS = ["32-true", "bf16-mixed", "bf16-true", "16-true", "64-true"]
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_doors_are_bit_equal(precision: str, accumulate: int) -> None:
     kwargs = {"precision": precision, "accumulate_grad_batches": accumulate, "batches": 5}
-    callback, callback_log, trainer = fit(Siamese, Regularizer(VICReg(), on="projector", weight=0.1), **kwargs)
+    callback, callback_log, trainer = fit(Siamese, Regularizer(VICReg(), layer="projector", weight=0.1), **kwargs)
     mixin, mixin_log, _ = fit(lambda: MixedSiamese(vicreg=(0.1, VICReg())), **kwargs)
     plain, _, _ = fit(Siamese, **kwargs)
     assert torch.equal(weights(callback), weights(mixin))
@@ -58,7 +58,7 @@ def test_doors_of_every_loss_are_bit_equal(name: str, accumulate: int) -> None:
 
     plain, mixed = {1: (Single, MixedSingle), 2: (Siamese, MixedSiamese)}[LOSSES[name].views]
     kwargs = {"accumulate_grad_batches": accumulate, "batches": 3, "batch_size": 32}
-    callback, callback_log, _ = fit(plain, Regularizer(loss(), on="projector", weight=0.01, name="it"), **kwargs)
+    callback, callback_log, _ = fit(plain, Regularizer(loss(), layer="projector", weight=0.01, name="it"), **kwargs)
     mixin, mixin_log, _ = fit(lambda: mixed(it=(0.01, loss())), **kwargs)
     without, _, _ = fit(plain, **kwargs)
     assert torch.equal(weights(callback), weights(mixin))
@@ -79,7 +79,7 @@ def test_doors_are_close_where_more_operations_read_the_layer() -> None:
             features = self.projector(self.encoder(batch))
             return (features - features.roll(1, 0)).square().mean() + self.anti_collapse_loss(features)
 
-    callback, _, _ = fit(Twice, Regularizer(VarianceLoss(), on="projector"))
+    callback, _, _ = fit(Twice, Regularizer(VarianceLoss(), layer="projector"))
     mixin, _, _ = fit(lambda: MixedTwice(variance=VarianceLoss()))
     without, _, _ = fit(Twice)
     torch.testing.assert_close(weights(callback), weights(mixin), rtol=1e-5, atol=1e-6)
@@ -90,7 +90,7 @@ def test_gradient_scaler() -> None:
     def half() -> dict[str, Any]:
         return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))]}
 
-    callback, _, _ = fit(Siamese, Regularizer(VICReg(), on="projector"), **half())
+    callback, _, _ = fit(Siamese, Regularizer(VICReg(), layer="projector"), **half())
     mixin, _, _ = fit(MixedSiamese, **half())
     exact, _, _ = fit(MixedSiamese)
     assert torch.equal(weights(callback), weights(mixin))
@@ -98,7 +98,7 @@ def test_gradient_scaler() -> None:
 
 
 def test_curves_are_total_and_unweighted_terms() -> None:
-    _, logger, _ = fit(Siamese, Regularizer(VICReg(), on="projector", weight=0.5), batches=6, log_every_n_steps=3)
+    _, logger, _ = fit(Siamese, Regularizer(VICReg(), layer="projector", weight=0.5), batches=6, log_every_n_steps=3)
     assert [step for step, row in logger.rows] == [2, 5]
     row = logger.rows[0][1]
     terms = {name: row[f"regularizer/vicreg/{name}"] for name in ("invariance", "variance", "covariance")}
@@ -121,7 +121,7 @@ def test_nothing_waits_for_the_device_when_no_point_is_due() -> None:
     with NoWait():  # forward and backward of the loss itself
         VICReg()(torch.randn(8, 4, requires_grad=True), torch.randn(8, 4)).backward()
     fit(Watched, log_every_n_steps=0)
-    regularizer = Regularizer(VICReg(), on="projector")
+    regularizer = Regularizer(VICReg(), layer="projector")
     run = regularizer._run
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -145,7 +145,7 @@ def test_collapses_without_and_not_with() -> None:
     kwargs = {"batches": 100, "batch_size": 64}
     collapsed, _, _ = fit(make, **kwargs)
     # the task already pulls views together
-    saved, _, _ = fit(make, Regularizer(VICReg(invariance=0.0), on="projector", weight=0.2), **kwargs)
+    saved, _, _ = fit(make, Regularizer(VICReg(invariance=0.0), layer="projector", weight=0.2), **kwargs)
     assert spread(collapsed).max() < 0.1
     assert spread(saved).min() > 0.5
 
@@ -183,12 +183,12 @@ def test_trainable_loss_becomes_part_of_the_model() -> None:
     assert not torch.equal(model.trained_regularizers["learned"].scale, torch.ones(8))
     assert set(logger.rows[0][1]) == {"regularizer/learned/value"}
     with pytest.raises(MisconfigurationException, match=r"trainable parameters of Learned.*AntiCollapseMixin"):
-        fit(Siamese, Regularizer(Learned(), on="projector"))
+        fit(Siamese, Regularizer(Learned(), layer="projector"))
 
 
 def test_schedule() -> None:
     warmup = LinearWarmup(weight=1.0, steps=2)
-    model, logger, _ = fit(Siamese, Regularizer(VICReg(), on="projector", weight=warmup))
+    model, logger, _ = fit(Siamese, Regularizer(VICReg(), layer="projector", weight=warmup))
     mixed, mixed_logger, _ = fit(lambda: MixedSiamese(vicreg=(warmup, VICReg())))
     assert torch.equal(weights(model), weights(mixed))
     assert logger.rows == mixed_logger.rows
@@ -215,7 +215,7 @@ def test_manual_optimization_is_for_the_mixin() -> None:
             optimizer.step()
 
     with pytest.raises(MisconfigurationException, match=r"Manual optimizes by hand.*anti_collapse_loss"):
-        fit(Manual, Regularizer(VICReg(), on="projector"))
+        fit(Manual, Regularizer(VICReg(), layer="projector"))
     manual, logger, _ = fit(Manual)
     automatic, _, _ = fit(MixedSiamese)
     assert torch.equal(weights(manual), weights(automatic))
@@ -226,7 +226,7 @@ def test_too_few_rows_are_left_out_with_one_warning() -> None:
     kwargs = {"batches": 2, "batch_size": 1}
     plain, _, _ = fit(Siamese, **kwargs)
     with pytest.warns(UserWarning, match="at least 2 rows over all processes, got 1") as caught:
-        model, logger, _ = fit(Siamese, Regularizer(VICReg(), on="projector"), **kwargs)
+        model, logger, _ = fit(Siamese, Regularizer(VICReg(), layer="projector"), **kwargs)
     assert sum("at least 2 rows" in str(w.message) for w in caught) == 1
     with pytest.warns(UserWarning, match=r"'vicreg' was left out of a step: .*got 1") as caught:
         mixed, _, _ = fit(MixedSiamese, **kwargs)
@@ -252,9 +252,11 @@ def test_compiled(how: str) -> None:
 
         return build
 
-    plain, plain_log, _ = fit(Siamese, Regularizer(VICReg(), on="projector"))
+    plain, plain_log, _ = fit(Siamese, Regularizer(VICReg(), layer="projector"))
     made = []
-    model, logger, _ = fit(lambda: made.append(compiled(Siamese)()) or made[0], Regularizer(VICReg(), on="projector"))
+    model, logger, _ = fit(
+        lambda: made.append(compiled(Siamese)()) or made[0], Regularizer(VICReg(), layer="projector")
+    )
     mixed, mixed_log, _ = fit(compiled(lambda: MixedSiamese(vicreg=(LinearWarmup(1.0, 0), VICReg()))))
     for other, log in ((model, logger), (mixed, mixed_log)):
         torch.testing.assert_close(weights(other), weights(plain))
@@ -276,7 +278,7 @@ def test_compiled_code_is_not_compiled_again_every_step(door: str) -> None:
         if door == "mixin":
             fit(lambda: torch.compile(MixedSiamese(vicreg=(warmup, VICReg())), backend=backend), batches=batches)
         else:
-            regularizer = Regularizer(VICReg(), on="projector", weight=warmup)
+            regularizer = Regularizer(VICReg(), layer="projector", weight=warmup)
             fit(lambda: torch.compile(Siamese(), backend=backend), regularizer, batches=batches)
         return len(compiled)
 
@@ -364,12 +366,12 @@ def test_mixin_misuse_is_refused() -> None:
         with pytest.raises(ValueError, match=r"`weight` must be a number or a function .*, got .* `LinearWarmup`"):
             MixedSiamese(a=(weight, VICReg()))
         with pytest.raises(ValueError, match=r"`weight` must be a number or a function"):
-            Regularizer(VICReg(), on="projector", weight=weight)
+            Regularizer(VICReg(), layer="projector", weight=weight)
     for weight in (math.nan, math.inf):
         with pytest.raises(ValueError, match=f"`weight` must be finite, got {weight}"):
             MixedSiamese(a=(weight, VICReg()))
         with pytest.raises(ValueError, match=f"`weight` must be finite, got {weight}"):
-            Regularizer(VICReg(), on="projector", weight=weight)
+            Regularizer(VICReg(), layer="projector", weight=weight)
     for name in ("a.b", "keys", ""):
         MixedSiamese().set_regularizers({name: VICReg()})  # stays out of the module tree
         with pytest.raises(ValueError, match=rf"`regularizers\['{name}'\]` has parameters, .* Choose another name"):
@@ -378,11 +380,11 @@ def test_mixin_misuse_is_refused() -> None:
         MixedSiamese().set_regularizers(VICReg())
     for loss in (VICReg, "vicreg", variance_loss):
         with pytest.raises(ValueError, match=r"`loss` must be a module, got .*. Pass an instance"):
-            Regularizer(loss, on="projector")
+            Regularizer(loss, layer="projector")
     with pytest.raises(ValueError, match=r"`on` must be the name of a layer, got \['projector'\]. Pass"):
-        Regularizer(VICReg(), on=["projector"])
+        Regularizer(VICReg(), layer=["projector"])
     with pytest.raises(ValueError, match="VarianceLoss takes 1, got chunk=2"):
-        Regularizer(VarianceLoss(), on="projector", chunk=2)
+        Regularizer(VarianceLoss(), layer="projector", chunk=2)
 
 
 def test_a_second_choice_takes_the_place_of_the_first() -> None:
@@ -414,7 +416,7 @@ def test_in_the_other_lightning_package() -> None:
         enable_model_summary=False,
         accelerator="cpu",
         log_every_n_steps=1,
-        callbacks=[Regularizer(VarianceLoss(), on="layer", name="again")],
+        callbacks=[Regularizer(VarianceLoss(), layer="layer", name="again")],
     )
     trainer.fit(Lit(), DataLoader(torch.randn(32, 16), batch_size=16))
     assert {"regularizer/variance/value", "regularizer/again/value"} <= set(trainer.callback_metrics)

@@ -113,7 +113,7 @@ def test_misuse_is_refused() -> None:
         Rare(vicreg=VICReg()).anti_collapse_loss(z, y)
     assert Rare(vicreg=VICReg()).anti_collapse_loss(z, z, y) == VICReg()(z, z)
     with pytest.raises(ValueError, match=r"LongTailCollapse takes labels, and a layer returns none. Call `self.anti"):
-        Regularizer(LongTailCollapse(3, 4), on="encoder")
+        Regularizer(LongTailCollapse(3, 4), layer="encoder")
 
 
 def test_no_rows_are_left_out_with_one_warning() -> None:

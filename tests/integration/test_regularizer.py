@@ -32,7 +32,7 @@ def test_what_a_training_step_returns(as_dict: bool) -> None:
             returned.append((output, loss))
             return output
 
-    model, _, _ = fit(Lit, Regularizer(VICReg(), on="projector"))
+    model, _, _ = fit(Lit, Regularizer(VICReg(), layer="projector"))
     assert len(returned) == 3
     if as_dict:
         assert all(output["loss"] is loss for output, loss in returned)
@@ -47,7 +47,7 @@ def test_chunk_splits_one_call() -> None:
     class MixedStacked(MixedSiamese):
         views = Stacked.views
 
-    model, _, _ = fit(Stacked, Regularizer(VICReg(), on="projector", chunk=2))
+    model, _, _ = fit(Stacked, Regularizer(VICReg(), layer="projector", chunk=2))
     mixed, _, _ = fit(MixedStacked)
     assert torch.equal(weights(model), weights(mixed))
 
@@ -56,12 +56,12 @@ def test_chunk_splits_one_call() -> None:
     ("regularizer", "match"),
     [
         (
-            lambda: Regularizer(VICReg(), on="project"),
+            lambda: Regularizer(VICReg(), layer="project"),
             "'project' matches no submodule of Siamese.*Did you mean `projector`",
         ),
-        (lambda: Regularizer(VICReg(), on="encoder.*"), r"must name one layer, but matches 3: encoder.0, encoder.1"),
-        (lambda: Regularizer(VarianceLoss(), on="projector"), r"1 call\(s\).*there were 2.*another layer"),
-        (lambda: Regularizer(VICReg(), on="projector", chunk=2), r"1 call\(s\) of the layer.*there were 2"),
+        (lambda: Regularizer(VICReg(), layer="encoder.*"), r"must name one layer, but matches 3: encoder.0, encoder.1"),
+        (lambda: Regularizer(VarianceLoss(), layer="projector"), r"1 call\(s\).*there were 2.*another layer"),
+        (lambda: Regularizer(VICReg(), layer="projector", chunk=2), r"1 call\(s\) of the layer.*there were 2"),
     ],
 )
 def test_misuse_is_refused(regularizer: Callable[[], Regularizer], match: str) -> None:
@@ -75,7 +75,7 @@ def test_one_call_for_two_views_is_refused_with_the_way_out() -> None:
             return self.projector(self.encoder(batch)).square().mean()
 
     with pytest.raises(MisconfigurationException, match=r"2 call\(s\).*there were 1.*pass `chunk=2`"):
-        fit(OneCall, Regularizer(VICReg(), on="projector"))
+        fit(OneCall, Regularizer(VICReg(), layer="projector"))
 
 
 def test_calls_without_gradient_are_no_views() -> None:
@@ -85,8 +85,8 @@ def test_calls_without_gradient_are_no_views() -> None:
                 self.views(batch)
             return super().training_step(batch)
 
-    model, _, _ = fit(Teacher, Regularizer(VICReg(), on="projector"))
-    plain, _, _ = fit(Siamese, Regularizer(VICReg(), on="projector"))
+    model, _, _ = fit(Teacher, Regularizer(VICReg(), layer="projector"))
+    plain, _, _ = fit(Siamese, Regularizer(VICReg(), layer="projector"))
     assert torch.equal(weights(model), weights(plain))
 
 
@@ -109,7 +109,7 @@ def test_tokens_and_maps_become_rows(kind: str) -> None:
         coefficients: ClassVar = {"variance": 1.0}
 
     seen: list[tuple[int, ...]] = []
-    fit(Shaped, Regularizer(Expected(), on="shaped"))
+    fit(Shaped, Regularizer(Expected(), layer="shaped"))
     assert set(seen) == {(32, 8) if kind == "tokens" else (16, 4)}
 
 
@@ -120,13 +120,13 @@ def test_layer_that_never_runs_is_refused() -> None:
             self.unused = nn.Linear(2, 2)
 
     with pytest.raises(MisconfigurationException, match="run with gradient in `training_step`, and it did not"):
-        fit(Unused, Regularizer(VICReg(), on="unused"))
+        fit(Unused, Regularizer(VICReg(), layer="unused"))
 
 
 def test_twins_need_names() -> None:
     def pair(**names: Any) -> list[Regularizer]:
         loss = VICReg
-        return [Regularizer(loss(), on="encoder"), Regularizer(loss(), on="projector", **names)]
+        return [Regularizer(loss(), layer="encoder"), Regularizer(loss(), layer="projector", **names)]
 
     with pytest.raises(MisconfigurationException, match="Two `Regularizer`s are called 'vicreg', on 'encoder'"):
         fit(Siamese, *pair())
@@ -145,7 +145,7 @@ def test_module_is_restored_after_an_exception() -> None:
 
     made = []
     with pytest.raises(RuntimeError, match="boom"):
-        fit(lambda: made.append(Failing()) or made[0], Regularizer(VICReg(), on="projector"))
+        fit(lambda: made.append(Failing()) or made[0], Regularizer(VICReg(), layer="projector"))
     assert "training_step" not in vars(made[0])
     assert not any(m._forward_hooks for m in made[0].modules())
 
@@ -172,7 +172,7 @@ def test_callback_is_reusable_and_ignores_validation() -> None:
         def val_dataloader(self) -> Any:
             return DataLoader(torch.randn(8, 16), batch_size=8)
 
-    regularizer = Regularizer(VICReg(), on="projector")
+    regularizer = Regularizer(VICReg(), layer="projector")
     first, logger, trainer = fit(Validated, regularizer)
     trainer.validate(first, verbose=False)
     second, _, _ = fit(Validated, regularizer)
@@ -187,7 +187,7 @@ def test_later_steps_that_do_not_fit_are_left_out() -> None:
             return loss + self.projector(self.encoder(batch)).mean() if batch_idx == 2 else loss
 
     with pytest.warns(UserWarning, match=r"there were 3.*go without the term"):
-        _, logger, _ = fit(Sometimes, Regularizer(VICReg(), on="projector"))
+        _, logger, _ = fit(Sometimes, Regularizer(VICReg(), layer="projector"))
     assert [step for step, _ in curve(logger, "regularizer/vicreg/value")] == [0, 1, 3]
 
 
@@ -197,9 +197,9 @@ def test_odd_rows_cannot_be_split() -> None:
             return self.projector(self.encoder(batch)).square().mean()
 
     with pytest.raises(MisconfigurationException, match=r"even number of samples with `chunk=2`, got 15"):
-        fit(OneCall, Regularizer(VICReg(), on="projector", chunk=2), batch_size=15)
+        fit(OneCall, Regularizer(VICReg(), layer="projector", chunk=2), batch_size=15)
     with pytest.warns(UserWarning, match=r"even number of samples.*got 5\. Steps like this one go without"):
-        fit(OneCall, Regularizer(VICReg(), on="projector", chunk=2), batches=1, batch_size=16, extra=5)
+        fit(OneCall, Regularizer(VICReg(), layer="projector", chunk=2), batches=1, batch_size=16, extra=5)
 
 
 def test_chunk_does_not_split_a_sample() -> None:
@@ -210,7 +210,7 @@ def test_chunk_does_not_split_a_sample() -> None:
             return self.projector(self.encoder(torch.stack([batch, -batch], dim=1))).square().mean()
 
     with pytest.raises(MisconfigurationException, match=r"even number of samples with `chunk=2`, got 15"):
-        fit(Tokens, Regularizer(VICReg(), on="projector", chunk=2), batch_size=15)
+        fit(Tokens, Regularizer(VICReg(), layer="projector", chunk=2), batch_size=15)
 
 
 def test_frozen_layer_warns() -> None:
@@ -220,7 +220,7 @@ def test_frozen_layer_warns() -> None:
             self.encoder.requires_grad_(False)
 
     with pytest.warns(UserWarning, match="'encoder' has no gradient"):
-        fit(Frozen, Regularizer(VICReg(), on="encoder"))
+        fit(Frozen, Regularizer(VICReg(), layer="encoder"))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -233,10 +233,10 @@ def test_checkpointed_layer(reentrant: bool) -> None:
 
     if reentrant:
         with pytest.raises(MisconfigurationException, match="reentrant activation checkpointing"):
-            fit(Checkpointed, Regularizer(VICReg(), on="encoder"))
+            fit(Checkpointed, Regularizer(VICReg(), layer="encoder"))
         return
-    model, _, _ = fit(Checkpointed, Regularizer(VICReg(), on="projector"))
-    plain, _, _ = fit(Siamese, Regularizer(VICReg(), on="projector"))
+    model, _, _ = fit(Checkpointed, Regularizer(VICReg(), layer="projector"))
+    plain, _, _ = fit(Siamese, Regularizer(VICReg(), layer="projector"))
     assert torch.equal(weights(model), weights(plain))
 
 
@@ -251,7 +251,7 @@ def test_later_in_place_operations_do_not_matter() -> None:
             first, second = self.views(batch)
             return (first.relu() - second.relu()).square().mean() + self.anti_collapse_loss(first, second)
 
-    model, _, _ = fit(InPlace, Regularizer(VICReg(), on="projector"))
+    model, _, _ = fit(InPlace, Regularizer(VICReg(), layer="projector"))
     mixed, _, _ = fit(Mixed)
     assert torch.equal(weights(model), weights(mixed))
 
@@ -261,8 +261,8 @@ def test_compiled_module_that_ran_before_still_reaches_the_hook() -> None:
     seed_everything(0, verbose=False)
     model = torch.compile(Siamese(), backend="eager")
     fit(lambda: model)
-    _, first, _ = fit(lambda: model, Regularizer(VICReg(), on="projector"))
-    _, second, _ = fit(lambda: model, Regularizer(VICReg(), on="projector", name="other"))
+    _, first, _ = fit(lambda: model, Regularizer(VICReg(), layer="projector"))
+    _, second, _ = fit(lambda: model, Regularizer(VICReg(), layer="projector", name="other"))
     _, none, _ = fit(lambda: model)
     assert [len(log.rows) for log in (first, second, none)] == [4, 4, 0]
 

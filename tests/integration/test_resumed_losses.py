@@ -35,7 +35,7 @@ def run(door: str, loss: Callable[[], nn.Module], **kwargs: Any) -> tuple[Lightn
         model, _, trainer = fit(lambda: mixed(it=(0.01, loss())), **kwargs)
     else:
         plain = {1: Single, 2: Siamese}[views]
-        model, _, trainer = fit(plain, Regularizer(loss(), on="projector", weight=0.01), **kwargs)
+        model, _, trainer = fit(plain, Regularizer(loss(), layer="projector", weight=0.01), **kwargs)
     return model, trainer
 
 
@@ -72,7 +72,7 @@ def test_resumed_run_may_begin_with_a_step_that_does_not_fit(tmp_path: Path) -> 
             return loss + self.projector(self.encoder(batch)).mean() if late else loss
 
     def go(**kwargs: Any) -> tuple[LightningModule, Any]:
-        model, _, trainer = fit(OnceTooOften, Regularizer(VICReg(), on="projector"), batches=2, **kwargs)
+        model, _, trainer = fit(OnceTooOften, Regularizer(VICReg(), layer="projector"), batches=2, **kwargs)
         return model, trainer
 
     with pytest.warns(UserWarning, match=r"there were 3.*go without the term"):
@@ -96,7 +96,7 @@ def test_rollback_brings_the_memory_back(door: str, tmp_path: Path) -> None:
                 steps.append(int(loss.step))
 
     rollback, loss, steps = Rollback(), SIGReg(), []
-    door_of_it = [Regularizer(loss, on="projector")] if door == "callback" else []
+    door_of_it = [Regularizer(loss, layer="projector")] if door == "callback" else []
     with pytest.warns(UserWarning, match="are those of step 1 again"):
         fit(Single if door_of_it else lambda: MixedSingle(it=loss), *door_of_it, Back(), batches=5)
     assert steps == [1, 2, 3, 4, 2, 3]
@@ -104,16 +104,16 @@ def test_rollback_brings_the_memory_back(door: str, tmp_path: Path) -> None:
 
 def test_state_keys_tell_regularizers_apart() -> None:
     regularizers = [
-        Regularizer(SIGReg(), on="encoder"),
-        Regularizer(SIGReg(), on="projector"),
-        Regularizer(SIGReg(), on="encoder", name="other"),
+        Regularizer(SIGReg(), layer="encoder"),
+        Regularizer(SIGReg(), layer="projector"),
+        Regularizer(SIGReg(), layer="encoder", name="other"),
     ]
     assert len({regularizer.state_key for regularizer in regularizers}) == 3
-    assert Regularizer(SIGReg(seed=1), on="encoder").state_key == regularizers[0].state_key
+    assert Regularizer(SIGReg(seed=1), layer="encoder").state_key == regularizers[0].state_key
 
 
 def test_a_loss_without_memory_leaves_the_checkpoint_alone() -> None:
-    assert Regularizer(VICReg(), on="encoder").state_dict() == {}
+    assert Regularizer(VICReg(), layer="encoder").state_dict() == {}
     checkpoint: dict[str, Any] = {}
     MixedSiamese().on_save_checkpoint(checkpoint)
     assert checkpoint == {}

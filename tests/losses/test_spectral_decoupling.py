@@ -77,7 +77,7 @@ class MixedClassifier(AntiCollapseMixin, Classifier):
 def test_both_doors_to_a_layer_of_logits(make: type[nn.Module]) -> None:
     ramp = LinearRamp(1.0, 20.0, steps=4)
     plain, _, _ = fit(Classifier)
-    callback, log, _ = fit(Classifier, Regularizer(make(), on="classifier", weight=ramp, name="loss"))
+    callback, log, _ = fit(Classifier, Regularizer(make(), layer="classifier", weight=ramp, name="loss"))
     assert not torch.equal(weights(callback), weights(plain))
     for labels in (False, True):  # which a loss that takes none does not see
         mixed, mixed_log, _ = fit(lambda labels=labels: MixedClassifier((ramp, make()), labels))

@@ -58,9 +58,9 @@ WATCHERS = {
     "collapse": lambda: CollapseMonitor(every_n_steps=2),
     "alignment": lambda: SpectralAlignmentMonitor(every_n_steps=2),
     "attention": lambda: AttentionEntropyMonitor(layers={"encoder": lambda module, args, kwargs: None}),
-    "regularizer": lambda: Regularizer(VarianceLoss(), on="encoder"),
+    "regularizer": lambda: Regularizer(VarianceLoss(), layer="encoder"),
     "penalty": lambda: WeightPenalty(L2Init(weight=1.0)),
-    "distillation": lambda: Distillation(on="encoder"),
+    "distillation": lambda: Distillation(layer="encoder"),
 }
 
 

@@ -88,8 +88,8 @@ class ContinualMetrics(TaskAware):
         every_n_steps: Optimizer steps between two evaluations while later tasks are learned; ``None`` for none. The
             paper takes 1, on small loaders.
         outputs: How the model is called on a batch, a function of the module and the batch;
-            :func:`~lightning_collapse.utilities.targets.call_on` by default.
-        labels: Labels of a batch; :func:`~lightning_collapse.utilities.targets.targets_of` by default.
+            ``utilities.targets.call_on`` by default.
+        labels: Labels of a batch; ``utilities.targets.targets_of`` by default.
         metric: A function of outputs and labels that returns one score per sample, more is better, NaN for a sample
             that does not count; by default 1 for the correct class and 0 for others.
         forward_transfer: Whether to evaluate tasks to come, too, and all of them before the first step: the model is

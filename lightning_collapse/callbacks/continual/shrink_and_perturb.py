@@ -40,8 +40,8 @@ class ShrinkAndPerturb(TaskAware):
     numbers of the run are as they would be without.
 
     Args:
-        shrink: :math:`s`; 0.4 in the paper.
-        perturb: :math:`p`; 0.1 in the paper.
+        shrink: ``s``; 0.4 in the paper.
+        perturb: ``p``; 0.1 in the paper.
         every_n_steps: Optimizer steps between two times, in place of the starts of tasks.
         initialize: Returns a fresh module with the parameters of the trained one by name, for instance
             ``lambda: LitModel(width=64)``. ``None`` has each submodule of a copy run its ``reset_parameters``.

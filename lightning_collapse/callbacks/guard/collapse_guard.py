@@ -22,6 +22,8 @@ from lightning_collapse.callbacks.guard.training_health import TrainingHealth, p
 from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
 from lightning_collapse.reporting import publish, try_again
 from lightning_collapse.rules import OUTCOME, TASKS, Judge, Judgement, OutcomeDrop, Rule, Task, Verdict
+from lightning_collapse.rules.outcome import Mode
+from lightning_collapse.rules.task import TaskName
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.trainer import is_resumed
@@ -53,7 +55,8 @@ class CollapseGuard(Callback):
     The task decides which rules apply and what is expected: the last features of a classifier or of a regression may
     end in as few directions as there are classes less one, or targets, and that is a notice and no failure. It is given
     with ``task``, or inferred from what the first loss compares, and said, see
-    :func:`~lightning_collapse.callbacks.guard.task_inference.infer_task`; an unknown one changes nothing.
+    :func:`~lightning_collapse.callbacks.guard.task_inference.infer_task`; an unknown one changes nothing. The attribute
+    ``task`` is the :class:`~lightning_collapse.rules.Task` that the fit is taken for.
 
     With ``outcome``, the name of a metric that the module logs, every verdict also says whether that has moved yet:
     that a layer has failed before the score did is what the guard is for. The score is read whenever it is logged, and
@@ -69,17 +72,19 @@ class CollapseGuard(Callback):
 
     Args:
         action: What to do at a new verdict: ``"warn"`` (a warning of the logger ``lightning_collapse``, on ``stderr``
-            unless :mod:`logging` is told otherwise), ``"log"`` (as text and data to every logger that takes them),
-            ``"checkpoint"`` (save one into ``dirpath``), ``"stop"`` (the fit), a
-            :class:`~lightning_collapse.Rollback`, a :class:`~lightning_collapse.SwitchOn`, a callable that is given the
-            trainer, the module and the :class:`~lightning_collapse.rules.Verdict`, an
-            :class:`~lightning_collapse.callbacks.Action` of your own, or a list of these, done in order.
-            One that raises an exception is left out from then on, with one warning.
+            unless ``logging`` is told otherwise), ``"log"`` (as text and data to every logger that takes them),
+            ``"checkpoint"`` (save one into ``dirpath``), ``"stop"`` (the fit), a ``Rollback``, a ``SwitchOn``, a
+            callable that is given the trainer, the module and the ``Verdict``, an ``Action`` of your own, or a list of
+            these, done in order. One that raises an exception is left out from then on, with one warning.
         patience: Points in a row it takes, where a rule does not know better.
         calibration: How many first points make the baseline that later ones are compared with, likewise.
         dirpath: Where ``"checkpoint"`` and a rollback save; a folder ``guard`` beside the run's logs by default.
-        rules: Kinds to judge, such as ``["complete_collapse"]``; ``None`` for all that monitors draw the curves of.
-        task: One of :data:`~lightning_collapse.rules.TASKS`; ``None`` to infer it.
+        rules: Kinds to judge, a list out of ``attention_entropy_collapse``, ``attention_overload``,
+            ``catastrophic_forgetting``, ``complete_collapse``, ``dimensional_collapse``, ``loss_explosion``,
+            ``minority_collapse``, ``neural_collapse_reached``, ``non_finite``, ``outcome_drop``, ``partial_collapse``,
+            ``plasticity_loss``, ``prototype_collapse``, ``regression_over_compression`` and your own; ``None`` for all
+            that monitors draw the curves of.
+        task: What the network is trained for; ``None`` to infer it.
         outcome: Name of the logged metric that counts in the end, such as ``"val_acc"``; ``None`` to watch none.
         mode: ``"max"`` if a higher ``outcome`` is better, ``"min"`` if a lower one is.
 
@@ -87,7 +92,6 @@ class CollapseGuard(Callback):
         judge: The :class:`~lightning_collapse.rules.Judge` that it hands all points to.
         verdicts: Every :class:`~lightning_collapse.rules.Verdict` so far, in order.
         notices: What rules found that is no failure, as verdicts; each layer's once.
-        task: The :class:`~lightning_collapse.rules.Task` it takes the fit for.
 
     Raises:
         ValueError: On an unknown action, kind, task or mode, on ``outcome`` without ``mode`` or the other way round, or
@@ -102,14 +106,14 @@ class CollapseGuard(Callback):
 
     def __init__(
         self,
-        action: ActionLike | Sequence[ActionLike] = ("warn", "log"),
+        action: Sequence[ActionLike] | ActionLike = ("warn", "log"),  # in this order: the first that fits saves a list
         patience: int = 2,
         calibration: int = 3,
         dirpath: str | None = None,
         rules: Sequence[str] | None = None,
-        task: str | None = None,
+        task: TaskName | None = None,
         outcome: str | None = None,
-        mode: str | None = None,
+        mode: Mode | None = None,
     ) -> None:
         for name, number in (("patience", patience), ("calibration", calibration)):
             if number < 1:

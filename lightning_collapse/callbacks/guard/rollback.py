@@ -1,7 +1,5 @@
 """Rollback: return to the last healthy state of training, at a lower learning rate."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +19,7 @@ from lightning_collapse.utilities.trainer import load_own_checkpoint, logging_st
 
 
 class Rollback(Action):
-    """Action of :class:`~lightning_collapse.CollapseGuard`: restore the last healthy state, lower the learning rate.
+    """Action of ``CollapseGuard``: restore the last healthy state, lower the learning rate.
 
     At points where no rule sees anything it saves the state of training, in one file that is written over. At a verdict
     it brings back what that file holds of weights, buffers, optimizers, learning-rate schedulers, the gradient scaler,

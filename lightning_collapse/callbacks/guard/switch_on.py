@@ -1,7 +1,5 @@
 """Adaptive regularization weight: raised while a verdict is active, lowered again after it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -19,7 +17,7 @@ from lightning_collapse.utilities.trainer import logging_step
 
 
 class SwitchOn(Action):
-    """Action of :class:`~lightning_collapse.CollapseGuard`: raise a regularizer's weight while a verdict is active.
+    """Action of ``CollapseGuard``: raise a regularizer's weight while a verdict is active.
 
     The weight that the regularizer was given becomes its full weight, and what is applied is a share of it: 0 when the
     fit starts, so that training is as without it; from a verdict on the share grows by ``1 / ramp`` a step to 1. Once
@@ -31,12 +29,11 @@ class SwitchOn(Action):
     0 the regularizer is evaluated all the same, and its running statistics, if it has any, are kept up.
 
     Args:
-        name: Name of a :class:`~lightning_collapse.Regularizer` among the trainer's callbacks, or of a regularizer of
-            :class:`~lightning_collapse.AntiCollapseMixin`.
+        name: Name of a ``Regularizer`` among the trainer's callbacks, or of a regularizer of ``AntiCollapseMixin``.
         ramp: Optimizer steps from 0 to the full weight.
         fade: Optimizer steps from the full weight back to 0; slow, since a collapse returns slowly too.
         times: How often it is lowered.
-        kinds: Verdicts that raise it.
+        kinds: Verdicts that raise it, of those that ``CollapseGuard`` has as ``rules``.
 
     Raises:
         ValueError: If an argument is out of range, or there is no verdict of a kind.
@@ -45,7 +42,7 @@ class SwitchOn(Action):
     Example::
 
         guard = CollapseGuard(action=["warn", SwitchOn("vicreg", ramp=100)])
-        trainer = Trainer(callbacks=[CollapseMonitor(), Regularizer(VICReg(), on="projector"), guard])
+        trainer = Trainer(callbacks=[CollapseMonitor(), Regularizer(VICReg(), layer="projector"), guard])
     """
 
     goes_on = True

@@ -37,7 +37,7 @@ class AuxiliaryLoss(Callback, ABC):
     anything fails goes without the term, with one warning.
 
     Args:
-        on: Name of the layer to capture.
+        layer: Name of the layer to capture.
         weight: Factor of the term.
         name: Name of its curves.
     """
@@ -45,10 +45,10 @@ class AuxiliaryLoss(Callback, ABC):
     remedy: ClassVar[str] = ""
     """What to do instead in a module that optimizes by hand."""
 
-    def __init__(self, on: str | None, weight: Weight, name: str) -> None:
+    def __init__(self, layer: str | None, weight: Weight, name: str) -> None:
         super().__init__()
         require_weight(weight)
-        self.on = on
+        self.layer = layer
         self.weight = weight
         self.name = name
         self._open = False
@@ -60,6 +60,11 @@ class AuxiliaryLoss(Callback, ABC):
         self._warned: set[str] = set()
         self.containment = Containment(f"{type(self).__name__}(name={name!r})")
         self._finite = FiniteRows()
+
+    @property
+    def on(self) -> str | None:
+        """The older name of :attr:`layer`, which YAML 1.1 reads as a boolean."""
+        return self.layer
 
     @abstractmethod
     def hook(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
@@ -122,7 +127,7 @@ class AuxiliaryLoss(Callback, ABC):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(name=self.name, on=self.on)
+        return self._generate_state_key(name=self.name, on=self.layer)  # the older name, in older checkpoints too
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -168,7 +173,7 @@ class AuxiliaryLoss(Callback, ABC):
         Raises:
             MisconfigurationException: If there is none, or more than one.
         """
-        asked = f"`{type(self).__name__}(on={self.on!r})`"
+        asked = f"`{type(self).__name__}(layer={self.layer!r})`"
         try:
             found = find_modules(pl_module, [name])
         except ValueError as error:
@@ -196,7 +201,7 @@ class AuxiliaryLoss(Callback, ABC):
         twins = [c for c in trainer.callbacks if isinstance(c, AuxiliaryLoss) and c.name == self.name and c is not self]
         if twins:
             raise MisconfigurationException(
-                f"Two `{who}`s are called {self.name!r}, on {self.on!r} and {twins[0].on!r}. Tell their curves"
+                f"Two `{who}`s are called {self.name!r}, on {self.layer!r} and {twins[0].layer!r}. Tell their curves"
                 f" apart with `{who}(..., name=...)`."
             )
 
@@ -204,8 +209,8 @@ class AuxiliaryLoss(Callback, ABC):
         """Rows were not finite; ``first`` in the first step."""
         self.warn_once(
             "nonfinite",
-            f"`{type(self).__name__}(on={self.on!r})`: rows of the layer are NaN or infinite. They are left out and"
-            f" counted in `regularizer/{self.name}/nonfinite_rows`.",
+            f"`{type(self).__name__}(layer={self.layer!r})`: rows of the layer are NaN or infinite. They are left out"
+            f" and counted in `regularizer/{self.name}/nonfinite_rows`.",
         )
 
     def _detach(self) -> None:
@@ -243,3 +248,14 @@ class AuxiliaryLoss(Callback, ABC):
             return self.term(trainer, batch)
         rows = self.captured()
         return nothing(*rows) if rows else None
+
+
+def one_name(layer: str | None, on: str | None) -> str | None:
+    """What a layer is given by under either name of the argument.
+
+    Raises:
+        ValueError: If it is given under both.
+    """
+    if layer is not None and on is not None:
+        raise ValueError(f"`on` is the older name of `layer`, and both are given: {layer!r} and {on!r}. Drop `on`.")
+    return on if layer is None else layer

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.evaluation.evaluation_pass import has_forward
-from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss
+from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss, one_name
 from lightning_collapse.losses.base import TooFewRowsError, nothing
 from lightning_collapse.losses.distillation import distillation_loss, feature_distillation_loss
 from lightning_collapse.losses.schedule import Weight
@@ -37,21 +37,22 @@ class Distillation(AuxiliaryLoss, TaskAware):
     in the state of the callback, so a resumed run has it too. Hooks of the module are not copied.
 
     What is compared is what the module's own ``forward`` returns where ``training_step`` calls it, ``self(x)``, or what
-    a layer ``on`` returns. The teacher is called as the student was: the outermost module that was called around the
+    a ``layer`` returns. The teacher is called as the student was: the outermost module that was called around the
     layer, on the same arguments. Where that does not hold the whole path from the inputs, as in
-    ``self.head(self.encoder(x))`` with ``on="head"``, say with ``outputs`` how the answer to a batch is had. Tokens
+    ``self.head(self.encoder(x))`` with ``layer="head"``, say with ``outputs`` how the answer to a batch is had. Tokens
     ``(N, L, D)`` are a row each, maps ``(N, C, *spatial)`` are averaged over space.
 
     At logging steps it publishes ``regularizer/{name}/value``, which is what was added to the loss, and without the
     weight ``regularizer/{name}/divergence`` or, of features, ``regularizer/{name}/cosine_distance``.
 
     Args:
-        on: Name of the layer, or a glob that matches exactly one; ``None`` for ``forward`` of the module.
+        layer: Name of the layer, or a glob that matches exactly one; ``None`` for ``forward`` of the module.
         weight: Factor of the loss, 1 in the paper: a number, or a function of the step.
         temperature: Of the softened probabilities, 2 in the paper.
         kind: ``"logits"``, or ``"features"`` for their directions.
         outputs: Returns the output of a module, the teacher, on a batch; ``None`` repeats the calls of the student.
         name: Name of the curves.
+        on: The older name of ``layer``, which YAML 1.1 reads as a boolean.
 
     Raises:
         ValueError: If ``temperature`` is not positive or ``kind`` is neither.
@@ -73,16 +74,18 @@ class Distillation(AuxiliaryLoss, TaskAware):
 
     def __init__(
         self,
-        on: str | None = None,
+        layer: str | None = None,
         weight: Weight = 1.0,
         temperature: float = 2.0,
         kind: Literal["logits", "features"] = "logits",
         outputs: Callable[[Any, Any], Any] | None = None,
         name: str = "distillation",
+        *,
+        on: str | None = None,
     ) -> None:
         require_positive(temperature=temperature)
         require_one_of(("logits", "features"), kind=kind)
-        super().__init__(on, weight, name)
+        super().__init__(one_name(layer, on), weight, name)
         if not callable(weight):
             require_not_negative(weight=weight)
         self.temperature = temperature
@@ -178,12 +181,12 @@ class Distillation(AuxiliaryLoss, TaskAware):
         self._teacher, self._saved = None, state_dict["teacher"]
 
     def _layer(self, pl_module: LightningModule) -> tuple[str, nn.Module]:
-        if self.on is not None:
-            return self.find(pl_module, self.on)
+        if self.layer is not None:
+            return self.find(pl_module, self.layer)
         if not has_forward(pl_module):
             raise MisconfigurationException(
                 f"`Distillation` compares what `forward` returns, and {type(pl_module).__name__} has none. Write one"
-                " and call it in `training_step`, or name a layer: `Distillation(on=...)`."
+                " and call it in `training_step`, or name a layer: `Distillation(layer=...)`."
             )
         return "", pl_module
 
@@ -234,35 +237,35 @@ class Distillation(AuxiliaryLoss, TaskAware):
 
     def _problem(self) -> str | None:
         """Why the student's calls are none that a teacher can repeat, and what to do."""
-        what = "its `forward`" if self.on is None else f"{self.on!r}"
+        what = "its `forward`" if self.layer is None else f"{self.layer!r}"
         if not self._calls:
             return (
-                f"`Distillation(on={self.on!r})` needs the module to call {what} with gradient in `training_step`, and"
-                " it did not. Call it there, or name another layer with `on`."
+                f"`Distillation(layer={self.layer!r})` needs the module to call {what} with gradient in"
+                " `training_step`, and it did not. Call it there, or name another with `layer`."
             )
         if any(row is None for call in self._calls for row in call.rows):
             why = self._unreadable
-            return f"`Distillation(on={self.on!r})` needs a floating-point tensor, and {what} returned none{why}."
+            return f"`Distillation(layer={self.layer!r})` needs a floating-point tensor, and {what} returned none{why}."
         if self.outputs is None and any(
             isinstance(leaf, Tensor) and leaf.grad_fn is not None
             for call in self._calls
             for leaf in tree_leaves((call.args, call.kwargs))
         ):
             return (
-                f"`Distillation(on={self.on!r})`: {what} was called on what other layers had computed, and the teacher"
-                " must start from the inputs. Say how: `outputs=lambda module, batch: module.head(module.encoder("
-                "batch[0]))`; or call all of it as one module."
+                f"`Distillation(layer={self.layer!r})`: {what} was called on what other layers had computed, and the"
+                " teacher must start from the inputs. Say how: `outputs=lambda module, batch: module.head("
+                "module.encoder(batch[0]))`; or call all of it as one module."
             )
         return None
 
     def _mismatch(self, student: Tensor, teacher: Tensor | None) -> str | None:
         """Why the two cannot be compared."""
         if teacher is None:
-            return f"`Distillation(on={self.on!r})`: the teacher returned no floating-point tensor."
+            return f"`Distillation(layer={self.layer!r})`: the teacher returned no floating-point tensor."
         more = student.shape[1] > teacher.shape[1] and self.kind == "logits"  # a head that has grown
         if len(student) != len(teacher) or (student.shape[1] != teacher.shape[1] and not more):
             return (
-                f"`Distillation(on={self.on!r})` cannot compare {tuple(student.shape)} of the student with"
+                f"`Distillation(layer={self.layer!r})` cannot compare {tuple(student.shape)} of the student with"
                 f" {tuple(teacher.shape)} of the teacher: the same rows are needed, and"
                 f" {'no fewer columns' if self.kind == 'logits' else 'as many columns'}."
             )

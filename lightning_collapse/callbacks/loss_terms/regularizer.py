@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss
+from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss, one_name
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.support.state import OneStep, keep, recall, remembered
 from lightning_collapse.utilities.features import sample_count
@@ -44,14 +44,14 @@ class Regularizer(AuxiliaryLoss):
     modules are compiled anew when the fit starts, so that they know of the hook.
 
     Args:
-        loss: An :class:`~lightning_collapse.losses.AntiCollapseLoss`, or any module without trainable parameters that
-            maps feature matrices to a scalar: one, or two if its attribute ``views`` is 2.
-        on: Name of the layer, or a glob that matches exactly one: ``"projector"``, ``"*.projector"``.
-        weight: Factor of the loss: a number, or a function of the step such as
-            :class:`~lightning_collapse.losses.LinearWarmup`.
+        loss: An ``AntiCollapseLoss``, or any module without trainable parameters that maps feature matrices to a
+            scalar: one, or two if its attribute ``views`` is 2.
+        layer: Name of the layer, or a glob that matches exactly one: ``"projector"``, ``"*.projector"``.
+        weight: Factor of the loss: a number, or a function of the step such as ``LinearWarmup``.
         chunk: 2 if one call of the layer holds both views, the first in the first half of the batch. With 1 the layer
             is called once per view.
         name: Name of the curves; by default that of the loss class without ``Loss``, in lower case.
+        on: The older name of ``layer``, which YAML 1.1 reads as a boolean.
 
     Raises:
         ValueError: If an argument is of another type, ``chunk`` does not fit the loss, or the loss takes labels.
@@ -61,24 +61,27 @@ class Regularizer(AuxiliaryLoss):
 
     Example::
 
-        trainer = Trainer(callbacks=[Regularizer(VICReg(), on="projector")])
+        trainer = Trainer(callbacks=[Regularizer(VICReg(), layer="projector")])
     """
 
     remedy = "Add `self.anti_collapse_loss(...)` of `AntiCollapseMixin` to your loss instead."
-    on: str
+    layer: str
 
     def __init__(
         self,
         loss: nn.Module,
-        on: str,
+        layer: str | None = None,
         weight: float | Callable[[int], float] = 1.0,
         chunk: Literal[1, 2] = 1,
         name: str | None = None,
+        *,
+        on: str | None = None,
     ) -> None:
+        layer = one_name(layer, on)
         if not isinstance(loss, nn.Module):
             raise ValueError(f"`loss` must be a module, got {loss!r}. Pass an instance, such as `VICReg()`.")
-        if not isinstance(on, str):
-            raise ValueError(f"`on` must be the name of a layer, got {on!r}. Pass what `named_modules()` calls it.")
+        if not isinstance(layer, str):
+            raise ValueError(f"`layer` must be the name of a layer, got {layer!r}. See `named_modules()`.")
         self._views: int = getattr(loss, "views", 1)
         if chunk not in (1, self._views):
             raise ValueError(
@@ -90,7 +93,7 @@ class Regularizer(AuxiliaryLoss):
                 f"{type(loss).__name__} takes labels, and a layer returns none. Call `self.anti_collapse_loss(features,"
                 " labels)` of `AntiCollapseMixin` in `training_step`."
             )
-        super().__init__(on, weight, name or type(loss).__name__.removesuffix("Loss").lower())
+        super().__init__(layer, weight, name or type(loss).__name__.removesuffix("Loss").lower())
         self.loss = loss
         self.chunk = chunk
         self._rows: list[Tensor | None] = []
@@ -107,7 +110,7 @@ class Regularizer(AuxiliaryLoss):
 
     @override
     def hook(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
-        _, layer = self.find(pl_module, self.on)
+        _, layer = self.find(pl_module, self.layer)
         if any(p.requires_grad for p in self.loss.parameters()):
             raise MisconfigurationException(
                 f"The optimizer does not know the trainable parameters of {type(self.loss).__name__}. Make it part of"
@@ -189,12 +192,12 @@ class Regularizer(AuxiliaryLoss):
         """Keep an empty matrix like this one, for steps in which this process has no rows."""
         self._no_rows = view.detach().new_empty(0, view.shape[1]).requires_grad_(view.requires_grad)
         if not view.requires_grad:
-            self.warn_once("frozen", f"The output of {self.on!r} has no gradient: its regularizer trains nothing.")
+            self.warn_once("frozen", f"The output of {self.layer!r} has no gradient: its regularizer trains nothing.")
 
     def _problem(self, rows: list[Tensor | None]) -> str | None:
         """Why the loss cannot be evaluated on these outputs, and what to do."""
         wanted = self._views // self.chunk
-        needs = f"`Regularizer({type(self.loss).__name__}(), on={self.on!r})` needs"
+        needs = f"`Regularizer({type(self.loss).__name__}(), layer={self.layer!r})` needs"
         if not rows:
             return (
                 f"{needs} the layer to run with gradient in `training_step`, and it did not. Choose another layer; one"

@@ -79,8 +79,7 @@ class CollapseMonitor(Monitor):
 
     Args:
         layers: Names of submodules, or glob patterns of them; ``"name:input"`` is what a module receives instead of
-            what it returns. ``None`` takes up to a dozen by the rule of
-            :func:`~lightning_collapse.utilities.default_taps`.
+            what it returns. ``None`` takes up to a dozen by the rule of ``default_taps``.
         measures: Names of registered measures (``python -m lightning_collapse measures`` lists them), or ``"all"``.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         rows: Rows per layer and point, over all processes, instead of the automatic number.

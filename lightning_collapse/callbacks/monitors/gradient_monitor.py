@@ -50,7 +50,7 @@ class GradientMonitor(Monitor):
 
     Args:
         layers: Names of submodules, or glob patterns of them; all parameters inside count. ``None`` takes up to a dozen
-            by the rule of :func:`~lightning_collapse.utilities.default_taps`.
+            by the rule of ``default_taps``.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         noise: Whether to read the noise where gradients are accumulated.
         smoothing: Weight of the past in the two averages, per point; 0 for none.

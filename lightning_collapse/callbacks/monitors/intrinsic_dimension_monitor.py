@@ -43,8 +43,7 @@ class IntrinsicDimensionMonitor(Monitor):
 
     Args:
         layers: Names of submodules, or glob patterns of them; ``"name:input"`` is what a module receives instead of
-            what it returns. ``None`` takes up to a dozen by the rule of
-            :func:`~lightning_collapse.utilities.default_taps`.
+            what it returns. ``None`` takes up to a dozen by the rule of ``default_taps``.
         every_n_steps: Optimizer steps between two points. ``None`` is ten times ``Trainer(log_every_n_steps)``: a point
             on a dozen layers costs as much as several steps of a small model.
         rows: Rows per layer and point, over all processes. The cost of a point grows with its square.

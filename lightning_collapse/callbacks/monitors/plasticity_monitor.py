@@ -54,9 +54,8 @@ class PlasticityMonitor(Monitor):
 
     Args:
         layers: Names of submodules, or glob patterns of them; ``"name:input"`` is what a module receives. ``None``
-            takes up to a dozen activation functions, see
-            :func:`~lightning_collapse.utilities.modules.activation_taps`; where there are none the layers of
-            :func:`~lightning_collapse.utilities.default_taps`.
+            takes up to a dozen activation functions, see ``activation_taps``; where there are none the layers of
+            ``default_taps``.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         batches: How many batches a point rests on, at most.
         tau: Threshold of dormant units.

@@ -225,7 +225,7 @@ def test_actions(tmp_path, caplog):
         "`CollapseGuard` at step 4:\n- Only few directions are left of the features in `z`. Dimensional"
     )
     assert " since step 3, noticed at step 4: over 64 rows" in said
-    assert " Add `Regularizer(VICReg(), on=...)`" in said
+    assert " Add `Regularizer(VICReg(), layer=...)`" in said
     assert trainer.global_step == 5
     assert called == guard.verdicts
     saved = torch.load(tmp_path / "saved" / "dimensional_collapse-step=4.ckpt", weights_only=True)

@@ -124,7 +124,7 @@ def test_what_other_callbacks_and_the_module_do_to_a_checkpoint_is_not_brought_b
 
 
 def test_running_statistics_of_a_regularizer_come_back(tmp_path):
-    term = Regularizer(CorInfoMax(), on="encoder", chunk=2)
+    term = Regularizer(CorInfoMax(), layer="encoder", chunk=2)
     with pytest.warns(UserWarning, match=RETURNS):
         script, _ = run(tmp_path, lambda t: (tensors(t), term.state_dict()), last=[term])
     assert equal(script.after[6], script.before[4])

@@ -66,7 +66,7 @@ def test_views_that_agree_on_one_point_are_rescued_and_the_twin_is_lost():
     assert spread[-1] < 0.01 * spread[0]
     torch.manual_seed(0)
     rescued, curve = watched(
-        Agreeing(), Regularizer(VICReg(), on="encoder"), action=["log", SwitchOn("vicreg", ramp=20, fade=150)]
+        Agreeing(), Regularizer(VICReg(), layer="encoder"), action=["log", SwitchOn("vicreg", ramp=20, fade=150)]
     )
     rank, spread = (curve(f"collapse/encoder/{name}") for name in ("effective_rank", "feature_std"))
     assert rescued.verdicts == lost.verdicts  # and none after it
@@ -110,7 +110,7 @@ class Plant(Callback):
 
 def planted(needs, switch, steps, **kwargs):
     plant, guard = Plant(switch, needs), CollapseGuard(action=["log", switch])
-    regularizer = Regularizer(VarianceLoss(), on="encoder")
+    regularizer = Regularizer(VarianceLoss(), layer="encoder")
     monitor = Claims()
     model = Toy()
     fit(model, [regularizer, monitor, guard, plant], batches(steps), **kwargs)
@@ -161,7 +161,7 @@ def test_what_is_added_is_the_share_of_a_schedule():
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
     switch = SwitchOn("variance", ramp=4)
-    regularizer = Regularizer(VarianceLoss(), on="encoder", weight=LinearWarmup(2.0, steps=10))
+    regularizer = Regularizer(VarianceLoss(), layer="encoder", weight=LinearWarmup(2.0, steps=10))
     fit(
         Constant(),
         [
@@ -185,7 +185,7 @@ def test_a_resumed_fit_is_bit_equal(tmp_path):
         torch.manual_seed(0)
         model, switch = Toy(), SwitchOn("variance", ramp=6, fade=8)
         plant, guard = Plant(switch, 0.7), CollapseGuard(action=["log", switch])
-        regularizer = Regularizer(VarianceLoss(), on="encoder")
+        regularizer = Regularizer(VarianceLoss(), layer="encoder")
         monitor = Claims()
         options = {**QUIET, "max_epochs": epochs, "logger": False, "enable_checkpointing": bool(callbacks)}
         trainer = Trainer(**options, callbacks=[regularizer, monitor, guard, plant, *callbacks])
@@ -201,7 +201,7 @@ def test_a_resumed_fit_is_bit_equal(tmp_path):
 
 
 def test_an_unknown_name_lists_those_there_are():
-    callbacks = [CollapseMonitor(), Regularizer(VICReg(), on="encoder"), CollapseGuard(action=SwitchOn("visreg"))]
+    callbacks = [CollapseMonitor(), Regularizer(VICReg(), layer="encoder"), CollapseGuard(action=SwitchOn("visreg"))]
     with pytest.raises(MisconfigurationException, match=r"finds no regularizer of that name; there is 'vicreg'"):
         fit(Agreeing(), callbacks)
 

@@ -35,9 +35,9 @@ class Copies(Callback):
 
 
 AROUND = [
-    lambda: Regularizer(VarianceLoss(), on="encoder"),
-    lambda: Regularizer(VCReg(), on="encoder.0"),
-    lambda: Distillation(on="encoder"),
+    lambda: Regularizer(VarianceLoss(), layer="encoder"),
+    lambda: Regularizer(VCReg(), layer="encoder.0"),
+    lambda: Distillation(layer="encoder"),
 ]
 
 
@@ -69,7 +69,7 @@ def test_a_teacher_made_of_the_regularized_layer_adds_no_rows():
             return super().terms(*views)
 
     rows = []
-    fit(Byol(), [Regularizer(Rows(), on="encoder")])
+    fit(Byol(), [Regularizer(Rows(), layer="encoder")])
     assert rows == [32] * 6
 
 
@@ -102,7 +102,7 @@ class Kept(Masked):
         return value + VarianceLoss()(features[cut:]) if self.counts(batch_idx) else value
 
 
-@pytest.mark.filterwarnings("ignore:`Regularizer.on='holes'.`. rows of the layer are NaN")
+@pytest.mark.filterwarnings("ignore:`Regularizer.layer='holes'.`. rows of the layer are NaN")
 @pytest.mark.parametrize(
     ("chosen", "counts", "points"),
     [
@@ -113,7 +113,7 @@ class Kept(Masked):
 def test_rows_that_are_not_finite_are_left_out(chosen, counts, points):
     found, keeper = [], PointKeeper()
     for model, callbacks in (
-        (Masked(chosen), [Regularizer(VarianceLoss(), on="holes"), keeper]),
+        (Masked(chosen), [Regularizer(VarianceLoss(), layer="holes"), keeper]),
         (Kept(chosen, counts), []),
     ):
         model.load_state_dict(start)
@@ -127,26 +127,28 @@ torch.manual_seed(0)
 start = Toy().state_dict()
 
 
-@pytest.mark.filterwarnings("ignore:`Regularizer.on='holes'.`. rows of the layer are NaN")
+@pytest.mark.filterwarnings("ignore:`Regularizer.layer='holes'.`. rows of the layer are NaN")
 def test_a_resumed_run_knows_of_such_rows(tmp_path):
     whole, half, rest = Masked(), Masked(), Masked()
     for model in (whole, half):
         model.load_state_dict(start)
-    fit(whole, [Regularizer(VarianceLoss(), on="holes")], max_epochs=2)
-    first = fit(half, [Regularizer(VarianceLoss(), on="holes")])
+    fit(whole, [Regularizer(VarianceLoss(), layer="holes")], max_epochs=2)
+    first = fit(half, [Regularizer(VarianceLoss(), layer="holes")])
     first.save_checkpoint(tmp_path / "half.ckpt")
-    last = Trainer(**{**QUIET, "logger": False, "max_epochs": 2}, callbacks=[Regularizer(VarianceLoss(), on="holes")])
+    last = Trainer(
+        **{**QUIET, "logger": False, "max_epochs": 2}, callbacks=[Regularizer(VarianceLoss(), layer="holes")]
+    )
     last.fit(rest, batches(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert torch.equal(flat(rest), flat(whole))
 
 
 def test_it_is_said_once():
     with pytest.warns(UserWarning, match=r"rows of the layer are NaN.*`regularizer/variance/nonfinite_rows`") as told:
-        fit(Masked(), [Regularizer(VarianceLoss(), on="holes")], log_every_n_steps=1)
+        fit(Masked(), [Regularizer(VarianceLoss(), layer="holes")], log_every_n_steps=1)
     assert sum("are NaN" in str(warning.message) for warning in told) == 1
 
 
-@pytest.mark.filterwarnings("ignore:`Regularizer.on='holes'.`. rows of the layer are NaN")
+@pytest.mark.filterwarnings("ignore:`Regularizer.layer='holes'.`. rows of the layer are NaN")
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_step_without_the_term_leaves_no_trace_in_the_loss(first):
     """In its running statistics: one batch has such rows, or is left out."""
@@ -155,7 +157,7 @@ def test_a_step_without_the_term_leaves_no_trace_in_the_loss(first):
         loss, model = CorInfoMax(), Masked(chosen)
         model.load_state_dict(start)
         model.optimizer_step = lambda *args, **kwargs: kwargs.get("optimizer_closure", args[-1])()
-        fit(model, [Regularizer(loss, on="holes", chunk=2)], DataLoader(torch.cat(rows), 32), log_every_n_steps=99)
+        fit(model, [Regularizer(loss, layer="holes", chunk=2)], DataLoader(torch.cat(rows), 32), log_every_n_steps=99)
         states.append((loss.means, loss.covariances))
     torch.testing.assert_close(*states)
     assert states[0][1].isfinite().all()
@@ -197,13 +199,13 @@ class Failing(AntiCollapseLoss):
 def test_what_the_loss_raises_later_is_a_warning():
     model = Toy()
     with pytest.warns(UserWarning, match=r"`Regularizer\(name='failing'\)`: its term failed with OSError.*go without"):
-        fit(model, [Regularizer(Failing(), on="encoder")])
+        fit(model, [Regularizer(Failing(), layer="encoder")])
     assert flat(model).isfinite().all()
     assert not any(part._forward_hooks for part in model.modules())
     spent = Failing()
     spent.calls = 1
     with pytest.raises(OSError, match="no disk"):
-        fit(Toy(), [Regularizer(spent, on="encoder")])
+        fit(Toy(), [Regularizer(spent, layer="encoder")])
 
 
 @pytest.mark.parametrize("at", [0, 3])
@@ -222,10 +224,12 @@ def test_outputs_that_cannot_be_read(at):
 
     if at:
         with pytest.warns(UserWarning, match=r"the layer returned none.*go without the term"):
-            fit(Sparse(), [Regularizer(VarianceLoss(), on="odd")])
+            fit(Sparse(), [Regularizer(VarianceLoss(), layer="odd")])
     else:
-        with pytest.raises(MisconfigurationException, match=r"on='odd'.*needs a floating-point tensor.*returned none"):
-            fit(Sparse(), [Regularizer(VarianceLoss(), on="odd")])
+        with pytest.raises(
+            MisconfigurationException, match=r"layer='odd'.*needs a floating-point tensor.*returned none"
+        ):
+            fit(Sparse(), [Regularizer(VarianceLoss(), layer="odd")])
 
 
 class Broken(MemoryLogger):
@@ -247,7 +251,7 @@ class Mixed(AntiCollapseMixin, Toy):
 @pytest.mark.parametrize(
     ("model", "callbacks"),
     [
-        (Toy, lambda: [Regularizer(VarianceLoss(), on="encoder"), WeightPenalty(L2Init())]),
+        (Toy, lambda: [Regularizer(VarianceLoss(), layer="encoder"), WeightPenalty(L2Init())]),
         (Mixed, list),
     ],
 )
@@ -260,7 +264,7 @@ def test_a_logger_that_fails_ends_nothing(model, callbacks):
 @pytest.mark.parametrize(
     ("make", "callbacks", "curve"),
     [
-        (Toy, lambda: [Regularizer(VarianceLoss(), on="encoder")], "regularizer/variance/value"),
+        (Toy, lambda: [Regularizer(VarianceLoss(), layer="encoder")], "regularizer/variance/value"),
         (Toy, lambda: [WeightPenalty(L2Init())], "penalty/l2init/value"),
         (Mixed, list, "regularizer/variance/variance"),
     ],
@@ -285,7 +289,7 @@ def test_what_early_stopping_reads_is_fresh():
         def on_train_epoch_end(self, trainer, pl_module):
             seen.append(trainer.callback_metrics["regularizer/variance/value"].item())
 
-    fit(Toy(), [Regularizer(VarianceLoss(), on="encoder"), Reads()], max_epochs=3)
+    fit(Toy(), [Regularizer(VarianceLoss(), layer="encoder"), Reads()], max_epochs=3)
     assert len(set(seen)) == 3
 
 

@@ -121,7 +121,7 @@ def test_is_learning_without_forgetting_written_out(kwargs):
 
 def test_features_of_a_layer():
     ours, theirs = pair(kind="features", weight=5.0)
-    tasks(ours, Distillation(on="encoder", kind="features", weight=5.0))
+    tasks(ours, Distillation(layer="encoder", kind="features", weight=5.0))
     tasks(theirs)
     assert same(ours, theirs)
 
@@ -139,7 +139,7 @@ def test_an_operation_in_place_behind_the_layer_does_not_matter():
             return loss
 
     ours, theirs = pair(second=Before)
-    tasks(ours, Distillation(on="encoder.1", kind="features"))
+    tasks(ours, Distillation(layer="encoder.1", kind="features"))
     tasks(theirs)
     for first, second in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(first, second)
@@ -147,7 +147,7 @@ def test_an_operation_in_place_behind_the_layer_does_not_matter():
 
 def test_a_path_in_pieces_is_told_by_outputs():
     ours, theirs = pair(WithoutForward)
-    tasks(ours, Distillation(on="head", outputs=lambda module, batch: module.head(module.encoder(batch[0]))))
+    tasks(ours, Distillation(layer="head", outputs=lambda module, batch: module.head(module.encoder(batch[0]))))
     tasks(theirs)
     assert same(ours, theirs)
 
@@ -334,8 +334,8 @@ def test_compiled(what, on):
     else:
         ours.encoder = torch.compile(ours.encoder, backend="eager")
         compiled = ours
-    tasks(compiled, Distillation(on=on, weight=2.0), count=2)
-    tasks(plain, Distillation(on=on, weight=2.0), count=2)
+    tasks(compiled, Distillation(layer=on, weight=2.0), count=2)
+    tasks(plain, Distillation(layer=on, weight=2.0), count=2)
     for first, second in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(first, second)
     torch.compiler.reset()
@@ -396,11 +396,11 @@ class Locked(Net):
         (Manual, [Distillation()], "optimizes by hand. Add `distillation_loss"),
         (WithoutForward, [Distillation()], "WithoutForward has none. Write one and call it"),
         (NeverCalled, [Distillation()], "call its `forward` with gradient in `training_step`, and it did not"),
-        (WithoutForward, [Distillation(on="head")], "called on what other layers had computed.*outputs=lambda"),
-        (Net, [Distillation(on="tail")], "'tail' matches no submodule of Net"),
-        (Net, [Distillation(on="encoder.*")], "must name one layer, but matches 4"),
-        (Net, [Distillation(), Distillation(on="head")], "Two `Distillation`s are called 'distillation'"),
-        (Net, [Distillation(name="x"), Regularizer(VarianceLoss(), on="head", name="x")], "are called 'x'"),
+        (WithoutForward, [Distillation(layer="head")], "called on what other layers had computed.*outputs=lambda"),
+        (Net, [Distillation(layer="tail")], "'tail' matches no submodule of Net"),
+        (Net, [Distillation(layer="encoder.*")], "must name one layer, but matches 4"),
+        (Net, [Distillation(), Distillation(layer="head")], "Two `Distillation`s are called 'distillation'"),
+        (Net, [Distillation(name="x"), Regularizer(VarianceLoss(), layer="head", name="x")], "are called 'x'"),
         (Locked, [Distillation()], "needs a copy of Locked.*generator"),
     ],
 )

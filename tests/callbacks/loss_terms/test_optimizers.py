@@ -118,7 +118,7 @@ def test_a_regularizer_is_one_function_within_a_step(make):
         values.clear()
         loss = Counted()
         model = MixedSearching(loss) if door == "mixin" else Searching()
-        outside = [Regularizer(loss, on="projector", chunk=loss.views, name="it")] if door == "callback" else []
+        outside = [Regularizer(loss, layer="projector", chunk=loss.views, name="it")] if door == "callback" else []
         fit(model, outside, max_epochs=1)
         assert len(values) > 6
         if make is SIGReg:
