@@ -3,9 +3,11 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv-peers/bin
 DIST := .venv-dist/bin
+DOCS := .venv-docs/bin
+DOCS_READY := .venv-docs/.ready
 PEERS_READY := .venv-peers/.ready
 
-.PHONY: demo test bench faults cuda peers zoo dist clean
+.PHONY: demo test bench faults cuda peers zoo dist docs clean
 
 demo: $(READY)
 	$(BIN)/python -m lightning_collapse demo
@@ -71,5 +73,15 @@ dist:
 	cd dist && ../$(DIST)/python -W ignore first_lines.py
 	rm -rf .venv-dist dist/first_lines.py dist/lightning_logs
 
+# the API reference from the docstrings; a warning or a reference to nothing is an error
+docs: $(DOCS_READY)
+	rm -rf dist/docs .docs/api
+	$(DOCS)/sphinx-build -W --keep-going -n -q -d .docs/.doctrees .docs dist/docs
+
+$(DOCS_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS)/python -m pip install --quiet --constraint constraints.txt --editable . furo sphinx
+	touch $(DOCS_READY)
+
 clean:
-	rm -rf .venv .venv-peers .venv-dist dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-dist .venv-docs .docs/.doctrees .docs/api dist .mypy_cache .pytest_cache .ruff_cache

@@ -41,7 +41,7 @@ class Captured(NamedTuple):
 
 
 class FeatureHooks(HookOwner):
-    """Forward hooks that copy rows of features while :attr:`armed`, and cost one ``if`` while not.
+    """Forward hooks that copy rows of features while ``armed``, and cost one ``if`` while not.
 
     Every call of a layer counts (siamese models call it once per view), except activation checkpointing's
     recomputation in the backward pass. Rows are copied: a later in-place operation would change a view, and a slice

@@ -54,7 +54,7 @@ class FeatureWindow:
             the buffer; for sums that need no rows.
         containment: Where failures of hooks are told, in the name of its owner.
         choose: Other taps, if the order in which the first batch runs the modules asks for others; it may set
-            :attr:`rows` and :attr:`limit` for them.
+            :attr:`rows` and ``limit`` for them.
         views: Keep rows of two views of the same samples too, of layers that see two.
         positions: Take every position of a map for a row, and not their mean.
         codebooks: Counts the codes of the batches too.

@@ -101,7 +101,7 @@ class Curve:
         facts = "; ".join(
             fact for fact in (self.reads, self.range, self.collapsed and f"ill: {self.collapsed}") if fact
         )
-        return f"- ``{self.name}``: {facts}."
+        return f"- ``{self.name}``: {facts}.".replace("|", r"\|")  # which begins a substitution there
 
 
 MONITORS: dict[str, type] = {}

@@ -33,7 +33,7 @@ def fit_tasks(
     """Fit a module to one task after the other, with a fresh ``Trainer`` for each.
 
     A trainer that is used again trains nothing: it has reached its last epoch. The module and the callbacks go on. Of
-    the callbacks those that act when a task ends (:class:`~lightning_collapse.callbacks.task_aware.TaskAware`), and
+    the callbacks those that act when a task ends (:class:`~lightning_collapse.TaskAware`), and
     :class:`~lightning_collapse.PlasticityMonitor`, which measures from where the first began, carry state from task to
     task: either ``make_trainer`` puts the same objects into every trainer, or new ones of the same ``state_key`` get
     the state of the old ones. All others start afresh if they are new, such as an ``EarlyStopping``.

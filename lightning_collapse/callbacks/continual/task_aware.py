@@ -39,7 +39,7 @@ class TaskAware(Callback, ABC):
 
     @abstractmethod
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The task of index :attr:`task_index` has ended. Collective: called on every process."""
+        """The task of index ``task_index`` has ended. Collective: called on every process."""
 
     def finish_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the task, if it was trained at all."""

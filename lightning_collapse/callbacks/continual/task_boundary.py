@@ -17,7 +17,7 @@ from lightning_collapse.utilities.containment import Containment
 class TaskBoundary(Callback):
     """Ends tasks at the ends of chosen epochs of a fit, for everything that acts when a task ends.
 
-    Calls ``finish_task(trainer, pl_module)`` of every :class:`~lightning_collapse.callbacks.task_aware.TaskAware`
+    Calls ``finish_task(trainer, pl_module)`` of every :class:`~lightning_collapse.TaskAware`
     callback and of the module, if it has one, when the epoch's training is over, after ``on_train_epoch_end`` of other
     callbacks and of the module: on the loader of the task that ends, and before a ``ModelCheckpoint`` saves the epoch
     (one with ``save_on_train_epoch_end=False``, or that saves after validation, does so before the task has ended).
@@ -25,7 +25,7 @@ class TaskBoundary(Callback):
 
     Data of the next task: a ``LightningDataModule`` with an attribute ``task_index`` finds the running task in it
     whenever ``train_dataloader()`` is called; ``Trainer(reload_dataloaders_every_n_epochs=1)`` has it called every
-    epoch, and is required then. Any other source of data has to look at :attr:`task_index` itself.
+    epoch, and is required then. Any other source of data has to look at ``task_index`` itself.
 
     Args:
         every_n_epochs: A task ends after this many epochs, and again after as many.

@@ -32,7 +32,7 @@ class Monitor(Callback, ABC):
     """Watches a fit and publishes points at a cadence; subclass it to watch something new.
 
     A subclass declares its curves, chooses what to watch in :meth:`start`, says in :meth:`read` what there is to read
-    and in :meth:`points` what becomes of the numbers. If it sets :attr:`window` the rest is here: hooks, the batches
+    and in :meth:`points` what becomes of the numbers. If it sets ``window`` the rest is here: hooks, the batches
     that a point rests on, the state in checkpoints. It watches from ``on_fit_start``, when the model is built, moved
     and sharded, to the end or the failure of the fit; ``trainer.validate``, ``test`` and ``predict`` do not concern it.
 
@@ -98,7 +98,7 @@ class Monitor(Callback, ABC):
         """Begin to watch. The only place that may raise."""
 
     def stop(self) -> None:
-        """Cease to watch whatever :attr:`window` does not; called more than once."""
+        """Cease to watch whatever ``window`` does not; called more than once."""
 
     def read(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[Name, Tensor]:
         """What there is to read, on its device: 0-dimensional tensors, or vectors, by layer and measure.
