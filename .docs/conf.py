@@ -8,8 +8,11 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 
 import lightning_collapse
 
-PACKAGES = ["", *"callbacks functional layers losses metrics mixins monitoring optimizers penalties".split()]
-PACKAGES += "reporting rules spectral utilities".split()
+PACKAGES = [
+    "",
+    *["callbacks", "functional", "layers", "losses", "metrics", "mixins", "monitoring", "optimizers", "penalties"],
+]
+PACKAGES += ["reporting", "rules", "spectral", "utilities"]
 MODULES = [import_module(f"lightning_collapse.{package}".rstrip(".")) for package in PACKAGES]
 HOME: dict[int, str] = {}
 for module in MODULES:  # a name that several packages export is described by the first

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_collapse.reporting.containments import METRICS, containment_of
 from lightning_collapse.utilities.trainer import tensorboard_writer
+from lightning_collapse.utilities.twin_packages import path_of
 
 P = ParamSpec("P")
 Handler = TypeVar("Handler", bound=Callable[..., None])
@@ -45,13 +46,18 @@ class Sink(Generic[P]):
         if rank_zero_only.rank != 0 or place in failed or METRICS in failed:
             return
         try:
-            self._dispatch(logger, *args, **kwargs)
+            self._handler(type(logger))(logger, *args, **kwargs)
         except Exception as error:  # a full disk, a lost connection: each backend raises its own classes
             if failed:
                 failed[place] = repr(error)  # said before
             else:
                 consequence = "curves are not affected, and what else this logger refuses is missing without a warning"
                 containment_of(logger).catch(place, consequence, error)
+
+    def _handler(self, kind: type) -> Callable[..., None]:
+        """That of the class or of its nearest base; what the loggers of one package have serves those of its twin."""
+        handlers = {path_of(cls): handler for cls, handler in self._dispatch.registry.items()}
+        return next(handlers[path] for base in kind.__mro__ if (path := path_of(base)) in handlers)
 
 
 def log_curves(logger: Logger, values: Mapping[str, float], step: int) -> None:

@@ -165,7 +165,7 @@ class Moments:
 
     @full_precision
     def gram(self, center: bool = True) -> tuple[Tensor, Spectrum]:
-        """The Gram matrix ``(D, D)`` and an unfinished record, see :func:`~lightning_collapse.spectral.spectrum.gram_of`."""
+        """Gram matrix ``(D, D)`` and unfinished record, see :func:`~lightning_collapse.spectral.spectrum.gram_of`."""
         centered = self.about(self.mean)
         gram, mean = centered.second, centered.shift
         record = Spectrum(torch.ones_like(self.count), self.count, len(mean))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_collapse.utilities.twin_packages import is_kind, path_of
+
 _PIPE = 8 * 1024
 """Far less than a pipe holds: 29 KB of curves were seen to block one."""
 
@@ -101,7 +103,7 @@ def is_sharded(trainer: Trainer, module: nn.Module) -> bool:
     """Whether no process holds the whole of every parameter."""
     marks = ("full_tensor", "ds_id")  # of DTensor (FSDP2, tensor parallel) and of DeepSpeed's third stage
     cut = any(hasattr(parameter, mark) for parameter in module.parameters() for mark in marks)
-    return cut or isinstance(trainer.strategy, FSDPStrategy)
+    return cut or is_kind(trainer.strategy, FSDPStrategy)
 
 
 def save_checkpoint(trainer: Trainer, path: str, who: str) -> bool:
@@ -146,7 +148,7 @@ def _save(trainer: Trainer, save: Callable[[], None], path: str, who: str) -> bo
 
 def hands_back_weights_only(trainer: Trainer) -> bool:
     """Whether training runs in spawned processes, whose callbacks are lost when they end."""
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    return is_kind(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def lighten_results(trainer: Trainer, is_detail: Callable[[str], bool]) -> bool:
@@ -193,7 +195,7 @@ def tensorboard_writer(logger: Logger) -> tuple[Any, str] | None:
 
     That is also one whose ``log_metrics`` is a subclass's own, and one of a process that does not write.
     """
-    if type(logger).log_metrics is not TensorBoardLogger.log_metrics or rank_zero_only.rank != 0:
+    if path_of(type(logger).log_metrics) != path_of(TensorBoardLogger.log_metrics) or rank_zero_only.rank != 0:
         return None
     experiment, prefix = logger.experiment, logger._prefix
     writer = getattr(experiment, "file_writer", None)

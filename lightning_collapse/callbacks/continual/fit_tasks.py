@@ -19,6 +19,7 @@ from lightning_collapse.callbacks.continual.task_boundary import finish_task
 from lightning_collapse.callbacks.monitors.plasticity_monitor import PlasticityMonitor
 from lightning_collapse.utilities.random_states import random_states, restore_random_states
 from lightning_collapse.utilities.trainer import hands_back_weights_only
+from lightning_collapse.utilities.twin_packages import is_kind
 
 KEY = "lightning_collapse.fit_tasks"
 
@@ -180,7 +181,7 @@ def _make(make_trainer: Callable[..., Trainer], index: int, used: Sequence[Train
         trainer = make_trainer()
     else:
         trainer = make_trainer(index)
-    if not isinstance(trainer, Trainer):
+    if not is_kind(trainer, Trainer):
         raise MisconfigurationException(f"`make_trainer` must return a `Trainer`, got {trainer!r}.")
     if any(trainer is other for other in used):
         raise MisconfigurationException(
@@ -196,7 +197,7 @@ def _make(make_trainer: Callable[..., Trainer], index: int, used: Sequence[Train
 
 
 def _data(task: Any) -> dict[str, Any]:
-    if isinstance(task, LightningDataModule):
+    if is_kind(task, LightningDataModule):
         return {"datamodule": task}
     if isinstance(task, tuple) and len(task) == 2:
         return {"train_dataloaders": task[0], "val_dataloaders": task[1]}

@@ -24,6 +24,7 @@ from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.modules import clean_name, find_modules
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.twin_packages import is_kind
 
 Kind = Literal["epoch_change", "task_change"]
 
@@ -92,7 +93,7 @@ class ForgettingMonitor(TaskAware):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if isinstance(trainer.strategy, FSDPStrategy):
+        if is_kind(trainer.strategy, FSDPStrategy):
             raise MisconfigurationException(
                 "`ForgettingMonitor` cannot read the flattened parameters of `strategy='fsdp'`."
                 " Use `ModelParallelStrategy` with `fully_shard`."

@@ -36,6 +36,7 @@ from lightning_collapse.utilities.registry import register_curve
 from lightning_collapse.utilities.sharding import local
 from lightning_collapse.utilities.trainer import loss_scale
 from lightning_collapse.utilities.training_step import wrap_training_step
+from lightning_collapse.utilities.twin_packages import is_kind
 
 
 class WeightPenalty(TaskAware):
@@ -124,7 +125,7 @@ class WeightPenalty(TaskAware):
         super().on_fit_start(trainer, pl_module)
         self._forget()
         self.containment.owner = f"WeightPenalty(name={self.name!r})"
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        if is_kind(trainer.strategy, FSDPStrategy, DeepSpeedStrategy):
             raise MisconfigurationException(
                 f"`WeightPenalty` needs parameters with shapes of their own, and {type(trainer.strategy).__name__}"
                 " flattens them. Use `ModelParallelStrategy` with `fully_shard`, or `strategy='ddp'`."

@@ -25,6 +25,7 @@ from lightning_collapse.utilities.modules import default_taps, find_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.trainer import ends_step, is_due, loss_scale, synchronizes_last
+from lightning_collapse.utilities.twin_packages import is_kind
 
 _MICRO, _NOISE = "micro-batch gradients", "McCandlish et al. 2018, arXiv 1812.06162"
 
@@ -127,7 +128,7 @@ class GradientMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy):
+        if is_kind(trainer.strategy, FSDPStrategy):
             raise MisconfigurationException(
                 "`GradientMonitor` cannot read the flattened gradients of `strategy='fsdp'`."
                 " Use `ModelParallelStrategy` with `fully_shard`."

@@ -31,6 +31,7 @@ from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.modules import Tap, activation_taps, default_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Curve
+from lightning_collapse.utilities.twin_packages import is_kind
 
 ROWS = 1024
 _UNITS = ("dormant_fraction", "dead_fraction", "mean_activation", "srank")
@@ -153,7 +154,7 @@ class PlasticityMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy):
+        if is_kind(trainer.strategy, FSDPStrategy):
             raise MisconfigurationException(
                 "`PlasticityMonitor` cannot read the flattened parameters of `strategy='fsdp'`."
                 " Use `ModelParallelStrategy` with `fully_shard`."
