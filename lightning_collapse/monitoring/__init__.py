@@ -6,6 +6,7 @@ from lightning_collapse.monitoring.codebooks import Codebooks
 from lightning_collapse.monitoring.execution_order import ExecutionOrder
 from lightning_collapse.monitoring.feature_hooks import FeatureHooks
 from lightning_collapse.monitoring.feature_window import FeatureWindow
+from lightning_collapse.monitoring.layer_points import read_points
 from lightning_collapse.monitoring.loss_graph import read_loss
 from lightning_collapse.monitoring.loss_use import LossUse
 from lightning_collapse.monitoring.step_scope import StepScope
@@ -22,4 +23,5 @@ __all__ = [
     "StepScope",
     "TrainingFlops",
     "read_loss",
+    "read_points",
 ]

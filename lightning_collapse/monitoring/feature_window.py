@@ -40,7 +40,8 @@ class FeatureWindow:
     Between points a forward pass costs one ``if`` per layer.
 
     Args:
-        root: The ``LightningModule``, for its training step and for what that costs.
+        root: The ``LightningModule``, for its training step and for what that costs; or any module, whose forward pass
+            is the step then.
         taps: Where to look.
         device: Where rows of layers that have not run are said to be.
         rows: Rows of a point, on all processes together; a function of the layer's width; or ``None`` for four per

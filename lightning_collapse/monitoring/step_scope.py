@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_collapse.utilities.modules import hooks_ignored
 from lightning_collapse.utilities.trainer import is_in_another_hook
-from lightning_collapse.utilities.training_step import wrap_training_step
+from lightning_collapse.utilities.training_step import wrap_method
 
 
 class Armable(Protocol):
@@ -28,7 +28,8 @@ class StepScope:
     batch (LBFGS), and Lightning the step, the first time counts: it sees the weights that the batch began with.
 
     Args:
-        module: The ``LightningModule``; its step is wrapped until :meth:`remove` is called.
+        module: The ``LightningModule``; its step is wrapped until :meth:`remove` is called. Of a module without a
+            ``training_step``, which something else trains, the first forward pass after a request is the step.
 
     Example:
         >>> from types import SimpleNamespace
@@ -45,7 +46,8 @@ class StepScope:
     def __init__(self, module: nn.Module) -> None:
         self._requested: tuple[Armable, ...] = ()
         self._module = module
-        self._unwrap = wrap_training_step(module, self._around)
+        step = "training_step" if hasattr(module, "training_step") else "forward"
+        self._unwrap = wrap_method(module, step, self._around)
 
     def request(self, *hooks: Armable) -> None:
         """Have these hooks, and no others, armed while the next training step runs."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import nan
 from typing import Any, Literal
 
 import torch
@@ -17,11 +16,11 @@ from typing_extensions import override
 from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
 from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.assignment import assignment_null
-from lightning_collapse.functional.isotropic_null import expected_under_isotropy
 from lightning_collapse.monitoring.codebooks import Codebooks, code_points
-from lightning_collapse.monitoring.evaluate import assignments, evaluate, flag_of
+from lightning_collapse.monitoring.evaluate import assignments, evaluate
 from lightning_collapse.monitoring.feature_buffer import Batch, FeatureBuffer, LayerFeatures
 from lightning_collapse.monitoring.feature_window import FeatureWindow
+from lightning_collapse.monitoring.layer_points import JUDGED, layer_points
 from lightning_collapse.monitoring.to_host import to_host
 from lightning_collapse.monitoring.view_points import VIEW_CURVES, VIEWS, lidar_points, view_points
 from lightning_collapse.reporting import (
@@ -112,13 +111,7 @@ class CollapseMonitor(Monitor):
     def __init__(
         self,
         layers: Sequence[str] | None = None,
-        measures: Sequence[str] | Literal["all"] = (
-            "effective_rank",
-            "eigenvalue_effective_rank",
-            "feature_std",
-            "relative_spread",
-            "direction_spread",
-        ),
+        measures: Sequence[str] | Literal["all"] = JUDGED,
         every_n_steps: int | None = None,
         rows: int | None = None,
         max_overhead: float = 0.005,
@@ -329,27 +322,19 @@ class CollapseMonitor(Monitor):
         points: list[Point] = []
         for tap in self.window.taps if self.window is not None else ():
             layer = self._layers.get(tap.name)
-            n, seen = (int(numbers.get((tap.name, key), 0)) for key in ("n", "seen"))
-            flag = flag_of(n, seen, numbers.get((tap.name, "top"), nan), layer is not None and layer.sketched)
-            if flag == Flag.NOT_CALLED:
+            of_layer = {key: number for (name, key), number in numbers.items() if name == tap.name}
+            found = layer_points(family, tap.name, step, layer, self._measures, of_layer)
+            points += found
+            if found[0].flag == Flag.NOT_CALLED:
                 self.warn_of_layer(
                     tap.name,
                     f"layer `{tap.name}` did not run before every point; its curves read NaN there. If it is one that"
                     " never runs choose other `layers`.",
                 )
-            for measure in self._measures:
-                value = nan if flag in (Flag.NOT_CALLED, Flag.FEW_ROWS) else numbers[tap.name, measure.curve]
-                # corrected for the projection, a value is of the whole width, which the null would not be
-                null = nan if layer is None or (measure.record and layer.sketched) else _null(measure, n, layer)
-                points.append(Point(family, tap.name, measure.curve, step, value, n, null, flag))
-            if (assigned := numbers.get((tap.name, _ASSIGNED))) is not None and layer is not None:
+            if (assigned := of_layer.get(_ASSIGNED)) is not None and layer is not None:
+                n, flag = found[0].n, found[0].flag
                 expected = assignment_null(n, layer.width)
                 points.append(Point(family, tap.name, _ASSIGNED, step, float(assigned), n, expected, flag))
-            own = {"n": float(n), _NONFINITE: 1 - n / seen if seen else nan, "flag": float(flag)}
-            points += [
-                Point(family, tap.name, name, step, value, n, flag=flag, drawn=name != _NONFINITE or value > 0)
-                for name, value in own.items()
-            ]
         return points
 
     def _say_what_is_drawn(self, points: Sequence[Point]) -> None:
@@ -390,10 +375,3 @@ def _measures(names: Sequence[str] | str) -> list[Measure]:
         if measure.kind == "pairs":
             raise ValueError(f"Measure {measure.name!r} compares two views and cannot watch a layer. Leave it out.")
     return measures
-
-
-def _null(measure: Measure, n: int, layer: LayerFeatures) -> float:
-    try:
-        return expected_under_isotropy(measure.name, n, layer.rows.shape[1]) if n > 1 else nan
-    except Exception:  # a measure of the user's own, which has said so already
-        return nan
