@@ -117,6 +117,10 @@ def power_law_null(rows: int, columns: int, min_tail: int = 10) -> float:
 
     Returns:
         The exponent; NaN if the smaller side is less than ``min_tail``.
+
+    Example:
+        >>> round(power_law_null(64, 32), 2)
+        3.32
     """
     quantiles = torch.from_numpy(marchenko_pastur_quantiles(max(rows, columns), min(rows, columns)))
     return power_law_alpha(quantiles, min_tail).alpha.item()  # of numbers on the host

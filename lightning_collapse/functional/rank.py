@@ -169,6 +169,14 @@ def unbiased_participation_ratio(spectrum: Spectrum) -> Tensor:
     References:
         Himeno & Yamada, *Estimations for some functions of covariance matrix in high dimension under non-normality
         and its applications*, J. Multivariate Analysis 2014.
+
+    Example:
+        >>> from lightning_collapse.spectral import spectrum_of
+        >>> features = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+        >>> record = spectrum_of(features)
+        >>> of_noise = unbiased_participation_ratio(record), participation_ratio(record.singular_values)
+        >>> [round(ratio.item()) for ratio in of_noise]
+        [64, 6]
     """
     if not isinstance(spectrum, Spectrum) or spectrum.kurtosis is None:
         raise TypeError(

@@ -62,6 +62,12 @@ class Alignment(AntiCollapseLoss):
 
     Raises:
         ValueError: If ``alpha`` is less than 1, where the slope at agreement is infinite.
+
+    Example:
+        >>> first = torch.arange(12.0).reshape(4, 3).sin()
+        >>> second = first.flip(1)
+        >>> round(Alignment()(first, second).item(), 3)
+        1.89
     """
 
     source = "Wang & Isola, ICML 2020, arXiv 2005.10242, of normalized rows"

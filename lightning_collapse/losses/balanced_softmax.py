@@ -68,6 +68,12 @@ class BalancedSoftmax(AntiCollapseLoss):
         Ren et al., *Balanced Meta-Softmax for Long-Tailed Visual Recognition*, NeurIPS 2020.
         https://arxiv.org/abs/2007.10740; with a fixed simplex classifier: Li et al., ICCV 2023.
         https://arxiv.org/abs/2303.10058
+
+    Example:
+        >>> loss = BalancedSoftmax([90, 10])
+        >>> logits, labels = torch.zeros(2, 2), torch.tensor([0, 1])
+        >>> round(loss(logits, labels).item(), 3)
+        1.204
     """
 
     source = "Ren et al., NeurIPS 2020, arXiv 2007.10740"

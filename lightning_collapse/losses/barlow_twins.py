@@ -32,6 +32,13 @@ def barlow_twins_terms(first: Tensor, second: Tensor, eps: float = 1e-5) -> dict
 
     Raises:
         ValueError: If the views are not matrices of one shape, or have fewer than two rows over all processes.
+
+    Example:
+        >>> import torch
+        >>> first = torch.arange(12.0).reshape(4, 3).sin()
+        >>> second = first.flip(1)
+        >>> {name: round(value.item(), 3) for name, value in barlow_twins_terms(first, second).items()}
+        {'invariance': 6.853, 'redundancy': 5.061}
     """
     views = require_matrices("barlow_twins_terms", first=first, second=second)
     if world_size() == 1 and len(first) < first.shape[1]:

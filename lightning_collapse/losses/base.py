@@ -8,7 +8,17 @@ from lightning_collapse.utilities.arguments import require_finite
 
 
 class TooFewRowsError(ValueError):
-    """The batch, over all processes, has fewer rows than the loss needs; raised on all of them alike."""
+    """The batch, over all processes, has fewer rows than the loss needs; raised on all of them alike.
+
+    Example:
+        >>> import torch
+        >>> from lightning_collapse.losses import variance_loss
+        >>> try:
+        ...     variance_loss(torch.ones(1, 3))
+        ... except TooFewRowsError as error:
+        ...     print(str(error).partition(",")[0])
+        `variance_loss` needs at least 2 rows over all processes
+    """
 
 
 class AntiCollapseLoss(nn.Module):
@@ -27,6 +37,15 @@ class AntiCollapseLoss(nn.Module):
             :class:`~lightning_collapse.Regularizer` and the checkpoints of
             :class:`~lightning_collapse.AntiCollapseMixin` hold them.
         coefficients: Factor of each term in the sum; a ``ValueError`` if one is not finite.
+
+    Example:
+        >>> import torch
+        >>> class Length(AntiCollapseLoss):
+        ...     views, coefficients = 1, {"length": 1.0}
+        ...     def terms(self, features):
+        ...         return {"length": features.norm(dim=1).mean()}
+        >>> Length()(torch.tensor([[3.0, 4.0]]))
+        tensor(5.)
     """
 
     views: ClassVar[Literal[1, 2]] = 1

@@ -74,6 +74,11 @@ class CodingRate(AntiCollapseLoss):
 
     Raises:
         ValueError: If ``eps`` is not positive.
+
+    Example:
+        >>> features = torch.arange(12.0).reshape(4, 3).sin()
+        >>> round(CodingRate()(features).item(), 3)
+        -1.532
     """
 
     source = "Yu et al., NeurIPS 2020, arXiv 2006.08558, with the precision of EMP-SSL, arXiv 2304.03977"

@@ -64,6 +64,14 @@ def corinfomax_terms(
 
     Raises:
         ValueError: If the views are not matrices of one shape, or have fewer than two rows over all processes.
+
+    Example:
+        >>> first = torch.arange(12.0).reshape(4, 3).sin()
+        >>> second = first.flip(1)
+        >>> means, covariances = torch.zeros(2, 3), torch.eye(3).expand(2, 3, 3)
+        >>> terms, running = corinfomax_terms(first, second, means, covariances)
+        >>> {name: round(value.item(), 3) for name, value in terms.items()}
+        {'determinant': 4.976, 'invariance': 0.94}
     """
     views = stack_views("corinfomax_terms", first=first, second=second)
     _, n, dim = views.shape

@@ -45,7 +45,14 @@ def covariance_loss(features: Tensor) -> Tensor:
 
 @register_loss
 class CovarianceLoss(AntiCollapseLoss):
-    """Module form of ``covariance_loss``, with one term, ``covariance``."""
+    """Module form of ``covariance_loss``, with one term, ``covariance``.
+
+    Example:
+        >>> import torch
+        >>> features = torch.arange(12.0).reshape(4, 3).sin()
+        >>> round(CovarianceLoss()(features).item(), 3)
+        0.606
+    """
 
     source = "Bardes et al., ICLR 2022, arXiv 2105.04906"
 

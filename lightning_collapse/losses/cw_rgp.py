@@ -55,6 +55,11 @@ def cw_rgp_loss(
     Raises:
         ValueError: If the views are not matrices of one shape, if ``groups`` does not divide ``D``, if ``sub_batch``
             is not below ``D / groups``, or not above it with ``axis="features"``, or if there are too few rows.
+
+    Example:
+        >>> first, second = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(0))
+        >>> round(cw_rgp_loss(first, second, sub_batch=32, groups=1).item(), 2)
+        1.99
     """
     require_one_of(AXES, axis=axis)
     require_one_of(SCOPES, scope=scope)

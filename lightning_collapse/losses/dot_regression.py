@@ -90,6 +90,14 @@ class DotRegression(AntiCollapseLoss):
         Yang et al., *Inducing Neural Collapse in Imbalanced Learning: Do We Really Need a Learnable Classifier at the
         End of Deep Neural Network?*, NeurIPS 2022. https://arxiv.org/abs/2203.09081, code at
         https://github.com/NeuralCollapseApplications/ImbalancedLearning.
+
+    Example:
+        >>> from lightning_collapse.layers import ETFClassifier
+        >>> classifier = ETFClassifier(dim=4, num_classes=3)
+        >>> loss = DotRegression(classifier)
+        >>> features = classifier.weight[[0, 1]]  # on their prototypes
+        >>> round(loss(features, torch.tensor([0, 1])).item(), 3), round(loss(features, torch.tensor([1, 0])).item(), 3)
+        (0.0, 1.125)
     """
 
     source = "Yang et al., NeurIPS 2022, arXiv 2203.09081"

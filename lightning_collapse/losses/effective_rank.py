@@ -31,6 +31,11 @@ def effective_rank_terms(
 
     Raises:
         ValueError: If ``features`` is not a matrix, or if there are fewer than two rows over all processes.
+
+    Example:
+        >>> features = torch.arange(12.0).reshape(4, 3).sin()
+        >>> {name: round(value.item(), 3) for name, value in effective_rank_terms(features, target=1.0).items()}
+        {'rank': 0.306, 'spread': 0.185}
     """
     batch = center_with_jitter("effective_rank_terms", features, jitter)
     return _hinges(smaller_side(batch), features.shape[1], batch.samples - 1, target, target_std)

@@ -73,6 +73,11 @@ class KoLeo(AntiCollapseLoss):
 
     Raises:
         ValueError: If ``eps`` is not positive.
+
+    Example:
+        >>> features = torch.arange(12.0).reshape(4, 3).sin()
+        >>> round(KoLeo()(features).item(), 3)
+        1.267
     """
 
     source = "Sablayrolles et al., ICLR 2019, arXiv 1806.03198, as in DINOv2"

@@ -96,6 +96,11 @@ class LDReg(AntiCollapseLoss):
     References:
         Huang et al., *LDReg: Local dimensionality regularized self-supervised learning*, ICLR 2024.
         https://arxiv.org/abs/2401.10474, code at https://github.com/HanxunH/LDReg.
+
+    Example:
+        >>> features = torch.arange(12.0).reshape(4, 3).sin()
+        >>> round(LDReg(k=2)(features).item(), 3)
+        1.789
     """
 
     source = (

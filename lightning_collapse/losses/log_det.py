@@ -28,6 +28,11 @@ def log_det_barrier(features: Tensor, target_std: float = 1.0, eps: float = 1e-4
 
     Raises:
         ValueError: If ``features`` is not a matrix, or if there are fewer than two rows over all processes.
+
+    Example:
+        >>> features = torch.arange(12.0).reshape(4, 3).sin()
+        >>> round(log_det_barrier(features).item(), 3)
+        3.587
     """
     batch = center_with_jitter("log_det_barrier", _double(features), jitter)
     return _divergence(smaller_side(batch), features.shape[1], target_std, eps).to(features.dtype)

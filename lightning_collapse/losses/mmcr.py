@@ -32,6 +32,12 @@ def mmcr_terms(first: Tensor, second: Tensor) -> dict[str, Tensor]:
 
     Raises:
         ValueError: If the views are not matrices of one shape, or if there is no row over all processes.
+
+    Example:
+        >>> first = torch.arange(12.0).reshape(4, 3).sin()
+        >>> second = first.flip(1)
+        >>> {name: round(value.item(), 3) for name, value in mmcr_terms(first, second).items()}
+        {'centroid': -1.452, 'local': 1.974}
     """
     views = stack_views("mmcr_terms", first=first, second=second)
     n = views.shape[1]

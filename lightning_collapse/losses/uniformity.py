@@ -110,6 +110,11 @@ class Uniformity(AntiCollapseLoss):
 
     Raises:
         ValueError: If ``t`` is not between 0 and 40, where ``float32`` still tells distances apart.
+
+    Example:
+        >>> features = torch.arange(12.0).reshape(4, 3).sin()
+        >>> round(Uniformity()(features).item(), 3)
+        -1.257
     """
 
     source = "Wang & Isola, ICML 2020, arXiv 2005.10242, of normalized rows"

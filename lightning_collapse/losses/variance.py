@@ -61,6 +61,11 @@ class VarianceLoss(AntiCollapseLoss):
 
     Raises:
         ValueError: If ``target_std`` or ``eps`` is not positive.
+
+    Example:
+        >>> features = torch.arange(12.0).reshape(4, 3).sin()
+        >>> round(VarianceLoss()(features).item(), 3)
+        0.298
     """
 
     source = "Bardes et al., ICLR 2022, arXiv 2105.04906"

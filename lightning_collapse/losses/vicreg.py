@@ -40,6 +40,13 @@ def vicreg_terms(
 
     Raises:
         ValueError: If the views are not matrices of one shape, or have fewer than two rows over all processes.
+
+    Example:
+        >>> import torch
+        >>> first = torch.arange(12.0).reshape(4, 3).sin()
+        >>> second = first.flip(1)
+        >>> {name: round(value.item(), 3) for name, value in vicreg_terms(first, second).items()}
+        {'invariance': 0.94, 'variance': 0.298, 'covariance': 1.211}
     """
     require_one_of(CONVENTIONS, convention=convention)
     views = separate_views("vicreg_terms", first=first, second=second)

@@ -58,6 +58,11 @@ def wmse_loss(
     Raises:
         ValueError: If the views are not matrices of one shape, if ``sub_batch`` is not above ``D``, or if there are
             too few rows.
+
+    Example:
+        >>> first, second = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0))
+        >>> round(wmse_loss(first, second, sub_batch=32).item(), 2)
+        2.07
     """
     require_one_of(SCOPES, scope=scope)
     pair = separate_views("wmse_loss", first=first, second=second)

@@ -54,6 +54,16 @@ class AttentionHooks:
 
     Attributes:
         mask: Padding mask ``(B, L)`` of the running batch, boolean, true for real tokens, if there is one.
+
+    Example:
+        >>> attention, seen = nn.MultiheadAttention(8, num_heads=2), []
+        >>> hooks = AttentionHooks([Tap("attention", attention)], lambda name, call: seen.append(name), print, 4, 64)
+        >>> rows = torch.randn(5, 1, 8)
+        >>> hooks.armed = True
+        >>> _ = attention(rows, rows, rows)
+        >>> hooks.armed = False
+        >>> seen
+        ['attention']
     """
 
     def __init__(

@@ -68,6 +68,16 @@ class FeatureHooks(HookOwner):
         mask: Padding mask ``(N, L)`` of the running batch; rows of tokens get their part of it.
         limits: Rows to copy per call of single taps, by name; those not named keep the ``limit``.
         left_out: Why nothing is read of a tap, by name, of those that have failed.
+
+    Example:
+        >>> from lightning_collapse.utilities.modules import default_taps
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> hooks = FeatureHooks(default_taps(net))
+        >>> hooks.armed = True
+        >>> _ = net(torch.ones(8, 4))
+        >>> {name: tuple(captured.rows.shape) for name, captured in hooks.pop().items()}
+        {'0': (8, 3), '2': (8, 2), '2.input': (8, 3)}
+        >>> hooks.remove()
     """
 
     def __init__(

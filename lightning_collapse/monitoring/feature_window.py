@@ -69,6 +69,19 @@ class FeatureWindow:
         beside_width: Numbers that lie beside a row; 0 before there were any.
         functional: Clean names of layers that the first batch has not called, and whose weights it has trained: a
             function was given them. Known where ``choose`` is given.
+
+    Example:
+        >>> from lightning_collapse.utilities.modules import default_taps
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> window = FeatureWindow(net, default_taps(net), torch.device("cpu"), rows=16)
+        >>> for step in range(4):  # a point every second step
+        ...     left = 1 - step % 2
+        ...     window.before_batch(None, left)
+        ...     _ = net(torch.randn(8, 4))
+        ...     window.after_batch(left, between=2)
+        >>> {name: tuple(layer.rows.shape) for name, layer in window.features().items()}
+        {'0': (16, 3), '2': (16, 2), '2.input': (16, 3)}
+        >>> window.close()
     """
 
     def __init__(

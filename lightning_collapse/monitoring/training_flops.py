@@ -26,6 +26,14 @@ class TrainingFlops(HookOwner):
 
     Attributes:
         total: Operations so far.
+
+    Example:
+        >>> net = nn.Linear(4, 3)
+        >>> flops = TrainingFlops(net)
+        >>> _ = net(torch.ones(8, 4))
+        >>> flops.total
+        576
+        >>> flops.remove()
     """
 
     def __init__(self, root: nn.Module, containment: Containment | None = None) -> None:

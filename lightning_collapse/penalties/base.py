@@ -44,6 +44,17 @@ class Penalty(ABC):
 
     Raises:
         ValueError: If ``weight`` is negative or not finite.
+
+    Example:
+        >>> from lightning_collapse.penalties import L2Init
+        >>> import torch
+        >>> weights, penalty = {"w": torch.zeros(3)}, L2Init(weight=0.5)
+        >>> isinstance(penalty, Penalty)
+        True
+        >>> penalty.start(weights)
+        >>> _ = weights["w"].fill_(2.0)
+        >>> penalty.value(weights).item()
+        6.0
     """
 
     remembers: ClassVar[str] = ""

@@ -21,6 +21,18 @@ def containment_of(owner: object) -> Containment:
 
 
 def try_again(trainer: Trainer) -> None:
-    """Forget what has failed of a trainer's loggers and callbacks: its fit is over. May be called more than once."""
+    """Forget what has failed of a trainer's loggers and callbacks: its fit is over. May be called more than once.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import mkdtemp
+        >>> from types import SimpleNamespace
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> logger = CSVLogger(mkdtemp())
+        >>> containment_of(logger).failed["`log_text`"] = "a full disk"
+        >>> try_again(SimpleNamespace(loggers=[logger], callbacks=[]))
+        >>> containment_of(logger).failed
+        {}
+    """
     for owner in (*trainer.loggers, *trainer.callbacks):
         _CONTAINMENTS.pop(owner, None)

@@ -75,7 +75,16 @@ def log_curves(logger: Logger, values: Mapping[str, float], step: int) -> None:
 
 @Sink
 def log_text(logger: Logger, name: str, text: str, step: int) -> None:
-    """Send Markdown to ``logger``. CSV appends it to ``texts.md`` in its ``log_dir``."""
+    """Send Markdown to ``logger``. CSV appends it to ``texts.md`` in its ``log_dir``.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> logger = CSVLogger(mkdtemp(), name="run")
+        >>> log_text(logger, "note", "All is **well**.", step=10)
+        >>> (Path(logger.log_dir) / "texts.md").read_text().split()[-3:]
+        ['All', 'is', '**well**.']
+    """
 
 
 @Sink
@@ -83,22 +92,51 @@ def log_data(logger: Logger, name: str, records: Sequence[str], step: int) -> No
     """Send records, each one line of JSON, to ``logger``; CSV appends them to ``{name}.jsonl`` in its ``log_dir``.
 
     TensorBoard keeps them as a text, MLflow as a file; others get none.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> logger = CSVLogger(mkdtemp(), name="run")
+        >>> log_data(logger, "facts", ['{"rank": 3}'], step=10)
+        >>> (Path(logger.log_dir) / "facts.jsonl").read_text().strip()
+        '{"rank": 3}'
     """
 
 
 @Sink
 def log_image(logger: Logger, name: str, image: npt.NDArray[np.uint8], step: int) -> None:
-    """Send a picture ``(H, W, 3)`` to ``logger``. CSV writes ``figures/{name}/{step}.png`` in its ``log_dir``."""
+    """Send a picture ``(H, W, 3)`` to ``logger``. CSV writes ``figures/{name}/{step}.png`` in its ``log_dir``.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> logger = CSVLogger(mkdtemp(), name="run")
+        >>> log_image(logger, "gray", np.full((2, 2, 3), 128, dtype=np.uint8), step=10)
+        >>> [path.name for path in Path(logger.log_dir).glob("figures/gray/*")]
+        ['00000010.png']
+    """
 
 
 @Sink
 def log_histogram(logger: Logger, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
-    """Send ``counts`` ``(B,)`` between ``edges`` ``(B + 1,)`` to ``logger``, here TensorBoard or W&B."""
+    """Send ``counts`` ``(B,)`` between ``edges`` ``(B + 1,)`` to ``logger``, here TensorBoard or W&B.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> logger = TensorBoardLogger(mkdtemp(), name="run")
+        >>> log_histogram(logger, "spread", counts=[1, 4, 2], edges=[0.0, 0.1, 0.2, 0.3], step=10)
+    """
 
 
 @Sink
 def log_dashboard(logger: Logger, layout: Mapping[str, Mapping[str, tuple[str, Sequence[str]]]]) -> None:
-    """Send a :func:`~lightning_collapse.reporting.dashboard_layout` to ``logger``, here TensorBoard; once per run."""
+    """Send a :func:`~lightning_collapse.reporting.dashboard_layout` to ``logger``, here TensorBoard; once per run.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> logger = TensorBoardLogger(mkdtemp(), name="run")
+        >>> log_dashboard(logger, {"collapse": {"rank": ("Multiline", ["collapse/.*/effective_rank"])}})
+    """
 
 
 @log_text.register

@@ -14,7 +14,15 @@ from lightning_collapse.utilities.points import Point
 
 @runtime_checkable
 class PointReader(Protocol):
-    """A callback that wants every point: :class:`~lightning_collapse.CollapseGuard` is one, yours can be another."""
+    """A callback that wants every point: :class:`~lightning_collapse.CollapseGuard` is one, yours can be another.
+
+    Example:
+        >>> class Printer:
+        ...     def on_points(self, trainer, pl_module, points):
+        ...         print(*(point.key for point in points))
+        >>> isinstance(Printer(), PointReader)
+        True
+    """
 
     def on_points(self, trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
         """Called on every process, with the same points, right after they were measured."""
@@ -27,6 +35,13 @@ def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point
     mathematics. Every process must publish the same points, so that ``EarlyStopping`` and ``ModelCheckpoint`` decide
     alike everywhere. Points that are not to be drawn go to readers and to ``callback_metrics`` alone. A logger or a
     reader that raises an exception is left out for the rest of the fit, with one warning; the others go on.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> trainer = SimpleNamespace(callback_metrics={}, loggers=[], callbacks=[])
+        >>> publish(trainer, None, [Point("length", "encoder", "root_mean_square", 10, 2.0)])
+        >>> trainer.callback_metrics
+        {'length/encoder/root_mean_square': tensor(2.)}
     """
     if not points:
         return

@@ -18,6 +18,13 @@ class AttentionEntropyCollapse(Rule):
     precede oscillation and divergence (Zhai et al., 2023, arXiv 2303.06296); no paper that we could read states a
     number, both are ours. The largest logit is evidence alone. Sharp heads may be what the task needs, such as those
     that look at the token before: as long as the loss has kept nine tenths of what it gained it is a notice.
+
+    Example:
+        >>> values = {"entropy_mean": 0.01, "collapsed_share": 1.0, "max_logit": 80.0}
+        >>> points = {name: Point("attention", "encoder", name, 9, value, n=256) for name, value in values.items()}
+        >>> baseline = {"entropy_mean": 0.9, "collapsed_share": 0.0, "max_logit": 2.0}
+        >>> AttentionEntropyCollapse().severity(points, baseline) > 1
+        True
     """
 
     kind = "attention_entropy_collapse"
@@ -62,6 +69,13 @@ class AttentionOverload(Rule):
     severity is low, and it comes and goes. Heads that count look at all keys alike, too: as long as the loss has kept
     nine tenths of what it gained it is a notice. The term is Jha and Reagen's (2025, arXiv 2501.03489); the numbers
     are ours.
+
+    Example:
+        >>> values = {"overloaded_share": 1.0, "entropy_mean": 0.99}
+        >>> points = {name: Point("attention", "encoder", name, 9, value, n=256) for name, value in values.items()}
+        >>> baseline = {"overloaded_share": 0.0, "entropy_mean": 0.9}
+        >>> AttentionOverload().severity(points, baseline) > 1
+        True
     """
 
     kind = "attention_overload"

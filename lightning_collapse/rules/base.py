@@ -46,6 +46,17 @@ class Rule(ABC):
         supersedes: Kinds that say nothing more about a layer of which this one is said.
         advice: Which loss, layer or callback of this library addresses it, in one sentence.
         paper: Authors, year, identifier of the finding.
+
+    Example:
+        >>> class TooLong(Rule):
+        ...     kind, family, measures = "too_long", "length", ("root_mean_square",)
+        ...     def severity(self, points, baseline):
+        ...         return points["root_mean_square"].value / (10 * baseline["root_mean_square"])
+        ...     def evidence(self, points, baseline):
+        ...         return "rows are ten times as long"
+        >>> point = Point("length", "encoder", "root_mean_square", 9, 30.0)
+        >>> TooLong().severity({"root_mean_square": point}, {"root_mean_square": 2.0})
+        1.5
     """
 
     kind: ClassVar[str]
@@ -140,6 +151,18 @@ RULES: dict[str, Rule] = {}
 
 
 def register_rule(cls: RuleClass) -> RuleClass:
-    """Make a rule known to every :class:`~lightning_collapse.CollapseGuard`, under its kind."""
+    """Make a rule known to every :class:`~lightning_collapse.CollapseGuard`, under its kind.
+
+    Example:
+        >>> @register_rule
+        ... class TooLong(Rule):
+        ...     kind, family, measures = "too_long", "length", ("root_mean_square",)
+        ...     def severity(self, points, baseline):
+        ...         return points["root_mean_square"].value / (10 * baseline["root_mean_square"])
+        ...     def evidence(self, points, baseline):
+        ...         return "rows are ten times as long"
+        >>> isinstance(RULES.pop("too_long"), TooLong)
+        True
+    """
     RULES[cls.kind] = cls()
     return cls

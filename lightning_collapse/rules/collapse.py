@@ -58,6 +58,13 @@ class CompleteCollapse(Rule):
     rows lie on a ray, which is dimensional collapse: so the rank, which tells the two apart, has no direction in which
     it is worse. Outputs that the loss compares with targets are not judged, nor is what holds little by design, such as
     the embedding of a time, nor are single features.
+
+    Example:
+        >>> values = {"feature_std": 0.01, "relative_spread": 0.02}
+        >>> points = {name: Point("collapse", "encoder", name, 9, value, n=256) for name, value in values.items()}
+        >>> baseline = {"feature_std": 1.0, "relative_spread": 0.6}
+        >>> CompleteCollapse().severity(points, baseline) > 1
+        True
     """
 
     kind = "complete_collapse"
@@ -128,6 +135,15 @@ class DimensionalCollapse(Rule):
     recover. Or all rows lie on a ray: one direction by the lines of :class:`CompleteCollapse`, and lengths that vary by
     more than a quarter. Layers where noise itself reads a handful are not judged: there is too little to lose. Nor are
     the outputs that the loss compares with targets, nor what holds little by design, such as the embedding of a time.
+
+    Example:
+        >>> points = {
+        ...     name: Point("collapse", "encoder", name, 9, 1.2, n=256, null=30.0)
+        ...     for name in ("eigenvalue_effective_rank", "effective_rank")
+        ... }
+        >>> baseline = {"eigenvalue_effective_rank": 12.0, "effective_rank": 20.0}
+        >>> DimensionalCollapse().severity(points, baseline) > 1
+        True
     """
 
     kind = "dimensional_collapse"

@@ -30,6 +30,13 @@ class Coverage:
         points: Steps at which something was judged.
         judged: Names of the layers that were, at one point at least.
         left_out: Why the others that had points were not, in words, by name; of the latest point.
+
+    Example:
+        >>> from lightning_collapse.rules import Judge
+        >>> judge = Judge(["non_finite"])
+        >>> _ = judge.update([Point("collapse", "encoder", "nonfinite_fraction", 9, 0.0, n=64)])
+        >>> judge.coverage.points, judge.coverage.judged
+        (1, {'encoder'})
     """
 
     def __init__(self) -> None:

@@ -24,6 +24,13 @@ class LossExplosion(Rule):
     matrix that lost the largest share of its own diversity. That such a collapse precedes explosions is the finding of
     Qiu et al. (2025, arXiv 2510.04202), that spectral norms grow with it of Qiu & Yao (2025, arXiv 2510.04212); the
     mean and the numbers are ours.
+
+    Example:
+        >>> values = {"sign_diversity": 0.02, "spectral_norm": 9.0}
+        >>> points = {name: Point("spectral_alignment", "all", name, 9, value, n=256) for name, value in values.items()}
+        >>> baseline = {"sign_diversity": 0.7, "spectral_norm": 2.0}
+        >>> LossExplosion().severity(points, baseline) > 1
+        True
     """
 
     kind = "loss_explosion"

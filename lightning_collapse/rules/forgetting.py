@@ -16,6 +16,12 @@ class CatastrophicForgetting(Rule):
     above zero where that is unknown; a task counts as learned once this is half of all that can be. The loss must also
     be more than three standard errors. One point is enough: it rests on a whole data set, and few are drawn. The term
     is McCloskey and Cohen's (1989); the numbers are ours. Scores outside 0 to 1 are not judged.
+
+    Example:
+        >>> values = {"accuracy": 0.4}
+        >>> points = {name: Point("continual", "task0", name, 9, value, n=256) for name, value in values.items()}
+        >>> CatastrophicForgetting().severity(points, {"accuracy": 0.9}) > 1
+        True
     """
 
     kind = "catastrophic_forgetting"

@@ -35,6 +35,11 @@ class Judgement:
         notices: What was found for the first time and is no failure.
         healthy: Whether nothing looks ill at its last point, and nothing that ran at this step could not be read.
         severities: How far beyond its line everything is that was judged, by kind and layer; what is no failure is 0.
+
+    Example:
+        >>> judgement = Judge(["non_finite"]).update([Point("collapse", "encoder", "nonfinite_fraction", 9, 0.0, n=64)])
+        >>> judgement.healthy, judgement.counts
+        (True, {'non_finite': 0})
     """
 
     step: int = 0

@@ -17,6 +17,12 @@ class NeuralCollapseReached(Rule):
     well separated from the start have not collapsed. The lengths of the class means vary by a fifth of their mean, and
     NC3 is a fifth or less. Points of fewer than ten rows per class are not judged: those fold by themselves,
     and that is all the number of classes is read for.
+
+    Example:
+        >>> values = {"nc1": 0.001, "nc2_equinorm": 0.01, "nc3": 0.01, "classes": 10.0}
+        >>> points = {name: Point("neural_collapse", "head", name, 9, value, n=256) for name, value in values.items()}
+        >>> NeuralCollapseReached().severity(points, {"nc1": 5.0}) > 1
+        True
     """
 
     kind = "neural_collapse_reached"
@@ -65,6 +71,13 @@ class MinorityCollapse(Rule):
     cosine of seven tenths, or a length of a fiftieth of that of the other classes, which imbalance alone brings only at
     one to several million. Not judged before the baseline is complete: in few dimensions the rows of a fresh
     classifier may be parallel by chance. Balanced classes have no minority, and points of theirs are not judged.
+
+    Example:
+        >>> values = {"minority_cosine": 0.99, "minority_norm": 0.1}
+        >>> points = {name: Point("neural_collapse", "head", name, 9, value, n=256) for name, value in values.items()}
+        >>> baseline = {"minority_cosine": 0.0, "minority_norm": 1.0}
+        >>> MinorityCollapse().severity(points, baseline) > 1
+        True
     """
 
     kind = "minority_collapse"

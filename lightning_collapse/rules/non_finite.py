@@ -16,6 +16,12 @@ class NonFinite(Rule):
     model masks, such as padding, may hold anything: as long as loss, gradients and weights are finite, some of the rows
     are no failure. All of the rows are: nothing of the layer is left to read. Where nothing is known of the training
     every such row counts.
+
+    Example:
+        >>> values = {"nonfinite_fraction": 0.25}
+        >>> points = {name: Point("collapse", "encoder", name, 9, value, n=256) for name, value in values.items()}
+        >>> NonFinite().severity(points, {}) >= 1, NonFinite().evidence(points, {})
+        (True, '25 % of the rows hold NaN or infinity, and 256 are left to read')
     """
 
     kind = "non_finite"

@@ -163,6 +163,12 @@ class OutcomeDrop(Rule):
 
     Judged by a :class:`~lightning_collapse.rules.Detector` with a budget of one false alarm in a hundred runs, from
     the 17th point on (the 65th of more than 200). It says that the run suffers, not why: other verdicts do.
+
+    Example:
+        >>> values = {"value": 0.4, "best": 0.9, "shift": 2.0}
+        >>> points = {name: Point("outcome", "val_acc", name, 9, value, n=256) for name, value in values.items()}
+        >>> OutcomeDrop().severity(points, {"value": 0.3})
+        2.0
     """
 
     kind = "outcome_drop"

@@ -29,6 +29,17 @@ class PartialCollapse(Rule):
     healthy embedding may lie low for more than half of a short run: nothing is said before seven tenths of the planned
     points, or before the 64th. The finding is that of Jing et al. (2022, arXiv 2110.09348) and Li et al. (2022, arXiv
     2203.12719); the numbers are ours.
+
+    Example:
+        >>> from lightning_collapse.rules import Judge
+        >>> judge, task = Judge(["partial_collapse"]), Task("self-supervised", embeddings=frozenset({"projector"}))
+        >>> judge.planned = 40
+        >>> for step in range(40):
+        ...     rank = Point("collapse", "projector", RANK, step, 1 + 19 * 0.8**step, n=256, null=30.0)
+        ...     recall = Point("views", "projector", "recall_at_1", step, 0.02 + 0.2 * 0.8**step, n=256, null=0.004)
+        ...     _ = judge.update([rank, recall], task)
+        >>> [verdict.name for verdict in judge.verdicts]
+        ['partial collapse in `projector`']
     """
 
     kind = "partial_collapse"
@@ -100,6 +111,16 @@ class PrototypeCollapse(Rule):
     the sixteenth point. That prototypes die without centering or equal partition is the finding of Caron et al. (2021,
     arXiv 2104.14294; 2020, arXiv 2006.09882), that experts do of Shazeer et al. (2017, arXiv 1701.06538), that codes do
     of Lancucki et al. (2020, arXiv 2005.08520); the numbers are ours.
+
+    Example:
+        >>> from lightning_collapse.rules import Judge
+        >>> judge = Judge(["prototype_collapse"])
+        >>> for step in range(30):
+        ...     chosen = 1 + 39 * 0.7**step
+        ...     point = Point("collapse", "prototypes", "assignment_perplexity", step, chosen, n=256, null=60.0)
+        ...     _ = judge.update([point])
+        >>> [verdict.name for verdict in judge.verdicts]
+        ['prototype collapse in `prototypes`']
     """
 
     kind = "prototype_collapse"

@@ -13,6 +13,13 @@ class PlasticityLoss(Rule):
     That networks which keep learning new targets collect dormant units, and learn the less for it, is the finding of
     Sokar et al. (2023, arXiv 2302.12902); they state no share at which a layer has failed, the half is ours. A layer
     with dormant units from the start has the fewer to lose.
+
+    Example:
+        >>> values = {"dormant_fraction": 0.6}
+        >>> points = {name: Point("plasticity", "encoder", name, 9, value, n=256) for name, value in values.items()}
+        >>> baseline = {"dormant_fraction": 0.1}
+        >>> PlasticityLoss().severity(points, baseline) > 1
+        True
     """
 
     kind = "plasticity_loss"

@@ -17,6 +17,12 @@ class RegressionOverCompression(Rule):
     Neural collapse as such, which leaves as many dimensions as there are targets, is no failure here. Not judged are
     points whose targets repeat: either the window is longer than an epoch, so that the nearest neighbor of a sample is
     its own copy of some steps ago and the estimate far too low, or the targets are too discrete to have a dimension.
+
+    Example:
+        >>> values = {"intrinsic_dimension": 1.0, "target_dimension": 3.0}
+        >>> points = {name: Point("regression_collapse", "head", name, 9, value, n=256) for name, value in values.items()}
+        >>> RegressionOverCompression().severity(points, {"intrinsic_dimension": 6.0, "target_dimension": 3.0}) > 1
+        True
     """
 
     kind = "regression_over_compression"

@@ -36,6 +36,10 @@ class Task:
             routers, heads of a variance.
         reasons: Why, for each of these, in words.
         embeddings: Names of the layers whose outputs the loss compares with each other; empty if that is not known.
+
+    Example:
+        >>> str(Task("regression", directions=2)), str(Task())
+        ('regression, which may end in 2 direction(s)', 'an unknown task')
     """
 
     name: str = ""

@@ -21,6 +21,14 @@ class VerdictGrouper:
 
     Args:
         patience: How many points apart they may be.
+
+    Example:
+        >>> from lightning_collapse.rules import Judge, Verdict
+        >>> grouper, verdicts = VerdictGrouper(patience=2), []
+        >>> first = Verdict("complete_collapse", "encoder", 10, 20, "the spread is 0.1 %")
+        >>> new = grouper.sort(verdicts, [first], ["collapse"], [("complete_collapse", "encoder")])
+        >>> [verdict.layer for verdict in new]
+        ['encoder']
     """
 
     def __init__(self, patience: int) -> None:

@@ -16,6 +16,10 @@ def eigenvalues(gram: Tensor) -> Tensor:
 
     Returns:
         Shape ``(..., K)``.
+
+    Example:
+        >>> eigenvalues(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        tensor([3., 1.])
     """
     finite = gram.sum(dim=(-2, -1)).isfinite()  # a sum is finite if and only if its terms are
     safe = torch.where(finite[..., None, None], gram, 0.0)
@@ -39,6 +43,12 @@ def eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Eigenvalues ``(K,)`` and, in the columns of ``(K, K)``, orthonormal eigenvectors.
+
+    Example:
+        >>> values, vectors = eigenvectors(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        >>> values, vectors.abs()
+        (tensor([3., 1.]), tensor([[1., 0.],
+                [0., 1.]]))
     """
     finite = gram.sum().isfinite()
     safe = torch.where(finite, gram, 0.0)

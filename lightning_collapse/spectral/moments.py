@@ -182,6 +182,13 @@ def reduce_moments(moments: Sequence[Moments], group: dist.ProcessGroup | None =
     """Reduce several accumulators at once, see :meth:`Moments.reduce`.
 
     Collective: every process must call it, with the same widths in the same order; two all-reduces in all.
+
+    Example:
+        >>> moments = Moments(dim=2)
+        >>> moments.update(torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
+        >>> [total] = reduce_moments([moments])  # of one process here
+        >>> total.count, total.mean
+        (tensor(2., dtype=torch.float64), tensor([2., 2.], dtype=torch.float64))
     """
     firsts = [torch.cat([m.seen[None], m.count[None], m.count * m.shift + m.total]) for m in moments]
     firsts = _all_reduce(firsts, group)

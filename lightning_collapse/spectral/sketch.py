@@ -22,6 +22,12 @@ class GaussianSketch:
         dim: Number of features ``D`` to project.
         size: Width ``k`` of the projection.
         device: Where the matrix lives.
+
+    Example:
+        >>> sketch = GaussianSketch(dim=1000, size=64)
+        >>> rows = torch.ones(2, 1000)
+        >>> sketch(rows).shape
+        torch.Size([2, 64])
     """
 
     def __init__(self, dim: int, size: int, device: torch.device | str | None = None) -> None:

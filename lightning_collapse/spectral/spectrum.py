@@ -28,6 +28,11 @@ class Spectrum:
         mean: Mean row, shape ``(..., D)``; ``None`` if the features were not centered.
         variance: Variance of every feature, shape ``(..., D)``; ``None`` if the features were not centered.
         sketched: Whether ``D`` is the width of a random Gaussian projection of wider features.
+
+    Example:
+        >>> record = spectrum_of(torch.ones(4, 2))
+        >>> record.singular_values, record.count, record.dim
+        (tensor([0., 0.], dtype=torch.float64), tensor(4., dtype=torch.float64), 2)
     """
 
     singular_values: Tensor
@@ -72,6 +77,11 @@ def spectrum_of(features: Tensor, center: bool = True, mask: Tensor | None = Non
 
     Raises:
         ValueError: If ``features`` is not a matrix.
+
+    Example:
+        >>> record = spectrum_of(torch.tensor([[2.0, 1.0], [-2.0, -1.0], [2.0, -1.0], [-2.0, 1.0]]))
+        >>> record.singular_values, record.count
+        (tensor([4., 2.], dtype=torch.float64), tensor(4., dtype=torch.float64))
     """
     if features.ndim != 2:
         raise ValueError(

@@ -133,6 +133,11 @@ def default_taps(root: nn.Module, order: Execution | Sequence[str] | None = None
         order: What ran in a training step, see :class:`~lightning_collapse.monitoring.ExecutionOrder`; modules that did
             not run are left out, and order, networks in training and conditions are told by it. By default by the
             order of registration, ``requires_grad`` and names.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> [tap.name for tap in default_taps(net)]
+        ['0', '2', '2.input']
     """
     run = Run(root, order)
     blocks = [named for block in _root_blocks(root, run) for named in run.called(*block)]

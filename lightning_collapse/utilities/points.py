@@ -8,7 +8,12 @@ from typing import NamedTuple
 
 
 class Flag(IntEnum):
-    """Why a reading deserves doubt; logged as the curve ``{family}/{layer}/flag``. Up to 6 the larger is the graver."""
+    """Why a reading deserves doubt; logged as the curve ``{family}/{layer}/flag``. Up to 6 the larger is the graver.
+
+    Example:
+        >>> Flag.OK == 0, Flag(4).name
+        (True, 'FEW_ROWS')
+    """
 
     OK = 0
     SKETCHED = 1
@@ -42,6 +47,10 @@ class Point(NamedTuple):
         flag: Why the reading deserves doubt.
         error: Standard error of the reading; NaN where it is not known.
         drawn: Whether loggers are given it, and not only those who read points.
+
+    Example:
+        >>> Point("collapse", "encoder", "effective_rank", step=50, value=3.2, n=256, null=30.0).key
+        'collapse/encoder/effective_rank'
     """
 
     family: str

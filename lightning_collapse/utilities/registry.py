@@ -86,6 +86,10 @@ class Curve:
         collapsed: What it reads when things go wrong.
         source: Authors, year, identifier.
         family: First part of the name; empty for that of the monitor that declares it.
+
+    Example:
+        >>> Curve("root_mean_square", "norms of rows", "0 to infinity", "near 0").line
+        '- ``root_mean_square``: norms of rows; 0 to infinity; ill: near 0.'
     """
 
     name: str
@@ -154,6 +158,11 @@ def register_curve(family: str, name: str, **facts: str) -> None:
         family: First part of the curve's name.
         name: Last part of it.
         facts: The other fields of :class:`Curve`.
+
+    Example:
+        >>> register_curve("length", "root_mean_square", reads="norms of rows")
+        >>> CURVES.pop("length/root_mean_square").reads
+        'norms of rows'
     """
     CURVES[f"{family}/{name}"] = Curve(name, family=family, **facts)
 
@@ -168,7 +177,14 @@ def register_monitor(cls: type, family: str, curves: Iterable[Curve]) -> None:
 
 
 def register_loss(cls: LossClass) -> LossClass:
-    """Make a loss known to the contract tests and the tables, under its class name."""
+    """Make a loss known to the contract tests and the tables, under its class name.
+
+    Example:
+        >>> @register_loss
+        ... class Length(nn.Module): ...
+        >>> LOSSES.pop("Length") is Length
+        True
+    """
     _add(LOSSES, cls.__name__, cls)
     return cls
 

@@ -42,6 +42,11 @@ class WeightMatrix(NamedTuple):
         input: Where its input rows can be captured; ``None`` where no module receives them as they are (convolutions
             would need unfolding, recurrent cells and the output projection of ``nn.MultiheadAttention`` never show
             theirs).
+
+    Example:
+        >>> [matrix] = weight_matrices(nn.Sequential(nn.Linear(4, 3)))
+        >>> matrix.name, matrix.read().shape
+        ('0', torch.Size([3, 4]))
     """
 
     name: str
@@ -63,6 +68,11 @@ def weight_matrices(root: nn.Module, embeddings: bool = False) -> list[WeightMat
     Args:
         root: The model.
         embeddings: Also the tables of ``nn.Embedding``: rows are looked up there, not multiplied.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> [(matrix.name, tuple(matrix.read().shape)) for matrix in weight_matrices(net)]
+        [('0', (3, 4)), ('2', (2, 3))]
     """
     found: dict[str, WeightMatrix] = {}
     seen: set[int] = set()
