@@ -8,7 +8,12 @@ from typing import Any
 
 
 class Phase(IntEnum):
-    """Where a run is; logged as the curve ``geometry/{layer}/phase``."""
+    """Where a run is; logged as the curve ``geometry/{layer}/phase``.
+
+    Example:
+        >>> Phase(2).name, Phase.COMPRESSION_SEEKING > Phase.ENTROPY_SEEKING
+        ('ENTROPY_SEEKING', True)
+    """
 
     WARM_UP = 1
     """The rank falls from its random beginning."""

@@ -52,7 +52,7 @@ class AntiCollapseMixin:
         class LitEncoder(AntiCollapseMixin, LightningModule):
             def __init__(self):
                 super().__init__()
-                self.encoder = ...
+                self.encoder = nn.Linear(16, 8)
                 self.set_regularizers({"vicreg": VICReg()})
 
             def training_step(self, batch, batch_idx):

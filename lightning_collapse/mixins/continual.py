@@ -47,7 +47,7 @@ class ContinualMixin:
         class LitClassifier(ContinualMixin, LightningModule):
             def __init__(self):
                 super().__init__()
-                self.net = ...
+                self.net = nn.Linear(6, 3)
                 self.set_penalties({"ewc": EWC(weight=100.0)})
     """
 

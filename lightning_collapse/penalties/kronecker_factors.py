@@ -28,6 +28,12 @@ class KroneckerFactor(NamedTuple):
             convolution ``I`` is channels times kernel, as ``weight.flatten(1)`` has them.
         gradients: :math:`G`, ``(O, O)``.
         bias: Name of the bias, or ``None``.
+
+    Example:
+        >>> batches = [torch.tensor([[3.0, 0.0]])]
+        >>> factor = kronecker_factors(nn.Linear(2, 1), batches, likelihood="gaussian").factors["weight"]
+        >>> factor.inputs.shape, factor.gradients.shape, factor.bias
+        (torch.Size([3, 3]), torch.Size([1, 1]), 'bias')
     """
 
     inputs: Tensor

@@ -20,8 +20,9 @@ class RegressionOverCompression(Rule):
 
     Example:
         >>> values = {"intrinsic_dimension": 1.0, "target_dimension": 3.0}
-        >>> points = {name: Point("regression_collapse", "head", name, 9, value, n=256) for name, value in values.items()}
-        >>> RegressionOverCompression().severity(points, {"intrinsic_dimension": 6.0, "target_dimension": 3.0}) > 1
+        >>> points = {name: Point("regression_collapse", "", name, 9, value, n=256) for name, value in values.items()}
+        >>> baseline = {"intrinsic_dimension": 6.0, "target_dimension": 3.0}
+        >>> RegressionOverCompression().severity(points, baseline) > 1
         True
     """
 

@@ -42,6 +42,22 @@ def require_one_of(options: Sequence[str], **values: str) -> None:
             raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
 
 
+def check_layers(layers: Any, everything: str) -> None:
+    """Refuse what cannot be names of layers; ``everything`` says what is watched without them.
+
+    Raises:
+        ValueError: If it is a string, empty, no collection, or holds anything but strings.
+    """
+    if layers is None:
+        return
+    if isinstance(layers, str):
+        raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
+    if not isinstance(layers, Collection) or not all(isinstance(name, str) for name in layers):
+        raise ValueError(f"`layers` takes a list of names of submodules, got {layers!r}.")
+    if not layers:
+        raise ValueError(f"`layers` is empty. Leave it out to watch {everything}.")
+
+
 def did_you_mean(wrong: str, names: Iterable[str]) -> str:
     """A question that names the three that come nearest to a name that does not exist; empty if nothing comes near.
 

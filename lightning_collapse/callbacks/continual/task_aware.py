@@ -27,6 +27,14 @@ class TaskAware(Callback, ABC):
 
     Attributes:
         task_index: Index of the running task, from 0.
+
+    Example::
+
+        class Announce(TaskAware):
+            def end_task(self, trainer, pl_module):
+                print(f"task {self.task_index} has ended")
+
+        trainer = Trainer(callbacks=[Announce()])
     """
 
     def __init__(self) -> None:

@@ -55,6 +55,18 @@ class Monitor(Callback, ABC):
 
     Raises:
         ValueError: If ``every_n_steps`` is not positive, or ``detail`` is neither.
+
+    Example::
+
+        class WeightNorm(Monitor):
+            family, declares = "length", (Curve("norm", "all weights"),)
+
+            def start(self, trainer, pl_module): ...
+
+            def read(self, trainer, pl_module):
+                return {("all", "norm"): torch.stack([p.norm() for p in pl_module.parameters()]).norm()}
+
+        trainer = Trainer(callbacks=[WeightNorm()])
     """
 
     family: ClassVar[str] = ""
