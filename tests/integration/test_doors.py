@@ -381,7 +381,7 @@ def test_mixin_misuse_is_refused() -> None:
     for loss in (VICReg, "vicreg", variance_loss):
         with pytest.raises(ValueError, match=r"`loss` must be a module, got .*. Pass an instance"):
             Regularizer(loss, layer="projector")
-    with pytest.raises(ValueError, match=r"`on` must be the name of a layer, got \['projector'\]. Pass"):
+    with pytest.raises(ValueError, match=r"`layer` must be the name of a layer, got \['projector'\]. Pass"):
         Regularizer(VICReg(), layer=["projector"])
     with pytest.raises(ValueError, match="VarianceLoss takes 1, got chunk=2"):
         Regularizer(VarianceLoss(), layer="projector", chunk=2)

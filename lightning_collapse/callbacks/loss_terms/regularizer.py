@@ -81,7 +81,8 @@ class Regularizer(AuxiliaryLoss):
         if not isinstance(loss, nn.Module):
             raise ValueError(f"`loss` must be a module, got {loss!r}. Pass an instance, such as `VICReg()`.")
         if not isinstance(layer, str):
-            raise ValueError(f"`layer` must be the name of a layer, got {layer!r}. See `named_modules()`.")
+            told = "Pass what `named_modules()` calls it."
+            raise ValueError(f"`layer` must be the name of a layer, got {layer!r}. {told}")
         self._views: int = getattr(loss, "views", 1)
         if chunk not in (1, self._views):
             raise ValueError(
