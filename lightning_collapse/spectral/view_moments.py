@@ -110,6 +110,12 @@ def reduce_view_moments(moments: Sequence[ViewMoments], group: dist.ProcessGroup
 
     Collective: every process must call it, with the same widths in the same order; three all-reduces in all, of
     ``2 D ** 2 + 2 D + 4`` numbers a stream.
+
+    Example:
+        >>> moments = ViewMoments(1)
+        >>> moments.update(torch.tensor([[[1.0], [5.0]], [[3.0], [5.0]]]))
+        >>> reduce_view_moments([moments])[0].within
+        tensor([[2.]], dtype=torch.float64)
     """
     means = reduce_moments([m.means for m in moments], group)
     parts = [torch.cat([m.within.flatten(), m.degrees[None]]) for m in moments]

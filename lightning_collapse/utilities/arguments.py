@@ -71,19 +71,3 @@ def did_you_mean(wrong: str, names: Iterable[str]) -> str:
     nearest = [f"`{there[name]}`" for name in get_close_matches(wrong.lower(), there, n=3)]
     choice = " or ".join(part for part in (", ".join(nearest[:-1]), *nearest[-1:]) if part)
     return f" Did you mean {choice}?" if choice else ""
-
-
-def check_layers(layers: Any, everything: str) -> None:
-    """Refuse what cannot be names of layers; ``everything`` says what is watched without them.
-
-    Raises:
-        ValueError: If it is a string, empty, no collection, or holds anything but strings.
-    """
-    if layers is None:
-        return
-    if isinstance(layers, str):
-        raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
-    if not isinstance(layers, Collection) or not all(isinstance(name, str) for name in layers):
-        raise ValueError(f"`layers` takes a list of names of submodules, got {layers!r}.")
-    if not layers:
-        raise ValueError(f"`layers` is empty. Leave it out to watch {everything}.")

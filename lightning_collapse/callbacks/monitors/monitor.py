@@ -60,9 +60,7 @@ class Monitor(Callback, ABC):
 
         class WeightNorm(Monitor):
             family, declares = "length", (Curve("norm", "all weights"),)
-
             def start(self, trainer, pl_module): ...
-
             def read(self, trainer, pl_module):
                 return {("all", "norm"): torch.stack([p.norm() for p in pl_module.parameters()]).norm()}
 
