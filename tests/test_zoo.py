@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -42,6 +43,10 @@ def test_there_are_eight_kinds_of_failure_and_eight_runs_that_only_look_like_one
     assert len({specimen.kind for specimen in FAILURES}) >= 8
     assert set(RULES) - {"neural_collapse_reached", "outcome_drop"} <= KINDS
     assert len(SPECIMENS) - len(FAILURES) >= 7
+
+
+def test_processes_can_be_handed_every_specimen():
+    assert [pickle.loads(pickle.dumps(specimen)).name for specimen in SPECIMENS] == [one.name for one in SPECIMENS]
 
 
 @pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda specimen: specimen.name)

@@ -24,7 +24,8 @@ class PartialCollapse(Rule):
     once: the effective rank of eigenvalues as a share of its null, times the recall between the two views as a multiple
     of that of the untrained network, is a fifth or less, where healthy runs end between .3 and 2; the rank has fallen
     to half of its beginning, so that what never learned is left alone; and neither of them rises, by a robust trend
-    over the last sixteen points, so that what recovers is. Said of the layers that the loss compares with each other,
+    over the last sixteen points, nor has the rank come back to half as much again as its lowest level, so that what
+    recovers, or has, is. Said of the layers that the loss compares with each other,
     or where these are not known of all that see two views, and of batches with at least 32 samples to tell apart. A
     healthy embedding may lie low for more than half of a short run: nothing is said before seven tenths of the planned
     points, or before the 64th. The finding is that of Jing et al. (2022, arXiv 2110.09348) and Li et al. (2022, arXiv
@@ -52,7 +53,7 @@ class PartialCollapse(Rule):
     tasks = ("self-supervised",)
     patience = 3
     line = 0.2
-    fallen = 0.5
+    fallen, recovered = 0.5, 1.5
     chance = 1 / 32
     advice = "Add `Regularizer(VICReg(), layer=...)`, or `BarlowTwins()` for `VICReg()`, or check the stop-gradient."
     paper = "Jing et al., 2022, arXiv 2110.09348; Li et al., 2022, arXiv 2203.12719"
@@ -66,7 +67,7 @@ class PartialCollapse(Rule):
         return 0.0
 
     def weigh(self, evidence: Evidence) -> float:
-        """A fifth over rank times recall, or half of the rank's fall; undecided where one of them rises."""
+        """A fifth over rank times recall, or half of the rank's fall; undecided where one of them rises, or has."""
         rank, recall = (evidence.history.get(name) for name in (RANK, RECALL))
         point = evidence.points.get(RECALL)
         null = evidence.points[RANK].null
@@ -78,7 +79,8 @@ class PartialCollapse(Rule):
             return 0.0
         product = rank.level / null * recall.level / max(recall.first, point.null)
         severity = min(self.line / max(product, 1e-300), self.fallen * rank.first / max(rank.level, 1e-300))
-        return min(severity, UNDECIDED) if "rising" in (rank.direction(), recall.direction()) else severity
+        back = rank.level >= self.recovered * rank.lowest
+        return min(severity, UNDECIDED) if back or "rising" in (rank.direction(), recall.direction()) else severity
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Rank and recall at this point."""

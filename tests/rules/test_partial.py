@@ -61,6 +61,12 @@ def test_nothing_is_said_before_a_share_of_the_planned_points(planned, first):
     assert verdict.since == first - 1 if first else POINTS <= verdict.since <= MANY
 
 
+def test_what_has_come_back_is_let_be_though_it_rises_no_more():
+    judge, found = run([HIGH] * 3 + [LOW / 2] * 6 + [LOW] * 31, [0.5] * 40)
+    assert judge.verdicts == []
+    assert PARTIAL.healthy <= found[-1].severities["partial_collapse", "z"] < 1
+
+
 @pytest.mark.parametrize(
     ("ranks", "recalls"),
     [

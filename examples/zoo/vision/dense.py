@@ -1,5 +1,7 @@
 """Healthy networks with maps for outputs: a detector's pyramid with an image-wide summary, and a segmentation."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -73,7 +75,7 @@ def habitat(seed: int, summary: bool) -> Habitat:
 
 
 SPECIMENS = tuple(
-    Specimen(name, lambda seed, summary=summary: habitat(seed, summary), says, family="dense prediction")
+    Specimen(name, partial(habitat, summary=summary), says, family="dense prediction")
     for name, summary, says in (
         ("pyramid", True, "a layer that says the same at all places"),
         ("segmentation", False, "most pixels are background"),
