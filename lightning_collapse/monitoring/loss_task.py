@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -34,7 +33,8 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
     targets = [one for one in found if one.given and one.sort in TARGETS] + chosen
     blank = LossUse(roles=roles, nodes=nodes, conditioning=conditioning)
     if actions and not [one for one in targets if one.sort == "classes"]:
-        why = f"its loss, which chooses outputs by `{_first(actions)}` of the batch ({actions[0].name})"
+        by = next((f"`{name}` of the batch" for one in actions for name in one.given), "what the step has drawn")
+        why = f"its loss, which chooses outputs by {by} ({actions[0].name})"
         return replace(_with_layers(replace(blank, task="reinforcement", why=why), evidence, actions, {}), last=())
     names = {id(one): _name(evidence, one) for one in targets}
     for one in targets:
@@ -60,10 +60,6 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
     return replace(blank, why=_why_not(graph))
 
 
-def _first(found: Iterable[Comparison]) -> str:
-    return next(name for one in found for name in one.given)
-
-
 def _picks(evidence: Evidence) -> tuple[list[Comparison], list[Comparison]]:
     """Choices by actions, and choices that are a cross-entropy written by hand."""
     actions, chosen = [], []
@@ -79,6 +75,14 @@ def _picks(evidence: Evidence) -> tuple[list[Comparison], list[Comparison]]:
             one.node in other.below.between for other in evidence.found if other.sort == "numbers"
         ):
             actions.append(one)
+    # actions that the step itself has drawn
+    drawn = [one for one in evidence.found if one.sort == "pick" and not one.given]
+    actions += [
+        one
+        for one in drawn
+        if is_log_probability(_through_views(children(one.node)[0]))
+        and _is_weighed(graph, evidence.found, one.node, signed=True)
+    ]
     numbers = [one for one in evidence.found if one.sort == "numbers" and one.given]
     actions += [one for one in numbers if _is_weighed(graph, evidence.found, one.node, signed=True)]
     return actions, chosen
@@ -182,9 +186,12 @@ def _features(evidence: Evidence) -> list[Comparison]:
 
 
 def _is_made(one: Comparison) -> bool:
-    """Whether a constant that is not of the batch holds different real numbers, and no labels or masks."""
+    """Whether a constant that is not of the batch holds rows of different real numbers, and no labels or masks.
+
+    One number per row is no feature, but a return or an advantage.
+    """
     rows = one.rows() if one.sort in ("numbers", "probabilities", "weight") and one.below.modules else None
-    if rows is None or rows.integer:
+    if rows is None or rows.integer or rows.numel == torch.Size(rows.shape[:1]).numel():
         return False
     values = rows.values.flatten()
     return bool(((values != values.min()) & (values != values.max())).any())

@@ -328,6 +328,38 @@ def _(net: Net, batch: Any) -> Tensor:
     return -(policy.log_prob(batch["actions"]) * batch["rewards"]).mean()
 
 
+STATES = {"states": X}
+
+
+def _drawn(net: Net, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of actions that the policy draws itself, and what they are worth."""
+    with torch.no_grad():
+        scores, generator = net.scores(states), torch.Generator().manual_seed(0)
+        actions = scores.softmax(1).multinomial(1, generator=generator).squeeze(1)
+    policy = torch.distributions.Categorical(logits=net.scores(states))
+    return policy.log_prob(actions), torch.randn(N, generator=generator)
+
+
+@row("policy gradient, actions drawn in the step", STATES, "reinforcement", 0, {"head"}, {"states": "input"})
+def _(net: Net, batch: Any) -> Tensor:
+    chosen, returns = _drawn(net, batch["states"])
+    return -(chosen * (returns - returns.mean())).mean()
+
+
+@row("actor and critic, actions drawn in the step", STATES, "reinforcement", 0, {"head"}, {"states": "input"})
+def _(net: Net, batch: Any) -> Tensor:
+    chosen, returns = _drawn(net, batch["states"])
+    values = net.one(net.features(batch["states"])).squeeze(1)
+    return F.mse_loss(values, returns) - (chosen * (returns - values).detach()).mean()
+
+
+@row("values of states", STATES, "", 0, set(), {"states": "input"})
+def _(net: Net, batch: Any) -> Tensor:
+    with torch.no_grad():
+        returns = 1 + 0.9 * net.one(net.features(batch["states"] + 1)).squeeze(1)
+    return F.mse_loss(net.one(net.features(batch["states"])).squeeze(1), returns)
+
+
 @row("autoencoder", LABELED, "reconstruction", 0, LAST_OF_DECODER, {"x": "own target", "y": "unused"})
 def _(net: Net, batch: Any) -> Tensor:
     return F.mse_loss(net.decoder(net.features(batch["x"])), batch["x"])
