@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lightning_collapse.monitoring.autograd_graph import VIEWS, AutogradGraph, Node, children, kind
-from lightning_collapse.monitoring.loss_comparisons import Comparison, is_log_probability
+from lightning_collapse.monitoring.loss_comparisons import CLASSES, YES_OR_NO, Comparison, is_log_probability
 from lightning_collapse.monitoring.loss_use import Evidence, LossUse
 from lightning_collapse.monitoring.value_comparison import is_masked_part, is_mixture, relation
 
@@ -25,7 +26,8 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
     Targets of the batch: those that are the tokens read, or the next, or of as many classes as there are tokens: a
     language model; classes that exclude each other: classification; several that do not: multi-label; what the network
     receives: reconstruction; other numbers: regression. Noise that was added to what the network receives: denoising.
-    Features compared with each other or with those of a network beside: self-supervised.
+    Features compared with each other or with those of a network beside: self-supervised. Labels that the step has made
+    itself, such as those of a detector's anchors: no name, and outputs that are exempt.
     """
     roles, nodes = dict(said[0]), said[1]
     graph, found = evidence.graph, evidence.found
@@ -42,7 +44,8 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
             tokens = names[id(one)] == "language model" and name in evidence.tokens
             own = tokens or names[id(one)] == "reconstruction" or roles[name] == "own target"
             roles[name] = "own target" if own else "target"
-    features = _features(evidence)
+    labels = [] if targets else _made_labels(evidence)
+    features = _features(evidence, labels)
     reached = graph.weights_below([one.node for one in targets]) if features else set()
     apart = [one for one in features if not graph.weights_below([one.node]) <= reached]
     if targets and not apart:
@@ -57,6 +60,10 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
     if noise:
         why = f"its loss, which compares outputs with noise that was added to the inputs ({noise[0].name})"
         return _with_layers(replace(blank, task="denoising", why=why), evidence, noise, {})
+    if labels:
+        why = f"its loss compares outputs with labels that the step itself has made ({labels[0].name})"
+        assigned = labels + [one for one in found if one.sort == "numbers" and not one.given]
+        return replace(_with_layers(replace(blank, why=why), evidence, assigned, {}), last=())
     return replace(blank, why=_why_not(graph))
 
 
@@ -174,15 +181,36 @@ def _exclusive(evidence: Evidence, one: Comparison) -> bool:
     return bool(torch.allclose(rows.values.sum(dim=1), torch.ones(len(rows.values), dtype=torch.float64)))
 
 
-def _features(evidence: Evidence) -> list[Comparison]:
+def _made_labels(evidence: Evidence) -> list[Comparison]:
+    """Outputs compared with labels that are not of the batch; not products of features, compared with their places."""
+    found = evidence.found
+    products = {one.node for one in found if one.sort in ("pair", "weight")}
+    made = [one for one in found if one.sort in ("classes", "yes or no") and not one.given and one.below.modules]
+    return [one for one in made if not products & one.below.between.keys() and _are_labels(one.constant)]
+
+
+def _are_labels(values: Tensor | None) -> bool:
+    """Whether they are classes, or yes and no, and not all alike, as those of a critic are."""
+    if values is None or not values.numel() or not bool((values != values.flatten()[0]).any()):
+        return False
+    return not values.is_floating_point() or bool(((values == 0) | (values == 1)).all())
+
+
+def _features(evidence: Evidence, labels: list[Comparison]) -> list[Comparison]:
     """Features compared with each other, or with those of a second pass or of a network beside."""
-    pairs = [one for one in evidence.found if one.sort == "pair"]
+    pairs = [one for one in evidence.found if one.sort == "pair" and not _is_weighed_term(one)]
     calls, layers = evidence.graph.record.calls, evidence.graph.record.layers
     times = Counter(call.name for call in calls if call.name in layers)
     beside = [call for call in calls if call.name in layers and not call.graph]
-    if not beside and not any(count > 1 for count in times.values()):
+    # heads of a detector run once per level
+    if not beside and (labels or not any(count > 1 for count in times.values())):
         return pairs
     return pairs + [one for one in evidence.found if one.sort != "pick" and not one.given and _is_made(one)]
+
+
+def _is_weighed_term(one: Comparison) -> bool:
+    """Whether a product is of a term of the loss with its own weight, as in a focal loss, and not of features."""
+    return any(kind(node) in (*CLASSES, *YES_OR_NO) for node in one.below.between)
 
 
 def _is_made(one: Comparison) -> bool:

@@ -408,6 +408,47 @@ def _(net: Net, batch: Any) -> Tensor:
     return classes + F.smooth_l1_loss(net.other(features), batch["targets"]["boxes"])
 
 
+PYRAMID = {"images": PIXELS, "boxes": BOXES}
+ANCHORED = {"images": "input", "boxes": "unused"}
+
+
+def _anchors(net: Net, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of two levels, and which of them the step assigns to a box, and its own numbers of them."""
+    maps = net.maps(batch["images"])
+    scores = torch.cat([net.per_pixel(level).flatten(2) for level in (maps, maps[:, :, ::2, ::2])], dim=2)
+    assigned = (torch.arange(scores.numel()).view_as(scores) % 3 == 0).float()
+    return scores, assigned, (batch["boxes"][:, :, None] - 0.3).exp().expand_as(scores)
+
+
+@row("anchors", PYRAMID, "", 0, {"per_pixel"}, ANCHORED)
+def _(net: Net, batch: Any) -> Tensor:
+    scores, assigned, places = _anchors(net, batch)
+    chosen = assigned.bool()
+    return F.binary_cross_entropy_with_logits(scores, assigned) + F.l1_loss(scores[chosen], places[chosen] + 0.1)
+
+
+@row("anchors, focal loss", PYRAMID, "", 0, {"per_pixel"}, ANCHORED)
+def _(net: Net, batch: Any) -> Tensor:
+    scores, assigned, _ = _anchors(net, batch)
+    error = F.binary_cross_entropy_with_logits(scores, assigned, reduction="none")
+    sure = scores.sigmoid() * assigned + (1 - scores.sigmoid()) * (1 - assigned)
+    return ((0.25 * assigned + 0.75 * (1 - assigned)) * error * (1 - sure) ** 2).mean()
+
+
+@row("pretext", {"x": X}, "", 0, HEAD, {"x": "input"})
+def _(net: Net, batch: Any) -> Tensor:
+    strength = torch.arange(N) % C
+    return F.cross_entropy(net.scores(batch["x"] * (1 + strength[:, None])), strength)
+
+
+@row("contrast with keys of a teacher", {"x": X}, "self-supervised", 0, set(), {"x": "input"})
+def _(net: Net, batch: Any) -> Tensor:
+    with torch.no_grad():
+        keys = F.normalize(net.teacher(batch["x"]), dim=1)
+    scores = torch.einsum("nd,md->nm", F.normalize(net.projector(net.features(batch["x"])), dim=1), keys)
+    return F.cross_entropy(scores / 0.1, torch.arange(N))
+
+
 @row("segmentation", {"x": PIXELS, "y": REGIONS}, "classification", C - 1, {"per_pixel"}, IS_TARGET)
 def _(net: Net, batch: Any) -> Tensor:
     return F.cross_entropy(net.per_pixel(net.maps(batch["x"])), batch["y"])

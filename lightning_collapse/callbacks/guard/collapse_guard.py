@@ -319,7 +319,7 @@ class CollapseGuard(Callback):
         if self.task.name:
             taken = f"takes this for {self.task}, from {self.task.why}. Say otherwise with {told}{said}"
         else:
-            taken = f"does not know the task: {self.task.why}. Every layer is judged; say it with {told}"
+            taken = f"does not know the task: {self.task.why}.{said or ' Every layer is judged.'} Say it with {told}"
         rank_zero_info(f"`CollapseGuard` {taken}")
 
     @staticmethod

@@ -47,7 +47,9 @@ def infer_task(
     reasons = {curve_name(layer): reason for layer, reason in use.conditioning.items()}
     embeddings = frozenset(map(_tap_name, use.embeddings))
     blank = Task(name, why, conditioning=frozenset(reasons), reasons=reasons, embeddings=embeddings)
-    if requested == "self-supervised" != use.task or not name:
+    if not name:
+        return replace(blank, outputs=frozenset(map(_tap_name, use.compared)))
+    if requested == "self-supervised" != use.task:
         return blank
     if use.compared:
         directions = use.directions if name == use.task else 0
