@@ -45,13 +45,17 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
             own = tokens or names[id(one)] == "reconstruction" or roles[name] == "own target"
             roles[name] = "own target" if own else "target"
     labels = [] if targets else _made_labels(evidence)
+    assigned = _assigned(evidence, labels)
     features = _features(evidence, labels)
-    reached = graph.weights_below([one.node for one in targets]) if features else set()
+    reached = graph.weights_below([one.node for one in targets or assigned]) if features else set()
     apart = [one for one in features if not graph.weights_below([one.node]) <= reached]
     if targets and not apart:
         first = min(targets, key=lambda one: _ORDER.index(names[id(one)]))
         name = names[id(first)]
         return _with_layers(replace(blank, task=name, why=_why(first)), evidence, targets, names)
+    if labels and not apart:
+        why = f"its loss compares outputs with labels that the step itself has made ({labels[0].name})"
+        return replace(_with_layers(replace(blank, why=why), evidence, assigned, {}), last=())
     if features:
         names_of = dict.fromkeys(name for one in features for name in one.below.modules)
         use = replace(blank, task="self-supervised", why=_why_features(features[0]), embeddings=tuple(names_of))
@@ -60,10 +64,6 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
     if noise:
         why = f"its loss, which compares outputs with noise that was added to the inputs ({noise[0].name})"
         return _with_layers(replace(blank, task="denoising", why=why), evidence, noise, {})
-    if labels:
-        why = f"its loss compares outputs with labels that the step itself has made ({labels[0].name})"
-        assigned = labels + [one for one in found if one.sort == "numbers" and not one.given]
-        return replace(_with_layers(replace(blank, why=why), evidence, assigned, {}), last=())
     return replace(blank, why=_why_not(graph))
 
 
@@ -187,6 +187,13 @@ def _made_labels(evidence: Evidence) -> list[Comparison]:
     products = {one.node for one in found if one.sort in ("pair", "weight")}
     made = [one for one in found if one.sort in ("classes", "yes or no") and not one.given and one.below.modules]
     return [one for one in made if not products & one.below.between.keys() and _are_labels(one.constant)]
+
+
+def _assigned(evidence: Evidence, labels: list[Comparison]) -> list[Comparison]:
+    """Such labels, and numbers beside them, such as places of boxes: where no network runs that may have made these."""
+    calls = [call for call in evidence.graph.record.calls if call.name in evidence.graph.record.layers]
+    alone = bool(labels) and all(call.graph for call in calls)
+    return labels + [one for one in evidence.found if alone and one.sort == "numbers" and not one.given]
 
 
 def _are_labels(values: Tensor | None) -> bool:

@@ -427,6 +427,14 @@ def _(net: Net, batch: Any) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores, assigned) + F.l1_loss(scores[chosen], places[chosen] + 0.1)
 
 
+@row("anchors, areas of boxes", PYRAMID, "", 0, {"per_pixel"}, ANCHORED)
+def _(net: Net, batch: Any) -> Tensor:
+    scores, assigned, places = _anchors(net, batch)
+    sides = scores[:, 1:3].sigmoid()
+    area = (sides[:, 0] * sides[:, 1] - 0.1).abs().mean()
+    return area + F.binary_cross_entropy_with_logits(scores[:, :1], assigned[:, :1]) + F.l1_loss(scores, places + 0.1)
+
+
 @row("anchors, focal loss", PYRAMID, "", 0, {"per_pixel"}, ANCHORED)
 def _(net: Net, batch: Any) -> Tensor:
     scores, assigned, _ = _anchors(net, batch)
