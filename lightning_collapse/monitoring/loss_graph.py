@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_collapse.monitoring.autograd_graph import AutogradGraph, kind
-from lightning_collapse.monitoring.call_record import CallRecord, Seen, storage_of
+from lightning_collapse.monitoring.call_record import Call, CallRecord, Seen, storage_of
 from lightning_collapse.monitoring.conditioning import ROUTER, conditioned_layers, without_gradient
 from lightning_collapse.monitoring.loss_comparisons import Comparison, comparisons
 from lightning_collapse.monitoring.loss_task import decide
@@ -99,15 +99,15 @@ def _match(graph: AutogradGraph, batch: dict[str, Tensor], found: list[Compariso
     samples = {name: sample_of(tensor) for name, tensor in batch.items()}
     for one in found:
         one.given = _by_storage(one, batch, storages) or _by_values(one, samples)
-    raw = [seen for call in graph.record.calls for seen in call.inputs if seen.node is None]
-    fed, tokens = _fed(graph, storages)
+    raw = _raw(graph.record.calls)
+    layers = _layers(graph)
+    fed, tokens = _fed(graph, storages, layers)
     received = [sample for seen in raw if (sample := _sample(seen)) is not None]
+    at_layers = [sample for seen in _raw(layers) if (sample := _sample(seen)) is not None]
     for name, given in samples.items():
-        if name not in fed and given is not None:
-            if any(relation(sample, given) for sample in received if sample.integer == given.integer):
-                fed[name] = "input"
-            elif not given.integer and any(abs(correlation(one, given)) > _ALIKE for one in received):
-                fed[name] = "noised input"
+        if given is not None and fed.get(name) != "input":
+            how = _likeness(given, at_layers) or fed.get(name, "passed" if _likeness(given, received) else "")
+            fed |= {name: how} if how else {}
     _tokens_by_value(graph, storages, samples, tokens)
     fed |= dict.fromkeys(tokens, "input")
     return Evidence(graph, found, batch, fed, tokens, samples, received)
@@ -130,10 +130,32 @@ def _by_values(one: Comparison, samples: dict[str, Sample | None]) -> dict[str, 
     return {name: how for name, how in hows.items() if how and (not exact or how in exact)}
 
 
-def _fed(graph: AutogradGraph, storages: dict[int, list[str]]) -> tuple[dict[str, str], dict[str, int]]:
+def _layers(graph: AutogradGraph) -> list[Call]:
+    """Calls of modules that call no other and are no part of the loss: a model may be given its targets, too."""
+    calls, terms = graph.record.calls, {node for node in graph.region() if not graph.has_weight(node)}
+    around = {name[:dot] for name in {call.name for call in calls} for dot, mark in enumerate(name) if mark == "."}
+    return [c for c in calls if c.name not in around and not any(output.node in terms for output in c.outputs)]
+
+
+def _raw(calls: Sequence[Call]) -> list[Seen]:
+    return [seen for call in calls for seen in call.inputs if seen.node is None]
+
+
+def _likeness(given: Sample, received: list[Sample]) -> str:
+    if any(relation(sample, given) for sample in received if sample.integer == given.integer):
+        return "input"
+    alike = not given.integer and any(abs(correlation(one, given)) > _ALIKE for one in received)
+    return "noised input" if alike else ""
+
+
+def _fed(
+    graph: AutogradGraph, storages: dict[int, list[str]], layers: list[Call]
+) -> tuple[dict[str, str], dict[str, int]]:
     fed: dict[str, str] = {}
     tokens: dict[str, int] = {}
-    for call in graph.record.calls:
+    for seen in _raw(graph.record.calls):
+        fed |= dict.fromkeys(storages.get(seen.pointer, ()), "passed")
+    for call in layers:
         for seen in call.inputs:
             for name in storages.get(seen.pointer, ()) if seen.node is None else ():
                 fed[name] = "input"
@@ -144,7 +166,7 @@ def _fed(graph: AutogradGraph, storages: dict[int, list[str]]) -> tuple[dict[str
         looked_up = kind(node) == "Embedding"
         for saved in graph.saved(node).values():
             for name in storages.get(storage_of(saved), ()):
-                fed.setdefault(name, "input")
+                fed[name] = "input"
                 if looked_up:
                     tokens.setdefault(name, table_rows(node))
     return fed, tokens

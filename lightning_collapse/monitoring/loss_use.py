@@ -54,7 +54,7 @@ class Evidence:
     found: list[Comparison]
     batch: dict[str, Tensor]
     fed: dict[str, str]
-    """Tensors that the model receives: as they are, or noised."""
+    """Tensors that the model receives: as they are, or noised, or passed on to no layer, as targets may be."""
     tokens: dict[str, int]
     """Those that are looked up in a table, and how many rows it has."""
     samples: dict[str, Sample | None]

@@ -155,10 +155,13 @@ def _shifted(made: Sample, given: Sample) -> str:
         return ""
     rows = flat[: flat.numel() // length * length].view(-1, length)
     m = min(len(rows), len(tokens))
-    inner, following = rows[:m, :-1], tokens[:m, 1:]
-    counts = inner >= 0
-    enough = int(counts.sum()) >= LEAST and _varies(following[counts])
-    return "shifted" if enough and bool((inner == following)[counts].all()) else ""
+    # the next tokens, or those before, which a decoder reads
+    for inner, other in ((rows[:m, :-1], tokens[:m, 1:]), (rows[:m, 1:], tokens[:m, :-1])):
+        counts = inner >= 0
+        enough = int(counts.sum()) >= LEAST and _varies(other[counts])
+        if enough and bool((inner == other)[counts].all()):
+            return "shifted"
+    return ""
 
 
 def _permuted(made: Sample, given: Sample) -> str:

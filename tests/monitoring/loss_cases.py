@@ -248,6 +248,20 @@ def _(net: Net, batch: Any) -> Tensor:
     return F.cross_entropy(out.flatten(0, 1), batch["target"][:, 1:].flatten())
 
 
+@row(
+    "sequence to sequence, tokens shifted inside",
+    {"x": X, "labels": TOKENS},
+    "language model",
+    0,
+    WORD_HEAD,
+    {"x": "input", "labels": "own target"},
+)
+def _(net: Net, batch: Any) -> Tensor:
+    before = torch.cat([torch.zeros(N, 1, dtype=torch.long), batch["labels"][:, :-1]], dim=1)
+    out = net.vocabulary(net.mixer(net.table(before) + net.features(batch["x"])[:, None])[0])
+    return F.cross_entropy(out.flatten(0, 1), batch["labels"].flatten())
+
+
 @row("CLIP", {"tokens": TOKENS, "x": X}, "self-supervised", 0, set(), {"tokens": "input", "x": "input"})
 def _(net: Net, batch: Any) -> Tensor:
     images = F.normalize(net.projector(net.features(batch["x"])), dim=1)

@@ -221,3 +221,25 @@ def test_features_that_are_fewer_than_classes():
     net = nn.Sequential(nn.Linear(12, 2), nn.Linear(2, 4))
     use = read(net, lambda net, batch: cross_entropy(net(batch[0]), batch[1]), (X, Y))
     assert use.directions == 2
+
+
+class WithLoss(nn.Module):
+    """A model that is given its targets, and returns its loss."""
+
+    def __init__(self, criterion):
+        super().__init__()
+        self.net, self.criterion = Net(), criterion
+
+    def forward(self, x, y):
+        return self.criterion(self.net.decoder(self.net.features(x)), y)
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), mse_loss])
+def test_targets_that_the_model_is_given_are_no_inputs(criterion):
+    def step(wrapped, batch):
+        return wrapped[0](*batch)
+
+    of_others = read(nn.Sequential(WithLoss(criterion)), step, (X, X.roll(1, 0)))
+    assert (of_others.task, of_others.roles) == ("regression", {"0": "input", "1": "target"})
+    of_itself = read(nn.Sequential(WithLoss(criterion)), step, (X, X))
+    assert (of_itself.task, of_itself.roles["0"]) == ("reconstruction", "own target")
