@@ -18,6 +18,7 @@ from lightning_collapse.utilities.private_torch import packs_saved_tensors, tree
 
 SAMPLE = 4096
 """Numbers of a tensor that are kept to compare values."""
+_NUMBERS = (int, float, str, torch.dtype, torch.device, type(None))
 
 
 @dataclass
@@ -51,12 +52,14 @@ class Call:
         inputs: All tensors among its arguments.
         outputs: All tensors that it returned.
         graph: Whether gradients were recorded.
+        numbers_only: Whether it was given no object at all, but numbers, such as sizes.
     """
 
     name: str
     inputs: list[Seen] = field(default_factory=list)
     outputs: list[Seen] = field(default_factory=list)
     graph: bool = True
+    numbers_only: bool = False
 
 
 class CallRecord(HookOwner):
@@ -130,7 +133,8 @@ class CallRecord(HookOwner):
         if self._counts():
             with self._contained("the record of calls", "what the loss compares stays unknown", self.clear):
                 self.packed = self.packed or packs_saved_tensors()
-                self._open.append(Call(name, _seen(inputs), [], torch.is_grad_enabled()))
+                numbers_only = all(isinstance(leaf, _NUMBERS) for leaf in tree_leaves(inputs))
+                self._open.append(Call(name, _seen(inputs), [], torch.is_grad_enabled(), numbers_only))
 
     def end(self, name: str, outputs: Any) -> None:
         """Take note of what a module returns; calls that an exception ended are dropped."""

@@ -2,7 +2,8 @@
 
 What a layer returns cannot hold more than what it receives. One number per sample, its sine and cosine, or a position
 that is the same in every sample are all there is to a time embedding, a table of positions or a network that fits a
-curve. A router and the head of a variance only scale what others return.
+curve, and a map of positions receives nothing at all. A router and the head of a variance only scale what others
+return.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from torch import Tensor
 from lightning_collapse.monitoring.autograd_graph import VIEWS, AutogradGraph, Node, children, kind
 from lightning_collapse.monitoring.call_record import Call, CallRecord, Seen
 
-NUMBER, WAVES, POSITIONS, INDEX = (
+NUMBER, WAVES, POSITIONS, INDEX, SAME = (
     "it receives one number per sample",
     "it receives sines and cosines of one number",
     "it receives positions",
     "it receives one index per sample, beside maps or sequences",
+    "it receives nothing of the samples",
 )
 ROUTER, VARIANCE = "its softmax weighs what others return", "its exponential scales what others return"
 NO_GRADIENT = "no gradient passes through it"
@@ -62,8 +64,11 @@ def _fed_by_conditions(graph: AutogradGraph) -> dict[str, str]:
     nodes: dict[Node, str] = {}
     reasons: dict[str, str] = {}
     refuted: set[str] = set()
-    for call in graph.record.calls:
-        reason = _reason(call, nodes, has_maps)
+    calls = graph.record.calls
+    alone = {call.name for call in calls if call.numbers_only} - {c.name for c in calls if not c.numbers_only}
+    for call in calls:
+        inside = any(call.name.startswith(f"{name}.") for name in alone)
+        reason = _reason(call, nodes, has_maps, inside)
         if not reason:
             refuted.add(call.name)
             continue
@@ -72,11 +77,23 @@ def _fed_by_conditions(graph: AutogradGraph) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if name not in refuted}
 
 
-def _reason(call: Call, nodes: dict[Node, str], has_maps: bool) -> str:
+def _reason(call: Call, nodes: dict[Node, str], has_maps: bool, inside: bool) -> str:
     if not call.inputs:
-        return ""
-    reasons = [_of_node(seen.node, nodes) if seen.node is not None else _of_raw(seen, has_maps) for seen in call.inputs]
+        if not call.numbers_only:
+            return ""
+        # what layers in it have made of nothing of the samples
+        made = [seen.node is not None and _of_node(seen.node, nodes) for seen in call.outputs]
+        return SAME if made and all(made) else ""
+    reasons = [
+        _of_node(seen.node, nodes) if seen.node is not None else _of_raw(seen, has_maps) or _of_no_sample(seen, inside)
+        for seen in call.inputs
+    ]
     return reasons[0] if all(reasons) else ""
+
+
+def _of_no_sample(seen: Seen, inside: bool) -> str:
+    """A single row, made inside a module that receives nothing; several may be drawn, as those of a generator."""
+    return SAME if inside and seen.shape[:1] == (1,) else ""
 
 
 def _is_map(seen: Seen) -> bool:

@@ -8,7 +8,16 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_collapse.monitoring import CallRecord, read_loss
-from lightning_collapse.monitoring.conditioning import INDEX, NO_GRADIENT, NUMBER, POSITIONS, ROUTER, VARIANCE, WAVES
+from lightning_collapse.monitoring.conditioning import (
+    INDEX,
+    NO_GRADIENT,
+    NUMBER,
+    POSITIONS,
+    ROUTER,
+    SAME,
+    VARIANCE,
+    WAVES,
+)
 
 N, D = 16, 12
 
@@ -145,3 +154,32 @@ def test_what_no_gradient_passes_through():
         return F.mse_loss(net["both"](net["student"](x)), given)
 
     assert conditioning(net, step) == {"teacher": NO_GRADIENT}
+
+
+class Map(nn.Module):
+    """Makes rows of its own, of a grid or of noise, or of what it finds in a box."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv1d(2, 8, 1)
+
+    def forward(self, source, length, noise=False):
+        box = getattr(source, "x", None)
+        grid = torch.stack([torch.arange(length).sin(), torch.arange(length).cos()])[None]
+        rows = torch.randn(N, 2, length) if noise else grid if box is None else box
+        return self.layer(rows).expand(N, -1, -1)
+
+
+@pytest.mark.parametrize("kind", ["grid", "noise", "box"])
+def test_maps_of_positions_and_generators(kind):
+    class Box:
+        x = torch.randn(1, 2, 6)
+
+    net = nn.ModuleDict({"map": Map(), "body": nn.Conv1d(2, 8, 1)})
+    x = torch.randn(N, 2, 6)
+
+    def step():
+        made = net["map"](Box() if kind == "box" else None, 6, noise=kind == "noise")
+        return (net["body"](x) + made).square().mean()
+
+    assert conditioning(net, step) == (dict.fromkeys(["map", "map.layer"], SAME) if kind == "grid" else {})
