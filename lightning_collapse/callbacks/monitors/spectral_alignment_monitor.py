@@ -251,11 +251,10 @@ class SpectralAlignmentMonitor(Monitor):
                 f" ({', '.join(silent) or 'there is no matrix'}). Name linear layers, or modules that hold some."
             )
         if self.layers is None:
-            rank_zero_info(
-                f"`{type(self).__name__}` watches {len(captured)} weight matrices."
-                + (f" Of {len(silent)} others no module receives the inputs as rows." if silent else "")
-                + " Choose with `layers=[...]`."
-            )
+            found = f"{len(captured)} weight {'matrix' if len(captured) == 1 else 'matrices'}."
+            others = f" Of {len(silent)} other{'s' * (len(silent) > 1)} no module receives the inputs as rows."
+            said = found + others * bool(silent)
+            rank_zero_info(f"`{type(self).__name__}` watches {said} Choose with `layers=[...]`.")
         return captured
 
     @property

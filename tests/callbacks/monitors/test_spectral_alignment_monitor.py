@@ -1,5 +1,6 @@
 """``SpectralAlignmentMonitor`` reads what the batch and the weights of a step say, and leaves the fit as it was."""
 
+import logging
 import math
 import warnings
 
@@ -449,14 +450,16 @@ def test_histograms(tmp_path):
     assert -1 <= histogram.min < histogram.max <= 1
 
 
-def test_convolutions_are_passed_over():
+def test_convolutions_are_passed_over(caplog):
     class Picture(Toy):
         def __init__(self):
             super().__init__()
             self.encoder = nn.Sequential(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 8, 4), nn.Flatten())
 
     keeper = PointKeeper()
-    fit(Picture(), [monitor(), keeper])
+    with caplog.at_level(logging.INFO):
+        fit(Picture(), [monitor(), keeper])
+    assert "watches 1 weight matrix. Of 1 other no module receives the inputs as rows. Choose with" in caplog.text
     assert {point.key.split("/")[1] for point in keeper.points} == {"all", "head"}
     with pytest.raises(MisconfigurationException, match=r"matches no layer whose inputs .*\(encoder.1\)"):
         fit(Picture(), [monitor(layers=["encoder"])])
