@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import LOSS, RECALL, learns
+from lightning_collapse.rules.progress import LOSS, RECALL, falls, learns
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
@@ -17,6 +17,9 @@ LENGTHS = 0.25
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
 """Ranks of eigenvalues and singular values that are near one, where noise itself reads more than the second; a rank
 that began near one must be this many times as near."""
+
+IN_TURN = ("classification", "multi-label", "language model")
+"""Tasks in which healthy networks learn one direction after the other."""
 
 
 def directions_gone(points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
@@ -132,9 +135,11 @@ class DimensionalCollapse(Rule):
     since either alone misleads: the one of eigenvalues is near one wherever one direction is loud (a healthy binary
     classifier) and falls at the start of healthy runs, the one of singular values is lifted by rounding noise. Where
     two views are seen a fall is left to :class:`PartialCollapse`, since healthy joint embeddings fall as low and
-    recover. Or all rows lie on a ray: one direction by the lines of :class:`CompleteCollapse`, and lengths that vary by
-    more than a quarter. Layers where noise itself reads a handful are not judged: there is too little to lose. Nor are
-    the outputs that the loss compares with targets, nor what holds little by design, such as the embedding of a time.
+    recover. Nor is anything said of a classifier or a language model while its loss falls: it learns the loudest
+    difference first, and the others after it. Or all rows lie on a ray: one direction by the lines of
+    :class:`CompleteCollapse`, and lengths that vary by more than a quarter. Layers where noise itself reads a handful
+    are not judged: there is too little to lose. Nor are the outputs that the loss compares with targets, nor what holds
+    little by design, such as the embedding of a time.
 
     Example:
         >>> points = {
@@ -168,6 +173,8 @@ class DimensionalCollapse(Rule):
 
     def weigh(self, evidence: Evidence) -> float:
         """The severity; a fall is left to :class:`PartialCollapse` where there are views, and birth is no failure."""
+        if evidence.task.name in IN_TURN and falls(evidence):
+            return min(self.severity(evidence.points, evidence.baseline), UNDECIDED)
         few, lost = self._few(evidence.points, evidence.baseline), self._lost(evidence.points, evidence.baseline)
         if evidence.baseline[self.measures[0]] <= RANK_LINES[0] and learns(evidence):
             few = min(few, UNDECIDED)  # as narrow from birth, and learning

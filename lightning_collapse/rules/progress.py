@@ -27,6 +27,12 @@ def learns(evidence: Evidence) -> bool:
     return loss.drop > PROGRESS
 
 
+def falls(evidence: Evidence) -> bool:
+    """Whether the loss is below its beginning and still falls; too few points are no excuse here."""
+    loss = evidence.history.get(LOSS)
+    return loss is not None and loss.level < loss.first and loss.drop > PROGRESS
+
+
 def is_harmed(evidence: Evidence) -> bool:
     """Whether the loss has lost a tenth of what it had gained, or has never gained anything; yes if it is not known."""
     loss = evidence.history.get(LOSS)

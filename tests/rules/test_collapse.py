@@ -92,6 +92,27 @@ def test_what_was_narrow_from_birth_is_let_be_while_it_learns():
     assert narrow(HUNDREDTH, FLAT) == [SURE - 1]
 
 
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        {"effective_rank": 1.5, "eigenvalue_effective_rank": 1.05},
+        {name: 0.09 * HEALTHY[name] for name in ("effective_rank", "eigenvalue_effective_rank")},
+    ],
+    ids=["near one", "a tenth"],
+)
+def test_a_classifier_may_learn_one_direction_after_the_other(ranks):
+    def found(loss, task):
+        return sinces(run(ranks, loss, task, kind="dimensional_collapse"))
+
+    for name in ("classification", "multi-label", "language model"):
+        assert found(FALLING, Task(name)) == []
+        assert found(None, Task(name)) == found(FLAT, Task(name)) == [BEGINNING]
+        assert found(lambda step: 1.1**step, Task(name)) == [BEGINNING]
+        # it falls back to where it began
+        assert found(lambda step: 1.0 if not step else 99 * 0.9**step, Task(name)) == [BEGINNING]
+    assert found(FALLING, Task("regression")) == found(FALLING, ANY) == found(FALLING, SELF) == [BEGINNING]
+
+
 def test_severities_of_the_two_lines_are_ordered():
     kept = [[], [], []]
     for value, judgements in zip((2 * TENTH, TENTH, HUNDREDTH), kept, strict=True):
