@@ -17,9 +17,9 @@ LENGTHS = 0.25
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
 """Ranks of eigenvalues and singular values that are near one, where noise itself reads more than the second; a rank
 that began near one must be this many times as near."""
-
 IN_TURN = ("classification", "multi-label", "language model")
-"""Tasks in which healthy networks learn one direction after the other."""
+"""Tasks in which healthy networks learn one direction after the other; so do unknown ones whose outputs follow labels,
+such as detection."""
 
 
 def directions_gone(points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
@@ -173,7 +173,8 @@ class DimensionalCollapse(Rule):
 
     def weigh(self, evidence: Evidence) -> float:
         """The severity; a fall is left to :class:`PartialCollapse` where there are views, and birth is no failure."""
-        if evidence.task.name in IN_TURN and falls(evidence):
+        task = evidence.task
+        if (task.name in IN_TURN or (not task.name and task.outputs)) and falls(evidence):
             return min(self.severity(evidence.points, evidence.baseline), UNDECIDED)
         few, lost = self._few(evidence.points, evidence.baseline), self._lost(evidence.points, evidence.baseline)
         if evidence.baseline[self.measures[0]] <= RANK_LINES[0] and learns(evidence):

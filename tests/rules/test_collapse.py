@@ -104,12 +104,13 @@ def test_a_classifier_may_learn_one_direction_after_the_other(ranks):
     def found(loss, task):
         return sinces(run(ranks, loss, task, kind="dimensional_collapse"))
 
-    for name in ("classification", "multi-label", "language model"):
-        assert found(FALLING, Task(name)) == []
-        assert found(None, Task(name)) == found(FLAT, Task(name)) == [BEGINNING]
-        assert found(lambda step: 1.1**step, Task(name)) == [BEGINNING]
+    named = [Task(name) for name in ("classification", "multi-label", "language model")]
+    for task in [*named, Task(outputs=frozenset({"head"}))]:
+        assert found(FALLING, task) == []
+        assert found(None, task) == found(FLAT, task) == [BEGINNING]
+        assert found(lambda step: 1.1**step, task) == [BEGINNING]
         # it falls back to where it began
-        assert found(lambda step: 1.0 if not step else 99 * 0.9**step, Task(name)) == [BEGINNING]
+        assert found(lambda step: 1.0 if not step else 99 * 0.9**step, task) == [BEGINNING]
     assert found(FALLING, Task("regression")) == found(FALLING, ANY) == found(FALLING, SELF) == [BEGINNING]
 
 
