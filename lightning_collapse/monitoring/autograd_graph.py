@@ -43,7 +43,7 @@ class Below:
 
     Attributes:
         modules: Names of modules whose output it is, outermost part of a sum only.
-        ends: Nodes that multiply by a weight, where the search ended.
+        ends: Nodes where the search ended: that multiply by a weight, or sum up what a module returns.
         between: All nodes on the way.
     """
 
@@ -165,8 +165,10 @@ class AutogradGraph:
             return found
         parts = [self._below(child, named, memo, depth + 1) for child in dict.fromkeys(self.data(node))]
         # what a module has summed up is its output, and not that of the parts
-        alike = all(part.ends.keys() == parts[0].ends.keys() for part in parts)
-        for part in parts if alike or not named else []:
+        if named and any(part.ends.keys() != parts[0].ends.keys() for part in parts):
+            found.ends[node] = None
+            return found
+        for part in parts:
             found.add(part)
         return found
 

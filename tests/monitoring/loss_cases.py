@@ -12,6 +12,19 @@ Row = tuple[Callable[["Net", Any], Tensor], Any, str, int, set[str], dict[str, s
 ROWS: dict[str, Row] = {}
 
 
+class Residual(nn.Module):
+    """A sum of two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(D, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out: Tensor = x + self.second(x.relu())
+        return out
+
+
 class Net(nn.Module):
     """Parts of many models; a case uses some of them."""
 
@@ -32,6 +45,7 @@ class Net(nn.Module):
         self.maps = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
         self.per_pixel = nn.Conv2d(8, C, 1)
         self.criterion = nn.CrossEntropyLoss()
+        self.residual = Residual()
 
     def features(self, x: Tensor) -> Tensor:
         """Of the body."""
@@ -291,6 +305,16 @@ def _(net: Net, batch: Any) -> Tensor:
 @row("joint embedding, two views of a loader", [X, X + 0.1], "self-supervised", 0, set(), {"0": "input", "1": "input"})
 def _(net: Net, batch: Any) -> Tensor:
     return -F.cosine_similarity(net.features(batch[0]), net.features(batch[1])).mean()
+
+
+PAIRED, FED = {"x": X, "y": X.roll(1, 1)}, {"x": "input", "y": "input"}
+
+
+@row("pairs of towers that end in a sum", PAIRED, "self-supervised", 0, set(), FED)
+def _(net: Net, batch: Any) -> Tensor:
+    images, texts = (F.normalize(net.residual(part), dim=1) for part in batch.values())
+    scores = images @ texts.T / 0.1
+    return -F.logsigmoid(scores * (2 * torch.eye(N) - 1)).sum(1).mean()
 
 
 @row("BYOL", LABELED, "self-supervised", 0, set(), UNUSED)
