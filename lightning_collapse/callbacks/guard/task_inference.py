@@ -51,7 +51,7 @@ def infer_task(
         return replace(blank, outputs=frozenset(map(_tap_name, use.compared)))
     if requested == "self-supervised" != use.task:
         return blank
-    if use.compared:
+    if use.task and use.compared:
         directions = use.directions if name == use.task else 0
         return _with_layers(blank, directions, map(_tap_name, use.last), map(_tap_name, use.compared))
     return _by_registration(blank, pl_module, use.directions) if name in OUTPUTS_FOLLOW else blank

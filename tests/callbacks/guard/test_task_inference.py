@@ -1,6 +1,7 @@
 """What a fit is taken for, what is said about it, and what it changes."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader
 
 from lightning_collapse import CollapseGuard
+from lightning_collapse.callbacks.guard.task_inference import infer_task
+from lightning_collapse.monitoring.loss_use import LossUse
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
 from tests.toys import HEALTHY, Claims, fit
@@ -112,6 +115,18 @@ def test_a_monitor_speaks_where_the_loss_does_not_and_two_that_disagree_do_not()
     assert (task.name, task.outputs, task.directions) == ("classification", {"head"}, 2)
     assert taken(BATCHES["no tensors"], labels, real).name == ""
     assert taken(BATCHES["labels"], real).name == "classification"  # by the loss
+
+
+def test_labels_that_the_step_made_name_outputs_and_no_ends():
+    use = LossUse(why="labels of its own", compared=("head",))
+    unknown = infer_task(SimpleNamespace(callbacks=[]), Net(), use)
+    assert (unknown.name, unknown.outputs, unknown.last) == ("", {"head"}, set())
+    for task in (
+        infer_task(SimpleNamespace(callbacks=[Claims("neural_collapse")]), Net(), use),
+        infer_task(SimpleNamespace(callbacks=[]), Net(), use, "classification"),
+    ):
+        assert (task.name, task.directions) == ("classification", 2)
+        assert {"head.input", "body"} <= task.last
 
 
 def test_it_is_said_once_and_not_where_it_was_told(caplog):
