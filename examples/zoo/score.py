@@ -33,8 +33,9 @@ class Plain(Callback):
         self.habitat.embedding.register_forward_hook(self._hear)
         self._embedding = torch.zeros(2, 1)
 
-    def _hear(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._embedding = output.detach()
+    def _hear(self, module: nn.Module, args: Any, output: Any) -> None:
+        # a recurrent layer returns its state beside
+        self._embedding = (output[0] if isinstance(output, tuple) else output).detach()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """The gradient's norm."""
