@@ -100,7 +100,7 @@ class FeatureHooks(HookOwner):
         self.views = 0
         self.halved: Collection[str] | None = None
         self.left_out: dict[str, str] = {}
-        self._doubted = False
+        self.doubted = False
         self._calls: dict[str, list[_Call]] = {tap.name: [] for tap in taps}
         self._hooks = [hook for tap in taps if (hook := self._hook(tap)) is not None]
 
@@ -157,8 +157,8 @@ class FeatureHooks(HookOwner):
         elif self.sequences and is_tokens(features, hook.axis):
             return self._read_sequences(hook, features)
         else:
-            if hook.axis.is_doubtful(features) and not self._doubted:
-                self._doubted = True
+            if hook.axis.is_doubtful(features) and not self.doubted:
+                self.doubted = True
                 self._warn(hook, features)
             rows, mask = as_rows(features, hook.axis, self.positions), as_row_mask(features, self.mask, hook.axis)
         if rows is None or not rows.shape[1]:

@@ -149,7 +149,9 @@ class FeatureWindow:
             self._flops.total = 0  # the sanity check has run through the model too
         if self._chosen != self.taps:
             self.hooks.remove()
+            doubted = self.hooks.doubted
             self.taps, self.hooks = self._chosen, self._make_hooks(self._chosen, self.limit)
+            self.hooks.doubted = doubted
         if self.wants(batches_left):
             self._requested = True
             self.hooks.mask, self.hooks.limits = padding_mask(batch), self._limits

@@ -205,3 +205,27 @@ def test_a_fused_encoder_in_eval_mode_returns_nested_tensors() -> None:
         )
     values = {key: value for _, row in trainer.logger.rows for key, value in row.items()}
     assert values["collapse/transformer.layers.1/n"] > 0
+
+
+def test_doubt_about_an_axis_is_told_once_when_the_first_batch_changes_the_choice() -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.zeros(2, 3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.unflatten(1, (2, 2, 4)).repeat(1, 1, 2, 1)[:, :, :3] + self.places
+
+    class Backwards(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.unused, self.shift = nn.Linear(24, 4), nn.Linear(4, 4), Shift()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.head(self.shift(batch).flatten(1)).pow(2).mean()
+
+    monitor = CollapseMonitor(every_n_steps=2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(Backwards(), [monitor], batches(4))
+    assert len([w for w in told if "tells which axis" in str(w.message)]) == 1

@@ -335,6 +335,17 @@ def test_layer_that_never_runs_is_flagged_with_one_warning():
     assert all(0 < point.value < 1 for point in keeper.curve("spectral_alignment/all/sign_diversity"))
 
 
+def test_a_frozen_layer_that_never_runs_is_flagged_without_a_warning():
+    class Replaced(Toy):
+        def __init__(self):
+            super().__init__()
+            self.original = nn.Linear(4, 4).requires_grad_(False)
+
+    keeper = PointKeeper()
+    fit(Replaced(), [monitor(), keeper])  # warnings are errors
+    assert [point.flag for point in keeper.curve("spectral_alignment/original/sign_diversity")] == [Flag.NOT_CALLED] * 4
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_every_call_counts_but_recomputation_does_not(reentrant):
     class Siamese(Toy):
