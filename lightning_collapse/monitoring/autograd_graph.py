@@ -133,10 +133,10 @@ class AutogradGraph:
         inputs = children(node) if split else [child for child in children(node) if child not in scales]
         return bool(inputs) and all(self._leads_to_weights(child, depth + 1, split) for child in inputs)
 
-    def region(self) -> Iterator[Node]:
-        """Nodes between the loss and the last weights, these included."""
+    def region(self, start: Node | None = None) -> Iterator[Node]:
+        """Nodes between the loss, or another start, and the last weights, these included."""
         seen: dict[Node, None] = {}
-        queue = deque(list(self.nodes)[:1])
+        queue = deque(list(self.nodes)[:1] if start is None else [start])
         while queue:
             node = queue.popleft()
             if node in seen or _is_leaf(node):

@@ -186,7 +186,8 @@ def _made_labels(evidence: Evidence) -> list[Comparison]:
     found = evidence.found
     products = {one.node for one in found if one.sort in ("pair", "weight")}
     made = [one for one in found if one.sort in ("classes", "yes or no") and not one.given and one.below.modules]
-    return [one for one in made if not products & one.below.between.keys() and _are_labels(one.constant)]
+    apart = [one for one in made if products.isdisjoint(evidence.graph.region(one.node))]
+    return [one for one in apart if _are_labels(one.constant)]
 
 
 def _assigned(evidence: Evidence, labels: list[Comparison]) -> list[Comparison]:
@@ -205,7 +206,7 @@ def _are_labels(values: Tensor | None) -> bool:
 
 def _features(evidence: Evidence, labels: list[Comparison]) -> list[Comparison]:
     """Features compared with each other, or with those of a second pass or of a network beside."""
-    pairs = [one for one in evidence.found if one.sort == "pair" and not _is_weighed_term(one)]
+    pairs = [one for one in evidence.found if one.sort == "pair" and not _is_weighed_term(evidence.graph, one)]
     calls, layers = evidence.graph.record.calls, evidence.graph.record.layers
     times = Counter(call.name for call in calls if call.name in layers)
     beside = [call for call in calls if call.name in layers and not call.graph]
@@ -215,9 +216,9 @@ def _features(evidence: Evidence, labels: list[Comparison]) -> list[Comparison]:
     return pairs + [one for one in evidence.found if one.sort != "pick" and not one.given and _is_made(one)]
 
 
-def _is_weighed_term(one: Comparison) -> bool:
+def _is_weighed_term(graph: AutogradGraph, one: Comparison) -> bool:
     """Whether a product is of a term of the loss with its own weight, as in a focal loss, and not of features."""
-    return any(kind(node) in (*CLASSES, *YES_OR_NO) for node in one.below.between)
+    return any(kind(node) in (*CLASSES, *YES_OR_NO) for node in graph.region(one.node))
 
 
 def _is_made(one: Comparison) -> bool:

@@ -25,6 +25,17 @@ class Residual(nn.Module):
         return out
 
 
+class Similarity(nn.Module):
+    """Cosines of all pairs, times a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.3))
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return self.scale.exp() * (F.normalize(one, dim=1) @ F.normalize(other, dim=1).T)
+
+
 class Net(nn.Module):
     """Parts of many models; a case uses some of them."""
 
@@ -45,7 +56,7 @@ class Net(nn.Module):
         self.maps = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
         self.per_pixel = nn.Conv2d(8, C, 1)
         self.criterion = nn.CrossEntropyLoss()
-        self.residual = Residual()
+        self.residual, self.similarity = Residual(), Similarity()
 
     def features(self, x: Tensor) -> Tensor:
         """Of the body."""
@@ -281,6 +292,20 @@ def _(net: Net, batch: Any) -> Tensor:
     images = F.normalize(net.projector(net.features(batch["x"])), dim=1)
     texts = F.normalize(net.mean(net.mixer(net.table(batch["tokens"]))[0].mean(1)), dim=1)
     scores, places = images @ texts.T / 0.1, torch.arange(N)
+    return F.cross_entropy(scores, places) + F.cross_entropy(scores.T, places)
+
+
+@row(
+    "CLIP, scores of a module",
+    {"tokens": TOKENS, "x": X},
+    "self-supervised",
+    0,
+    set(),
+    {"tokens": "input", "x": "input"},
+)
+def _(net: Net, batch: Any) -> Tensor:
+    texts = net.mean(net.mixer(net.table(batch["tokens"]))[0].mean(1))
+    scores, places = net.similarity(net.projector(net.features(batch["x"])), texts), torch.arange(N)
     return F.cross_entropy(scores, places) + F.cross_entropy(scores.T, places)
 
 
