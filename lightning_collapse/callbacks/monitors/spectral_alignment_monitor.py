@@ -220,10 +220,7 @@ class SpectralAlignmentMonitor(Monitor):
                 log_histogram(logger, f"{self.family}/{matrix.name}/alignment", own, _EDGES, step)
 
     def _tell_of(self, unseen: Sequence[str]) -> None:
-        """Say once which matrices no module has received the inputs of: functions may be called with their weights.
-
-        Nothing of those that are not trained, such as the original of a layer that an adapter has replaced.
-        """
+        """Say once which trained matrices no module received the inputs of: functions may be given their weights."""
         left_out = set() if self._projections is None else self._projections.left_out
         frozen = (m.name for m in self._matrices if not any(p.requires_grad for p in m.module.parameters()))
         unseen = [name for name in unseen if name not in left_out.union(frozen)]
