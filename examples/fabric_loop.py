@@ -56,8 +56,10 @@ def train(module: nn.Module, steps: int, every: int = 10) -> list[Verdict]:
 def main(steps: int = 200) -> None:
     """Train, and say what was found."""
     torch.manual_seed(0)
-    for verdict in train(Pulled(), steps):
+    verdicts = train(Pulled(), steps)
+    for verdict in verdicts:
         print(f"- {verdict}")
+    print(f"After {steps} steps the judge gave {len(verdicts)} verdicts.")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,9 @@ def train(model: nn.Module, steps: int, *callbacks: TrainerCallback) -> None:
 def main(steps: int = 200) -> None:
     """Train, and say what fails."""
     torch.manual_seed(0)
-    train(Pulled(), steps, CollapseCallback())
+    callback = CollapseCallback()
+    train(Pulled(), steps, callback)
+    print(f"After {steps} steps the judge gave {len(callback.judge.verdicts)} verdicts.")
 
 
 if __name__ == "__main__":
