@@ -92,8 +92,7 @@ class Codebooks:
             mode.__exit__(None, None, None)
         # addresses are used again
         self._chosen, self._counted, self._known = {}, set(), {}
-        fused = any(isinstance(module, FUSED_IN_EVAL) and not module.training for module in self._root.modules())
-        if armed and (self.open or self.names) and not fused:
+        if armed and (self.open or self.names) and not self._is_fused():
             tables = ((storage_of(table), name, table.shape) for name, table in self._tables())
             self._known = {address: (name, shape) for address, name, shape in tables if address}
             self._mode = _Mode(self)
@@ -175,6 +174,9 @@ class Codebooks:
             for name, tensor in ((clean_name(name).removesuffix(".weight"), tensor) for name, tensor in tensors)
             if tensor.ndim == 2 and len(tensor) >= FEWEST and tensor.is_floating_point() and self._is_inside(name)
         ]
+
+    def _is_fused(self) -> bool:
+        return any(isinstance(module, FUSED_IN_EVAL) and not module.training for module in self._root.modules())
 
     def _is_inside(self, name: str) -> bool:
         return self._inside is None or any(name == of or name.startswith(f"{of}.") for of in self._inside)

@@ -130,7 +130,7 @@ def log_histogram(logger: Logger, name: str, counts: Sequence[float], edges: Seq
 
 @Sink
 def log_dashboard(logger: Logger, layout: Mapping[str, Mapping[str, tuple[str, Sequence[str]]]]) -> None:
-    """Send a :func:`~lightning_collapse.reporting.dashboard_layout` to ``logger``, here TensorBoard; once per run.
+    """Send a :func:`~lightning_collapse.reporting.dashboard_layout` to ``logger``, here TensorBoard; the last holds.
 
     Example:
         >>> from tempfile import mkdtemp

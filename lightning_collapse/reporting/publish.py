@@ -53,8 +53,9 @@ def publish(trainer: Trainer, pl_module: LightningModule, points: Sequence[Point
         containment = containment_of(logger)
         if METRICS not in containment.failed:
             with containment(METRICS, "this logger gets nothing from now on"):
-                log_curves(logger, {point.key: point.value for point in drawn}, points[0].step)
-                update_dashboard(logger, drawn)
+                if drawn:
+                    log_curves(logger, {point.key: point.value for point in drawn}, points[0].step)
+                    update_dashboard(logger, drawn)
     for callback in trainer.callbacks:
         read = getattr(callback, "on_points", None)  # to ask for the protocol takes a hundred times as long
         if read is not None and not (containment := containment_of(callback)).failed:

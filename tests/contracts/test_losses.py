@@ -301,8 +301,7 @@ def test_the_toy_collapses_without_a_loss() -> None:
 
 @pytest.mark.parametrize("name", [name for name in sorted(LOSSES) if CASES[name].weight is not None])
 def test_the_toy_does_not_collapse_with_it(name: str) -> None:
-    # training amplifies rounding: with CWRGP on four samples it ends between 3.7 and 4.4, by the seed
-    assert rank_after_training(LOSSES[name](**CASES[name].toy), CASES[name].weight) > 3
+    assert rank_after_training(LOSSES[name](**CASES[name].toy), CASES[name].weight) > 4
 
 
 @every_loss

@@ -10,20 +10,11 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_collapse.reporting import dashboard_layout, log_dashboard
-from lightning_collapse.utilities.registry import CURVES, MEASURES, Curve, Measure
-
-FACTS = {
-    "effective_rank": Measure("effective_rank", torch.sum, range="1 to K", collapsed="1", source="Roy & Vetterli 2007"),
-    "eigenvalue_effective_rank": Measure("eigenvalue_effective_rank", torch.sum, spectrum="raw", range="|x| to K"),
-    "uniformity": Measure("uniformity", torch.sum, kind="rows", collapsed="0, all\n    points   equal"),
-    "alignment": Measure("alignment", torch.sum, kind="pairs"),
-}
-
-GLOW = Curve("glow", family="tube", reads="a tube", range="0 to 1", collapsed="0", source="Crookes 1875")
+from lightning_collapse.utilities.registry import CURVES, MEASURES
+from tests.reporting.planted import FACTS, GLOW
 
 
 @pytest.fixture(autouse=True)

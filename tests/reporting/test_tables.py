@@ -4,22 +4,13 @@ import re
 from unittest.mock import patch
 
 import pytest
-import torch
 
 import lightning_collapse.callbacks  # noqa: F401  registers the monitors
 from lightning_collapse.reporting import TABLES, legend
 from lightning_collapse.reporting.tables import measures
 from lightning_collapse.rules import RULES
-from lightning_collapse.utilities.registry import CURVES, LOSSES, MEASURES, MONITORS, PENALTIES, Curve, Measure
-
-FACTS = {
-    "effective_rank": Measure("effective_rank", torch.sum, range="1 to K", collapsed="1", source="Roy & Vetterli 2007"),
-    "eigenvalue_effective_rank": Measure("eigenvalue_effective_rank", torch.sum, spectrum="raw", range="|x| to K"),
-    "uniformity": Measure("uniformity", torch.sum, kind="rows", collapsed="0, all\n    points   equal"),
-    "alignment": Measure("alignment", torch.sum, kind="pairs"),
-}
-
-GLOW = Curve("glow", family="tube", reads="a tube", range="0 to 1", collapsed="0", source="Crookes 1875")
+from lightning_collapse.utilities.registry import CURVES, LOSSES, MEASURES, MONITORS, PENALTIES, Measure
+from tests.reporting.planted import FACTS, GLOW
 
 
 @pytest.fixture

@@ -304,6 +304,7 @@ class ContinualMetrics(TaskAware):
         return [Point("continual", "", name, step, value.item()) for name, value in readings.items()]
 
     def _draw(self, trainer: Trainer, step: int) -> None:
+        """Draw the matrix, which lies on the host, when a task has ended."""
         ends = (0.0, 1.0) if self.metric is correct else (None, None)
         rows, title = [f"after {name}" for name in self.names], "accuracy of every task, by what was learned before"
         for logger in trainer.loggers:

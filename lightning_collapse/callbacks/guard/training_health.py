@@ -68,7 +68,7 @@ def _mean(loss: Tensor | None, count: int, device: torch.device) -> float | None
     total = torch.tensor([0.0, float(count)], device=device, dtype=accumulation_dtype(device))
     if loss is not None:
         total[0] = loss
-    summed, counted = all_reduce_sum(total).tolist()
+    summed, counted = all_reduce_sum(total).tolist()  # likewise
     return summed / counted if counted else None
 
 

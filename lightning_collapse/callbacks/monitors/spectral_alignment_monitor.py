@@ -222,8 +222,8 @@ class SpectralAlignmentMonitor(Monitor):
     def _tell_of(self, unseen: Sequence[str]) -> None:
         """Say once which trained matrices no module received the inputs of: functions may be given their weights."""
         left_out = set() if self._projections is None else self._projections.left_out
-        frozen = (m.name for m in self._matrices if not any(p.requires_grad for p in m.module.parameters()))
-        unseen = [name for name in unseen if name not in left_out.union(frozen)]
+        frozen = {m.name for m in self._matrices if not any(p.requires_grad for p in m.module.parameters())}
+        unseen = [name for name in unseen if name not in left_out | frozen]
         if unseen and not self._told:
             self._told = True
             more = f" and {len(unseen) - 8} more" if len(unseen) > 8 else ""
@@ -254,7 +254,7 @@ class SpectralAlignmentMonitor(Monitor):
         if self.layers is None:
             found = f"{len(captured)} weight {'matrix' if len(captured) == 1 else 'matrices'}."
             others = f" Of {len(silent)} other{'s' * (len(silent) > 1)} no module receives the inputs as rows."
-            said = found + others * bool(silent)
+            said = f"{found}{others if silent else ''}"
             rank_zero_info(f"`{type(self).__name__}` watches {said} Choose with `layers=[...]`.")
         return captured
 

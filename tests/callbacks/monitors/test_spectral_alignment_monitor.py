@@ -335,15 +335,17 @@ def test_layer_that_never_runs_is_flagged_with_one_warning():
     assert all(0 < point.value < 1 for point in keeper.curve("spectral_alignment/all/sign_diversity"))
 
 
-def test_a_frozen_layer_that_never_runs_is_flagged_without_a_warning():
+def test_frozen_layers_that_never_run_are_flagged_without_a_warning():
     class Replaced(Toy):
         def __init__(self):
             super().__init__()
-            self.original = nn.Linear(4, 4).requires_grad_(False)
+            self.originals = nn.ModuleList(nn.Linear(4, 4) for _ in range(2)).requires_grad_(False)
 
     keeper = PointKeeper()
     fit(Replaced(), [monitor(), keeper])  # warnings are errors
-    assert [point.flag for point in keeper.curve("spectral_alignment/original/sign_diversity")] == [Flag.NOT_CALLED] * 4
+    for name in ("originals.0", "originals.1"):
+        curve = keeper.curve(f"spectral_alignment/{name}/sign_diversity")
+        assert [point.flag for point in curve] == [Flag.NOT_CALLED] * 4
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -39,7 +39,7 @@ CASES = {
         wide=((16, 64), (64, 128)),
         split=((9, 12), (12, 24)),
         exact={"sub_batch": 5, "groups": 2, "iterations": 2, "scope": "global"},
-        toy={"sub_batch": 4, "groups": 1},
+        toy={"sub_batch": 6, "groups": 1},
         doors={"sub_batch": 3, "groups": 1},
     ),
 }
