@@ -24,6 +24,7 @@ from lightning_collapse.callbacks.monitors.plasticity_monitor import PlasticityM
 from lightning_collapse.callbacks.monitors.regression_collapse_monitor import RegressionCollapseMonitor
 from lightning_collapse.callbacks.monitors.scalar_monitor import ScalarMonitor
 from lightning_collapse.callbacks.monitors.spectral_alignment_monitor import SpectralAlignmentMonitor
+from lightning_collapse.callbacks.monitors.stability_monitor import StabilityMonitor
 from lightning_collapse.callbacks.monitors.weight_spectrum_monitor import WeightSpectrumMonitor
 from lightning_collapse.rules import Verdict
 
@@ -47,6 +48,7 @@ __all__ = [
     "ScalarMonitor",
     "ShrinkAndPerturb",
     "SpectralAlignmentMonitor",
+    "StabilityMonitor",
     "SwitchOn",
     "TaskAware",
     "TaskBoundary",

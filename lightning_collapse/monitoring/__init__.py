@@ -10,6 +10,7 @@ from lightning_collapse.monitoring.layer_points import read_points
 from lightning_collapse.monitoring.loss_graph import read_loss
 from lightning_collapse.monitoring.loss_use import LossUse
 from lightning_collapse.monitoring.step_scope import StepScope
+from lightning_collapse.monitoring.step_signals import StepSignals
 from lightning_collapse.monitoring.training_flops import TrainingFlops
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "FeatureWindow",
     "LossUse",
     "StepScope",
+    "StepSignals",
     "TrainingFlops",
     "read_loss",
     "read_points",

@@ -9,12 +9,15 @@ from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.explosion import LossExplosion
 from lightning_collapse.rules.forgetting import CatastrophicForgetting
 from lightning_collapse.rules.judge import Judge, Judgement
+from lightning_collapse.rules.level_shift import LevelShift
 from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
 from lightning_collapse.rules.non_finite import NonFinite
 from lightning_collapse.rules.outcome import MODES, OUTCOME, Outcome, OutcomeDrop
 from lightning_collapse.rules.partial import PartialCollapse, PrototypeCollapse
 from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
+from lightning_collapse.rules.stability import DivergenceAhead, LossSpike, NonFiniteStep
+from lightning_collapse.rules.step_stream import Step, StepStream
 from lightning_collapse.rules.task import TASKS, Task
 from lightning_collapse.rules.trend import Trend
 from lightning_collapse.rules.verdict import Verdict
@@ -36,12 +39,16 @@ __all__ = [
     "Coverage",
     "Detector",
     "DimensionalCollapse",
+    "DivergenceAhead",
     "Judge",
     "Judgement",
+    "LevelShift",
     "LossExplosion",
+    "LossSpike",
     "MinorityCollapse",
     "NeuralCollapseReached",
     "NonFinite",
+    "NonFiniteStep",
     "Outcome",
     "OutcomeDrop",
     "PartialCollapse",
@@ -49,6 +56,8 @@ __all__ = [
     "PrototypeCollapse",
     "RegressionOverCompression",
     "Rule",
+    "Step",
+    "StepStream",
     "Task",
     "Trend",
     "Verdict",

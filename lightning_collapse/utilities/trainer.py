@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Callable
 from inspect import signature
-from math import isinf
+from math import inf, isinf
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -67,6 +67,14 @@ def batches_of_epoch(trainer: Trainer) -> int | None:
         return int(number)
     read: int = _epoch_loop(trainer).batch_progress.current.ready
     return read or None
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the fit, if its length is known."""
+    steps: float = trainer.max_steps
+    if steps < 0 and trainer.max_epochs is not None and trainer.max_epochs > 0:
+        steps = trainer.max_epochs * trainer.num_training_batches / trainer.accumulate_grad_batches
+    return int(steps) if 0 < steps < inf else None
 
 
 def loss_scale(trainer: Trainer, optimizer: Optimizer | None = None) -> Tensor | None:

@@ -1,7 +1,6 @@
 """Training health: the loss since the last point, and whether all is finite, asked where rows are not."""
 
 from collections.abc import Iterable, Sequence
-from math import inf
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +13,7 @@ from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.parameters import as_real, why_no_number
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.sharding import local
+from lightning_collapse.utilities.trainer import planned_steps
 
 ROWS = "nonfinite_fraction"
 
@@ -76,10 +76,8 @@ def planned_points(trainer: Trainer) -> int | None:
     """How many points the most frequent monitor will make in this fit, if its length is known."""
     cadences = [monitor.cadence(trainer) for monitor in trainer.callbacks if isinstance(monitor, Monitor)]
     every = min((cadence for cadence in cadences if cadence), default=0)
-    steps: float = trainer.max_steps
-    if steps < 0 and trainer.max_epochs is not None and trainer.max_epochs > 0:
-        steps = trainer.max_epochs * trainer.num_training_batches / trainer.accumulate_grad_batches
-    return int(steps // every) + 1 if every and 0 < steps < inf else None
+    steps = planned_steps(trainer)
+    return steps // every + 1 if every and steps else None
 
 
 def weights_are_finite(trainer: Trainer, pl_module: LightningModule) -> bool:

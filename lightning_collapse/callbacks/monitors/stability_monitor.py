@@ -1,0 +1,289 @@
+"""Stability monitor: loss and gradient norm of every step, their spikes, shifts and non-finite values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import isnan, nan
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
+from lightning_collapse.monitoring.step_signals import COLUMNS, StepSignals
+from lightning_collapse.rules.base import ALL
+from lightning_collapse.rules.step_stream import Step, StepStream
+from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
+from lightning_collapse.utilities.gradients import gradients_of, squared_norms
+from lightning_collapse.utilities.points import Point
+from lightning_collapse.utilities.registry import Curve
+from lightning_collapse.utilities.trainer import logging_step, loss_scale, planned_steps
+from lightning_collapse.utilities.twin_packages import is_kind
+
+_LOSS, _NORM = "the loss of every step", "the norm of every step's gradient"
+_OLMO = "after OLMo-core's SpikeScore"
+QUIET = frozenset({"loss_shifted", "loss_over_start", "grad_norm_ratio", "loss_change", "since", "skipped_share"})
+"""Curves for rules, which loggers are not given."""
+SHOWN = 8
+"""Modules that a burst is told of."""
+
+OnFlag = Callable[[Trainer, Optimizer, Tensor], object]
+
+
+class StabilityMonitor(Monitor):
+    """Log what is unstable: spikes and lasting shifts of the loss and of the gradient norm, and non-finite steps.
+
+    Loss and norm are read at *every* optimizer step and stay on the device until the next point; the norm is that of
+    the whole gradient, after the reduction over processes, before clipping, and without the factor of a gradient
+    scaler; the loss is the mean over processes and accumulated batches. A point then tells
+
+    - *bursts*, single steps far above the 128 accepted ones before (robust scores of the logarithms,
+      :class:`~lightning_collapse.monitoring.StepSignals`), and which modules' gradients rose in the first of them;
+    - *shifts* of the level, by a sequential test with a stated rate of false alarms
+      (:class:`~lightning_collapse.rules.LevelShift`), and for how many steps the loss has not come back;
+    - *non-finite* steps.
+
+    **Logged metrics**, ``stability/{layer}/...``, to every logger and to ``trainer.callback_metrics``. The layer is
+    ``all``, or ``optimizer_0``, ``optimizer_1`` and so on where there are several, or a module:
+
+    {curves}
+
+    ``CollapseGuard`` says *loss spike*, *divergence ahead* and *non finite step* from them, and its action ``SkipStep``
+    leaves out the update of a step that is a burst or not finite.
+
+    An infinite gradient under a gradient scaler is the scaler's search for its factor and does not count. A closure
+    that is called several times in a step, as by LBFGS, counts once. With manual optimization call
+    ``self.manual_backward`` and step the optimizers that ``self.optimizers()`` returns.
+
+    Args:
+        every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
+        threshold: Robust standard deviations above which a single step is a burst.
+        limit: Bursts in a row after which their level is accepted as the new one.
+        detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers.
+
+    Attributes:
+        on_flag: Functions that are called with the trainer, the optimizer and the flag of every step before its update:
+            0-dimensional ``float32`` on the device, exactly 1 for a burst or a step that is not finite, else exactly 0,
+            and the same on every process.
+
+    Raises:
+        ValueError: If an argument is out of range; when the fit starts, as ``MisconfigurationException``, for
+            ``strategy="fsdp"``, whose flattened gradients belong to no module.
+
+    Example::
+
+        trainer = Trainer(callbacks=[StabilityMonitor(), CollapseGuard()])
+    """
+
+    family = "stability"
+    declares = (
+        Curve("loss", f"the mean of {_LOSS} since the last point", "any", "rising"),
+        Curve("grad_norm", f"the mean of {_NORM} since the last point", "0 to infinity", "rising"),
+        Curve("loss_z", f"the largest robust score of {_LOSS}", "any", "above 6", _OLMO),
+        Curve("grad_norm_z", f"the largest robust score of {_NORM}", "any", "above 6", _OLMO),
+        Curve("loss_cusum", f"CUSUM of {_LOSS} over its threshold", "0 to 2", "1 or more", "Page 1954"),
+        Curve("grad_norm_cusum", f"CUSUM of {_NORM} over its threshold", "0 to 2", "1 or more", "Page 1954"),
+        Curve("loss_shifted", "steps that a shift of the loss has lasted", "0 to infinity", "32 or more"),
+        Curve("loss_over_start", "steps that a shift has been above the first losses", "0 to infinity", "8 or more"),
+        Curve("grad_norm_ratio", "level of the norm over that before it shifted", "0 to infinity, 1 without", "high"),
+        Curve("loss_change", "level of the loss over that before the norm shifted", "any, 1 without", "1 or more"),
+        Curve("since", "step before the shift that goes on", "0 to infinity, NaN without", "does not tell"),
+        Curve("spike_rate", "bursts in the last 10,000 steps, per step", "0 to 1", "above 0.0001", _OLMO),
+        Curve("surge", "gradient norm of the first burst over its median before", "0 to infinity, 1 without", "high"),
+        Curve("nonfinite_steps", "steps with NaN or infinity so far", "0 to infinity", "above 0"),
+        Curve("nonfinite_in_a_row", "such steps in a row up to the point", "0 to infinity", "above 0"),
+        Curve("skipped", "steps that `SkipStep` has skipped so far", "0 to infinity", "above 1 % of all"),
+        Curve("skipped_share", "such steps over all", "0 to 1", "above 0.01"),
+    )
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        threshold: float = 6.0,
+        limit: int = 8,
+        detail: Detail = "high",
+    ) -> None:
+        super().__init__(every_n_steps, detail)
+        if not threshold > 0:
+            raise ValueError(f"`threshold` is in robust standard deviations and must be positive, got {threshold}.")
+        if limit < 1:
+            raise ValueError(f"`limit` must be at least 1, got {limit}.")
+        self.threshold = threshold
+        self.limit = limit
+        self.on_flag: list[OnFlag] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self._signals: list[StepSignals] = []
+        self._streams: list[StepStream] = []
+        self._losses: list[Tensor] = []
+        self._parameters: list[nn.Parameter] = []
+        self._owners: list[str] = []  # of the parameters, the modules
+        self._places: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._of_optimizer: dict[int, list[int]] = {}
+        self._steps: list[list[int]] = []
+        self._surges: list[dict[str, float]] = []
+        self._batch = self._stepped = -1
+
+    @override
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_kind(trainer.strategy, FSDPStrategy):
+            raise MisconfigurationException(
+                "`StabilityMonitor` cannot read the flattened gradients of `strategy='fsdp'`."
+                " Use `ModelParallelStrategy` with `fully_shard`."
+            )
+        self._forget()
+        named = list(pl_module.named_parameters())
+        self._parameters = [parameter for _, parameter in named]
+        self._owners = [name.rpartition(".")[0] or name for name, _ in named]
+        planned = planned_steps(trainer)
+        for _ in trainer.optimizers:
+            self._signals.append(StepSignals(pl_module.device, self.threshold, self.limit))
+            self._streams.append(StepStream(planned))
+            self._steps.append([])
+            self._surges.append({})
+
+    @override
+    def stop(self) -> None:
+        self._forget()
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {
+            "signals": [signals.state_dict() for signals in self._signals],
+            "streams": [stream.state_dict() for stream in self._streams],
+            "surges": [dict(surges) for surges in self._surges],
+        }
+
+    @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for signals, of in zip(self._signals, state["signals"], strict=True):
+            signals.load_state_dict(of)
+        for stream, of in zip(self._streams, state["streams"], strict=True):
+            stream.load_state_dict(of)
+        self._surges = [dict(surges) for surges in state["surges"]]
+
+    @override
+    def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
+        self._batch += 1
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if not self._signals:
+            return
+        loss, scale = loss.detach(), loss_scale(trainer)
+        loss = loss.mean() if loss.ndim else loss
+        self._losses.append(loss if scale is None else loss / scale.to(loss))
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not self._signals:
+            return
+        try:  # at every step, where a context costs as much as what is inside
+            self._take(trainer, pl_module, optimizer)
+        except Exception as error:
+            self.contained.catch("reading the gradients", "its curves end here", error)
+            self._signals.clear()
+
+    @torch.no_grad()
+    def _take(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Read one step. Collective."""
+        index = next((i for i, one in enumerate(trainer.optimizers) if one is optimizer), None)
+        if index is None or (pl_module.automatic_optimization and self._stepped == self._batch):
+            return  # a closure that is called again
+        self._stepped = self._batch
+        loss = self._loss(trainer, pl_module)
+        squares = self._squares(trainer, pl_module, optimizer)
+        if world_size() > 1:
+            mine = squares.new_zeros(2) if loss is None else torch.stack([loss, torch.ones_like(loss)]).to(squares)
+            total = all_reduce_sum(torch.cat([mine, squares]))
+            loss, squares = None if loss is None else total[0] / total[1], total[2:]
+        scale = loss_scale(trainer, optimizer)
+        if scale is not None:
+            squares = squares / scale.to(squares).square()
+        flag = self._signals[index].update(
+            logging_step(trainer), loss, squares.sum().sqrt(), loss_scale(trainer) is not None, squares
+        )
+        for act in self.on_flag:
+            act(trainer, optimizer, flag)
+
+    def _loss(self, trainer: Trainer, pl_module: LightningModule) -> Tensor | None:
+        """Mean of the losses since the last step: Lightning has divided them by the number it accumulates."""
+        losses, self._losses = self._losses, []
+        if not losses:
+            return None
+        mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        return mean * trainer.accumulate_grad_batches if pl_module.automatic_optimization else mean
+
+    def _squares(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> Tensor:
+        """Squared norms of this process's parts of the gradients, a number for every parameter of the module."""
+        mine = self._of_optimizer.get(id(optimizer))
+        if mine is None or sum(len(group["params"]) for group in optimizer.param_groups) != len(mine):
+            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            mine = [i for i, parameter in enumerate(self._parameters) if id(parameter) in own]
+            self._of_optimizer[id(optimizer)] = mine
+        found = gradients_of([self._parameters[i] for i in mine])
+        squares = squared_norms(found.tensors, pl_module.device)
+        key = tuple(found.indices)
+        if key not in self._places:
+            self._places.clear()
+            where = torch.tensor([mine[i] for i in key], device=squares.device)
+            self._places[key] = where, torch.tensor(found.shares, device=squares.device, dtype=squares.dtype)
+        where, shares = self._places[key]
+        return squares.new_zeros(len(self._parameters)).index_copy(0, where, squares * shares)
+
+    @override
+    @torch.no_grad()
+    def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
+        """Rows of all steps since the last point, and the surges of the first flagged one."""
+        readings: dict[Name, Tensor] = {}
+        for index, signals in enumerate(self._signals):
+            self._steps[index], rows = signals.pop()
+            readings[str(index), "rows"] = rows.flatten()
+            if (squares := signals.pop_squares()) is not None:
+                readings[str(index), "surges"] = self._rises(squares)
+        return readings
+
+    def _rises(self, squares: Tensor) -> Tensor:
+        """Norm of the last row over the median of those before, of everything and of every module; NaN without one."""
+        modules = {name: i for i, name in enumerate(dict.fromkeys(self._owners))}
+        where = torch.tensor([modules[name] for name in self._owners], device=squares.device)
+        of_modules = squares.new_zeros(len(squares), len(modules)).index_add_(1, where, squares)
+        norms = torch.cat([squares.sum(dim=1, keepdim=True), of_modules], dim=1).sqrt()
+        before = norms[:-1].nanmedian(dim=0).values
+        ratio = torch.where(before > 0, norms[-1] / before, torch.nan)
+        flagged = before.isfinite().any()  # NaN throughout where no step was flagged
+        return torch.where(norms[-1].isfinite() | ~flagged, ratio, torch.inf)
+
+    @override
+    def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
+        points: list[Point] = []
+        for index, stream in enumerate(self._streams):
+            layer = ALL if len(self._streams) == 1 else f"optimizer_{index}"
+            flat = numbers[str(index), "rows"]
+            rows = [Step(*flat[i : i + len(COLUMNS)]) for i in range(0, len(flat), len(COLUMNS))]
+            readings = stream.update(self._steps[index], rows)
+            surge, *surges = numbers.get((str(index), "surges"), [nan])
+            if not isnan(surge):
+                modules = dict(zip(dict.fromkeys(self._owners), surges, strict=True))
+                self._surges[index] = {layer: surge} | _largest(modules)
+            elif stream.calm:
+                self._surges[index] = {}
+            told = {layer: 1.0} | self._surges[index]
+            points += [
+                Point(self.family, layer, name, step, value, drawn=name not in QUIET)
+                for name, value in readings.items()
+            ]
+            points += [Point(self.family, where, "surge", step, value, drawn=False) for where, value in told.items()]
+        return points
+
+
+def _largest(surges: Mapping[str, float]) -> dict[str, float]:
+    """The modules whose gradients rose most."""
+    known = {name: surge for name, surge in surges.items() if not isnan(surge)}
+    return dict(sorted(known.items(), key=lambda item: -item[1])[:SHOWN])
