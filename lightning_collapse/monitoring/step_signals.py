@@ -30,8 +30,8 @@ class StepSignals:
     .. math:: z = \frac{\log x - \operatorname{med}}{1.4826 \operatorname{MAD}} > \text{threshold}
 
     which fewer than one step in 100,000 of Gaussian or log-normal noise is. Steps that are a burst or not finite do
-    not enter the window, so that one does not hide the next; after ``limit`` bursts in a row the level is taken for the
-    new one, the window starts anew and the last of them is accepted. A negative loss has no logarithm: it is never a
+    not enter the window, so that one does not hide the next; after ``limit`` bursts in a row the
+    next is accepted as the new level, and the window starts anew. A negative loss has no logarithm: it is never a
     burst.
 
     Args:
@@ -86,7 +86,7 @@ class StepSignals:
         nonfinite = ~torch.stack(parts).all() if parts else torch.zeros_like(burst)
         bad = burst | nonfinite
         in_a_row = torch.where(burst & ~nonfinite, self._in_a_row + 1, 0)
-        accepted = in_a_row >= self.limit
+        accepted = in_a_row > self.limit
         self._in_a_row = torch.where(accepted, 0, in_a_row)
         flag = (bad & ~accepted).to(torch.float32)
         self._learn(logs, bad, accepted)

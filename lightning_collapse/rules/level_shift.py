@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import exp, isfinite, isnan
+from math import exp, isfinite, isnan, log
 from statistics import median
 from typing import Any
 
@@ -13,6 +13,8 @@ FIRST = 8
 """Points whose median is where the curve began, and whose median is its present level."""
 QUIET = 4
 """Points below the middle between the old and the new level after which a shift is over."""
+
+FALLEN = log(4 / 3)
 
 
 @dataclass
@@ -60,7 +62,7 @@ class LevelShift(Detector):
 
     @property
     def over_start(self) -> int:
-        """Points in a row since the alarm that lie above where the curve began."""
+        """Points in a row since the alarm above where the curve began, if it had fallen by a quarter of that."""
         return self._shift.over_start if self._shift else 0
 
     @property
@@ -111,7 +113,8 @@ class LevelShift(Detector):
         is_above = isnan(y) or y > (shift.base + shift.peak) / 2
         shift.above += is_above
         shift.below = 0 if is_above else shift.below + 1
-        is_over_start = isnan(y) or y > median(self._first)
+        start = median(self._first)
+        is_over_start = start - shift.base > FALLEN and (isnan(y) or y > start)
         shift.over_start = shift.over_start + 1 if is_over_start else 0
         if shift.below >= QUIET:
             self._shift = None

@@ -42,11 +42,11 @@ class _Stability(Rule):
 class LossSpike(_Stability):
     """The loss has jumped and does not come back: a sequential test says that its level rose, and it stays there.
 
-    It has stayed above the middle between the old level and the peak for 32 steps, or above where the run began for 8.
-    The test has a budget of one false alarm in a hundred healthy runs; what lasts less is a spike of the curves
-    ``loss_z`` and ``loss_cusum``, and no failure. That spikes of the loss end runs, and that those who trained at scale
-    went back and skipped batches, is told by Chowdhery et al. (2022, arXiv 2204.02311); the test is Page's (1954), the
-    numbers are ours, chosen on 267 healthy and 141 failing runs.
+    It has stayed above the middle between the old level and the peak for 32 steps, or, after it had fallen by a
+    quarter, above where the run began for 8. The test has a budget of one false alarm in a hundred healthy runs; what
+    lasts less is a spike of the curves ``loss_z`` and ``loss_cusum``, and no failure. That spikes of the loss end runs,
+    and that those who trained at scale went back and passed over batches, is told by Chowdhery et al. (2022, arXiv
+    2204.02311); the test is Page's (1954), the numbers are ours, chosen on 267 healthy and 141 failing runs.
 
     Example:
         >>> values = {"surge": 9.0, "loss_shifted": 40.0, "loss_over_start": 0.0, "loss_cusum": 2.0}

@@ -65,6 +65,7 @@ class StepStream:
         self._recent: deque[float] = deque(maxlen=SETTLED)
         self._before = nan  # the loss before the norm shifted
         self._bursts: deque[int] = deque()
+        self._failed = -1  # the first of the steps in a row that are not finite
 
     def update(self, numbers: Sequence[int], steps: Sequence[Step]) -> dict[str, float]:
         """Take the steps since the last point in; a step that was skipped shifts nothing.
@@ -78,6 +79,8 @@ class StepStream:
         """
         loss_cusum, norm_cusum = self.loss.statistic, self.norm.statistic
         for number, step in zip(numbers, steps, strict=True):
+            if step.nonfinite and not self.in_a_row:
+                self._failed = int(number)
             self._count(step)
             if self.norm.onset is None and self._recent:
                 self._before = median(self._recent)
@@ -86,6 +89,8 @@ class StepStream:
             if isfinite(step.loss):
                 self._recent.append(step.loss)
         onset = self.norm.onset if self.loss.onset is None else self.loss.onset
+        if self.in_a_row:
+            onset = self._failed
         return {
             "loss": _mean([step.loss for step in steps]),
             "grad_norm": _mean([step.grad_norm for step in steps]),
@@ -125,6 +130,7 @@ class StepStream:
             "recent": list(self._recent),
             "before": none_for_nan(self._before),
             "bursts": list(self._bursts),
+            "failed": self._failed,
             **{name: getattr(self, name) for name in _NUMBERS},
         }
 
@@ -134,7 +140,7 @@ class StepStream:
         self.norm.load_state_dict(state["norm"])
         self._recent = deque(state["recent"], maxlen=SETTLED)
         self._before = nan_for_none(state["before"])
-        self._bursts = deque(state["bursts"])
+        self._bursts, self._failed = deque(state["bursts"]), state["failed"]
         for name in _NUMBERS:
             setattr(self, name, state[name])
 

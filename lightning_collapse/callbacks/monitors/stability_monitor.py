@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import isnan, nan
+from math import nan
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ _LOSS, _NORM = "the loss of every step", "the norm of every step's gradient"
 _OLMO = "after OLMo-core's SpikeScore"
 QUIET = frozenset({"loss_shifted", "loss_over_start", "grad_norm_ratio", "loss_change", "since", "skipped_share"})
 """Curves for rules, which loggers are not given."""
+RISE = 2.0
+"""Norm of a module's gradient, over its median before, from which a burst is told to be its."""
 SHOWN = 8
 """Modules that a burst is told of."""
 
@@ -203,6 +205,8 @@ class StabilityMonitor(Monitor):
             mine = squares.new_zeros(2) if loss is None else torch.stack([loss, torch.ones_like(loss)]).to(squares)
             total = all_reduce_sum(torch.cat([mine, squares]))
             loss, squares = None if loss is None else total[0] / total[1], total[2:]
+        if loss is None and all(parameter.grad is None for parameter in self._parameters):
+            return  # a training step that returned nothing
         scale = loss_scale(trainer, optimizer)
         if scale is not None:
             squares = squares / scale.to(squares).square()
@@ -232,7 +236,7 @@ class StabilityMonitor(Monitor):
         key = tuple(found.indices)
         if key not in self._places:
             self._places.clear()
-            where = torch.tensor([mine[i] for i in key], device=squares.device)
+            where = torch.tensor([mine[i] for i in key], device=squares.device, dtype=torch.long)
             self._places[key] = where, torch.tensor(found.shares, device=squares.device, dtype=squares.dtype)
         where, shares = self._places[key]
         return squares.new_zeros(len(self._parameters)).index_copy(0, where, squares * shares)
@@ -267,9 +271,10 @@ class StabilityMonitor(Monitor):
             layer = ALL if len(self._streams) == 1 else f"optimizer_{index}"
             flat = numbers[str(index), "rows"]
             rows = [Step(*flat[i : i + len(COLUMNS)]) for i in range(0, len(flat), len(COLUMNS))]
+            known = {} if stream.calm else self._surges[index]
             readings = stream.update(self._steps[index], rows)
             surge, *surges = numbers.get((str(index), "surges"), [nan])
-            if not isnan(surge):
+            if surge > known.get(layer, 0.0):  # of what goes on the beginning is told
                 modules = dict(zip(dict.fromkeys(self._owners), surges, strict=True))
                 self._surges[index] = {layer: surge} | _largest(modules)
             elif stream.calm:
@@ -284,6 +289,6 @@ class StabilityMonitor(Monitor):
 
 
 def _largest(surges: Mapping[str, float]) -> dict[str, float]:
-    """The modules whose gradients rose most."""
-    known = {name: surge for name, surge in surges.items() if not isnan(surge)}
+    """The modules whose gradients rose most, of those that rose at all."""
+    known = {name: surge for name, surge in surges.items() if surge > RISE}
     return dict(sorted(known.items(), key=lambda item: -item[1])[:SHOWN])
