@@ -28,6 +28,7 @@ from lightning_collapse import (
     NeuralCollapseMonitor,
     RegressionCollapseMonitor,
     SpectralAlignmentMonitor,
+    StabilityMonitor,
 )
 from tests.benchmarks.interleaved import Ratios, ratios
 from tests.benchmarks.models import MLP, Endless, Transformer, digits
@@ -129,6 +130,9 @@ ROWS = {
     "nc": Row("NeuralCollapseMonitor, digits MLP", 1.03, lambda: MLP(64), digits, lambda: [NeuralCollapseMonitor()]),
     "every step": Row(
         "three cheap monitors at every step, 2048 tokens", 1.04, Transformer, tokens, every_step, 1, 40, logs=False
+    ),
+    "stability": Row(
+        "StabilityMonitor, transformer", 1.005, Transformer, tokens, lambda: [StabilityMonitor()], block=10, blocks=20
     ),
     "compiled": Row(
         "compiled transformer between points", 1.01, Compiled, tokens, lambda: [CollapseMonitor(every_n_steps=999)], 4
