@@ -133,6 +133,14 @@ def save_state(trainer: Trainer, make_state: Callable[[], dict[str, Any]], path:
     return _save(trainer, save, path, who)
 
 
+def remove_checkpoint(trainer: Trainer, path: str, who: str) -> None:
+    """Remove a checkpoint that this run has written, if it is still there; a failure is a warning."""
+    try:
+        trainer.strategy.remove_checkpoint(path)  # the first process does
+    except Exception as error:
+        rank_zero_warn(f"`{who}` could not remove its checkpoint {path!r}: {error!r:.400}")
+
+
 def load_own_checkpoint(trainer: Trainer, path: str) -> dict[str, Any]:
     """A checkpoint that this run has written, whatever classes are in it; raises if it cannot be read."""
     load = trainer.strategy.load_checkpoint

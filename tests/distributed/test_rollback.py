@@ -52,7 +52,7 @@ def _state(trainer):
 def _check(rank, model, strategy, folder):
     torch.manual_seed(0)
     script = Script()
-    guard = CollapseGuard(action=Rollback(0.5, every_n_steps=1), dirpath=folder)
+    guard = CollapseGuard(action=Rollback(0.5, every_n_steps=1, margin=1), dirpath=folder)
     callbacks = [Claims(), guard, script]
     options = {**QUIET, "devices": 2, "strategy": strategy, "logger": False, "use_distributed_sampler": False}
     trainer = Trainer(**{**options, "callbacks": callbacks})

@@ -1,9 +1,7 @@
-"""Rollback: return to the last healthy state of training, at a lower learning rate."""
+"""Rollback: return to the last healthy state of training before the onset, at a lower learning rate."""
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
-from uuid import uuid4
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -11,57 +9,89 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_collapse.callbacks.guard.action import Action, checkpoint_folder
+from lightning_collapse.callbacks.guard.healthy_snapshots import HealthySnapshots, Snapshot
+from lightning_collapse.callbacks.guard.skipped_updates import SkippedUpdates
 from lightning_collapse.callbacks.guard.training_health import weights_are_finite
-from lightning_collapse.callbacks.guard.training_state import Undo, apply, capture, describe, difference
-from lightning_collapse.rules import Judgement
+from lightning_collapse.callbacks.guard.training_state import Undo, apply
+from lightning_collapse.rules import Judgement, Verdict
 from lightning_collapse.utilities.private_torch import nested_schedulers, scheduler_rates
-from lightning_collapse.utilities.trainer import load_own_checkpoint, logging_step, save_state
+from lightning_collapse.utilities.trainer import load_own_checkpoint, logging_step
+
+_FROM_NEXT = -1
 
 
 class Rollback(Action):
-    """Action of ``CollapseGuard``: restore the last healthy state, lower the learning rate.
+    """Action of ``CollapseGuard``: restore the last healthy state before the onset, lower the learning rate.
 
-    At points where no rule sees anything it saves the state of training, in one file that is written over. At a verdict
-    it brings back what that file holds of weights, buffers, optimizers, learning-rate schedulers, the gradient scaler,
-    the running statistics of regularizers and the copies of callbacks that average weights (``WeightAveraging``, EMA,
-    SWA), and multiplies every learning rate by ``factor``. The weights are those that are trained, whatever other
-    callbacks put into checkpoints. The fit goes on from there with new data: its step count, the position in the data,
-    other callbacks and the state of random number generators are not turned back.
+    At points where no rule sees anything it saves the state of training; the newest few of these files are kept. At a
+    verdict it brings back what one of them holds of weights, buffers, optimizers, learning-rate schedulers, the
+    gradient scaler, the running statistics of regularizers and the copies of callbacks that average weights
+    (``WeightAveraging``, EMA, SWA), and multiplies every learning rate by ``factor``. The weights are those that are
+    trained, whatever other callbacks put into checkpoints. The fit goes on from there with new data: its step count,
+    the position in the data, other callbacks and the state of random number generators are not turned back, so that the
+    batches since then are passed over; ``skip_steps`` passes over more, as Chowdhery et al. did ("PaLM", 2022, arXiv
+    2204.02311: from about 100 steps before a spike, without 200 to 500 batches).
+
+    Which of them: a failure is noticed after its onset, and what was saved in between may hold it. It is the newest
+    that lies ``margin`` steps before the earliest onset (``Verdict.since``) of the new verdicts; if none does, the
+    oldest that there is, and the warning says so. Newer ones are removed.
 
     All of it comes back, or nothing, with a warning: if the present training has other weights, parameter groups,
-    schedulers or averages than the saved one, as after a backbone was unfrozen, or if one of them cannot be loaded.
+    schedulers or averages than the saved one, as after a backbone was unfrozen, or if one of them cannot be loaded. If
+    a file cannot be read, the next older one is taken.
 
     Args:
-        factor: What every learning rate is multiplied by, once more at each return to the same state.
+        factor: What every learning rate is multiplied by; relative to the rate when a state was saved, once more for
+            each return since then.
         every_n_steps: Optimizer steps that lie between two saves at least.
         times: How often; the fit is stopped instead of one more time.
+        margin: Optimizer steps before the onset at which a state counts as healthy.
+        keep: Number of files. They reach back at least ``(keep - 1) * every_n_steps`` steps.
+        skip_steps: Optimizer steps after a return whose update is not made: batches are read, losses and gradients
+            computed and curves drawn, buffers of the forward pass and learning-rate schedules go on, while weights,
+            states of optimizers and averages stay as they are, bit by bit.
 
     Raises:
         ValueError: If an argument is out of range.
+        MisconfigurationException: When the fit starts, if ``skip_steps`` is asked for and an optimizer runs its closure
+            several times in a step, as ``LBFGS`` does.
 
     Example::
 
-        guard = CollapseGuard(action=["warn", Rollback(factor=0.5)])
+        guard = CollapseGuard(action=["warn", Rollback(factor=0.5, skip_steps=200)])
         trainer = Trainer(callbacks=[SpectralAlignmentMonitor(), guard])
     """
 
     goes_on = True
 
-    def __init__(self, factor: float = 0.5, every_n_steps: int = 500, times: int = 3) -> None:
+    def __init__(
+        self,
+        factor: float = 0.5,
+        every_n_steps: int = 500,
+        times: int = 3,
+        margin: int = 100,
+        keep: int = 3,
+        skip_steps: int = 0,
+    ) -> None:
         if not 0 < factor <= 1:
             raise ValueError(f"`factor` multiplies the learning rate and must lie in (0, 1], got {factor}.")
-        for name, number in (("every_n_steps", every_n_steps), ("times", times)):
+        for name, number in (("every_n_steps", every_n_steps), ("times", times), ("margin", margin), ("keep", keep)):
             if number < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {number}.")
+        if skip_steps < 0:
+            raise ValueError(f"`skip_steps` must be at least 0, got {skip_steps}.")
         self.factor = factor
         self.every_n_steps = every_n_steps
         self.times = times
+        self.margin = margin
+        self.keep = keep
+        self.skip_steps = skip_steps
         self._dirpath: str | None = None
-        self._path = ""
-        self._step = -1
-        self._returns = 0  # in all
-        self._here = 0  # to this state
-        self._description: dict[str, Any] = {}
+        self._snapshots = HealthySnapshots(keep)
+        self._returns = 0
+        self._skips_until = 0  # the step whose update is made again; `_FROM_NEXT` until it is known
+        self._updates: SkippedUpdates | None = None
+        self._averages: list[bool | None] = []
 
     def check(self, others: Sequence[Action], kinds: Sequence[str]) -> None:
         """Refuse another one."""
@@ -71,22 +101,46 @@ class Rollback(Action):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit must know."""
         return {
-            "path": self._path,
-            "step": self._step,
+            "snapshots": self._snapshots.state_dict(),
             "returns": self._returns,
-            "here": self._here,
-            "description": self._description,
+            "skips_until": self._skips_until,
+            "averages": self._averages if self._updates is None else self._updates.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint of the run left off."""
-        self._path, self._step = state_dict["path"], state_dict["step"]
-        self._returns, self._here = state_dict["returns"], state_dict["here"]
-        self._description = state_dict["description"]
+        self._snapshots.load_state_dict(state_dict["snapshots"])
+        self._returns, self._skips_until = state_dict["returns"], state_dict["skips_until"]
+        self._averages = state_dict["averages"]
 
     def attach(self, trainer: Trainer, pl_module: LightningModule, dirpath: str | None) -> None:
-        """Note where to save."""
+        """Note where to save, and be asked before updates if some may have to be left out.
+
+        Raises:
+            MisconfigurationException: If they cannot be left out.
+        """
+        self.detach()
         self._dirpath = dirpath
+        if self.skip_steps:
+            who = f"Rollback(skip_steps={self.skip_steps})"
+            self._updates = SkippedUpdates(trainer, lambda _: self._skips(trainer), who, self._averages)
+
+    def detach(self) -> None:
+        """No longer be asked."""
+        if self._updates is not None:
+            self._averages = self._updates.state_dict()
+            self._updates.remove()
+        self._updates = None
+
+    def _skips(self, trainer: Trainer) -> bool:
+        """Whether the update of the running step is left out."""
+        step = logging_step(trainer)
+        if self._skips_until == _FROM_NEXT:
+            self._skips_until = step + self.skip_steps
+        skips = step < self._skips_until
+        if self._updates is not None:
+            self._updates.note(skips)
+        return skips
 
     def on_points(self, trainer: Trainer, pl_module: LightningModule, judgement: Judgement) -> None:
         """Save where all is well. Collective."""
@@ -95,62 +149,83 @@ class Rollback(Action):
 
     def on_verdict(self, trainer: Trainer, pl_module: LightningModule, judgement: Judgement) -> bool | None:
         """Return. Collective."""
-        return self.restore(trainer, pl_module, judgement.step)
+        first = min(judgement.new, key=lambda verdict: verdict.since)
+        return self.restore(trainer, pl_module, judgement.step, first)
 
     def remember(self, trainer: Trainer, pl_module: LightningModule, step: int, folder: str) -> None:
         """Save this healthy state, if the last one is old enough or of no use any more. Collective."""
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run or not self._snapshots.needs(trainer, step, self.every_n_steps):
             return
-        description = describe(trainer)
-        if self._path and step - self._step < self.every_n_steps and description == self._description:
-            return
-        if not weights_are_finite(trainer, pl_module):  # whatever the rules say: their layers need not have run since
-            return
-        # runs may share a folder
-        path = self._path or os.path.join(folder, f"healthy-{trainer.strategy.broadcast(uuid4().hex[:8])}.ckpt")
-        if save_state(trainer, lambda: capture(trainer), path, "Rollback"):
-            self._path, self._step, self._here, self._description = path, step, 0, description
+        if weights_are_finite(trainer, pl_module):  # whatever the rules say: their layers need not have run since
+            self._snapshots.save(trainer, folder, step, self._returns)
 
-    def restore(self, trainer: Trainer, pl_module: LightningModule, step: int) -> bool:
-        """Return to the last healthy state, and say whether that was possible. Collective."""
+    def restore(self, trainer: Trainer, pl_module: LightningModule, step: int, first: Verdict | None = None) -> bool:
+        """Return to a healthy state before the onset of a verdict, and say whether that was possible. Collective."""
         if self._returns >= self.times:
             rank_zero_warn(f"`Rollback` has returned {self.times} times, and stops the fit at step {step} instead.")
             trainer.should_stop = True
             return False
-        if not self._path:
+        if not self._snapshots.kept:
             rank_zero_warn(f"`Rollback` has no healthy state to return to at step {step}: no point was healthy yet.")
             return False
-        if changed := difference(self._description, describe(trainer)):
-            rank_zero_warn(f"`Rollback` returns to nothing at step {step}: since step {self._step} the {changed}.")
+        if changed := self._snapshots.changed(trainer):
+            since = self._snapshots.kept[-1].step
+            rank_zero_warn(f"`Rollback` returns to nothing at step {step}: since step {since} the {changed}.")
             return False
-        if not self._bring_back(trainer):
+        onset = step if first is None else first.since
+        there = self._bring_back(trainer, self._snapshots.before(onset, self.margin))
+        if there is None:
             return False
+        self._snapshots.drop_after(trainer, there.step)
         self._returns += 1
-        self._here += 1
-        _scale_learning_rates(trainer, self.factor**self._here)
+        scale = self.factor ** (self._returns - there.returns)
+        _scale_learning_rates(trainer, scale)
+        self._skips_until = _FROM_NEXT
         rank_zero_warn(
-            f"`Rollback` at step {step}: weights, optimizers and schedulers are those of step {self._step} again, the"
-            f" learning rates {self.factor**self._here:g} times what they were then."
+            f"`Rollback` at step {step}: weights, optimizers and schedulers are those of step {there.step} again, the"
+            f" learning rates {scale:g} times what they were then. {self._why(there.step, onset, first)}"
         )
         return True
 
-    def _bring_back(self, trainer: Trainer) -> bool:
-        """Load the saved state whole; if a process cannot, all are as they were before. Collective."""
-        undo, problem = Undo(trainer), ""
-        try:
-            state = load_own_checkpoint(trainer, self._path)  # we have written it: it may hold objects of any class
-        except Exception as error:  # cleaned up, a lost disk: the run must not end now
-            problem = f"`Rollback` cannot read {self._path!r} and returns to nothing: {error!r:.400}"
-        if trainer.strategy.reduce_boolean_decision(not problem):
+    def _why(self, there: int, onset: int, first: Verdict | None) -> str:
+        """Which onset lies behind it, and whether what was kept reaches before it."""
+        what = f"step {onset}" if first is None else f"the onset of {first.name} at step {onset}"
+        if there <= onset - self.margin:
+            words = f"That is {onset - there} steps before {what}."
+        else:
+            words = f"None is kept of {self.margin} steps before {what} or earlier: this is the oldest there is."
+        return words + (f" The next {self.skip_steps} updates are not made." if self.skip_steps else "")
+
+    def _bring_back(self, trainer: Trainer, candidates: Sequence[Snapshot]) -> Snapshot | None:
+        """Load the first that can be read, whole; if a process cannot, all are as they were before. Collective."""
+        for snapshot in candidates:
+            state = self._read(trainer, snapshot.path)
+            if state is None:
+                continue
+            undo, problem = Undo(trainer), ""
             try:
                 apply(trainer, state)
             except Exception as error:
-                problem = f"`Rollback` cannot bring back {self._path!r}, and all is as before: {error!r:.400}"
+                problem = f"`Rollback` cannot bring back {snapshot.path!r}, and all is as before: {error!r:.400}"
             if trainer.strategy.reduce_boolean_decision(not problem):
-                return True
-        undo()
-        rank_zero_warn(problem or f"`Rollback` returns to nothing: another process cannot use {self._path!r}.")
-        return False
+                return snapshot
+            undo()
+            rank_zero_warn(problem or f"`Rollback` returns to nothing: another process cannot use {snapshot.path!r}.")
+            return None
+        return None
+
+    @staticmethod
+    def _read(trainer: Trainer, path: str) -> dict[str, Any] | None:
+        """What a file holds, if every process can read it; a warning says if not. Collective."""
+        state, problem = None, ""
+        try:
+            state = load_own_checkpoint(trainer, path)  # we have written it: it may hold objects of any class
+        except Exception as error:  # cleaned up, a lost disk: the run must not end now
+            problem = f"`Rollback` cannot read {path!r} and does not return to it: {error!r:.400}"
+        if trainer.strategy.reduce_boolean_decision(not problem):
+            return state
+        rank_zero_warn(problem or f"`Rollback` does not return to {path!r}: another process cannot read it.")
+        return None
 
 
 def _scale_learning_rates(trainer: Trainer, factor: float) -> None:

@@ -95,7 +95,9 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize("schedule", SCHEDULERS)
 def test_everything_is_as_it_was_at_the_last_healthy_point(schedule, tmp_path):
     with pytest.warns(UserWarning, match="`Rollback` at step 6: .* those of step 4 again"):
-        planted, _, _ = run([HEALTHY] * 5 + [BAD] * 2 + [HEALTHY], Rollback(1.0, 1), schedule, dirpath=str(tmp_path))
+        planted, _, _ = run(
+            [HEALTHY] * 5 + [BAD] * 2 + [HEALTHY], Rollback(1.0, 1, margin=1), schedule, dirpath=str(tmp_path)
+        )
     healthy, (_, returned) = planted.states[4][0], planted.states[6]
     assert_equal(returned, healthy)
     assert not torch.equal(planted.states[6][0]["weights"]["head.weight"], healthy["weights"]["head.weight"])
@@ -105,8 +107,8 @@ def test_everything_is_as_it_was_at_the_last_healthy_point(schedule, tmp_path):
 def test_learning_rates_are_lower_from_then_on(schedule, tmp_path):
     script = [HEALTHY] * 5 + [BAD] * 2 + [HEALTHY] * 4
     with pytest.warns(UserWarning, match="0.25 times what they were then"):
-        lowered, _, _ = run(script, Rollback(0.25, 1), schedule, dirpath=str(tmp_path))
-    healthy, _, _ = run([HEALTHY] * 11, Rollback(0.25, 1), schedule, dirpath=str(tmp_path))
+        lowered, _, _ = run(script, Rollback(0.25, 1, margin=1), schedule, dirpath=str(tmp_path))
+    healthy, _, _ = run([HEALTHY] * 11, Rollback(0.25, 1, margin=1), schedule, dirpath=str(tmp_path))
     # two steps later than the schedule of a run that was never turned back, and a quarter of it
     assert lowered.rates[6:] == pytest.approx([0.25 * rate for rate in healthy.rates[4:9]])
 
@@ -130,18 +132,10 @@ def test_without_a_healthy_point_there_is_nothing_to_return_to(tmp_path):
 
 
 def test_checkpoints_are_rare(tmp_path):
-    saved = []
-
-    class Watched(Rollback):
-        def remember(self, trainer, pl_module, step, folder):
-            before = self._step
-            super().remember(trainer, pl_module, step, folder)
-            saved.extend([step] if self._step != before else [])
-
-    run([HEALTHY] * 9, Watched(every_n_steps=4), dirpath=str(tmp_path))
-    assert saved == [0, 4, 8]
-    [file] = tmp_path.iterdir()
-    assert re.fullmatch("healthy-[0-9a-f]{8}.ckpt", file.name)
+    run([HEALTHY] * 15, Rollback(every_n_steps=4, keep=3), dirpath=str(tmp_path))
+    names = [re.fullmatch(r"healthy-([0-9a-f]{8})-step=(\d+).ckpt", file.name).groups() for file in tmp_path.iterdir()]
+    assert sorted(int(step) for _, step in names) == [4, 8, 12]
+    assert len({run for run, _ in names}) == 1
 
 
 def test_full_disk_does_not_end_the_run(tmp_path):
@@ -171,6 +165,9 @@ def test_state_travels_with_the_guard(tmp_path):
         ({"factor": 1.5}, "got 1.5"),
         ({"every_n_steps": 0}, "`every_n_steps` must be at least 1, got 0"),
         ({"times": 0}, "`times` must be at least 1, got 0"),
+        ({"margin": 0}, "`margin` must be at least 1, got 0"),
+        ({"keep": 0}, "`keep` must be at least 1, got 0"),
+        ({"skip_steps": -1}, "`skip_steps` must be at least 0, got -1"),
     ],
 )
 def test_bad_arguments(arguments, match):
@@ -182,8 +179,8 @@ NAN = dict.fromkeys(HEALTHY, float("nan"))
 
 
 def kept_step(folder):
-    [file] = folder.glob("healthy-*.ckpt")
-    return torch.load(file, weights_only=False)["global_step"] - 1
+    """Of the newest file."""
+    return max(torch.load(file, weights_only=False)["global_step"] - 1 for file in folder.glob("healthy-*.ckpt"))
 
 
 def test_what_cannot_be_read_is_not_healthy(tmp_path):
@@ -246,7 +243,7 @@ class WithHyperparameters(Lit):
 
 def fit_planted(model, tmp_path, *callbacks):
     planted = Script([HEALTHY] * 3 + [BAD] * 2 + [HEALTHY])
-    guard = CollapseGuard(action=Rollback(0.5, 1), dirpath=str(tmp_path))
+    guard = CollapseGuard(action=Rollback(0.5, 1, margin=1), dirpath=str(tmp_path))
     return fit(model, [Claims(), *callbacks, guard, planted], batches(6))
 
 
@@ -259,11 +256,12 @@ def test_a_lost_checkpoint_does_not_end_the_run(tmp_path):
     class Cleaner(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 4:
-                [file] = tmp_path.glob("healthy-*.ckpt")
-                file.unlink()
+                for file in tmp_path.glob("healthy-*.ckpt"):
+                    file.unlink()
 
-    with pytest.warns(UserWarning, match="`Rollback` cannot read .*healthy-.*ckpt"):
+    with pytest.warns(UserWarning, match="`Rollback` cannot read .*healthy-.*ckpt") as said:
         trainer = fit_planted(Lit("step"), tmp_path, Cleaner())
+    assert sum("cannot read" in str(warning.message) for warning in said) == 3  # of each that was kept
     assert trainer.global_step == 6
 
 

@@ -54,7 +54,7 @@ def tensors(trainer):
 def run(tmp_path, look, model=None, first=(), last=(), **kwargs):
     torch.manual_seed(0)
     script = Script(look)
-    guard = CollapseGuard(action=["log", Rollback(1.0, 1)], dirpath=str(tmp_path), task="self-supervised")
+    guard = CollapseGuard(action=["log", Rollback(1.0, 1, margin=1)], dirpath=str(tmp_path), task="self-supervised")
     monitor = Claims()
     loader = batches(kwargs.pop("n", len(SCRIPT)))
     trainer = fit(model or Net(), [*first, monitor, guard, script, *last], loader, **kwargs)
