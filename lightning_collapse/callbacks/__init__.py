@@ -9,6 +9,7 @@ from lightning_collapse.callbacks.continual.task_boundary import TaskBoundary
 from lightning_collapse.callbacks.guard.action import Action
 from lightning_collapse.callbacks.guard.collapse_guard import CollapseGuard
 from lightning_collapse.callbacks.guard.rollback import Rollback
+from lightning_collapse.callbacks.guard.skip_step import SkipStep
 from lightning_collapse.callbacks.guard.switch_on import SwitchOn
 from lightning_collapse.callbacks.loss_terms.distillation import Distillation
 from lightning_collapse.callbacks.loss_terms.regularizer import Regularizer
@@ -47,6 +48,7 @@ __all__ = [
     "Rollback",
     "ScalarMonitor",
     "ShrinkAndPerturb",
+    "SkipStep",
     "SpectralAlignmentMonitor",
     "StabilityMonitor",
     "SwitchOn",

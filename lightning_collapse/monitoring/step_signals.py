@@ -18,7 +18,7 @@ RING = 8
 """Steps whose gradient norms are kept for every parameter."""
 MOST = 4096
 """Steps between two points that are kept."""
-COLUMNS = ("loss", "grad_norm", "loss_z", "grad_norm_z", "flag", "nonfinite", "skipped")
+COLUMNS = ("loss", "grad_norm", "loss_z", "grad_norm_z", "flag", "nonfinite", "skipped", "accepted")
 
 
 class StepSignals:
@@ -90,14 +90,14 @@ class StepSignals:
         self._in_a_row = torch.where(accepted, 0, in_a_row)
         flag = (bad & ~accepted).to(torch.float32)
         self._learn(logs, bad, accepted)
-        marks = torch.stack([flag, nonfinite.to(flag), flag * self.skips]).to(values)
+        marks = torch.stack([flag, nonfinite.to(flag), flag * self.skips, accepted.to(flag)]).to(values)
         self._records.append((step, torch.cat([values, scores, marks])))
         if squares is not None:
             self._keep(squares, bad)
         return flag
 
     def pop(self) -> tuple[list[int], Tensor]:
-        """Numbers of the steps since the last call, and what they were, shape ``(steps, 7)``: :data:`COLUMNS`."""
+        """Numbers of the steps since the last call, and what they were, shape ``(steps, 8)``: :data:`COLUMNS`."""
         steps = [step for step, _ in self._records]
         rows = [row for _, row in self._records]
         self._records.clear()

@@ -16,7 +16,7 @@ from lightning_collapse.rules.outcome import MODES, OUTCOME, Outcome, OutcomeDro
 from lightning_collapse.rules.partial import PartialCollapse, PrototypeCollapse
 from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
-from lightning_collapse.rules.stability import DivergenceAhead, LossSpike, NonFiniteStep
+from lightning_collapse.rules.stability import DivergenceAhead, LossSpike, NonFiniteStep, SkippedSteps
 from lightning_collapse.rules.step_stream import Step, StepStream
 from lightning_collapse.rules.task import TASKS, Task
 from lightning_collapse.rules.trend import Trend
@@ -56,6 +56,7 @@ __all__ = [
     "PrototypeCollapse",
     "RegressionOverCompression",
     "Rule",
+    "SkippedSteps",
     "Step",
     "StepStream",
     "Task",

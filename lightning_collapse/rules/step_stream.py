@@ -27,6 +27,7 @@ class Step(NamedTuple):
         flagged: Above 0 if it is a burst or not finite.
         nonfinite: Above 0 if it is not finite.
         skipped: Above 0 if its update was skipped.
+        accepted: Above 0 if it is the last of so many bursts in a row that their level is taken for the new one.
     """
 
     loss: float
@@ -36,6 +37,7 @@ class Step(NamedTuple):
     flagged: float = 0.0
     nonfinite: float = 0.0
     skipped: float = 0.0
+    accepted: float = 0.0
 
 
 class StepStream:
@@ -108,6 +110,7 @@ class StepStream:
             "nonfinite_in_a_row": float(self.in_a_row),
             "skipped": float(self.skipped),
             "skipped_share": self.skipped / max(self.steps, 1),
+            "accepted": float(sum(step.accepted > 0 for step in steps)),
         }
 
     @property

@@ -61,9 +61,12 @@ class SkippableStep:
             self._apply(self.decide())
             return None
 
+        decided: list[Decision] = []
+
         def closure_and_decision() -> Any:
             loss = closure()
-            self._apply(self.decide())
+            decided.extend([] if decided else [self.decide()])  # of one step one, however often its closure is run
+            self._apply(decided[0])
             return loss
 
         return (args[:1], {**kwargs, "closure": closure_and_decision})

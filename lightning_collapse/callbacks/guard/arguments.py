@@ -78,5 +78,6 @@ def _make(action: ActionLike) -> Action:
     if callable(action):
         return CallAction(action)
     raise ValueError(
-        f"`action` must be among {', '.join(BUILTIN)}, a `Rollback`, a `SwitchOn` or callable, got {action!r}."
+        f"`action` must be among {', '.join(BUILTIN)}, a `Rollback`, a `SkipStep`, a `SwitchOn` or callable, got"
+        f" {action!r}."
     )

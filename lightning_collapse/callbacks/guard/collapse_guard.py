@@ -73,9 +73,10 @@ class CollapseGuard(Callback):
     Args:
         action: What to do at a new verdict: ``"warn"`` (a warning of the logger ``lightning_collapse``, on ``stderr``
             unless ``logging`` is told otherwise), ``"log"`` (as text and data to every logger that takes them),
-            ``"checkpoint"`` (save one into ``dirpath``), ``"stop"`` (the fit), a ``Rollback``, a ``SwitchOn``, a
-            callable that is given the trainer, the module and the ``Verdict``, an ``Action`` of your own, or a list of
-            these, done in order. One that raises an exception is left out from then on, with one warning.
+            ``"checkpoint"`` (save one into ``dirpath``), ``"stop"`` (the fit), a ``Rollback``, a ``SkipStep``, a
+            ``SwitchOn``, a callable that is given the trainer, the module and the ``Verdict``, an ``Action`` of your
+            own, or a list of these, done in order. One that raises an exception is left out from then on, with one
+            warning.
         patience: Points in a row it takes, where a rule does not know better.
         calibration: How many first points make the baseline that later ones are compared with, likewise.
         dirpath: Where ``"checkpoint"`` and a rollback save; a folder ``guard`` beside the run's logs by default.

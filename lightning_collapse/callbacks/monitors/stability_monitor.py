@@ -27,7 +27,9 @@ from lightning_collapse.utilities.twin_packages import is_kind
 
 _LOSS, _NORM = "the loss of every step", "the norm of every step's gradient"
 _OLMO = "after OLMo-core's SpikeScore"
-QUIET = frozenset({"loss_shifted", "loss_over_start", "grad_norm_ratio", "loss_change", "since", "skipped_share"})
+QUIET = frozenset(
+    {"loss_shifted", "loss_over_start", "grad_norm_ratio", "loss_change", "since", "skipped_share", "accepted"}
+)
 """Curves for rules, which loggers are not given."""
 RISE = 2.0
 """Norm of a module's gradient, over its median before, from which a burst is told to be its."""
@@ -72,6 +74,7 @@ class StabilityMonitor(Monitor):
         on_flag: Functions that are called with the trainer, the optimizer and the flag of every step before its update:
             0-dimensional ``float32`` on the device, exactly 1 for a burst or a step that is not finite, else exactly 0,
             and the same on every process.
+        skips: Whether one of them skips the step if the flag is 1; for the count.
 
     Raises:
         ValueError: If an argument is out of range; when the fit starts, as ``MisconfigurationException``, for
@@ -101,6 +104,7 @@ class StabilityMonitor(Monitor):
         Curve("nonfinite_in_a_row", "such steps in a row up to the point", "0 to infinity", "above 0"),
         Curve("skipped", "steps that `SkipStep` has skipped so far", "0 to infinity", "above 1 % of all"),
         Curve("skipped_share", "such steps over all", "0 to 1", "above 0.01"),
+        Curve("accepted", "new levels since the last point, after `limit` bursts in a row", "0 to infinity", "above 0"),
     )
 
     def __init__(
@@ -118,6 +122,7 @@ class StabilityMonitor(Monitor):
         self.threshold = threshold
         self.limit = limit
         self.on_flag: list[OnFlag] = []
+        self.skips = False
         self._forget()
 
     def _forget(self) -> None:
@@ -210,6 +215,7 @@ class StabilityMonitor(Monitor):
         scale = loss_scale(trainer, optimizer)
         if scale is not None:
             squares = squares / scale.to(squares).square()
+        self._signals[index].skips = self.skips
         flag = self._signals[index].update(
             logging_step(trainer), loss, squares.sum().sqrt(), loss_scale(trainer) is not None, squares
         )

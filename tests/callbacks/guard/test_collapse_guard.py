@@ -307,7 +307,7 @@ def test_resumed_guard_remembers(tmp_path):
     [
         (
             {"action": "shout"},
-            "`action` must be among warn, log, checkpoint, stop, a `Rollback`, a `SwitchOn` or callable, got",
+            "`action` must be among warn, log, checkpoint, stop, a `Rollback`, a `SkipStep`, a `SwitchOn` or callable",
         ),
         ({"action": ["warn", 3]}, "got 3"),
         ({"patience": 0}, "`patience` must be at least 1, got 0"),
