@@ -147,8 +147,8 @@ class NonFiniteStep(_Stability):
 class SkippedSteps(_Stability):
     """Steps are skipped too often, or so many in a row that their level was accepted as the new one.
 
-    Healthy runs of Gaussian or log-normal noise have fewer than one burst in 10,000 steps, so that more than 1 % of all
-    steps, and at least eight, is no chance but a fault of the data, of the numbers or of the learning rate. After
+    Healthy runs of Gaussian or log-normal noise have fewer than one burst in 10,000 steps, so that ten in the last
+    1,000 are no chance but a fault of the data, of the numbers or of the learning rate. After
     ``StabilityMonitor(limit=8)`` bursts in a row the loss is where it stays: skipping has ended, and what was to be
     kept out is let in. Skipping is after OLMo-core (Allen Institute for AI; code); both limits are ours.
 
@@ -163,17 +163,17 @@ class SkippedSteps(_Stability):
     says = "Too many steps are skipped; gradients rose first in `{layer}`."
     optional = ("skipped", "skipped_share", "accepted")
     higher_is_worse = ("skipped_share", "accepted")
-    share, fewest = 0.01, 8
+    share = 0.01
     advice = "Look at the batches of these steps, and lower the learning rate; `Rollback()` does."
     paper = "Chowdhery et al., 2022, arXiv 2204.02311"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
-        """The share over 1 %, or skipped steps over 8 if that is less; at least 1 if a new level was accepted."""
-        skipped = points["skipped"].value
-        often = min(points["skipped_share"].value / self.share, skipped / self.fewest)
-        return max(often, float(points["accepted"].value > 0 and skipped > 0))
+        """The share over 1 %; at least 1 if a new level was accepted."""
+        accepted = min(points["accepted"].value, 1.0) if points["skipped"].value else 0.0
+        return max(points["skipped_share"].value / self.share, accepted)
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """How many, and whether a new level was accepted."""
-        words = f"{points['skipped'].value:.0f} steps were skipped, {points['skipped_share'].value:.1%} of all"
+        recent = 1000 * points["skipped_share"].value
+        words = f"{points['skipped'].value:.0f} steps were skipped, {recent:.0f} of the last 1,000"
         return words + ("; the last bursts in a row were taken for a new level" if points["accepted"].value else "")

@@ -11,6 +11,8 @@ from lightning_collapse.rules.scores import nan_for_none, none_for_nan
 
 RATE = 10_000
 """Steps that the spike rate is over."""
+SKIPS = 1000
+"""Steps that the share of skipped ones is of."""
 SETTLED, PRESENT = 32, 8
 """Steps of the loss before a shift of the norm, and now, whose medians are compared."""
 _NUMBERS = ("steps", "nonfinite", "in_a_row", "skipped")
@@ -67,6 +69,7 @@ class StepStream:
         self._recent: deque[float] = deque(maxlen=SETTLED)
         self._before = nan  # the loss before the norm shifted
         self._bursts: deque[int] = deque()
+        self._skips: deque[int] = deque()
         self._failed = -1  # the first of the steps in a row that are not finite
 
     def update(self, numbers: Sequence[int], steps: Sequence[Step]) -> dict[str, float]:
@@ -109,7 +112,7 @@ class StepStream:
             "nonfinite_steps": float(self.nonfinite),
             "nonfinite_in_a_row": float(self.in_a_row),
             "skipped": float(self.skipped),
-            "skipped_share": self.skipped / max(self.steps, 1),
+            "skipped_share": len(self._skips) / SKIPS,
             "accepted": float(sum(step.accepted > 0 for step in steps)),
         }
 
@@ -123,6 +126,7 @@ class StepStream:
         self.loss.restart()
         self.norm.restart()
         self._recent.clear()
+        self._skips.clear()
         self.in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,6 +137,7 @@ class StepStream:
             "recent": list(self._recent),
             "before": none_for_nan(self._before),
             "bursts": list(self._bursts),
+            "skips": list(self._skips),
             "failed": self._failed,
             **{name: getattr(self, name) for name in _NUMBERS},
         }
@@ -143,7 +148,8 @@ class StepStream:
         self.norm.load_state_dict(state["norm"])
         self._recent = deque(state["recent"], maxlen=SETTLED)
         self._before = nan_for_none(state["before"])
-        self._bursts, self._failed = deque(state["bursts"]), state["failed"]
+        self._bursts, self._skips = deque(state["bursts"]), deque(state["skips"])
+        self._failed = state["failed"]
         for name in _NUMBERS:
             setattr(self, name, state[name])
 
@@ -154,8 +160,11 @@ class StepStream:
         self.skipped += step.skipped > 0
         if step.flagged and not step.nonfinite:
             self._bursts.append(self.steps)
-        while self._bursts and self._bursts[0] <= self.steps - RATE:
-            self._bursts.popleft()
+        if step.skipped:
+            self._skips.append(self.steps)
+        for of, within in ((self._bursts, RATE), (self._skips, SKIPS)):
+            while of and of[0] <= self.steps - within:
+                of.popleft()
 
     @property
     def _loss_change(self) -> float:

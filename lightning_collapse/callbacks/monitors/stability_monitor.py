@@ -103,7 +103,7 @@ class StabilityMonitor(Monitor):
         Curve("nonfinite_steps", "steps with NaN or infinity so far", "0 to infinity", "above 0"),
         Curve("nonfinite_in_a_row", "such steps in a row up to the point", "0 to infinity", "above 0"),
         Curve("skipped", "steps that `SkipStep` has skipped so far", "0 to infinity", "above 1 % of all"),
-        Curve("skipped_share", "such steps over all", "0 to 1", "above 0.01"),
+        Curve("skipped_share", "such steps in the last 1,000, over 1,000", "0 to 1", "0.01 or more"),
         Curve("accepted", "new levels since the last point, after `limit` bursts in a row", "0 to infinity", "above 0"),
     )
 
@@ -174,6 +174,11 @@ class StabilityMonitor(Monitor):
         for stream, of in zip(self._streams, state["streams"], strict=True):
             stream.load_state_dict(of)
         self._surges = [dict(surges) for surges in state["surges"]]
+
+    @override
+    def turned_back(self) -> None:
+        for stream in self._streams:
+            stream.restart()
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
