@@ -59,7 +59,7 @@ class LossSpike(_Stability):
     optional = ("loss_shifted", "loss_over_start", "loss_cusum")
     higher_is_worse = ("loss_shifted", "loss_over_start")
     lasting, beginning = 32, 8
-    advice = "Return with `Rollback()`, which lowers the learning rate."
+    advice = "Return with `Rollback()`, or leave such steps out from the start with `SkipStep()`."
     paper = "Chowdhery et al., 2022, arXiv 2204.02311"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
@@ -127,7 +127,7 @@ class NonFiniteStep(_Stability):
     optional = ("nonfinite_in_a_row", "nonfinite_steps", "skipped")
     higher_is_worse = ("nonfinite_in_a_row",)
     in_a_row = 8
-    advice = "Return with `Rollback()`, which lowers the learning rate."
+    advice = "Return with `Rollback()`, or leave such steps out from the start with `SkipStep()`."
     paper = "Micikevicius et al., 2018, arXiv 1710.03740"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:

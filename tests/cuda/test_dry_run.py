@@ -31,6 +31,11 @@ def test_a_wait_would_be_seen():
     assert not waits.between_points("cpu").waits
 
 
+def test_a_skipped_step_waits_only_where_the_optimizer_cannot_be_told_on_the_device():
+    assert not waits.skipping("cpu", fused=True).waits
+    assert waits.skipping("cpu", fused=False).waits
+
+
 @pytest.mark.filterwarnings("ignore:.*the fit ended before the first point")  # of so few steps
 @pytest.mark.parametrize("name", ["digits", "every step"])
 def test_a_row_of_the_table(name):

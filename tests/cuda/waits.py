@@ -110,8 +110,9 @@ class _Last(Callback):
 class Small(LightningModule):
     """A classifier with attention, so that every monitor has something to watch."""
 
-    def __init__(self, outputs: int = 4) -> None:
+    def __init__(self, outputs: int = 4, fused: bool = False) -> None:
         super().__init__()
+        self.fused = fused
         self.embed = nn.Linear(4, 16)
         self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
         self.act, self.head = nn.ReLU(), nn.Linear(16, outputs)
@@ -127,7 +128,7 @@ class Small(LightningModule):
         return nn.functional.cross_entropy(out, y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, fused=self.fused)
 
 
 def monitors(device: str) -> Iterator[tuple[str, Found]]:
@@ -137,9 +138,16 @@ def monitors(device: str) -> Iterator[tuple[str, Found]]:
         watchers = [make(name), *([] if name == "CollapseMonitor" else [callbacks.CollapseMonitor()])]
         outputs = 1 if "Regression" in name else 4
         yield name, between_points(device, *watchers, callbacks.CollapseGuard("log"), outputs=outputs)
+    yield "SkipStep of a fused optimizer", skipping(device, fused=True)
 
 
-def between_points(device: str, *added: Callback, outputs: int = 4) -> Found:
+def skipping(device: str, fused: bool) -> Found:
+    """What waits where steps may be skipped."""
+    guard = callbacks.CollapseGuard(callbacks.SkipStep())
+    return between_points(device, callbacks.StabilityMonitor(), guard, fused=fused)
+
+
+def between_points(device: str, *added: Callback, outputs: int = 4, fused: bool = False) -> Found:
     """What waits in a fit, in the batches that do not end in a point."""
     torch.manual_seed(0)
     data = [(torch.randn(32, 5, 4), torch.arange(32) % 4) for _ in range(3 * EVERY)]
@@ -149,7 +157,7 @@ def between_points(device: str, *added: Callback, outputs: int = 4) -> Found:
         warnings.simplefilter("always")
         trainer = Trainer(**options, logger=False, callbacks=[between, *added, between.last])
         try:
-            trainer.fit(Small(outputs), DataLoader(data, batch_size=None))
+            trainer.fit(Small(outputs, fused), DataLoader(data, batch_size=None))
         except RuntimeError as error:
             if "synchronizing" not in str(error):
                 raise
