@@ -68,6 +68,20 @@ class ChecksOthers(Protocol):
         """
 
 
+@runtime_checkable
+class FollowsReturns(Protocol):
+    """A callback of the trainer whose state goes on from step to step, and that is told when training was turned back.
+
+    Example:
+        >>> from lightning_collapse import StabilityMonitor
+        >>> isinstance(StabilityMonitor(), FollowsReturns)
+        True
+    """
+
+    def on_turned_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after the points of a step, when an action has turned training back to an earlier state."""
+
+
 class CallAction(Action):
     """A plain function as an action: called with the trainer, the module and each new verdict.
 

@@ -13,14 +13,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
-from lightning_collapse.callbacks.guard.action import Action, action_name, load_states, states_of
+from lightning_collapse.callbacks.guard.action import Action, FollowsReturns, action_name, load_states, states_of
 from lightning_collapse.callbacks.guard.arguments import ActionLike, check_rules, make_actions, make_outcome
 from lightning_collapse.callbacks.guard.outcome_reader import Source
 from lightning_collapse.callbacks.guard.required_monitors import require_available
 from lightning_collapse.callbacks.guard.task_inference import infer_task
 from lightning_collapse.callbacks.guard.training_health import TrainingHealth, planned_points
 from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
-from lightning_collapse.callbacks.monitors.monitor import Monitor
 from lightning_collapse.reporting import publish, try_again
 from lightning_collapse.rules import OUTCOME, TASKS, Judge, Judgement, OutcomeDrop, Rule, Task, Verdict
 from lightning_collapse.rules.outcome import Mode
@@ -278,19 +277,17 @@ class CollapseGuard(Callback):
             self._run(action, lambda action: action.on_points(trainer, pl_module, judgement))
         for action in self._actions if judgement.new else ():
             if self._run(action, lambda action: action.on_verdict(trainer, pl_module, judgement)):
-                self._restart(trainer)
+                self._restart(trainer, pl_module)
 
-    def _restart(self, trainer: Trainer) -> None:
+    def _restart(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training was turned back: what fails next is new."""
         self.judge.restart()
         if self._outcome is not None:
             self._outcome.outcome.restart()
-        for monitor in trainer.callbacks:
-            if isinstance(monitor, Monitor):
-                with self._containment(
-                    f"telling `{type(monitor).__name__}` of a return", "it may say again what it said"
-                ):
-                    monitor.turned_back()
+        for callback in trainer.callbacks:
+            if isinstance(callback, FollowsReturns):
+                with self._containment(f"telling `{type(callback).__name__}` of a return", "it goes on as it did"):
+                    callback.on_turned_back(trainer, pl_module)
 
     def _read_outcome(self, trainer: Trainer, pl_module: LightningModule, source: Source) -> None:
         """Publish the outcome, of which :meth:`on_points` hears then, if it was logged since. Collective."""

@@ -145,9 +145,6 @@ class Monitor(Callback, ABC):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` returned; called after :meth:`start`."""
 
-    def turned_back(self) -> None:
-        """Called when training was turned back to an earlier state, after a point: what comes does not follow it."""
-
     def cadence(self, trainer: Trainer) -> int:
         """Optimizer steps between two points; 0 for never."""
         return trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps

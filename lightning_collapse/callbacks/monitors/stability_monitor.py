@@ -175,8 +175,8 @@ class StabilityMonitor(Monitor):
             stream.load_state_dict(of)
         self._surges = [dict(surges) for surges in state["surges"]]
 
-    @override
-    def turned_back(self) -> None:
+    def on_turned_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew: what comes does not follow what was last."""
         for stream in self._streams:
             stream.restart()
 
