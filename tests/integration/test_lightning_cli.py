@@ -11,7 +11,17 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_collapse import CollapseGuard, Regularizer, Rollback, SwitchOn, callbacks, layers, losses, penalties
+from lightning_collapse import (
+    CollapseGuard,
+    Regularizer,
+    Rollback,
+    SkipStep,
+    SwitchOn,
+    callbacks,
+    layers,
+    losses,
+    penalties,
+)
 from lightning_collapse.losses import AntiCollapseLoss, LinearRamp, LinearWarmup, VarianceLoss
 from lightning_collapse.penalties import Penalty
 from lightning_collapse.rules import MODES, RULES, TASKS
@@ -26,7 +36,7 @@ SHOWN = [
     if inspect.isclass(kind := getattr(package, name)) and issubclass(kind, Callback | nn.Module | Penalty)
     if not inspect.isabstract(kind) and kind is not AntiCollapseLoss
 ]
-SHOWN += [Rollback, SwitchOn, LinearRamp, LinearWarmup]
+SHOWN += [Rollback, SkipStep, SwitchOn, LinearRamp, LinearWarmup]
 CONFIG = """
 trainer:
   accelerator: cpu

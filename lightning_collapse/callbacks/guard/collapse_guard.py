@@ -44,8 +44,12 @@ class CollapseGuard(Callback):
     (:class:`~lightning_collapse.rules.CatastrophicForgetting`); with ``RegressionCollapseMonitor`` *regression
     over-compression* (:class:`~lightning_collapse.rules.RegressionOverCompression`); with ``NeuralCollapseMonitor``
     *minority collapse* (:class:`~lightning_collapse.rules.MinorityCollapse`), and as a notice without any action
-    *neural collapse reached* (:class:`~lightning_collapse.rules.NeuralCollapseReached`). Rules of your own can watch
-    any scalar, such as a perplexity or a reward, with :class:`~lightning_collapse.ScalarMonitor`.
+    *neural collapse reached* (:class:`~lightning_collapse.rules.NeuralCollapseReached`); with ``StabilityMonitor``
+    *loss spike* (:class:`~lightning_collapse.rules.LossSpike`), *non finite step*
+    (:class:`~lightning_collapse.rules.NonFiniteStep`), *skipped steps*
+    (:class:`~lightning_collapse.rules.SkippedSteps`), and as a notice *divergence ahead*
+    (:class:`~lightning_collapse.rules.DivergenceAhead`). Rules of your own can watch any scalar, such as a perplexity
+    or a reward, with :class:`~lightning_collapse.ScalarMonitor`.
 
     A verdict is triggered after ``patience`` points in a row on the wrong side of the line, and is over only after as
     many on the right side of twice the line, where a rule does not know better, see
@@ -81,10 +85,11 @@ class CollapseGuard(Callback):
         calibration: How many first points make the baseline that later ones are compared with, likewise.
         dirpath: Where ``"checkpoint"`` and a rollback save; a folder ``guard`` beside the run's logs by default.
         rules: Kinds to judge, a list out of ``attention_entropy_collapse``, ``attention_overload``,
-            ``catastrophic_forgetting``, ``complete_collapse``, ``dimensional_collapse``, ``loss_explosion``,
-            ``minority_collapse``, ``neural_collapse_reached``, ``non_finite``, ``outcome_drop``, ``partial_collapse``,
-            ``plasticity_loss``, ``prototype_collapse``, ``regression_over_compression`` and your own; ``None`` for all
-            that monitors draw the curves of.
+            ``catastrophic_forgetting``, ``complete_collapse``, ``dimensional_collapse``, ``divergence_ahead``,
+            ``loss_explosion``, ``loss_spike``, ``minority_collapse``, ``neural_collapse_reached``, ``non_finite``,
+            ``non_finite_step``, ``outcome_drop``, ``partial_collapse``, ``plasticity_loss``, ``prototype_collapse``,
+            ``regression_over_compression``, ``skipped_steps`` and your own; ``None`` for all that monitors draw the
+            curves of.
         task: What the network is trained for; ``None`` to infer it.
         outcome: Name of the logged metric that counts in the end, such as ``"val_acc"``; ``None`` to watch none.
         mode: ``"max"`` if a higher ``outcome`` is better, ``"min"`` if a lower one is.
