@@ -1,8 +1,11 @@
 """Skipped updates: those of a trainer's optimizers, and of the averages of weights that follow them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -67,10 +70,15 @@ class SkippedUpdates:
         return [None if gate.skipped is None else bool(gate.skipped) for gate in self._averages]
 
 
+_GATES: WeakKeyDictionary[AveragedModel, WeakSet[_GatedAverage]] = WeakKeyDictionary()
+
+
 class _GatedAverage:
     def __init__(self, average: AveragedModel) -> None:
         self.skipped: Decision = None  # nothing was updated since
         self.remove = wrap_method(average, "update_parameters", self._update)
+        self._all = _GATES.setdefault(average, WeakSet())  # two actions may skip, and count from the same update on
+        self._all.add(self)
 
     def note(self, skipped: Decision) -> None:
         skipped = False if skipped is None else skipped
@@ -81,7 +89,11 @@ class _GatedAverage:
 
     def _update(self, update: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         skipped, self.skipped = self.skipped, None
-        return None if skipped else update(*args, **kwargs)
+        if not skipped:
+            return update(*args, **kwargs)
+        for gate in self._all:
+            gate.skipped = None
+        return None
 
 
 def _averages(trainer: Trainer) -> list[AveragedModel]:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_collapse import CollapseGuard, Rollback
+from lightning_collapse import CollapseGuard, Rollback, SkipStep, StabilityMonitor
 from lightning_collapse.reporting import publish
 from lightning_collapse.rules import CompleteCollapse
 from lightning_collapse.utilities.points import Point
@@ -143,6 +143,25 @@ def test_updates_are_passed_over_after_a_return_and_the_forward_pass_goes_on(nam
     assert not equal(planted.states[9][2], planted.states[8][2])
     assert not trainer.optimizers[0]._optimizer_step_pre_hooks
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+@pytest.mark.filterwarnings("ignore:`Rollback` at step 5")
+def test_averages_follow_two_who_skip(tmp_path):
+    """Three updates are passed over after the return, and the one right after them is not finite."""
+
+    class Broken(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 9 else 1.0)
+
+    script, average = [HEALTHY] * 4 + [BAD] * 2 + [HEALTHY] * 6, EMAWeightAveraging(decay=0.9)
+    torch.manual_seed(0)
+    planted = Script(script)
+    guard = CollapseGuard(action=["log", SkipStep(), Rollback(1.0, 1, margin=1, skip_steps=3)], dirpath=str(tmp_path))
+    monitors = [average, StabilityMonitor(every_n_steps=2), Claims(), guard, planted]
+    fit(Broken(), monitors, batches(len(script)))
+    assert all(equal(planted.states[step], planted.states[3]) for step in (5, 6, 7, 8, 9))
+    assert int(planted.states[9][2][0]["n_averaged"]) == 4
+    assert int(planted.states[11][2][0]["n_averaged"]) == 6
 
 
 @pytest.mark.filterwarnings("ignore:`Rollback` at step 5")
