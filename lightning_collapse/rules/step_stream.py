@@ -30,6 +30,11 @@ class Step(NamedTuple):
         nonfinite: Above 0 if it is not finite.
         skipped: Above 0 if its update was skipped.
         accepted: Above 0 if it is the last of so many bursts in a row that their level is taken for the new one.
+
+    Example:
+        >>> step = Step(loss=2.3, grad_norm=0.7)
+        >>> step.flagged, step.loss_z
+        (0.0, nan)
     """
 
     loss: float
