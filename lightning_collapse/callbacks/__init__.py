@@ -16,6 +16,7 @@ from lightning_collapse.callbacks.loss_terms.regularizer import Regularizer
 from lightning_collapse.callbacks.loss_terms.weight_penalty import WeightPenalty
 from lightning_collapse.callbacks.monitors.attention_entropy_monitor import AttentionEntropyMonitor
 from lightning_collapse.callbacks.monitors.collapse_monitor import CollapseMonitor
+from lightning_collapse.callbacks.monitors.first_non_finite import FirstNonFinite
 from lightning_collapse.callbacks.monitors.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.monitors.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.monitors.intrinsic_dimension_monitor import IntrinsicDimensionMonitor
@@ -36,6 +37,7 @@ __all__ = [
     "CollapseMonitor",
     "ContinualMetrics",
     "Distillation",
+    "FirstNonFinite",
     "ForgettingMonitor",
     "GeometryPhaseMonitor",
     "GradientMonitor",

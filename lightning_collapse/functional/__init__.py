@@ -58,6 +58,7 @@ from lightning_collapse.functional.neural_collapse import (
     unc3,
     vci,
 )
+from lightning_collapse.functional.non_finite import Cause, absolute_maximum, extremes, producer_cause
 from lightning_collapse.functional.plasticity import dead_fraction, dormant_fraction
 from lightning_collapse.functional.power_law import PowerLaw, power_law_alpha, power_law_null
 from lightning_collapse.functional.pq_index import pq_index
@@ -104,6 +105,7 @@ from lightning_collapse.functional.stability_gap import (
 from lightning_collapse.functional.views import recall_at_1
 
 __all__ = [
+    "Cause",
     "Cdnv",
     "GradientNoise",
     "HeadEntropy",
@@ -117,6 +119,7 @@ __all__ = [
     "PowerLaw",
     "RegressionCollapseReading",
     "TwoNN",
+    "absolute_maximum",
     "alignment",
     "alpha_req",
     "alpha_req_fit",
@@ -141,6 +144,7 @@ __all__ = [
     "etf_error_floor",
     "expected_majority_fraction",
     "expected_under_isotropy",
+    "extremes",
     "feature_std",
     "feature_std_floor",
     "forgetting",
@@ -183,6 +187,7 @@ __all__ = [
     "power_law_alpha",
     "power_law_null",
     "pq_index",
+    "producer_cause",
     "quartile_ratio",
     "rankme",
     "recall_at_1",

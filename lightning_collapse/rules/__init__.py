@@ -11,7 +11,7 @@ from lightning_collapse.rules.forgetting import CatastrophicForgetting
 from lightning_collapse.rules.judge import Judge, Judgement
 from lightning_collapse.rules.level_shift import LevelShift
 from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
-from lightning_collapse.rules.non_finite import NonFinite
+from lightning_collapse.rules.non_finite import NonFinite, NonFiniteOrigin
 from lightning_collapse.rules.outcome import MODES, OUTCOME, Outcome, OutcomeDrop
 from lightning_collapse.rules.partial import PartialCollapse, PrototypeCollapse
 from lightning_collapse.rules.plasticity import PlasticityLoss
@@ -48,6 +48,7 @@ __all__ = [
     "MinorityCollapse",
     "NeuralCollapseReached",
     "NonFinite",
+    "NonFiniteOrigin",
     "NonFiniteStep",
     "Outcome",
     "OutcomeDrop",

@@ -1,9 +1,11 @@
-"""Non-finite features: rows that hold NaN or infinity."""
+"""Non-finite numbers: rows of features that hold NaN or infinity, and the module that made the first one."""
 
 from collections.abc import Mapping
-from math import inf, isnan
+from math import inf, isfinite, isnan
 
+from lightning_collapse.functional.non_finite import Cause
 from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.history import Evidence
 from lightning_collapse.utilities.points import Point
 
 
@@ -47,3 +49,50 @@ class NonFinite(Rule):
         """The share of such rows."""
         lost = points["nonfinite_fraction"]
         return f"{100 * lost.value:.3g} % of the rows hold NaN or infinity, and {lost.n} are left to read"
+
+
+@register_rule
+class NonFiniteOrigin(Rule):
+    """A module made the first NaN or infinity of a step, and the loss, the weights or their gradients hold some.
+
+    It needs no baseline and no second point: what :class:`~lightning_collapse.FirstNonFinite` names was found by
+    looking at every tensor of the step in the order of time.
+
+    Example:
+        >>> values = {"cause": 3.0, "step": 7.0}
+        >>> points = {name: Point("nonfinite", "encoder.2", name, 9, value) for name, value in values.items()}
+        >>> NonFiniteOrigin().severity(points, {}) >= 1, NonFiniteOrigin().evidence(points, {})
+        (True, 'overflow, at step 7')
+    """
+
+    kind = "non_finite_origin"
+    says = "The first NaN or infinity was made by `{layer}`."
+    family = "nonfinite"
+    measures = ("cause",)
+    optional = ("step",)
+    higher_is_worse = ("cause",)
+    patience = 1
+    advice = "Read the table that `FirstNonFinite` has written beside the logs; `Rollback()` goes back to before it."
+    paper = "Micikevicius et al., 2018, arXiv 1710.03740"
+
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """Infinite where there is a cause."""
+        return inf if points["cause"].value >= 1 else 0.0
+
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """The cause in words, and the step."""
+        number, step = points["cause"].value, points.get("step")
+        cause = Cause(int(number)) if number in list(Cause) else Cause.NONE
+        words = {
+            Cause.NONE: "of a cause that is not known",
+            Cause.DATA: "the data hold it already",
+            Cause.UPDATE: "an earlier update made its weights so",
+            Cause.BACKWARD: "in the backward pass",
+            Cause.UNSEEN: "in a step that was not looked at; `FirstNonFinite(replay=True)` repeats such a step at once",
+        }.get(cause, cause.words)
+        return words + (f", at step {step.value:.0f}" if step is not None and isfinite(step.value) else "")
+
+    def onset(self, evidence: Evidence, since: int) -> int:
+        """The step that the monitor names."""
+        step = evidence.points.get("step")
+        return int(step.value) if step is not None and 0 <= step.value <= since else since

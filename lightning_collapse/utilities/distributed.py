@@ -19,6 +19,11 @@ def world_size(group: "ProcessGroup | None" = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_rank(group: "ProcessGroup | None" = None) -> int:
+    """Number of this process in ``group`` (default: all); 0 without a process group."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
 def all_reduce_sum(tensor: Tensor, group: "ProcessGroup | None" = None) -> Tensor:
     """Sum over processes, without gradient; the argument keeps its own value.
 
@@ -101,6 +106,22 @@ def from_first_process(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def from_all_processes(value: T) -> list[T]:
+    """What every process brings, in their order; anything that pickles, so not for every step.
+
+    Collective: every process must call it.
+
+    Example:
+        >>> from_all_processes("encoder")
+        ['encoder']
+    """
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def all_gather_rows(

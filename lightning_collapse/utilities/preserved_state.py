@@ -14,7 +14,9 @@ AUTOCAST_DEVICES = ("cuda", "xpu", "mps", "cpu")
 
 
 @contextmanager
-def preserved_state(model: nn.Module, *, gradients: bool = True, autocast: bool = False) -> Iterator[None]:
+def preserved_state(
+    model: nn.Module, *, gradients: bool = True, autocast: bool = False, training: bool = False
+) -> Iterator[None]:
     """Eval mode, with all state put back in the end, also when the body raises.
 
     Put back are of every submodule the training flag, whatever its own ``train`` method would do, and every buffer,
@@ -27,6 +29,7 @@ def preserved_state(model: nn.Module, *, gradients: bool = True, autocast: bool 
         gradients: Whether a graph is built. With one nothing is compiled, inference mode is off, and recurrent modules
             on CUDA stay in train mode without dropout, since cuDNN has no backward pass in eval mode.
         autocast: Whether autocast stays as it is, or is off.
+        training: Whether every submodule stays in the mode that it is in, to repeat a step of training.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
@@ -47,7 +50,9 @@ def preserved_state(model: nn.Module, *, gradients: bool = True, autocast: bool 
             torch.set_grad_enabled(gradients)
             if not autocast:
                 _set_autocast({device: (False, dtype) for device, (_, dtype) in casts.items()})
-            kept.evaluate(gradients)
+            kept.forget_gradients()
+            if not training:
+                kept.evaluate(gradients)
             yield
     finally:
         torch.set_grad_enabled(mode)
@@ -71,6 +76,8 @@ class _ModelState:
         for recurrent, _ in self.recurrent if gradients else ():
             recurrent.training = any(p.is_cuda for p in recurrent.parameters())
             recurrent.dropout = 0.0
+
+    def forget_gradients(self) -> None:
         for parameter, *_ in self.parameters:
             parameter.grad = None  # a backward pass of the body would add to what is there
 

@@ -50,6 +50,24 @@ def wrap_training_step(module: nn.Module, around: Callable[..., Any]) -> Callabl
     return wrap_method(module, "training_step", around)
 
 
+def unwrapped(module: nn.Module, name: str) -> Callable[..., Any]:
+    """A method without the wrappers that :func:`wrap_method` has put around it.
+
+    Example:
+        >>> class Lit(nn.Module):
+        ...     def training_step(self, batch):
+        ...         return batch + 1
+        >>> lit = Lit()
+        >>> unwrap = wrap_method(lit, "training_step", lambda step, batch: 10 * step(batch))
+        >>> unwrapped(lit, "training_step")(1)
+        2
+    """
+    method: Any = getattr(module, name)
+    while isinstance(method, _Wrapper):
+        method = method.inner
+    return method  # type: ignore[no-any-return]
+
+
 class _Wrapper(OwnedAttribute):
     def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
         self.module, self.name = module, name

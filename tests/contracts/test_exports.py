@@ -26,6 +26,7 @@ HELPERS: dict[str, set[str]] = {
     "functional/isotropic_null.py": {"marchenko_pastur_quantiles"},
     "functional/lidar.py": {"lidar_of_moments", "stack_views"},
     "functional/marchenko_pastur.py": {"marchenko_pastur_cdf"},
+    "functional/non_finite.py": {"bits_of_headroom"},
     "functional/neural_collapse/cdnv.py": {"over_pairs"},
     "functional/neural_collapse/class_means.py": {
         "CenteredMeans",

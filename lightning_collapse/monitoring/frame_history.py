@@ -1,0 +1,113 @@
+"""Frame history: step frames since the last point and the healthy ones before, and what made the first NaN in them."""
+
+from __future__ import annotations
+
+from math import inf
+
+import torch
+from torch import Tensor
+
+from lightning_collapse.functional.non_finite import Cause
+from lightning_collapse.monitoring.non_finite_origin import (
+    Origin,
+    Reading,
+    find_origin,
+    least_headroom,
+    weights_in_words,
+)
+from lightning_collapse.monitoring.step_frame import STEP, Frame
+
+KEPT = 8
+"""Steps of a table."""
+_FRESH = 64
+"""Frames that are kept between two points, the first ones, where every step is measured."""
+
+
+class FrameHistory:
+    """Frames in the order of steps; numbers stay on the device until something is not finite.
+
+    Attributes:
+        past: Healthy frames up to the last point, at most seven.
+        fresh: Frames since then.
+
+    Example:
+        >>> history = FrameHistory()
+        >>> history.add(Frame(step=0))
+        >>> float(history.first_bad(torch.device("cpu"), torch.float64))
+        inf
+        >>> history.settle(healthy=True)
+        >>> len(history.past), history.fresh
+        (1, [])
+    """
+
+    def __init__(self) -> None:
+        self.past: list[Frame] = []
+        self.fresh: list[Frame] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no frame yet to compare with."""
+        return not (self.past or self.fresh)
+
+    def add(self, frame: Frame | None) -> None:
+        """Take in a closed frame."""
+        if frame is not None and len(self.fresh) < _FRESH:
+            self.fresh.append(frame)
+
+    def settle(self, healthy: bool) -> None:
+        """A point has been made; frames of a failure are dropped."""
+        self.past, self.fresh = (self.past + self.fresh)[1 - KEPT :] if healthy else self.past, []
+
+    def first_bad(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Place of the first bad frame since the last point, infinite if there is none; on the device."""
+        never = torch.full((), inf, device=device, dtype=dtype)
+        if not self.fresh:
+            return never
+        bad = torch.stack([frame.bad.to(device) for frame in self.fresh])
+        return torch.where(bad, torch.arange(len(bad), device=device, dtype=dtype), never).min()
+
+    def bits(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Bits that the largest number of the latest step may grow in its format, infinite if nothing is known."""
+        never = torch.full((1,), inf, device=device, dtype=dtype)
+        frame = next((frame for frame in reversed(self.fresh) if len(frame.calls) > 1), None)
+        if frame is None:
+            return never[0]
+        sizes, limits = frame.largest(device)
+        grow = limits.to(dtype).log2() - sizes.to(dtype).log2()
+        return torch.cat([torch.where(sizes.isfinite() & (sizes > 0), grow, inf), never]).min()
+
+    def origin(self, first_bad: float, first_loss: int | None) -> Origin | None:
+        """What made the first NaN since the last point, as far as this process knows. Waits for the device.
+
+        Args:
+            first_bad: Place of the first bad frame, infinite for none.
+            first_loss: Step of the first loss that was not finite, ``None`` for none.
+        """
+        bad = self.fresh[int(first_bad)] if first_bad < len(self.fresh) else None
+        if bad is not None and (first_loss is None or bad.step <= first_loss):
+            now = Reading(bad)
+            found = None if now.healthy else find_origin(now, self.before(bad))
+            words = "no module that is listened to made it; what is compiled is looked into by `replay=True` alone"
+            return found or Origin(bad.step, Cause.UNSEEN, STEP, words)
+        return None if first_loss is None else self._unseen(first_loss)
+
+    def before(self, frame: Frame | None = None) -> list[Reading]:
+        """The latest frames before one, or before now, that its table shows."""
+        known = [*self.past, *self.fresh]
+        end = len(known) if frame is None else next(i for i, other in enumerate(known) if other is frame)
+        return [Reading(other) for other in known[:end][1 - KEPT :]]
+
+    def _unseen(self, step: int) -> Origin:
+        """Between two frames: what was nearest to overflow before, and how the weights are by now."""
+        before = [Reading(frame) for frame in (*self.past, *self.fresh) if frame.step < step][-KEPT:]
+        while before and not before[-1].healthy:
+            before.pop()
+        weights = weights_in_words(Reading(self.fresh[-1])) if self.fresh else ""
+        seen = f"; all was finite at step {before[-1].frame.step}" if before else ""
+        told = f"; by now {weights}" if weights else ""
+        words = "that step was not looked at: its forward pass made it, or the update before"
+        words += f"{seen}{told}. `FirstNonFinite(replay=True)` repeats such a step at once and names the module"
+        origin = Origin(step, Cause.UNSEEN, STEP, words)
+        if before:
+            origin.steps, origin.rows = least_headroom(before[-1], before[:-1])
+        return origin
