@@ -6,8 +6,6 @@ from math import inf, isnan, log
 import torch
 from torch import Tensor
 
-_HALF = 0.5
-
 
 class Cause(IntEnum):
     """What made the first NaN or infinity of a step; the number is the curve ``nonfinite/{layer}/cause``.
@@ -76,13 +74,15 @@ def absolute_maximum(least: float, largest: float) -> float:
     return least if isnan(least) else largest if isnan(largest) else max(-least, largest)
 
 
-def producer_cause(made: float, operand: float, weight: float, terms: int, limit: float) -> Cause:
+def producer_cause(made: float, operand: float, weight: float, terms: int, limit: float, before: float = 0.0) -> Cause:
     r"""What made a NaN or an infinity out of finite inputs and finite weights.
 
-    An infinity is an overflow if one of the operands has passed half of the format's maximum, or if a sum of
-    ``terms`` products, or an exponential, of operands of this size can pass it:
+    An infinity is an overflow if one of the operands has passed half of the format's maximum, if a sum of ``terms``
+    products, or an exponential, of operands of this size can pass it, or if the same tensor had come within four bits
+    of it before:
 
-    .. math:: |x| \ge \tfrac12 M, \quad n \, |x| \, \max(|w|, |x|) \ge M \quad\text{or}\quad |x| \ge \ln M.
+    .. math:: |x| \ge \tfrac12 M, \quad n \, |x| \, \max(|w|, |x|) \ge M, \quad |x| \ge \ln M
+        \quad\text{or}\quad |y_{before}| \ge \tfrac1{16} M.
 
     Otherwise, and for every NaN, the operation is not defined there.
 
@@ -92,6 +92,7 @@ def producer_cause(made: float, operand: float, weight: float, terms: int, limit
         weight: Largest magnitude of the weights; 0 without any.
         terms: How many products a number of the output may sum up: the width of the input.
         limit: Largest number of the format, 65,504 of ``float16``.
+        before: Largest magnitude of the same tensor in earlier steps.
 
     Returns:
         :attr:`Cause.OVERFLOW` or :attr:`Cause.UNDEFINED`.
@@ -109,7 +110,7 @@ def producer_cause(made: float, operand: float, weight: float, terms: int, limit
     if isnan(made):
         return Cause.UNDEFINED
     product = terms * operand * max(weight, operand) if operand < inf else inf
-    reaches = operand >= _HALF * limit or product >= limit or operand >= log(limit)
+    reaches = operand >= limit / 2 or product >= limit or operand >= log(limit) or before >= limit / 16
     return Cause.OVERFLOW if reaches else Cause.UNDEFINED
 
 

@@ -87,8 +87,9 @@ class FrameHistory:
         if bad is not None and (first_loss is None or bad.step <= first_loss):
             now = Reading(bad)
             found = None if now.healthy else find_origin(now, self.before(bad))
-            words = "no module that is listened to made it; what is compiled is looked into by `replay=True` alone"
-            return found or Origin(bad.step, Cause.UNSEEN, STEP, words)
+            if found is not None or bool(bad.bad):
+                words = "no module that is listened to made it; what is compiled is looked into by `replay=True` alone"
+                return found or Origin(bad.step, Cause.UNSEEN, STEP, words)
         return None if first_loss is None else self._unseen(first_loss)
 
     def before(self, frame: Frame | None = None) -> list[Reading]:

@@ -200,11 +200,14 @@ class _Search:
             words = f"what it received is finite and its weights are not: {labels}, made by an earlier update"
             return self._made(first, Origin(step, Cause.UPDATE, name, words, self._index(call), 0))
         operand, terms, weight = self._operands(call, first)
-        cause = producer_cause(self.now.sizes[first], operand, weight, terms, _limit(entry))
+        known = [of.sizes[of.by_key[key]] for of in self.earlier if (key := self.frame.key(first)) in of.by_key]
+        before = max(filter(isfinite, known), default=0.0)
+        cause = producer_cause(self.now.sizes[first], operand, weight, terms, _limit(entry), before)
         made = "NaN" if isnan(self.now.sizes[first]) else "infinity"
         words = (
             f"{made} was made{between} from finite numbers up to {operand:.3g}"
             + (f" and weights up to {weight:.3g}" if weight else "")
+            + (f", after {before:.3g} in the steps before," if cause is Cause.OVERFLOW and before else "")
             + f" in {_short(entry.dtype)}"
         )
         return self._made(first, Origin(step, cause, name, words, self._index(call), 0))

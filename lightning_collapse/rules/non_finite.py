@@ -66,7 +66,7 @@ class NonFiniteOrigin(Rule):
     """
 
     kind = "non_finite_origin"
-    says = "The first NaN or infinity was made by `{layer}`."
+    says = "The first NaN or infinity comes from `{layer}`."
     family = "nonfinite"
     measures = ("cause",)
     optional = ("step",)

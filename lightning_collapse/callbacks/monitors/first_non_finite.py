@@ -38,6 +38,9 @@ from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.trainer import is_sharded, logging_step, loss_scale
 from lightning_collapse.utilities.training_step import wrap_training_step
 
+_MOST_TOLD = 8
+"""Failures of a run that are told; of those after them curves tell alone."""
+
 
 class FirstNonFinite(Monitor):
     r"""Names the module that made the first NaN or infinity, and writes a table of what was passed on before it.
@@ -115,7 +118,7 @@ class FirstNonFinite(Monitor):
         self._untold: list[Origin] = []
         self._named: dict[str, int] = {}
         self._latest: dict[str, Any] = {}
-        self._steps = self._calm = 0
+        self._steps = self._calm = self._told = 0
         self._alarm = self._quiet = self._begun = self._raised = False
 
     @override
@@ -157,6 +160,7 @@ class FirstNonFinite(Monitor):
         return {
             "steps": self._steps,
             "calm": self._calm,
+            "told": self._told,
             "alarm": self._alarm,
             "quiet": self._quiet,
             "named": dict(self._named),
@@ -166,7 +170,7 @@ class FirstNonFinite(Monitor):
 
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._steps, self._calm = state["steps"], state["calm"]
+        self._steps, self._calm, self._told = state["steps"], state["calm"], state["told"]
         self._alarm, self._quiet = state["alarm"], state["quiet"]
         self._named, self._latest = dict(state["named"]), dict(state["latest"])
         self._scales.load_state_dict(state["scales"])
@@ -284,7 +288,8 @@ class FirstNonFinite(Monitor):
         halvings = numbers["", "halvings"]
         falls = ScaleHistory.is_failure(halvings, scale)
         ill = first_bad < inf or first_loss < inf or falls
-        if ill and not self._quiet:
+        # where every step is measured, one that fails after one that did not is another failure
+        if ill and (not self._quiet or 0 < first_bad < inf) and self._told < _MOST_TOLD:
             origin = self._history.origin(first_bad, self._losses.step_of(first_loss))
             if origin is None:
                 words = f"the loss scale fell {halvings:.0f} times within 100 steps, to {scale:.3g}"
@@ -305,6 +310,7 @@ class FirstNonFinite(Monitor):
         """Keep a finding until it is told; nothing is looked for until all has been finite again."""
         if origin is not None:
             self._untold.append(origin)
+            self._told += 1
             self._quiet = self._alarm = True
             self._named[origin.layer] = origin.step
             self._latest = {"layer": origin.layer, "cause": int(origin.cause), "call": origin.call}
