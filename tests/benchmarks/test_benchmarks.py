@@ -10,6 +10,7 @@ from tests.benchmarks import (
     continual,
     every_step,
     false_alarms,
+    first_non_finite,
     guard_overhead,
     losses,
     monitor_overhead,
@@ -59,6 +60,13 @@ def _false_alarms(monkeypatch):
     false_alarms.main()
 
 
+def _first_non_finite(monkeypatch):
+    monkeypatch.setattr(first_non_finite, "BLOCKS", 1)
+    monkeypatch.setattr(first_non_finite, "STEPS", 4)
+    monkeypatch.setattr(first_non_finite, "MODELS", {"digits MLP": (*first_non_finite.MODELS["digits MLP"][:2], 1)})
+    first_non_finite.main(2)
+
+
 def _guard_overhead(monkeypatch):
     monkeypatch.setattr(guard_overhead, "BLOCK", 4)
     guard_overhead.main(3)
@@ -74,6 +82,7 @@ BENCHMARKS = {
     "continual": _continual,
     "every_step": _every_step,
     "false_alarms": _false_alarms,
+    "first_non_finite": _first_non_finite,
     "guard_overhead": _guard_overhead,
     "losses": lambda monkeypatch: losses.compare(losses.PAIRS, rounds=1),
     "monitor_overhead": _monitor_overhead,
