@@ -8,10 +8,12 @@ from lightning.pytorch import Callback
 from lightning_collapse import callbacks
 
 ARGUMENTS: dict[str, dict[str, Any]] = {"ScalarMonitor": {"scalars": ["loss"]}}
+OTHERS = {"FirstNonFinite"}
+"""Monitors that are not called so."""
 MONITORS: dict[str, type[Callback]] = {
     name: getattr(callbacks, name)
     for name in callbacks.__all__
-    if name.endswith("Monitor") and not isabstract(getattr(callbacks, name))
+    if (name.endswith("Monitor") or name in OTHERS) and not isabstract(getattr(callbacks, name))
 }
 
 

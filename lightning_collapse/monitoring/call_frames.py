@@ -32,10 +32,12 @@ from lightning_collapse.utilities.modules import clean_name, in_backward, is_to_
 from lightning_collapse.utilities.parameters import as_real
 from lightning_collapse.utilities.private_torch import (
     FUSED_IN_EVAL,
+    is_compiled_in_place,
     is_compiled_itself,
     is_fake,
     is_inside_transform,
     tree_leaves,
+    version_of,
 )
 from lightning_collapse.utilities.sharding import local
 from lightning_collapse.utilities.trainer import is_compiled_whole
@@ -85,7 +87,7 @@ class CallFrames(HookOwner):
         self._seen: dict[int, tuple[Any, int, int]] = {}
         self._nth: Counter[str] = Counter()
         self._hooks: list[ModuleHook] = []
-        compiled = [(name, m) for name, m in _reachable(root) if m._compiled_call_impl is not None]
+        compiled = [(name, m) for name, m in _reachable(root) if is_compiled_in_place(m)]
         if compiled:
             let_hooks_be_seen(root)
         self._borders: list[_Border] = [_Border(self, clean_name(name), module) for name, module in compiled]
@@ -202,7 +204,7 @@ class CallFrames(HookOwner):
 
     def _find(self, tensor: Tensor) -> int | None:
         found = self._seen.get(id(tensor))
-        fits = found is not None and found[0]() is tensor and found[1] == _version(tensor)
+        fits = found is not None and found[0]() is tensor and found[1] == version_of(tensor)
         return found[2] if fits and found is not None else None
 
     @torch.no_grad()
@@ -218,7 +220,7 @@ class CallFrames(HookOwner):
                     continue
                 terms = tensor.shape[-1] if tensor.ndim else 1
                 index = frame.add(Entry(role, call, str(i), numbers.dtype, terms), numbers)
-                self._seen[id(tensor)] = ref(tensor), _version(tensor), index
+                self._seen[id(tensor)] = ref(tensor), version_of(tensor), index
                 if tensor.requires_grad and tensor.grad_fn is not None:
                     add: Any = tensor.register_hook
                     add(partial(self._gradient, self._number, index))
@@ -300,7 +302,7 @@ def _hookable(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     }
     seen: set[nn.Module] = set()
     for name, module in _reachable(root):
-        if module not in fused and module not in seen and module._compiled_call_impl is None:
+        if module not in fused and module not in seen and not is_compiled_in_place(module):
             seen.add(module)
             yield name, module
 
@@ -313,7 +315,3 @@ def _readable(tensor: Any) -> Tensor | None:
     if nn.parameter.is_lazy(part) or not (part.is_floating_point() or part.is_complex()) or not part.numel():
         return None
     return as_real(part)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

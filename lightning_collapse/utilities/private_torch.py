@@ -51,6 +51,16 @@ def is_compiled_itself(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, so that its own hooks are compiled with it."""
+    return module._compiled_call_impl is not None
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 of one made in inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def is_hook_table(name: str) -> bool:
     """Whether a module keeps hooks under this attribute."""
     return name in _HOOKS or name.removesuffix("_with_kwargs") in _HOOKS

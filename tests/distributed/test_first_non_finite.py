@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_collapse import CollapseGuard, FirstNonFinite
@@ -34,6 +36,32 @@ def _fit(rank, fault, callbacks):
     lit = Later(fault)
     trainer = fit(lit, callbacks, _data(rank, fault), use_distributed_sampler=False, logger=False, **options)
     return lit, trainer
+
+
+class Sharded(Faulty):
+    def configure_model(self):
+        for part in (*self.layers, self.attention.project):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def _check_shards(rank):
+    fits = []
+    for watched in (False, True):
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        keeper, lit = PointKeeper(), Sharded("data")
+        callbacks = [FirstNonFinite(every_n_steps=2), keeper] if watched else []
+        options = {"use_distributed_sampler": False, "logger": False, "devices": 2, "strategy": strategy}
+        fit(lit, callbacks, _data(rank, "data"), **options)
+        fits.append([parameter.to_local().nan_to_num(7) for parameter in lit.layers.parameters()])
+    assert causes(keeper) == {"batch": (Cause.DATA, 5)}
+    assert all(map(torch.equal, *fits))
+    with pytest.raises(MisconfigurationException, match=r"`FirstNonFinite\(replay=True\)`.*none holds all"):
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        fit(Sharded(), [FirstNonFinite(replay=True)], _data(rank, "data"), devices=2, strategy=strategy, logger=False)
+
+
+def test_shards():
+    on_two_processes(_check_shards)
 
 
 def _check(rank, fault, layer, cause):
