@@ -86,6 +86,7 @@ class CallFrames(HookOwner):
         self._running: list[int] = []
         self._seen: dict[int, tuple[Any, int, int]] = {}
         self._nth: Counter[str] = Counter()
+        self._ended = 0
         self._hooks: list[ModuleHook] = []
         compiled = [(name, m) for name, m in _reachable(root) if is_compiled_in_place(m)]
         if compiled:
@@ -101,7 +102,7 @@ class CallFrames(HookOwner):
         """
         self._number += 1
         self.frame, self._again = Frame(step), everything
-        self._running, self._seen, self._nth = [], {}, Counter()
+        self._running, self._seen, self._nth, self._ended = [], {}, Counter(), 0
         for role, named in ((WEIGHT, self._root.named_parameters()), (BUFFER, self._root.named_buffers())):
             for name, tensor in named:
                 if (values := _readable(tensor)) is not None:
@@ -200,7 +201,8 @@ class CallFrames(HookOwner):
 
     def _done(self, call: int) -> None:
         if self.frame is not None:
-            self.frame.calls[call].done = sum(other.done >= 0 for other in self.frame.calls)
+            self.frame.calls[call].done = self._ended
+            self._ended += 1
 
     def _find(self, tensor: Tensor) -> int | None:
         found = self._seen.get(id(tensor))

@@ -203,12 +203,14 @@ class _Search:
         known = [of.sizes[of.by_key[key]] for of in self.earlier if (key := self.frame.key(first)) in of.by_key]
         before = max(filter(isfinite, known), default=0.0)
         cause = producer_cause(self.now.sizes[first], operand, weight, terms, _limit(entry), before)
+        unseen = cause is Cause.UNDEFINED and not isnan(self.now.sizes[first])  # what modules pass on is seen alone
         made = "NaN" if isnan(self.now.sizes[first]) else "infinity"
         words = (
             f"{made} was made{between} from finite numbers up to {operand:.3g}"
             + (f" and weights up to {weight:.3g}" if weight else "")
             + (f", after {before:.3g} in the steps before," if cause is Cause.OVERFLOW and before else "")
             + f" in {_short(entry.dtype)}"
+            + (", by a division by 0, a logarithm of 0, or numbers in between" if unseen else "")
         )
         return self._made(first, Origin(step, cause, name, words, self._index(call), 0))
 

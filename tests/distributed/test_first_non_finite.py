@@ -55,8 +55,8 @@ def _check_shards(rank):
         fits.append([parameter.to_local().nan_to_num(7) for parameter in lit.layers.parameters()])
     assert causes(keeper) == {"batch": (Cause.DATA, 5)}
     assert all(map(torch.equal, *fits))
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     with pytest.raises(MisconfigurationException, match=r"`FirstNonFinite\(replay=True\)`.*none holds all"):
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
         fit(Sharded(), [FirstNonFinite(replay=True)], _data(rank, "data"), devices=2, strategy=strategy, logger=False)
 
 
