@@ -61,8 +61,8 @@ def _false_alarms(monkeypatch):
 
 
 def _first_non_finite(monkeypatch):
-    monkeypatch.setattr(first_non_finite, "BLOCKS", 1)
-    monkeypatch.setattr(first_non_finite, "STEPS", 4)
+    monkeypatch.setattr(first_non_finite, "BLOCKS", 2)
+    monkeypatch.setattr(first_non_finite, "STEPS", 8)
     monkeypatch.setattr(first_non_finite, "MODELS", {"digits MLP": (*first_non_finite.MODELS["digits MLP"][:2], 1)})
     first_non_finite.main(2)
 
