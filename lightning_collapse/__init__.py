@@ -1,6 +1,7 @@
 """See and stop representation collapse in PyTorch Lightning with one line in a ``Trainer``."""
 
 from lightning_collapse.callbacks import (
+    ActivationMonitor,
     AttentionEntropyMonitor,
     CollapseGuard,
     CollapseMonitor,
@@ -35,6 +36,7 @@ from lightning_collapse.utilities.registry import register_measure
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationMonitor",
     "AntiCollapseMixin",
     "AttentionEntropyMonitor",
     "CollapseGuard",

@@ -14,6 +14,7 @@ from lightning_collapse.callbacks.guard.switch_on import SwitchOn
 from lightning_collapse.callbacks.loss_terms.distillation import Distillation
 from lightning_collapse.callbacks.loss_terms.regularizer import Regularizer
 from lightning_collapse.callbacks.loss_terms.weight_penalty import WeightPenalty
+from lightning_collapse.callbacks.monitors.activation_monitor import ActivationMonitor
 from lightning_collapse.callbacks.monitors.attention_entropy_monitor import AttentionEntropyMonitor
 from lightning_collapse.callbacks.monitors.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.monitors.first_non_finite import FirstNonFinite
@@ -32,6 +33,7 @@ from lightning_collapse.rules import Verdict
 
 __all__ = [
     "Action",
+    "ActivationMonitor",
     "AttentionEntropyMonitor",
     "CollapseGuard",
     "CollapseMonitor",

@@ -1,5 +1,12 @@
 """Functional measures: pure functions, tensors in, tensors out."""
 
+from lightning_collapse.functional.activation_outliers import (
+    ActivationOutliers,
+    activation_outliers,
+    expected_crest_factor,
+    headroom_bits,
+    outlier_nulls,
+)
 from lightning_collapse.functional.assignment import assignment_null, assignment_perplexity
 from lightning_collapse.functional.attention_entropy import HeadEntropy, attention_entropy, entropy_bound
 from lightning_collapse.functional.continual import (
@@ -105,6 +112,7 @@ from lightning_collapse.functional.stability_gap import (
 from lightning_collapse.functional.views import recall_at_1
 
 __all__ = [
+    "ActivationOutliers",
     "Cause",
     "Cdnv",
     "GradientNoise",
@@ -120,6 +128,7 @@ __all__ = [
     "RegressionCollapseReading",
     "TwoNN",
     "absolute_maximum",
+    "activation_outliers",
     "alignment",
     "alpha_req",
     "alpha_req_fit",
@@ -142,6 +151,7 @@ __all__ = [
     "entropy_bound",
     "etf_error",
     "etf_error_floor",
+    "expected_crest_factor",
     "expected_majority_fraction",
     "expected_under_isotropy",
     "extremes",
@@ -153,6 +163,7 @@ __all__ = [
     "gof_error",
     "gradient_coherence",
     "gradient_noise_scale",
+    "headroom_bits",
     "intransigence",
     "isotropy",
     "learning_accuracy",
@@ -183,6 +194,7 @@ __all__ = [
     "nrc3_gamma",
     "numerical_rank",
     "orthogonal_frame",
+    "outlier_nulls",
     "participation_ratio",
     "power_law_alpha",
     "power_law_null",

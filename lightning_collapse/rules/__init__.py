@@ -1,5 +1,6 @@
 """Rules of failure: one per verdict, and the judge that applies them to points; without Lightning."""
 
+from lightning_collapse.rules.activations import ActivationOutliers, Headroom
 from lightning_collapse.rules.attention import AttentionEntropyCollapse, AttentionOverload
 from lightning_collapse.rules.base import ALL, HEALTHY, RULES, TRAINING, Rule, register_rule
 from lightning_collapse.rules.burst import Burst
@@ -25,12 +26,7 @@ from lightning_collapse.rules.verdict_grouper import VerdictGrouper
 
 __all__ = [
     "ALL",
-    "HEALTHY",
-    "MODES",
-    "OUTCOME",
-    "RULES",
-    "TASKS",
-    "TRAINING",
+    "ActivationOutliers",
     "AttentionEntropyCollapse",
     "AttentionOverload",
     "Burst",
@@ -40,26 +36,33 @@ __all__ = [
     "Detector",
     "DimensionalCollapse",
     "DivergenceAhead",
+    "HEALTHY",
+    "Headroom",
     "Judge",
     "Judgement",
     "LevelShift",
     "LossExplosion",
     "LossSpike",
+    "MODES",
     "MinorityCollapse",
     "NeuralCollapseReached",
     "NonFinite",
     "NonFiniteOrigin",
     "NonFiniteStep",
+    "OUTCOME",
     "Outcome",
     "OutcomeDrop",
     "PartialCollapse",
     "PlasticityLoss",
     "PrototypeCollapse",
+    "RULES",
     "RegressionOverCompression",
     "Rule",
     "SkippedSteps",
     "Step",
     "StepStream",
+    "TASKS",
+    "TRAINING",
     "Task",
     "Trend",
     "Verdict",

@@ -2,6 +2,7 @@
 
 from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.spectral.eigenvalues import eigenvalues, eigenvectors
+from lightning_collapse.spectral.entry_moments import EntryMoments, reduce_entries
 from lightning_collapse.spectral.matrices import matrix_spectra
 from lightning_collapse.spectral.moments import Moments, reduce_moments
 from lightning_collapse.spectral.power_iteration import PowerIteration, TopSingularPair, top_singular_pair
@@ -12,6 +13,7 @@ from lightning_collapse.spectral.view_moments import ViewMoments, reduce_view_mo
 
 __all__ = [
     "ClassMoments",
+    "EntryMoments",
     "GaussianSketch",
     "Moments",
     "PowerIteration",
@@ -22,6 +24,7 @@ __all__ = [
     "eigenvectors",
     "full_precision",
     "matrix_spectra",
+    "reduce_entries",
     "reduce_moments",
     "reduce_view_moments",
     "singular_values",
