@@ -28,6 +28,7 @@ from lightning_collapse.callbacks.monitors.regression_collapse_monitor import Re
 from lightning_collapse.callbacks.monitors.scalar_monitor import ScalarMonitor
 from lightning_collapse.callbacks.monitors.spectral_alignment_monitor import SpectralAlignmentMonitor
 from lightning_collapse.callbacks.monitors.stability_monitor import StabilityMonitor
+from lightning_collapse.callbacks.monitors.update_monitor import UpdateMonitor
 from lightning_collapse.callbacks.monitors.weight_spectrum_monitor import WeightSpectrumMonitor
 from lightning_collapse.rules import Verdict
 
@@ -58,6 +59,7 @@ __all__ = [
     "SwitchOn",
     "TaskAware",
     "TaskBoundary",
+    "UpdateMonitor",
     "Verdict",
     "WeightPenalty",
     "WeightSpectrumMonitor",

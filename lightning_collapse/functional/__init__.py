@@ -109,6 +109,12 @@ from lightning_collapse.functional.stability_gap import (
     windowed_plasticity,
     worst_case_accuracy,
 )
+from lightning_collapse.functional.update_geometry import (
+    adam_rms_null,
+    adam_rms_ratio,
+    stability_edge,
+    swallowed_fraction,
+)
 from lightning_collapse.functional.views import recall_at_1
 
 __all__ = [
@@ -129,6 +135,8 @@ __all__ = [
     "TwoNN",
     "absolute_maximum",
     "activation_outliers",
+    "adam_rms_null",
+    "adam_rms_ratio",
     "alignment",
     "alpha_req",
     "alpha_req_fit",
@@ -208,8 +216,10 @@ __all__ = [
     "sign_diversity",
     "spectral_alignment",
     "srank",
+    "stability_edge",
     "stable_rank",
     "svd_entropy",
+    "swallowed_fraction",
     "top_k_share",
     "two_nn",
     "unbiased_participation_ratio",

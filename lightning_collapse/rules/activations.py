@@ -34,7 +34,7 @@ class Headroom(Rule):
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """Half of what is left of the format, in units of the largest activation, inverted; 1 at one doubling."""
-        return 2.0 ** (self.least - min(max(points["headroom_bits"].value, -1.0), 1000.0))
+        return float(2.0 ** (self.least - min(max(points["headroom_bits"].value, -1.0), 1000.0)))
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Doublings that are left, and were in the beginning."""
@@ -100,8 +100,6 @@ class ActivationOutliers(Rule):
         """The layer that has gained most in either."""
 
         def gain(layer: str) -> float:
-            return max(
-                layers[layer][name].value / max(baselines[layer][name], 1e-300) for name in self.measures
-            )
+            return max(layers[layer][name].value / max(baselines[layer][name], 1e-300) for name in self.measures)
 
         return max((layer for layer in layers if layer != ALL), key=gain, default=ALL)

@@ -46,8 +46,8 @@ class EntryMoments:
     Example:
         >>> moments = EntryMoments(2)
         >>> moments.update(torch.tensor([[1.0, -4.0], [2.0, 0.0]]))
-        >>> moments.largest, moments.squares, moments.entries
-        (tensor([2., 4.], dtype=torch.float64), tensor([ 5., 16.], dtype=torch.float64), tensor(4., dtype=torch.float64))
+        >>> moments.largest, moments.squares
+        (tensor([2., 4.], dtype=torch.float64), tensor([ 5., 16.], dtype=torch.float64))
     """
 
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
