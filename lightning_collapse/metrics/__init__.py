@@ -1,5 +1,6 @@
 """Streaming metrics: ``torchmetrics.Metric`` forms, sufficient statistics in, a measure out."""
 
+from lightning_collapse.metrics.activation_outliers import ActivationOutliers
 from lightning_collapse.metrics.attention_entropy import AttentionEntropy
 from lightning_collapse.metrics.intrinsic_dimension import IntrinsicDimension
 from lightning_collapse.metrics.lidar import LiDAR
@@ -25,6 +26,7 @@ from lightning_collapse.metrics.spectral_alignment import SpectralAlignment
 from lightning_collapse.metrics.spectrum import Spectrum
 
 __all__ = [
+    "ActivationOutliers",
     "AlphaReQ",
     "AttentionEntropy",
     "ConditionNumber",

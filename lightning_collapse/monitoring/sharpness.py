@@ -32,7 +32,7 @@ class Sharpness:
     and put back to the last bit. Rectifiers have kinks that differences see and second derivatives do not.
 
     The iteration approaches the eigenvalue from below and slowly where others are near it; a point is good to a few per
-    cent. Where the largest in magnitude is negative the spectrum is shifted, so that the largest is still what is read.
+    cent. Where negative eigenvalues are as large in magnitude the spectrum is shifted, so that the largest is what is read.
 
     Args:
         loss: Computes the loss, of the same data every time, on the weights as they are, with its graph; where there
@@ -45,9 +45,9 @@ class Sharpness:
 
     Example:
         >>> weights = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-        >>> sharpness = Sharpness(lambda: (torch.tensor([0.5, -3.0]) * weights**2).sum(), [weights])
+        >>> sharpness = Sharpness(lambda: (torch.tensor([3.0, -0.5]) * weights**2).sum(), [weights])
         >>> round(sharpness.measure("raw").item(), 2), weights.tolist()
-        (1.0, [1.0, 1.0])
+        (6.0, [1.0, 1.0])
     """
 
     def __init__(self, loss: Callable[[], Tensor], parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -74,10 +74,11 @@ class Sharpness:
             if product is None:
                 slopes, product = None, self._difference(direction)
             product = _multiplied(product, scale)
-            value = _dot(vector, product)
-            if not value.isfinite() or not _length(product) > 0:
+            value, length = _dot(vector, product), _length(product)
+            if not value.isfinite() or not length > 0:
                 return value
-            shift = max(shift, -float(value))
+            # 0 at a positive eigenvalue, all of a negative one, and in between where both signs are mixed
+            shift = max(shift, float(length - value) / 2)
             vector = foreach.add(product, vector, alpha=shift)
         self.vectors[name] = vector
         return value

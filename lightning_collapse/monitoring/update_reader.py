@@ -42,7 +42,7 @@ class UpdateReader:
         >>> reader.before(optimizer)
         >>> optimizer.step()
         >>> reader.after(optimizer, read=True, keep=False)
-        >>> dict(zip(COLUMNS, reader.sums(torch.device("cpu"))[0].tolist()))["update"]
+        >>> round(dict(zip(COLUMNS, reader.sums(torch.device("cpu"))[0].tolist()))["update"], 6)
         0.5
     """
 
@@ -147,4 +147,5 @@ class UpdateReader:
 
 
 def _square(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values, dtype=accumulation_dtype(values.device)).square()
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=accumulation_dtype(values.device))
+    return norm.square()

@@ -25,6 +25,7 @@ def classes(seed: int) -> Tensor:
 
 
 CASES: dict[str, tuple[Callable[..., Metric], Callable[[int], tuple[Tensor, ...]]]] = {
+    "ActivationOutliers": (lambda: metrics.ActivationOutliers(D), lambda seed: (rows(seed, N, D),)),
     "AttentionEntropy": (
         lambda: metrics.AttentionEntropy(2),
         lambda seed: (rows(seed, N, 2, 5, D), rows(seed + 99, N, 2, 5, D)),

@@ -69,6 +69,7 @@ def tensor(rows: Matrix, dtype: torch.dtype = torch.float64) -> Tensor:
 def test_the_battery_knows_every_metric() -> None:
     # they read more than rows of features
     others = {
+        "ActivationOutliers",
         "AttentionEntropy",
         "IntrinsicDimension",
         "LiDAR",

@@ -149,7 +149,9 @@ class ActivationMonitor(Monitor):
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
-        points = [point for tap in self._taps for point in self._points_of(tap.name, step, numbers)]
+        # what the first batch has shown to be no layer to look at has no point
+        taps = [tap for tap in self._taps if tap in self._next]
+        points = [point for tap in taps for point in self._points_of(tap.name, step, numbers)]
         for measure, extreme in _ALL.items():
             known = [point for point in points if point.measure == measure and isfinite(point.value)]
             if known:
