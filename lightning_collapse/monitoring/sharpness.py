@@ -32,7 +32,7 @@ class Sharpness:
     and put back to the last bit. Rectifiers have kinks that differences see and second derivatives do not.
 
     The iteration approaches the eigenvalue from below and slowly where others are near it; a point is good to a few per
-    cent. Where negative eigenvalues are as large in magnitude the spectrum is shifted, so that the largest is what is read.
+    cent. Where negative eigenvalues are as large in magnitude the spectrum is shifted, so that the largest is read.
 
     Args:
         loss: Computes the loss, of the same data every time, on the weights as they are, with its graph; where there

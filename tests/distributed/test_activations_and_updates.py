@@ -1,0 +1,90 @@
+"""Two processes read the same outliers and updates, which are those of one on all the data."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from lightning_collapse import ActivationMonitor, UpdateMonitor
+from lightning_collapse.functional import activation_outliers
+from tests.distributed.launch import on_two_processes
+from tests.toys import QUIET, PointKeeper, Toy, batches
+
+ROWS = 32, 20
+
+
+class Uneven(Toy):
+    """Every process sees its own batches, of its own size, and one layer runs in the second process only."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Identity()
+
+    def training_step(self, batch, batch_idx):
+        batch = batch[: ROWS[self.global_rank]] + 10 * self.global_rank
+        if self.global_rank:
+            self.extra(batch)
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Sharded(Uneven):
+    def configure_model(self):
+        for part in (self.encoder, self.head):  # what is not sharded is not synchronized either
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def _fit(rank, model, strategy, *callbacks):
+    keeper = PointKeeper()
+    options = {**QUIET, "devices": 2, "strategy": strategy, "logger": False, "use_distributed_sampler": False}
+    trainer = Trainer(**options, max_steps=4, callbacks=[*callbacks, keeper])
+    trainer.fit(model, batches(4, seed=rank))
+    everyone = [None, None]
+    torch.distributed.all_gather_object(everyone, repr(keeper.points))
+    assert everyone[0] == everyone[1]  # the same numbers on both, bit by bit
+    return {(p.layer, p.measure): p.value for p in keeper.points if p.step == 3}
+
+
+def _check_outliers(rank):
+    torch.manual_seed(0)
+    layers = ["encoder.0:input", "extra"]
+    found = _fit(rank, Uneven(), DDPStrategy(process_group_backend="gloo"), ActivationMonitor(layers, 2))
+    shards = [list(batches(4, seed=r))[3][: ROWS[r]] + 10 * r for r in range(2)]
+    for layer, rows in (("encoder.0.input", torch.cat(shards)), ("extra", shards[1])):
+        expected = activation_outliers(rows)
+        for name in expected._fields:
+            assert found[layer, name] == pytest.approx(getattr(expected, name).item(), rel=1e-5), (layer, name)
+        assert found[layer, "n"] == len(rows)
+
+
+def _check_updates(rank):
+    torch.manual_seed(0)
+    state = {name: value.clone() for name, value in Uneven().state_dict().items()}
+
+    def fit(cls, strategy, sharpness):
+        model = cls()
+        model.load_state_dict(state)
+        return _fit(rank, model, strategy, UpdateMonitor(["encoder", "head"], 2, sharpness))
+
+    replicated = fit(Uneven, DDPStrategy(process_group_backend="gloo"), True)
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    sharded = fit(Sharded, ModelParallelStrategy(**sizes, process_group_backend="gloo"), False)
+    assert {"ratio", "cosine", "rms_ratio"} == {name for layer, name in sharded if layer == "encoder"}
+    for key, value in sharded.items():
+        assert value == pytest.approx(replicated[key], rel=1e-4), key
+    assert math.isfinite(replicated["all", "raw"])
+    assert replicated["all", "raw"] > 0
+
+
+def test_outliers():
+    on_two_processes(_check_outliers)
+
+
+def test_updates_and_sharpness():
+    on_two_processes(_check_updates)
