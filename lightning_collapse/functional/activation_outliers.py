@@ -47,6 +47,10 @@ class ActivationOutliers(NamedTuple):
     massive: Tensor
     flushed_fraction: Tensor
 
+    def as_dict(self) -> dict[str, Tensor]:
+        """The readings by name."""
+        return dict(zip(type(self).__annotations__, self, strict=True))
+
 
 def activation_outliers(features: Tensor | EntryMoments, mask: Tensor | None = None) -> ActivationOutliers:
     r"""Outliers among the activations of a layer.

@@ -67,7 +67,7 @@ class ActivationOutliers(SumsMetric):
     def compute(self) -> dict[str, Tensor]:
         """The readings of everything seen so far."""
         moments = self.moments()
-        return {**activation_outliers(moments)._asdict(), "n": moments.count}
+        return {**activation_outliers(moments).as_dict(), "n": moments.count}
 
     def moments(self) -> EntryMoments:
         """The accumulated statistics."""

@@ -141,7 +141,7 @@ class ActivationMonitor(Monitor):
         self._widths = {name: len(of.squares) for name, of in moments.items()}
         for name, of in moments.items():
             found = activation_outliers(of)
-            own = {**found._asdict(), "n": of.count, "seen": of.seen}
+            own = {**found.as_dict(), "n": of.count, "seen": of.seen}
             if name in self._hooks.formats:
                 own["headroom_bits"] = headroom_bits(found.abs_max, self._hooks.formats[name])
             readings |= {(name, key): value.to(pl_module.device) for key, value in own.items()}
