@@ -41,6 +41,7 @@ class Sharpness:
 
     Attributes:
         vectors: Where each iteration ended, by name.
+        shifts: What it has added to the diagonal so that no negative eigenvalue leads.
         differences: Whether it has come to central differences.
 
     Example:
@@ -53,6 +54,7 @@ class Sharpness:
     def __init__(self, loss: Callable[[], Tensor], parameters: Sequence[torch.nn.Parameter]) -> None:
         self._loss, self._parameters = loss, list(parameters)
         self.vectors: dict[str, Vector] = {}
+        self.shifts: dict[str, float] = {}
         self.differences = False
 
     @torch.no_grad()
@@ -64,7 +66,7 @@ class Sharpness:
             scale: Diagonal of :math:`P^{-1/2}`, by index of the parameter; parameters without one are left as they are.
         """
         known = name in self.vectors
-        vector, shift = self.vectors.pop(name, None) or self._begin(), 0.0
+        vector, shift = self.vectors.pop(name, None) or self._begin(), self.shifts.get(name, 0.0)
         value = torch.full((), torch.nan)
         slopes = None if self.differences else self._slopes()
         for _ in range(LATER if known else FIRST):
@@ -80,7 +82,7 @@ class Sharpness:
             # 0 at a positive eigenvalue, all of a negative one, and in between where both signs are mixed
             shift = max(shift, float(length - value) / 2)
             vector = foreach.add(product, vector, alpha=shift)
-        self.vectors[name] = vector
+        self.vectors[name], self.shifts[name] = vector, shift
         return value
 
     def _begin(self) -> Vector:

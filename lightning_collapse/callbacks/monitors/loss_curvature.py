@@ -79,13 +79,15 @@ class LossCurvature:
         tensors: list[Tensor | None] = []
         note = "" if self._batch is None else pack(self._batch, tensors)
         vectors = {name: [x.cpu() for x in vector] for name, vector in self._sharpness.vectors.items()}
-        return {"note": note, "batch": [None if x is None else x.cpu() for x in tensors], "vectors": vectors}
+        batch = [None if x is None else x.cpu() for x in tensors]
+        return {"note": note, "batch": batch, "vectors": vectors, "shifts": dict(self._sharpness.shifts)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state` was called."""
         device = self._module.device
         if state["note"]:
             self._batch = unpack(state["note"], [None if x is None else x.to(device) for x in state["batch"]])
+        self._sharpness.shifts = dict(state["shifts"])
         self._sharpness.vectors = {
             name: [x.to(p) for x, p in zip(vector, self._parameters, strict=True)]
             for name, vector in state["vectors"].items()
