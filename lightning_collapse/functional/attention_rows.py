@@ -76,18 +76,25 @@ def rows_of_masked_logits(logits: Tensor) -> EntropyRows:
 
 def rows_of_call(call: AttentionCall) -> EntropyRows:
     """Readings of every row of a call, with all its logits in memory: for few rows."""
-    query, key, mask = call.query, call.key, _mask(call)
+    return _counting(rows_of_logits(*logits_of_call(call)), call.query_mask)
+
+
+def logits_of_call(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """All logits ``(B, H, L, S)`` of a call, what its mask adds included, and which of them are hidden, if any.
+
+    In at least single precision. What a mask of numbers hides is left out of the sum and stays finite.
+    """
+    query, key, mask = call.query, call.key, visibility(call)
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     batch, heads, length, width = query.shape
     with torch.autocast(query.device.type, enabled=False):
         # query heads of one group read the same keys: as more rows of one product
-        grouped = query.to(dtype).reshape(batch, key.shape[1], -1, width) * _scale(call)
+        grouped = query.to(dtype).reshape(batch, key.shape[1], -1, width) * scale_of(call)
         logits = (grouped @ key.to(dtype).transpose(-2, -1)).reshape(batch, heads, length, key.shape[2])
         hidden = None if mask is None else ~is_visible(mask)
         if mask is not None and hidden is not None and mask.dtype != torch.bool:
             logits = logits + mask.masked_fill(hidden, 0.0)
-        readings = rows_of_logits(logits, hidden)
-    return _counting(readings, call.query_mask)
+    return logits, hidden
 
 
 def entropies_of_call(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -107,7 +114,7 @@ def entropies_of_call(call: AttentionCall) -> tuple[Tensor, Tensor]:
             entropy, visible = _in_blocks(call)
         else:
             expected, log_mass = fused
-            entropy = log_mass - _scale(call) * expected.mul_(call.query).sum(dim=-1)
+            entropy = log_mass - scale_of(call) * expected.mul_(call.query).sum(dim=-1)
             visible = _visible(call).to(entropy)
     readings = EntropyRows(entropy.clamp_min(0), visible.expand_as(entropy), entropy, entropy)
     return _counting(readings, call.query_mask)[:2]
@@ -121,7 +128,7 @@ def _fused(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
         return None
     group = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(group, dim=1) if group > 1 else key.contiguous()
-    query, scale = query.contiguous(), _scale(call)
+    query, scale = query.contiguous(), scale_of(call)
     try:
         if cpu:
             bias = None
@@ -143,8 +150,8 @@ def _in_blocks(call: AttentionCall) -> tuple[Tensor, Tensor]:
     rows = min(max(size // max(keys, 1), 1), length)
     some = min(max(size // max(keys * rows, 1), 1), heads)
     # contiguous after the turn: the product is a third faster
-    turned = (call.key * _scale(call)).mT.contiguous().repeat_interleave(heads // call.key.shape[1], dim=1)
-    mask = _mask(call)
+    turned = (call.key * scale_of(call)).mT.contiguous().repeat_interleave(heads // call.key.shape[1], dim=1)
+    mask = visibility(call)
     bias = query.new_zeros(1, 1, 1, 1) if mask is None else additive(mask)
     bias = bias[(None,) * (4 - bias.ndim)]
     entropy, visible = query.new_empty(batch, heads, length), query.new_empty(*bias.shape[:2], length)
@@ -165,7 +172,8 @@ def _in_blocks(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return entropy, visible
 
 
-def _mask(call: AttentionCall) -> Tensor | None:
+def visibility(call: AttentionCall) -> Tensor | None:
+    """The mask of a call, a boolean one ``(L, S)`` for a causal call; ``None`` if every query sees every key."""
     if not call.is_causal:
         return call.attn_mask
     ones = torch.ones(call.query.shape[2], call.key.shape[2], dtype=torch.bool, device=call.query.device)
@@ -188,5 +196,6 @@ def _counting(readings: EntropyRows, query_mask: Tensor | None) -> EntropyRows:
     return readings._replace(visible=readings.visible * query_mask.unsqueeze(1))
 
 
-def _scale(call: AttentionCall) -> float:
+def scale_of(call: AttentionCall) -> float:
+    """Factor on ``query @ key``."""
     return call.query.shape[-1] ** -0.5 if call.scale is None else call.scale

@@ -54,6 +54,9 @@ class AttentionHooks:
 
     Attributes:
         mask: Padding mask ``(B, L)`` of the running batch, boolean, true for real tokens, if there is one.
+        samples: Whether ``capture`` is called.
+        whole: Called as ``whole(name, call)`` before it, with all of a call whose queries and keys are there as they
+            are: those of ``F.scaled_dot_product_attention``; ``None`` by default.
 
     Example:
         >>> attention, seen = nn.MultiheadAttention(8, num_heads=2), []
@@ -76,6 +79,8 @@ class AttentionHooks:
         outermost: str | None = None,
     ) -> None:
         self.mask: Tensor | None = None
+        self.samples = True
+        self.whole: Callable[[str, AttentionCall], None] | None = None
         self._names = {id(tap.module): tap.name for tap in layers}
         self._capture, self._failed, self._rows, self._max_rows = capture, failed, rows, max_rows
         self._outermost = outermost
@@ -133,20 +138,24 @@ class AttentionHooks:
             return
         try:
             with torch.no_grad():
-                captured = self._read(func, args, kwargs)
+                captured = self._read(layer, func, args, kwargs)
                 if captured is not None:
                     self._capture(layer, captured)
         except Exception as error:  # reading is ours, the call was the model's
             self._failed(layer, error)
 
-    def _read(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured | None:
+    def _read(self, layer: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured | None:
+        if func is F.scaled_dot_product_attention:
+            call = call_of_sdpa(*args, **kwargs)
+            if call is not None and self.whole is not None:
+                self.whole(layer, call)
+            return few_rows(call, self.mask, self._rows, self._max_rows) if call is not None and self.samples else None
+        if not self.samples:
+            return None
         if func is F.multi_head_attention_forward:
             bound = _MULTI_HEAD.bind(*args, **kwargs)
             bound.apply_defaults()
             return call_of_multi_head(bound.arguments, self._rows, self._max_rows)
-        if func is F.scaled_dot_product_attention:
-            call = call_of_sdpa(*args, **kwargs)
-            return None if call is None else few_rows(call, self.mask, self._rows, self._max_rows)
         logits = args[0] if args else kwargs["input"]
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         if not isinstance(logits, Tensor) or logits.ndim != 4 or dim not in (-1, 3):

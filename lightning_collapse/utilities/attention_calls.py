@@ -46,7 +46,7 @@ def spread_rows(length: int, rows: int, device: torch.device) -> Tensor:
 
 
 def sample(call: AttentionCall, rows: int, max_rows: int | None = None) -> AttentionCall:
-    """The same attention for some of the queries; a causal call becomes one with a mask.
+    """The same attention for some of the queries; a causal call becomes one with a mask, unless all are kept.
 
     Args:
         call: Any call.
@@ -56,6 +56,8 @@ def sample(call: AttentionCall, rows: int, max_rows: int | None = None) -> Atten
     query, key, is_causal, mask, scale, query_mask = call
     positions = spread_rows(query.shape[2], rows, query.device)
     step = 1 if max_rows is None else _stride(query.shape[0], len(positions), max_rows)
+    if step == 1 and len(positions) == query.shape[2]:
+        return call
     if is_causal:
         mask = torch.arange(key.shape[2], device=query.device) <= positions.unsqueeze(1)
     elif mask is not None:

@@ -15,18 +15,12 @@ from typing_extensions import override
 from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.attention_entropy import entropy_sums
 from lightning_collapse.functional.attention_rows import rows_of_call, rows_of_masked_logits
-from lightning_collapse.monitoring.attention_hooks import AttentionHooks, Captured, Reader, ReaderHooks, names_attention
-from lightning_collapse.monitoring.step_scope import StepScope
-from lightning_collapse.spectral.precision import accumulation_dtype
-from lightning_collapse.utilities.arguments import check_layers
-from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum, max_over_processes, world_size
-from lightning_collapse.utilities.features import padding_mask
+from lightning_collapse.monitoring.attention_hooks import Captured, Reader
+from lightning_collapse.monitoring.attention_window import AttentionWindow, check_readers
 from lightning_collapse.utilities.hooks import HookOwner
-from lightning_collapse.utilities.modules import Tap, find_taps, is_compiled, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 
-MAX_ROWS = 512
 _ZHAI = "Zhai et al., arXiv 2303.06296"
 _VALUES = (
     "entropy_mean",
@@ -37,12 +31,16 @@ _VALUES = (
     "max_logit",
     "entropy_bound",
 )
-_NEWS = "a layer that begins to run"
-_COLUMNS = 7  # five sums and two maxima of a head, see `entropy_sums`
-_POINT_AT = (
-    'Point the monitor at them: `layers={"blocks.*.attn": read}` with `def read(module, args, kwargs)` that returns'
-    " `(query, key)`, each of shape (B, H, L, E)."
-)
+
+
+class Entropies:
+    """The statistics of :func:`~lightning_collapse.functional.attention_entropy.entropy_sums`."""
+
+    columns = 5, 2
+
+    def __call__(self, captured: Captured) -> tuple[Tensor, Tensor]:
+        """Sums ``(H, 5)`` and maxima ``(H, 2)``."""
+        return entropy_sums(rows_of_masked_logits(captured) if isinstance(captured, Tensor) else rows_of_call(captured))
 
 
 class AttentionEntropyMonitor(Monitor):
@@ -141,9 +139,7 @@ class AttentionEntropyMonitor(Monitor):
         detail: Detail = "high",
     ) -> None:
         super().__init__(every_n_steps, detail)
-        check_layers(layers, "all attention")
-        if isinstance(layers, Mapping) and not all(map(callable, layers.values())):
-            raise ValueError(f"`layers` as a mapping takes functions `read(module, args, kwargs)`, got {layers!r}.")
+        check_readers(layers)
         if rows < 1:
             raise ValueError(f"`rows` must be at least 1, got {rows}.")
         if not 0 <= collapsed_below <= overloaded_above <= 1:
@@ -155,94 +151,56 @@ class AttentionEntropyMonitor(Monitor):
         self.rows = rows
         self.collapsed_below = collapsed_below
         self.overloaded_above = overloaded_above
-        self._taps: AttentionHooks | None = None
-        self._readers: ReaderHooks | None = None
-        self._scope: StepScope | None = None
-        self._names: list[str] = []
-        self._armed = False
-        self._reset()
-
-    def _reset(self) -> None:
-        self._heads: dict[str, int] = {}
-        self._news = True
-        self._captured: dict[str, tuple[Tensor, Tensor]] = {}
+        self._attention: AttentionWindow | None = None
 
     @override
     def state(self) -> dict[str, Any]:
-        return {"heads": dict(self._heads)}
+        return {"heads": {} if self._attention is None else self._attention.state_dict()}
 
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._heads = {name: heads for name, heads in state["heads"].items() if name in self._names}
+        if self._attention is not None:
+            self._attention.load_state_dict(state["heads"])
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reset()
         try:
-            taps = self._listen(pl_module)
+            self._attention = AttentionWindow(pl_module, self.layers, Entropies(), self.warn_once, self.rows)
         except ValueError as error:
             raise MisconfigurationException(
                 f"`AttentionEntropyMonitor(layers={list(self.layers or ())!r})`: {error}"
             ) from error
-        self._names = [tap.name for tap in taps]
-        self._scope = StepScope(pl_module)
 
     @property
     @override
     def listeners(self) -> list[HookOwner]:
-        return [] if self._readers is None else [self._readers]
+        return [] if self._attention is None else self._attention.listeners
 
     @override
     def stop(self) -> None:
-        if self._readers is not None:
-            self._readers.remove()
-        if self._scope is not None:
-            self._scope.remove()
-        self._taps = self._readers = self._scope = None
-        self._armed = False
-        self._captured = {}
+        if self._attention is not None:
+            self._attention.close()
+        self._attention = None
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
-        self._armed = batches_left == 0
-        if self._armed:
-            self._captured.clear()
-            mask = padding_mask(batch)
-            for taps in (self._taps, self._readers):
-                if taps is not None and self._scope is not None:
-                    taps.mask = mask if mask is None else mask.bool()
-                    self._scope.request(taps)
+        if self._attention is not None:
+            self._attention.before_batch(batch, batches_left == 0)
 
     @override
     def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
-        for taps in (self._taps, self._readers):
-            if taps is not None:
-                taps.mask = None
+        if self._attention is not None:
+            self._attention.after_batch()
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
         """Sums and maxima of the heads of every layer, seven numbers each, over all processes."""
-        if not self._armed:  # an epoch ended inside an accumulation window: nobody could know, nobody listened
-            return {}
-        self._armed = False
-        self._agree(pl_module.device)
-        watched = [name for name in self._names if name in self._heads]
-        if not watched:
-            if not self._warned:  # else the reason has been told
-                named = names_attention(pl_module)
-                why = "its queries and keys are hidden" if named else "no module is called so, there may be none"
-                self.warn_once(f"no attention was captured; {why}. {_POINT_AT}")
-            return {}
-        return self._share(watched, pl_module.device)
+        return {} if self._attention is None else self._attention.read(pl_module.device)
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
         points, heads = [], []
-        self._news = bool(numbers.get(("", _NEWS), 0))
-        for (name, kind), vector in numbers.items():
-            if kind == _NEWS:
-                continue
-            of_layer = torch.tensor(vector, dtype=torch.float64).view(-1, _COLUMNS)  # on the host
+        for name, of_layer in ({} if self._attention is None else self._attention.tables(numbers)).items():
             points += self._points_of(name, step, of_layer)
             heads.append(of_layer[of_layer[:, 0] > 0])
             if points[-1].flag == Flag.NOT_CALLED:
@@ -254,75 +212,8 @@ class AttentionEntropyMonitor(Monitor):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        for name in self._names if self._heads else ():
-            # a pattern may well match more than attention; a name is meant
-            meant = isinstance(self.layers, Mapping) or (self.layers is not None and name in self.layers)
-            if meant and name not in self._heads:
-                self.warn_once(f"the attention of `{name}` was never captured. {_POINT_AT}")
-
-    def _listen(self, pl_module: LightningModule) -> list[Tap]:
-        if isinstance(self.layers, Mapping):
-            let_hooks_be_seen(pl_module)
-            self._readers = ReaderHooks(pl_module, self.layers, self._capture, self._failed, self.rows, MAX_ROWS)
-            return self._readers.taps
-        outermost = None
-        if self.layers is None:
-            taps = find_taps(pl_module, ["*"]) if list(pl_module.children()) else []
-            # the attention of a softmax or a dropout is that of the module around it
-            taps = [tap for tap in taps if any(True for _ in tap.module.parameters())]
-            outermost = type(pl_module).__name__
-            taps.append(Tap(outermost, pl_module))
-        else:
-            taps = find_taps(pl_module, list(self.layers))
-        if is_compiled(pl_module):
-            self.warn_once(f"compiled code hides its attention. {_POINT_AT}")
-            return taps
-        self._taps = AttentionHooks(taps, self._capture, self._failed, self.rows, MAX_ROWS, outermost)
-        return taps
-
-    def _capture(self, name: str, captured: Captured) -> None:
-        readings = rows_of_masked_logits(captured) if isinstance(captured, Tensor) else rows_of_call(captured)
-        sums, extremes = entropy_sums(readings)
-        if name in self._captured:
-            before, highest = self._captured[name]
-            if len(before) != len(sums):
-                return
-            sums, extremes = before + sums, torch.maximum(highest, extremes)
-        self._captured[name] = sums.to(accumulation_dtype(sums.device)), extremes
-
-    def _failed(self, name: str, error: Exception) -> None:
-        self.warn_once(f"the attention of `{name}` could not be read: {type(error).__name__}: {error}")
-
-    def _agree(self, device: torch.device) -> None:
-        """Let every process know every layer that any has captured, and its heads. Collective."""
-        found = {name: len(sums) for name, (sums, _) in self._captured.items()}
-        if world_size() > 1 and self._news:  # at a point, and as a rule once: it waits for the device
-            heads = map(int, max_over_processes([found.get(name, 0) for name in self._names], device))
-            found = dict(zip(self._names, heads, strict=True))
-        if world_size() == 1 or self._news:
-            self._heads = {name: heads for name, heads in found.items() if heads} | self._heads
-
-    def _share(self, watched: Sequence[str], device: torch.device) -> dict[Name, Tensor]:
-        """Sums and maxima of all heads of all layers, over all processes. Collective."""
-        dtype = accumulation_dtype(device)
-        sums, extremes = [], []
-        for name in watched:
-            heads = self._heads[name]
-            of_layer = self._captured.get(name)
-            if of_layer is None or len(of_layer[0]) != heads:
-                of_layer = torch.zeros(heads, _COLUMNS - 2), torch.full((heads, 2), -torch.inf)
-            sums.append(of_layer[0].to(device, dtype))
-            extremes.append(of_layer[1].to(device, dtype))
-        total, highest, news = torch.cat(sums), torch.cat(extremes), {}
-        if world_size() > 1:
-            # a layer that only now begins to run: told with the sums, agreed on at the next point
-            late = torch.full_like(total[:1], float(any(name not in self._heads for name in self._captured)))
-            total, highest = all_reduce_sum(torch.cat([total, late])), all_reduce_max(highest)
-            news, total = {("", _NEWS): total[-1, 0]}, total[:-1]
-        self._captured.clear()
-        table = torch.cat([total, highest], dim=1)
-        parts = torch.split(table, [self._heads[name] for name in watched])
-        return {(name, "heads"): part.flatten() for name, part in zip(watched, parts, strict=True)} | news
+        if self._attention is not None:
+            self._attention.warn_of_the_silent()
 
     def _points_of(self, name: str, step: int, numbers: Tensor) -> list[Point]:
         """Curves of one layer, from the numbers ``(H, 7)`` of its heads."""
