@@ -12,10 +12,12 @@ from lightning_collapse.callbacks.guard.rollback import Rollback
 from lightning_collapse.callbacks.guard.skip_step import SkipStep
 from lightning_collapse.callbacks.guard.switch_on import SwitchOn
 from lightning_collapse.callbacks.loss_terms.distillation import Distillation
+from lightning_collapse.callbacks.loss_terms.qk_clip import QKClip
 from lightning_collapse.callbacks.loss_terms.regularizer import Regularizer
 from lightning_collapse.callbacks.loss_terms.weight_penalty import WeightPenalty
 from lightning_collapse.callbacks.monitors.activation_monitor import ActivationMonitor
 from lightning_collapse.callbacks.monitors.attention_entropy_monitor import AttentionEntropyMonitor
+from lightning_collapse.callbacks.monitors.attention_logit_monitor import AttentionLogitMonitor
 from lightning_collapse.callbacks.monitors.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.monitors.first_non_finite import FirstNonFinite
 from lightning_collapse.callbacks.monitors.geometry_phase_monitor import GeometryPhaseMonitor
@@ -36,6 +38,7 @@ __all__ = [
     "Action",
     "ActivationMonitor",
     "AttentionEntropyMonitor",
+    "AttentionLogitMonitor",
     "CollapseGuard",
     "CollapseMonitor",
     "ContinualMetrics",
@@ -48,6 +51,7 @@ __all__ = [
     "Monitor",
     "NeuralCollapseMonitor",
     "PlasticityMonitor",
+    "QKClip",
     "RegressionCollapseMonitor",
     "Regularizer",
     "Rollback",

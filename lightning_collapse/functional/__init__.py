@@ -8,7 +8,24 @@ from lightning_collapse.functional.activation_outliers import (
     outlier_nulls,
 )
 from lightning_collapse.functional.assignment import assignment_null, assignment_perplexity
+from lightning_collapse.functional.attention_capacity import (
+    EffectiveKeys,
+    effective_keys,
+    key_participation,
+    key_participation_null,
+    logit_lead,
+    retrieval_lead,
+    sink_weight,
+)
+from lightning_collapse.functional.attention_diversity import (
+    head_cosine,
+    head_cosine_null,
+    head_divergence,
+    query_nmi,
+    query_nmi_null,
+)
 from lightning_collapse.functional.attention_entropy import HeadEntropy, attention_entropy, entropy_bound
+from lightning_collapse.functional.attention_logits import LogitExtremes, logit_bound, logit_extremes
 from lightning_collapse.functional.continual import (
     average_accuracy,
     backward_transfer,
@@ -69,6 +86,7 @@ from lightning_collapse.functional.non_finite import Cause, absolute_maximum, ex
 from lightning_collapse.functional.plasticity import dead_fraction, dormant_fraction
 from lightning_collapse.functional.power_law import PowerLaw, power_law_alpha, power_law_null
 from lightning_collapse.functional.pq_index import pq_index
+from lightning_collapse.functional.qk_increments import Increment, QKIncrements, qk_increments
 from lightning_collapse.functional.rank import (
     effective_rank,
     eigenvalue_effective_rank,
@@ -121,16 +139,20 @@ __all__ = [
     "ActivationOutliers",
     "Cause",
     "Cdnv",
+    "EffectiveKeys",
     "GradientNoise",
     "HeadEntropy",
+    "Increment",
     "Lidar",
     "LocalIntrinsicDimension",
     "LogKernel",
+    "LogitExtremes",
     "MarchenkoPasturFit",
     "OrthogonalFrame",
     "Phase",
     "PhaseTracker",
     "PowerLaw",
+    "QKIncrements",
     "RegressionCollapseReading",
     "TwoNN",
     "absolute_maximum",
@@ -153,6 +175,7 @@ __all__ = [
     "dead_fraction",
     "direction_spread",
     "dormant_fraction",
+    "effective_keys",
     "effective_rank",
     "eigenvalue_effective_rank",
     "eigenvalue_quartile_ratio",
@@ -171,13 +194,21 @@ __all__ = [
     "gof_error",
     "gradient_coherence",
     "gradient_noise_scale",
+    "head_cosine",
+    "head_cosine_null",
+    "head_divergence",
     "headroom_bits",
     "intransigence",
     "isotropy",
+    "key_participation",
+    "key_participation_null",
     "learning_accuracy",
     "lidar",
     "lidar_null",
     "local_intrinsic_dimension",
+    "logit_bound",
+    "logit_extremes",
+    "logit_lead",
     "majority_fraction",
     "marchenko_pastur_fit",
     "mean_cosine",
@@ -208,12 +239,17 @@ __all__ = [
     "power_law_null",
     "pq_index",
     "producer_cause",
+    "qk_increments",
     "quartile_ratio",
+    "query_nmi",
+    "query_nmi_null",
     "rankme",
     "recall_at_1",
     "regression_collapse",
     "relative_spread",
+    "retrieval_lead",
     "sign_diversity",
+    "sink_weight",
     "spectral_alignment",
     "srank",
     "stability_edge",

@@ -55,7 +55,8 @@ class AttentionWindow:
             as they are, detached: those of ``F.scaled_dot_product_attention``; ``None`` to listen at points only.
 
     Attributes:
-        names: Layers that calls may belong to.
+        taps: Layers that calls may belong to.
+        names: What they are called.
         heads: Of the layers that were captured, how many rows their statistics have.
         armed: Whether the running batch ends in a point.
 
@@ -80,7 +81,8 @@ class AttentionWindow:
         self._captured: dict[str, tuple[Tensor, Tensor]] = {}
         self._hooks: AttentionHooks | None = None
         self._readers: ReaderHooks | None = None
-        self.names = [tap.name for tap in self._listen()]
+        self.taps = self._listen()
+        self.names = [tap.name for tap in self.taps]
         self._scope: StepScope | None = StepScope(module)
 
     @property

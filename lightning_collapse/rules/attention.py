@@ -1,11 +1,14 @@
-"""Attention entropy collapse and attention overload: heads that look at one key, or at all alike."""
+"""Attention failures: entropy collapse, overload, and logits that grow."""
 
 from collections.abc import Mapping
 from math import inf
 
-from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.base import ALL, Rule, register_rule
+from lightning_collapse.rules.detector import Detector
+from lightning_collapse.rules.growth import Growth
 from lightning_collapse.rules.history import Evidence
 from lightning_collapse.rules.progress import LOSS, UNHARMED, is_harmed
+from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Point
 
 
@@ -115,3 +118,93 @@ class AttentionOverload(Rule):
             f" {100 * baseline['overloaded_share']:.0f} % before; the normalized attention entropy is"
             f" {points['entropy_mean'].value:.2f}, and was {baseline['entropy_mean']:.2f}"
         )
+
+
+@register_rule
+class AttentionLogitGrowth(Rule):
+    """The largest attention logit of all heads begins to grow faster than it did.
+
+    Told by a detector (:class:`~lightning_collapse.rules.Growth`) with a budget of one false alarm in a hundred runs,
+    on the ratio of two points that follow each other: logits of healthy runs grow, too, but ever more slowly. Logits
+    that grow without end precede entropy collapse and divergence (Dehghani et al., 2023, arXiv 2302.05442).
+    """
+
+    kind = "attention_logit_growth"
+    says = "Attention logits grow faster than they did, most in `{layer}`."
+    family = "attention"
+    measures = ("max_logit",)
+    follows = (LOSS,)
+    higher_is_worse = ("max_logit",)
+    patience = 1
+    recovery = 2
+    advice = "Bound them with `QKClip(tau=100.0)`, or return with `Rollback()`."
+    paper = "Dehghani et al., 2023, arXiv 2302.05442"
+
+    def applies_to(self, layer: str, task: Task) -> bool:
+        """The largest of all layers only."""
+        return layer == ALL
+
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """Nothing: a single point says nothing of growth."""
+        return 0.0
+
+    def detectors(self, layer: str, planned: int | None) -> Mapping[str, Detector]:
+        """Of the growth of the largest logit."""
+        return {"max_logit": Growth(planned)} if layer == ALL else {}
+
+    def weigh(self, evidence: Evidence) -> float:
+        """How sure the detector is."""
+        return evidence.detectors["max_logit"].statistic
+
+    def onset(self, evidence: Evidence, since: int) -> int:
+        """Where the detector saw it begin."""
+        onset = evidence.detectors["max_logit"].since
+        return since if onset is None else onset
+
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """The logit, now and at the beginning."""
+        return (
+            f"the largest attention logit is {points['max_logit'].value:.3g} and grows ever faster, where the run began"
+            f" with {baseline['max_logit']:.3g}"
+        )
+
+    def worst_layer(
+        self, layers: Mapping[str, Mapping[str, Point]], baselines: Mapping[str, Mapping[str, float]]
+    ) -> str:
+        """The layer with the largest logit."""
+        found = {layer: points["max_logit"].value for layer, points in layers.items() if layer != ALL}
+        return max(found, key=lambda layer: found[layer], default=ALL)
+
+
+@register_rule
+class AttentionLogitLimit(Rule):
+    """The largest attention logit of a layer is above the bound of :class:`~lightning_collapse.QKClip`.
+
+    Where it is scaled back at every step this is what the callback is for, and a notice.
+
+    Example:
+        >>> values = {"over_tau": 1.5, "clipped_share": 0.0}
+        >>> points = {name: Point("qk_clip", "encoder", name, 9, value) for name, value in values.items()}
+        >>> AttentionLogitLimit().severity(points, {})
+        1.5
+    """
+
+    kind = "attention_logit_limit"
+    says = "Attention logits in `{layer}` are above their bound."
+    family = "qk_clip"
+    measures = ("over_tau", "clipped_share")
+    higher_is_worse = ("over_tau",)
+    advice = "Have `QKClip(log_only=False)` scale them, or return with `Rollback()`."
+    paper = "Kimi Team, 2025, arXiv 2507.20534"
+
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """The largest logit over the bound."""
+        return max(points["over_tau"].value, 0.0)
+
+    def expected(self, layer: str, points: Mapping[str, Point], baseline: Mapping[str, float], task: Task) -> str:
+        """That they are scaled back."""
+        return "they are scaled back to it after every step" if points["clipped_share"].value > 0 else ""
+
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """The ratio."""
+        return f"the largest logit is {points['over_tau'].value:.3g} times the bound of `QKClip`"

@@ -61,7 +61,7 @@ class Part(NamedTuple):
 
     def heads(self, number: int) -> Tensor:
         """The part of the weight by head, ``(number, d, size / number)``."""
-        return self.rows.unflatten(0, (number, -1)).mT
+        return self.rows.reshape(number, -1, self.rows.shape[1]).mT
 
     @torch.no_grad()
     def scale_(self, factors: Tensor) -> None:
@@ -90,31 +90,45 @@ class AttentionProjections:
     key: str = ""
     reason: str = ""
 
-    def parts(self, heads: int, width: int) -> tuple[Part, Part]:
+    @property
+    def weights(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The parameter that makes queries and that which makes keys; one and the same where it makes both."""
+        module: Any = self.module
+        if not isinstance(module, nn.MultiheadAttention):
+            query, key = (module.get_submodule(name).weight for name in (self.query, self.key))
+        elif module.in_proj_weight is not None:
+            query = key = module.in_proj_weight
+        else:
+            query, key = module.q_proj_weight, module.k_proj_weight
+        return query, key
+
+    def parts(self, heads: int, width: int | None = None) -> tuple[Part, Part]:
         """What makes the queries of ``heads`` heads of this width, and what makes the keys.
+
+        Without a width it is that of as many heads as the queries have; one projection of all three makes as many keys.
 
         Raises:
             ValueError: If the shapes do not fit.
         """
-        size = heads * width
         if isinstance(self.module, nn.MultiheadAttention):
             return _of_multi_head(self.module)
         if self.query == self.key:
             weight, bias, transposed = _matrix(self.module.get_submodule(self.query))
             outputs = weight.shape[1 if transposed else 0]
+            width = outputs // (3 * heads) if width is None else width
+            size = heads * width
             keys, rest = divmod(outputs - size, 2)
             if rest or not _fits(size, keys, width):
                 raise ValueError(f"`{self.query}` has {outputs} outputs for {heads} heads of width {width}")
             return Part(weight, bias, transposed, 0, size), Part(weight, bias, transposed, size, keys)
-        found = [_matrix(self.module.get_submodule(name)) for name in (self.query, self.key)]
-        outputs = [weight.shape[1 if transposed else 0] for weight, _, transposed in found]
-        if outputs[0] != size or not _fits(size, outputs[1], width):
+        query, key = (_matrix(self.module.get_submodule(name)) for name in (self.query, self.key))
+        queries, keys = (weight.shape[1 if transposed else 0] for weight, _, transposed in (query, key))
+        width = queries // heads if width is None else width
+        if queries != heads * width or not _fits(queries, keys, width):
             raise ValueError(
-                f"`{self.query}` and `{self.key}` have {outputs[0]} and {outputs[1]} outputs for {heads} heads of"
-                f" width {width}"
+                f"`{self.query}` and `{self.key}` have {queries} and {keys} outputs for {heads} heads of width {width}"
             )
-        query, key = (Part(*of, 0, number) for of, number in zip(found, outputs, strict=True))
-        return query, key
+        return Part(*query, 0, queries), Part(*key, 0, keys)
 
 
 def find_projections(root: nn.Module) -> list[AttentionProjections]:
@@ -131,7 +145,8 @@ def find_projections(root: nn.Module) -> list[AttentionProjections]:
         >>> found.name, found.key, [part.size for part in found.parts(heads=4, width=2)]
         ('0', 'k_proj', [8, 4])
     """
-    found, seen = [], set()
+    found: list[AttentionProjections] = []
+    seen: set[int] = set()
     for name, module in named_modules(root):
         projections = None if id(module) in seen else _look(clean_name(name), module)
         if projections is not None:
@@ -209,7 +224,7 @@ def _is_transposed(projection: nn.Module) -> bool:
 
 
 def _fits(queries: int, keys: int, width: int) -> bool:
-    return 0 < keys <= queries and keys % width == 0 and queries % keys == 0
+    return width > 0 and 0 < keys <= queries and keys % width == 0 and queries % keys == 0
 
 
 def _of_multi_head(module: nn.MultiheadAttention) -> tuple[Part, Part]:

@@ -101,7 +101,7 @@ class Monitor(Callback, ABC):
     @property
     def curves(self) -> list[str]:
         """Last parts of the names of the curves it draws."""
-        return [curve.name for curve in CURVES.values() if curve.family == self.family]
+        return [curve.name for curve in self.declares if curve.family in ("", self.family)]
 
     @abstractmethod
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
