@@ -116,9 +116,10 @@ class LogitStatistics:
 
 
 def _logits(captured: Captured) -> tuple[Tensor, Tensor | None]:
-    """Logits and which of them are hidden, where a hidden one is finite."""
+    """Logits ``(B, H, L, S)`` and which of them are hidden, of four dimensions; hidden ones are finite."""
     if isinstance(captured, AttentionCall):
-        return logits_of_call(captured)
+        logits, hidden = logits_of_call(captured)
+        return logits, None if hidden is None else hidden[(None,) * (4 - hidden.ndim)]
     logits = captured.float() if captured.dtype.itemsize < 4 else captured
     hidden = ~is_visible_logit(logits) & ~logits.isnan()
     return logits.masked_fill(hidden, 0.0), hidden
