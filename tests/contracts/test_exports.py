@@ -14,12 +14,16 @@ ROOT = Path(lightning_collapse.__file__).parent
 HELPERS: dict[str, set[str]] = {
     "functional/assignment.py": {"assignment_counts", "perplexity"},
     "functional/attention_entropy.py": {"check_attention", "entropy_sums", "normalize"},
+    "functional/attention_logits.py": {"extremes_of_call"},
     "functional/attention_rows.py": {
         "EntropyRows",
         "entropies_of_call",
+        "logits_of_call",
         "rows_of_call",
         "rows_of_logits",
         "rows_of_masked_logits",
+        "scale_of",
+        "visibility",
     },
     "functional/gradient_noise.py": {"noise_ratio"},
     "functional/intrinsic_dimension.py": {"local_dimension_of_distances", "two_nn_of_distances"},
