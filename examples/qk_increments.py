@@ -9,15 +9,19 @@ import math
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from loss_explosion import COURSES, GPT, HEALTHY, ONSET, WARM_UP, Characters
 from torch.utils.data import DataLoader
 
 from lightning_collapse import AttentionEntropyMonitor, AttentionLogitMonitor, CollapseGuard, SpectralAlignmentMonitor
 from lightning_collapse.callbacks import Verdict
 from lightning_collapse.utilities.points import Point
+
+if TYPE_CHECKING:
+    from examples.loss_explosion import COURSES, GPT, HEALTHY, ONSET, WARM_UP, Characters
+else:  # run as a script, it stands beside
+    from loss_explosion import COURSES, GPT, HEALTHY, ONSET, WARM_UP, Characters
 
 FAILING = "biased rounding"
 EVERY = 10

@@ -51,8 +51,8 @@ class AttentionWindow:
         read: From some rows of a call to its statistics.
         warn: Says something once.
         rows: Queries to read of each sequence; 512 of all sequences together.
-        whole: Called in every training step with the layer and the whole of each call whose queries and keys are there
-            as they are, detached: those of ``F.scaled_dot_product_attention``; ``None`` to listen at points only.
+        whole: Called with the layer and the whole of each call whose queries and keys are there as they are: those of
+            ``F.scaled_dot_product_attention``.
 
     Attributes:
         taps: Layers that calls may belong to.
@@ -90,10 +90,10 @@ class AttentionWindow:
         """All that has hooks on the model."""
         return [] if self._readers is None else [self._readers]
 
-    def before_batch(self, batch: Any, due: bool) -> None:
-        """Listen to the training step of this batch, if it ends in a point."""
+    def before_batch(self, batch: Any, due: bool, between: bool = False) -> None:
+        """Listen to the training step of this batch, if it ends in a point, or for ``whole`` alone if ``between``."""
         self.armed = due
-        listening = due or (self._whole is not None and self._hooks is not None)
+        listening = due or (between and self._hooks is not None)
         if due:
             self._captured.clear()
         if not listening or self._scope is None:

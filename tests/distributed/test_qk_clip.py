@@ -65,9 +65,7 @@ def _check(rank):
     assert 0 < keeper.curve("qk_clip/blocks.0.attn/clipped_share")[0].value < 1
     _check_monitor(rank)
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
-    with pytest.raises(
-        MisconfigurationException, match=r"layers.0.self_attn` exactly: its weights are sharded"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"layers.0.self_attn` exactly: its weights are sharded"):
         _fit(rank, Sharded(), [QKClip()], sharded)
 
 

@@ -17,7 +17,7 @@ from lightning_collapse.functional.attention_logits import logit_bound
 from lightning_collapse.monitoring import qk_increment_window
 from lightning_collapse.monitoring.attention_hooks import Reader
 from lightning_collapse.monitoring.attention_statistics import LogitStatistics
-from lightning_collapse.monitoring.attention_window import AttentionWindow, check_readers
+from lightning_collapse.monitoring.attention_window import MAX_ROWS, AttentionWindow, check_readers
 from lightning_collapse.monitoring.qk_increment_window import QKIncrementWindow
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.attention_calls import AttentionCall
@@ -44,10 +44,10 @@ class AttentionLogitMonitor(Monitor):
     Under ``attention/all/...`` stand the largest ``max_logit`` and ``qk_bound``, and the smallest ``min_logit``.
 
     A point rests on the training batch that ends in it, on 16 queries of each sequence and 512 in all, each against all
-    keys it sees: maxima and minima are exact for these, and means are means over them. ``qk_bound`` is of every query
-    and key of every training step since the last point, and of those calls alone that show both as they are
-    (``F.scaled_dot_product_attention``); nothing leaves the device for it. Logits have what a mask adds in them, the
-    bound has not. What is captured, and how to point at what is not, is as in
+    keys it sees: maxima and minima are exact for these, and means are means over them. ``qk_bound`` is of every
+    training step since the last point, of all queries and keys of as many sequences as hold 512 queries, and of those
+    calls alone that show both as they are (``F.scaled_dot_product_attention``); nothing leaves the device for it.
+    Logits have what a mask adds in them, the bound has not. What is captured, and how to point at what is not, is as in
     :class:`~lightning_collapse.AttentionEntropyMonitor`.
 
     Increments ``W_q W_k^T - W_q' W_k'^T`` since the last point are split into what is of first order in the step
@@ -58,7 +58,7 @@ class AttentionLogitMonitor(Monitor):
         layers: As in :class:`~lightning_collapse.AttentionEntropyMonitor`.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         rows: Queries to read of each sequence; of a large batch some sequences, 512 queries in all.
-        bound: Whether to read the bound, which takes listening at every step.
+        bound: Whether to read the bound, for which it listens at every step: 3 % of the steps of a small transformer.
         heads: Heads of each layer whose increments are read, evenly chosen; 0 for none.
         detail: ``"low"`` keeps ``n`` and ``flag`` from loggers; rules read them all the same.
 
@@ -203,7 +203,8 @@ class AttentionLogitMonitor(Monitor):
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
         if self._attention is not None:
-            self._attention.before_batch(batch, batches_left == 0)
+            # where the first point has seen no call whole there is nothing to listen for between points
+            self._attention.before_batch(batch, batches_left == 0, between=self.bound and bool(self._widths))
 
     @override
     def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
@@ -252,7 +253,10 @@ class AttentionLogitMonitor(Monitor):
             self._attention.warn_of_the_silent()
 
     def _take_bound(self, name: str, call: AttentionCall) -> None:
-        bound = logit_bound(call.query, call.key, call.scale)
+        batch, _, length, _ = call.query.shape
+        step = max(batch * length // MAX_ROWS, 1)
+        keys = call.key[::step] if len(call.key) > 1 else call.key
+        bound = logit_bound(call.query[::step], keys, call.scale)
         before = self._bounds.get(name)
         if before is None or len(before) == len(bound):
             self._bounds[name] = bound if before is None else torch.maximum(before, bound)
