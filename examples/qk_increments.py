@@ -6,10 +6,12 @@ Run: ``python examples/qk_increments.py`` (ten minutes on one core; with ``--qui
 import argparse
 import logging
 import math
+import runpy
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
@@ -18,11 +20,9 @@ from lightning_collapse import AttentionEntropyMonitor, AttentionLogitMonitor, C
 from lightning_collapse.callbacks import Verdict
 from lightning_collapse.utilities.points import Point
 
-if TYPE_CHECKING:
-    from examples.loss_explosion import COURSES, GPT, HEALTHY, ONSET, WARM_UP, Characters
-else:  # run as a script, it stands beside
-    from loss_explosion import COURSES, GPT, HEALTHY, ONSET, WARM_UP, Characters
-
+EXPLOSION: dict[str, Any] = runpy.run_path(str(Path(__file__).with_name("loss_explosion.py")))
+"""The model, its ways to fail and its text."""
+HEALTHY, ONSET, WARM_UP = (EXPLOSION[name] for name in ("HEALTHY", "ONSET", "WARM_UP"))
 FAILING = "biased rounding"
 EVERY = 10
 CURVES = (
@@ -80,7 +80,8 @@ def record(course: str, seed: int, steps: int) -> tuple[Curves, dict[str, int | 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(GPT(COURSES[course]), DataLoader(Characters(seed), batch_size=None))
+    model = EXPLOSION["GPT"](EXPLOSION["COURSES"][course])
+    trainer.fit(model, DataLoader(EXPLOSION["Characters"](seed), batch_size=None))
     first = {
         name: next((verdict.step for verdict in verdicts if verdict.kind == kind), None)
         for name, kind in VERDICTS.items()

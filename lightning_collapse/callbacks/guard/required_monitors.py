@@ -58,8 +58,15 @@ def _draws(callback: Callback, rule: Rule) -> bool:
 
 def _lines(rules: Sequence[Rule]) -> str:
     families = {rule.family for rule in rules}
-    ours = {cls.__name__ for cls in _subclasses(Callback) if getattr(cls, "family", "") in families and _is_ours(cls)}
+    ours = {cls.__name__ for rule in rules for cls in _drawing(rule)}
     return " or ".join(f"`{name}()`" for name in sorted(ours)) or f"one that draws {', '.join(sorted(families))}"
+
+
+def _drawing(rule: Rule) -> list[type[Any]]:
+    """Ours of the family of a rule; of several those that declare all of its curves, if any does."""
+    family = [cls for cls in _subclasses(Callback) if getattr(cls, "family", "") == rule.family and _is_ours(cls)]
+    declared = [cls for cls in family if set(rule.measures) <= {curve.name for curve in getattr(cls, "declares", ())}]
+    return declared or family
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:

@@ -81,7 +81,7 @@ def test_every_curve_is_drawn_and_registered():
     _, trainer = fitted(GPT, [watch()])
     expected = {f"attention/blocks.{i}.attn/{name}" for i in (0, 1) for name in NAMES} | set(ALL)
     assert {key for key in trainer.callback_metrics if key.startswith("attention")} == expected
-    assert set(NAMES) == {curve.name for curve in CURVES.values() if curve.family == "attention"}
+    assert set(NAMES) == set(watch().curves) <= {curve.name for curve in CURVES.values() if curve.family == "attention"}
     means = [trainer.callback_metrics[f"attention/blocks.{i}.attn/entropy_mean"] for i in (0, 1)]
     assert trainer.callback_metrics["attention/all/entropy_mean"] == pytest.approx(float(sum(means) / 2))
 
