@@ -7,6 +7,7 @@ import argparse
 import logging
 import math
 import statistics
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -130,12 +131,13 @@ def train(course: str, seed: int, steps: int, callbacks: Callable[[], list[Callb
     witness = Witness(seed)
     watchers = callbacks() or [
         *(monitor(every_n_steps=EVERY) for monitor in (SpectralAlignmentMonitor, AttentionEntropyMonitor)),
-        AttentionLogitMonitor(every_n_steps=EVERY),
+        AttentionLogitMonitor(every_n_steps=EVERY, heads=4),
         StabilityMonitor(every_n_steps=EVERY),
         CollapseGuard(action=Severities(witness.trace)),
     ]
     trainer = Trainer(
         accelerator="cpu",
+        default_root_dir=tempfile.mkdtemp(),
         max_steps=steps,
         max_epochs=-1,
         logger=False,
@@ -161,45 +163,64 @@ def failed_at(trace: Trace) -> int | None:
     return failed
 
 
-def over_median(curve: Scores) -> Scores:
-    """A curve over its own median since the warm-up."""
+def deviation(curve: Scores) -> Scores:
+    """How far a curve is from its own median since the warm-up, in logarithms."""
     scores, seen = list[tuple[int, float]](), list[float]()
     for step, value in curve:
+        log = math.log(min(max(value, 1e-12), 1e300))
         if seen:
-            scores.append((step, value / max(statistics.median(seen), 1e-12)))
-        if step >= WARM_UP and math.isfinite(value):
-            seen.append(value)
+            scores.append((step, abs(log - statistics.median(seen))))
+        if step >= WARM_UP:
+            seen.append(log)
     return scores
 
 
-def of_points(trace: Trace, family: str, measure: str) -> Scores:
-    """A curve of a monitor, the largest over its layers."""
-    worst: dict[int, float] = {}
-    for point in trace.points:
-        if (point.family, point.measure) == (family, measure) and not math.isnan(point.value):
-            worst[point.step] = max(point.value, worst.get(point.step, -math.inf))
-    return sorted(worst.items())
+def of_layers(family: str, measure: str, read: Callable[[Scores], Scores] = deviation) -> Callable[[Trace], Scores]:
+    """The worst over the layers of a curve of a monitor."""
+
+    def worst(trace: Trace) -> Scores:
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for point in trace.points:
+            if (point.family, point.measure) == (family, measure) and not math.isnan(point.value):
+                curves.setdefault(point.layer, []).append((point.step, point.value))
+        found: dict[int, float] = {}
+        for curve in curves.values():
+            for step, score in read(curve):
+                found[step] = max(score, found.get(step, score))
+        return sorted(found.items())
+
+    return worst
 
 
-def below_median(curve: Scores) -> Scores:
-    """How far a curve is below its own median since the warm-up."""
-    return over_median([(step, 1 / max(value, 1e-12)) for step, value in curve])
+def as_it_is(curve: Scores) -> Scores:
+    """Of a curve that is a score already."""
+    return curve
+
+
+def of_steps(name: str) -> Callable[[Trace], Scores]:
+    """A curve of every step."""
+    return lambda trace: deviation(list(enumerate(trace.plain[name])))
 
 
 SIGNALS: dict[str, Callable[[Trace], Scores]] = {
-    "loss": lambda trace: over_median(list(enumerate(trace.plain["loss"]))),
-    "gradient norm": lambda trace: over_median(list(enumerate(trace.plain["gradient norm"]))),
-    "weight norm": lambda trace: over_median(list(enumerate(trace.plain["weight norm"]))),
-    "largest activation": lambda trace: over_median(list(enumerate(trace.plain["largest activation"]))),
-    "loss, CUSUM": lambda trace: of_points(trace, "stability", "loss_cusum"),
-    "gradient norm, CUSUM": lambda trace: of_points(trace, "stability", "grad_norm_cusum"),
-    "loss, burst": lambda trace: of_points(trace, "stability", "loss_z"),
-    "gradient norm, burst": lambda trace: of_points(trace, "stability", "grad_norm_z"),
-    "loss explosion": lambda trace: trace.severities.get("loss_explosion", []),
-    "attention entropy": lambda trace: trace.severities.get("attention_entropy_collapse", []),
-    "largest logit": lambda trace: over_median(of_points(trace, "attention", "max_logit")),
-    "rank of Delta2": lambda trace: below_median(of_points(trace, "attention", "delta2_erank")),
-    "rank of Delta3": lambda trace: below_median(of_points(trace, "attention", "delta3_erank")),
+    **{name: of_steps(name) for name in ("loss", "gradient norm", "weight norm", "largest activation")},
+    "loss, CUSUM": of_layers("stability", "loss_cusum", as_it_is),
+    "gradient norm, CUSUM": of_layers("stability", "grad_norm_cusum", as_it_is),
+    "loss, burst": of_layers("stability", "loss_z", as_it_is),
+    "gradient norm, burst": of_layers("stability", "grad_norm_z", as_it_is),
+    "sign diversity": of_layers("spectral_alignment", "sign_diversity"),
+    "spectral norm": of_layers("spectral_alignment", "spectral_norm"),
+    "attention entropy": of_layers("attention", "entropy_mean"),
+    "largest logit": of_layers("attention", "max_logit"),
+    "bound of the logits": of_layers("attention", "qk_bound"),
+    **{
+        f"{name} of the increment of {order} order": of_layers("attention", f"delta{number}_{measure}")
+        for number, order in ((2, "first"), (3, "second"))
+        for name, measure in (("norm", "norm"), ("effective rank", "erank"))
+    },
+    "rule: loss explosion": lambda trace: trace.severities.get("loss_explosion", []),
+    "rule: attention entropy collapse": lambda trace: trace.severities.get("attention_entropy_collapse", []),
+    "rule: attention logit growth": lambda trace: trace.severities.get("attention_logit_growth", []),
 }
 
 
@@ -254,23 +275,22 @@ def rescues(runs: dict[tuple[str, str, int], Trace]) -> str:
     return "\n".join(lines)
 
 
-def main(steps: int = 800, seeds: int = 5, first_seed: int = 3) -> None:
+def main(steps: int = 800, seeds: int = 5, first_seed: int = 3, saved_seeds: int = 2) -> None:
     """Train all runs and print both tables."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning_collapse").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning_collapse"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
     some = range(first_seed, first_seed + seeds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders
         watched = {(course, seed): train(course, seed, steps) for course in COURSES for seed in some}
+        print(leads(watched), flush=True)
         saved = {
-            (course, rescue, seed): train(course, seed, steps, callbacks)
-            if callbacks is not list
-            else watched[course, seed]
+            (course, rescue, seed): train(course, seed, steps, make) if rescue != "nothing" else watched[course, seed]
             for course in COURSES
-            for rescue, callbacks in RESCUES.items()
-            for seed in some
+            for rescue, make in RESCUES.items()
+            for seed in some[:saved_seeds]
         }
-    print(leads(watched))
     print()
     print(rescues(saved))
 
