@@ -25,8 +25,10 @@ from lightning_collapse.callbacks.monitors.gradient_monitor import GradientMonit
 from lightning_collapse.callbacks.monitors.intrinsic_dimension_monitor import IntrinsicDimensionMonitor
 from lightning_collapse.callbacks.monitors.monitor import Monitor
 from lightning_collapse.callbacks.monitors.neural_collapse_monitor import NeuralCollapseMonitor
+from lightning_collapse.callbacks.monitors.output_monitor import OutputMonitor
 from lightning_collapse.callbacks.monitors.plasticity_monitor import PlasticityMonitor
 from lightning_collapse.callbacks.monitors.regression_collapse_monitor import RegressionCollapseMonitor
+from lightning_collapse.callbacks.monitors.router_monitor import RouterMonitor
 from lightning_collapse.callbacks.monitors.scalar_monitor import ScalarMonitor
 from lightning_collapse.callbacks.monitors.spectral_alignment_monitor import SpectralAlignmentMonitor
 from lightning_collapse.callbacks.monitors.stability_monitor import StabilityMonitor
@@ -50,11 +52,13 @@ __all__ = [
     "IntrinsicDimensionMonitor",
     "Monitor",
     "NeuralCollapseMonitor",
+    "OutputMonitor",
     "PlasticityMonitor",
     "QKClip",
     "RegressionCollapseMonitor",
     "Regularizer",
     "Rollback",
+    "RouterMonitor",
     "ScalarMonitor",
     "ShrinkAndPerturb",
     "SkipStep",

@@ -111,18 +111,20 @@ def entropy_change(logits: Tensor, change: Tensor) -> Tensor:
     return -(p * center * (change - (p * change).sum(dim=-1, keepdim=True))).sum(dim=-1)
 
 
-def advantage_covariance(log_probs: Tensor, advantages: Tensor, counted: Tensor | None = None) -> Tensor:
+def advantage_covariance(
+    log_probs: Tensor, advantages: Tensor, counted: Tensor | None = None, means: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     r"""Covariance of every token's log-probability with its advantage.
 
     .. math:: c_i = (A_i - \bar A) (\log \pi_i - \overline{\log \pi})
 
     Its mean falls with the entropy in healthy training; positive while the entropy runs to 0 it is the mechanism [1].
-    Means are over the tokens that are given: over several processes bring the tokens of all.
 
     Args:
         log_probs: Of the actions that were taken, shape ``(N,)``.
         advantages: Of these actions, shape ``(N,)``.
         counted: Boolean, shape ``(N,)``; all by default.
+        means: Of the two, where they are of more tokens than these; by default of the tokens that count.
 
     Returns:
         ``float64`` (``float32`` on devices without), shape ``(N,)``; NaN where a token does not count.
@@ -143,9 +145,10 @@ def advantage_covariance(log_probs: Tensor, advantages: Tensor, counted: Tensor 
     dtype = accumulation_dtype(log_probs.device)
     x, y = log_probs.detach().to(dtype), advantages.detach().to(log_probs.device, dtype)
     valid = x.isfinite() & y.isfinite() & (torch.ones_like(x, dtype=torch.bool) if counted is None else counted)
-    n = valid.sum()
-    x, y = (values - values.where(valid, 0).sum() / n for values in (x, y))
-    return (x * y).where(valid, torch.nan)
+    if means is None:
+        n = valid.sum()
+        means = x.where(valid, 0).sum() / n, y.where(valid, 0).sum() / n
+    return ((x - means[0]) * (y - means[1])).where(valid, torch.nan)
 
 
 def output_sums(rows: OutputRows, vocabulary: int, counted: Tensor | None = None) -> Tensor:

@@ -150,8 +150,8 @@ def router_similarity(weight: Tensor) -> Tensor:
     experts = len(weight)
     units = weight / torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
     total = units.sum(dim=0).square().sum()
-    pairs = total - units.square().sum()
-    return pairs / (experts * (experts - 1)) if experts > 1 else total * nan
+    pairs: Tensor = total - units.square().sum()
+    return pairs / (experts * (experts - 1)) if experts > 1 else pairs * nan
 
 
 @full_precision
@@ -175,7 +175,8 @@ def router_conditioning(weight: Tensor) -> Tensor:
         tensor(0.)
     """
     mean = weight.mean(dim=0)
-    return torch.linalg.vector_norm(weight - mean, dim=1).amax() / torch.linalg.vector_norm(mean)
+    conditioning: Tensor = torch.linalg.vector_norm(weight - mean, dim=1).amax() / torch.linalg.vector_norm(mean)
+    return conditioning
 
 
 @full_precision

@@ -14,11 +14,13 @@ from lightning_collapse.rules.level_shift import LevelShift
 from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
 from lightning_collapse.rules.non_finite import NonFinite, NonFiniteOrigin
 from lightning_collapse.rules.outcome import MODES, OUTCOME, Outcome, OutcomeDrop
+from lightning_collapse.rules.output import OutputEntropyCollapse
 from lightning_collapse.rules.partial import PartialCollapse, PrototypeCollapse
 from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
 from lightning_collapse.rules.stability import DivergenceAhead, LossSpike, NonFiniteStep, SkippedSteps
 from lightning_collapse.rules.step_stream import Step, StepStream
+from lightning_collapse.rules.router import RouterCollapse
 from lightning_collapse.rules.task import TASKS, Task
 from lightning_collapse.rules.trend import Trend
 from lightning_collapse.rules.verdict import Verdict
@@ -26,12 +28,6 @@ from lightning_collapse.rules.verdict_grouper import VerdictGrouper
 
 __all__ = [
     "ALL",
-    "HEALTHY",
-    "MODES",
-    "OUTCOME",
-    "RULES",
-    "TASKS",
-    "TRAINING",
     "ActivationOutliers",
     "AttentionEntropyCollapse",
     "AttentionOverload",
@@ -42,27 +38,35 @@ __all__ = [
     "Detector",
     "DimensionalCollapse",
     "DivergenceAhead",
+    "HEALTHY",
     "Headroom",
     "Judge",
     "Judgement",
     "LevelShift",
     "LossExplosion",
     "LossSpike",
+    "MODES",
     "MinorityCollapse",
     "NeuralCollapseReached",
     "NonFinite",
     "NonFiniteOrigin",
     "NonFiniteStep",
+    "OUTCOME",
     "Outcome",
     "OutcomeDrop",
+    "OutputEntropyCollapse",
     "PartialCollapse",
     "PlasticityLoss",
     "PrototypeCollapse",
+    "RULES",
     "RegressionOverCompression",
+    "RouterCollapse",
     "Rule",
     "SkippedSteps",
     "Step",
     "StepStream",
+    "TASKS",
+    "TRAINING",
     "Task",
     "Trend",
     "Verdict",

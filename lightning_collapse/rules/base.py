@@ -43,6 +43,8 @@ class Rule(ABC):
         informative: Whether it is no failure: it is said once and drawn, and nothing else follows from it.
         needs_full_baseline: Whether nothing is judged before the baseline is complete.
         tasks: The tasks it is about, of :data:`~lightning_collapse.rules.TASKS`; empty for all.
+        unasked: The tasks for which it judges where no rules were named; empty for all that it is about. For others it
+            must be asked for.
         supersedes: Kinds that say nothing more about a layer of which this one is said.
         advice: Which loss, layer or callback of this library addresses it, in one sentence.
         paper: Authors, year, identifier of the finding.
@@ -75,6 +77,7 @@ class Rule(ABC):
     informative: ClassVar[bool] = False
     needs_full_baseline: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ()
+    unasked: ClassVar[tuple[str, ...]] = ()
     supersedes: ClassVar[tuple[str, ...]] = ()
     advice: ClassVar[str] = ""
     paper: ClassVar[str] = ""

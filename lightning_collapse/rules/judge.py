@@ -141,7 +141,8 @@ class Judge:
 
     def rules_for(self, task: Task) -> dict[str, Rule]:
         """The rules that apply to a task, by kind; looked up and not kept: processes are handed their names alone."""
-        kinds = RULES if self.rules is None else self.rules
+        unasked = [kind for kind, rule in RULES.items() if not rule.unasked or task.name in rule.unasked]
+        kinds = unasked if self.rules is None else self.rules
         return {kind: RULES[kind] for kind in kinds if task.name in ("", *(RULES[kind].tasks or TASKS))}
 
     def update(self, points: Sequence[Point], task: Task = UNKNOWN) -> Judgement:

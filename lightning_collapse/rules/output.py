@@ -1,0 +1,135 @@
+"""Output entropy collapse: a policy is sure of one action, or one token, and explores no more."""
+
+from collections.abc import Mapping
+from math import isfinite
+from statistics import median
+from typing import Any
+
+from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.detector import Detector
+from lightning_collapse.rules.history import Evidence
+from lightning_collapse.utilities.points import Point
+
+FIRST = 64
+"""Points whose median is the beginning."""
+
+
+class Fall(Detector):
+    """A detector of a fall that remembers where the curve began, and that it has rung.
+
+    Attributes:
+        onset: Step since when the level has fallen, at the first alarm; ``None`` before.
+
+    Args:
+        planned: Points of a whole run; ``None`` for unknown, which counts as 1,000.
+
+    Example:
+        >>> fall = Fall(planned=60)
+        >>> for step in range(40):
+        ...     _ = fall.update(step, (2.0 if step < 30 else 0.1) * (1 + 0.01 * (step * 7 % 5)))
+        >>> round(fall.beginning, 2), fall.onset
+        (2.02, 29)
+    """
+
+    def __init__(self, planned: int | None = None) -> None:
+        super().__init__(planned, side="fall", transform="log")
+        self.onset: int | None = None
+        self._first: list[float] = []
+
+    @property
+    def beginning(self) -> float:
+        """Median of the first 64 points, or of all so far; 0 before there is one."""
+        return median(self._first) if self._first else 0.0
+
+    def update(self, step: int, value: float) -> float:
+        """Take another point in."""
+        if isfinite(value) and len(self._first) < FIRST:
+            self._first.append(float(value))
+        statistic = super().update(step, value)
+        if statistic >= 1 and self.onset is None:
+            self.onset = step if self.since is None else self.since
+        return statistic
+
+    def restart(self) -> None:
+        """Forget that it has rung, with the same beginning."""
+        super().restart()
+        self.onset = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {"detector": super().state_dict(), "first": list(self._first), "onset": self.onset}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        super().load_state_dict(state_dict["detector"])
+        self._first, self.onset = list(state_dict["first"]), state_dict["onset"]
+
+
+@register_rule
+class OutputEntropyCollapse(Rule):
+    """The entropy of a policy has fallen to a tenth of the median of its first 64 points, and a detector has seen it.
+
+    Both must be so: a :class:`~lightning_collapse.rules.Detector` of a fall of the logarithm, with a budget of one
+    false alarm in a hundred runs, has rung since the run began, and the level is a tenth, for three points. The
+    detector is armed after 16 points in runs of at most 200, after 64 in longer ones; before nothing is said.
+    Supervised training lowers the entropy of its outputs as it should, so it judges by itself for the task
+    ``"reinforcement"`` alone; of others name it in ``CollapseGuard(rules=[...])``. It is over at twice the line. That
+    rewards run dry as the entropy does is the finding of Cui et al. (2025, arXiv 2505.22617); the numbers are ours.
+
+    Example:
+        >>> from lightning_collapse.rules import Judge
+        >>> judge = Judge(["output_entropy_collapse"])
+        >>> judge.planned = 60
+        >>> for step in range(40):
+        ...     entropy = (2.0 if step < 30 else 0.1) * (1 + 0.01 * (step * 7 % 5))
+        ...     _ = judge.update([Point("output", "policy", "entropy", step, entropy, n=256)])
+        >>> [verdict.name for verdict in judge.verdicts]
+        ['output entropy collapse in `policy`']
+    """
+
+    kind = "output_entropy_collapse"
+    says = "The policy of `{layer}` is sure of its choice nearly everywhere, and explores no more."
+    family = "output"
+    measures = ("entropy",)
+    lower_is_worse = ("entropy",)
+    calibration = FIRST
+    unasked = ("reinforcement",)
+    patience = 3
+    share = 0.1
+    advice = (
+        "Return with `Rollback()`, then clip upward steps less (0.28 for 0.2), or zero the gradient of the tokens with"
+        " the largest covariance of log-probability and advantage."
+    )
+    paper = "Cui et al., 2025, arXiv 2505.22617"
+
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """Nothing is told by one point."""
+        return 0.0
+
+    def detectors(self, layer: str, planned: int | None) -> Mapping[str, Detector]:
+        """Of the entropy."""
+        return {"entropy": Fall(planned)}
+
+    def weigh(self, evidence: Evidence) -> float:
+        """A tenth of the beginning over the entropy, once the detector has rung."""
+        fall = evidence.detectors["entropy"]
+        if not isinstance(fall, Fall) or fall.onset is None:
+            return 0.0
+        return self.share * fall.beginning / max(evidence.points["entropy"].value, 1e-300)
+
+    def onset(self, evidence: Evidence, since: int) -> int:
+        """The step of the detector."""
+        fall = evidence.detectors["entropy"]
+        return fall.onset if isinstance(fall, Fall) and fall.onset is not None else since
+
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """The entropy."""
+        entropy = points["entropy"]
+        return f"over {entropy.n} rows the entropy of the outputs is {entropy.value:.2g}"
+
+    def tell(self, evidence: Evidence) -> str:
+        """The entropy and its beginning."""
+        fall = evidence.detectors["entropy"]
+        began = fall.beginning if isinstance(fall, Fall) else 0.0
+        words = self.evidence(evidence.points, evidence.baseline)
+        return f"{words}, where the median of the first {FIRST} points is {began:.2g}"
