@@ -12,7 +12,8 @@ from lightning_collapse.spectral.precision import accumulation_dtype, full_preci
 
 Scores = Literal["softmax", "sigmoid"]
 """What makes the gates of a router's logits."""
-_SUMS = ("tokens", "choices", "z", "squares", "entropy", "margin", "nonfinite")
+SUMS = ("tokens", "choices", "z", "squares", "entropy", "margin", "nonfinite")
+"""Of tokens, before the counts and the mass of every expert."""
 
 
 def load_cv2_null(tokens: float, experts: int, k: float) -> float:
@@ -243,9 +244,9 @@ def routing_readings(sums: Tensor) -> dict[str, Tensor]:
         >>> found["effective_experts"].item(), found["load_cv2"].item(), found["dead"].item()
         (2.0, 0.0, 0.0)
     """
-    experts = (len(sums) - len(_SUMS)) // 2
-    tokens, choices, _, squares, entropy, margin, lost = sums[: len(_SUMS)].unbind()
-    counts, mass = sums[len(_SUMS) :].chunk(2)
+    experts = (len(sums) - len(SUMS)) // 2
+    tokens, choices, _, squares, entropy, margin, lost = sums[: len(SUMS)].unbind()
+    counts, mass = sums[len(SUMS) :].chunk(2)
     of_load = load_entropy(counts)
     return {
         "load_cv2": load_cv2(counts),

@@ -6,6 +6,7 @@ from lightning_collapse.metrics.intrinsic_dimension import IntrinsicDimension
 from lightning_collapse.metrics.lidar import LiDAR
 from lightning_collapse.metrics.nearest_center import NearestClassCenterAgreement
 from lightning_collapse.metrics.neural_collapse import NeuralCollapse
+from lightning_collapse.metrics.output_entropy import OutputEntropy
 from lightning_collapse.metrics.rank import (
     AlphaReQ,
     ConditionNumber,
@@ -22,6 +23,7 @@ from lightning_collapse.metrics.rank import (
     UnbiasedParticipationRatio,
 )
 from lightning_collapse.metrics.regression_collapse import RegressionCollapse
+from lightning_collapse.metrics.router_load import RouterLoad
 from lightning_collapse.metrics.spectral_alignment import SpectralAlignment
 from lightning_collapse.metrics.spectrum import Spectrum
 
@@ -39,9 +41,11 @@ __all__ = [
     "NearestClassCenterAgreement",
     "NeuralCollapse",
     "NumericalRank",
+    "OutputEntropy",
     "ParticipationRatio",
     "RankMe",
     "RegressionCollapse",
+    "RouterLoad",
     "SRank",
     "SpectralAlignment",
     "SpectralMetric",

@@ -73,8 +73,9 @@ class OutputEntropyCollapse(Rule):
     false alarm in a hundred runs, has rung since the run began, and the level is a tenth, for three points. The
     detector is armed after 16 points in runs of at most 200, after 64 in longer ones; before nothing is said.
     Supervised training lowers the entropy of its outputs as it should, so it judges by itself for the task
-    ``"reinforcement"`` alone; of others name it in ``CollapseGuard(rules=[...])``. It is over at twice the line. That
-    rewards run dry as the entropy does is the finding of Cui et al. (2025, arXiv 2505.22617); the numbers are ours.
+    ``"reinforcement"`` alone; of others name it in ``CollapseGuard(rules=[...])``. It is over at twice the line. A
+    fall as slow as the run, of a hundredth in 1,000 points, the detector takes for the way of the curve. That rewards
+    run dry as the entropy does is the finding of Cui et al. (2025, arXiv 2505.22617); the numbers are ours.
 
     Example:
         >>> from lightning_collapse.rules import Judge

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from lightning_collapse import metrics
 
 D, C, N = 6, 3, 8
-COUNTS = {"n", "ties", "classes", "missing", "rare"}
+COUNTS = {"n", "ties", "classes", "missing", "rare", "nonfinite", "histogram"}
 
 
 def rows(seed: int, *shape: int) -> Tensor:
@@ -37,9 +37,14 @@ CASES: dict[str, tuple[Callable[..., Metric], Callable[[int], tuple[Tensor, ...]
         lambda seed: (rows(seed, N, D), rows(seed + 99, N, C)),
     ),
     "NeuralCollapse": (lambda: metrics.NeuralCollapse(C, D), lambda seed: (rows(seed, N, D), classes(seed))),
+    "OutputEntropy": (lambda: metrics.OutputEntropy(D), lambda seed: (rows(seed, N, D), classes(seed))),
     "RegressionCollapse": (
         lambda: metrics.RegressionCollapse(D, 2),
         lambda seed: (rows(seed, N, D), rows(seed + 99, N, 2)),
+    ),
+    "RouterLoad": (
+        lambda: metrics.RouterLoad(D),
+        lambda seed: (rows(seed, N, D), rows(seed, N, D).topk(2, dim=1).indices),
     ),
     "SpectralAlignment": (lambda: metrics.SpectralAlignment(D), lambda seed: (rows(seed, N, D), rows(3, D))),
 }

@@ -75,7 +75,9 @@ def test_the_battery_knows_every_metric() -> None:
         "LiDAR",
         "NearestClassCenterAgreement",
         "NeuralCollapse",
+        "OutputEntropy",
         "RegressionCollapse",
+        "RouterLoad",
         "SpectralAlignment",
         "SpectralMetric",
     }

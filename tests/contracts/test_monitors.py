@@ -32,19 +32,23 @@ def make(name, every_n_steps=2):
 
 
 class Model(LightningModule):
-    """Attention, a rectifier and a head: there is something to watch for every monitor."""
+    """Attention, experts, a rectifier and a head: there is something to watch for every monitor."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(6, 8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.body = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU())
+        self.gate, self.experts = nn.Linear(8, 4), nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
         self.head = nn.Linear(8, 3)
         self.kept = []
 
     def forward(self, x):
         x = self.embed(x)
         features = self.body(self.attention(x, x, x, need_weights=False)[0].mean(dim=1))
+        weight, chosen = self.gate(features).softmax(dim=-1).topk(2, dim=-1)
+        mixed = torch.stack([expert(features) for expert in self.experts], dim=1)
+        features = features + (weight.unsqueeze(2) * mixed.gather(1, chosen.unsqueeze(2).expand(-1, -1, 8))).sum(dim=1)
         self.kept.append(weakref.ref(features))
         return self.head(features)
 

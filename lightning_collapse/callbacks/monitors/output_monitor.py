@@ -250,9 +250,10 @@ class OutputMonitor(Monitor):
         flag = Flag.NONFINITE if lost else Flag.OK
         if not n:
             flag = Flag.FEW_ROWS if vocabulary > 0 else Flag.NOT_CALLED
+        if flag == Flag.NOT_CALLED:
             self.warn_once(
-                f"`{layer}` returned no logits that count before a point; its curves read NaN there. Name the layer"
-                " that returns them with `head=`."
+                f"`{layer}` did not run before a point, or returned no logits; its curves read NaN there. Name the"
+                " layer that returns them with `head=`."
             )
         self._histogram = found["histogram"]
         self._trend.update(step, found["entropy"])

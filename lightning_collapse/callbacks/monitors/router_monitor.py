@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
 from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.routing import (
+    SUMS,
     dead_experts_null,
     effective_experts_null,
     load_cv2_null,
@@ -255,7 +256,7 @@ class RouterMonitor(Monitor):
             sums = torch.tensor(numbers[layer, "sums"], dtype=torch.float64)  # on the host
             found = {name: value.item() for name, value in routing_readings(sums).items()}
             weights = {key: numbers[layer, key] for key in _OF_WEIGHT if (layer, key) in numbers}
-            points += self._points_of(layer, step, found, (len(sums) - 7) // 2, weights)
+            points += self._points_of(layer, step, found, (len(sums) - len(SUMS)) // 2, weights)
         return points
 
     def _points_of(
@@ -297,4 +298,4 @@ class RouterMonitor(Monitor):
 
     def _warn_of_none(self) -> None:
         if self._reader is None and (self._hooks is None or self._points):
-            self.warn_once(f"no router of a mixture of experts was found or called. {_POINT_AT}")
+            self.warn_once(f"no router of a mixture of experts was found, or it did not run. {_POINT_AT}")
