@@ -254,7 +254,8 @@ def _logits(module: Any, args: tuple[Any, ...], value: Any) -> Tensor:
     if not inputs:
         raise TypeError(f"it received no tensor (..., {weight.shape[1]}) and returned no logits")
     bias = getattr(module, "bias", None)
-    bias = bias if isinstance(bias, Tensor) and bias.shape == weight.shape[:1] else None
+    # a buffer of that name balances the choice
+    bias = bias if isinstance(bias, nn.Parameter) and bias.shape == weight.shape[:1] else None
     with torch.autocast(weight.device.type, enabled=False):
         return F.linear(inputs[0].float(), weight.float(), None if bias is None else bias.float())
 

@@ -78,7 +78,7 @@ def router_at(name: str, module: nn.Module) -> Router:
 
 def scorer_of(module: nn.Module, experts: int) -> nn.Module | None:
     """The last module in it, or itself, with a weight of as many rows, at least two; of any number if that is 0."""
-    scorers = [part for part in module.modules() if _rows(part) == experts or (not experts and _rows(part) > 1)]
+    scorers = [part for part in module.modules() if _rows(part) > 1 and experts in (0, _rows(part))]
     return scorers[-1] if scorers else None
 
 

@@ -21,7 +21,7 @@ from lightning_collapse.callbacks.guard.task_inference import infer_task
 from lightning_collapse.callbacks.guard.training_health import TrainingHealth, planned_points
 from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
 from lightning_collapse.reporting import publish, try_again
-from lightning_collapse.rules import OUTCOME, TASKS, Judge, Judgement, OutcomeDrop, Rule, Task, Verdict
+from lightning_collapse.rules import OUTCOME, RULES, TASKS, Judge, Judgement, OutcomeDrop, Rule, Task, Verdict
 from lightning_collapse.rules.outcome import Mode
 from lightning_collapse.rules.task import TaskName
 from lightning_collapse.utilities.containment import Containment
@@ -192,7 +192,9 @@ class CollapseGuard(Callback):
         self._reader = reader_of(pl_module, self._containment)
         self._health = TrainingHealth()
         self.task = Task(self._requested or "")
-        require_available(self._rules, trainer.callbacks, requested=self.rules is not None)
+        # a task that is inferred later may arm rules of its own
+        rules = RULES if self.rules is None and self._requested is None else self._rules
+        require_available(rules, trainer.callbacks, requested=self.rules is not None)
         for action in self._actions:
             action.attach(trainer, pl_module, self.dirpath)
 
