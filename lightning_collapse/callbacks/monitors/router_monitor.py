@@ -290,9 +290,9 @@ class RouterMonitor(Monitor):
         if self._hooks is not None:
             self._hooks.remove()
         self._routers = [router for router in routers if self.reader is not None or router.scorer is not None]
-        for router in routers:
-            if router not in self._routers:
-                self.warn_once(f"`{router.name}` has no weight with a row per expert. {_POINT_AT}")
+        others = ", ".join(f"`{router.name}`" for router in routers if router not in self._routers)
+        if others:
+            self.warn_once(f"no weight with a row per expert was found in {others}. {_POINT_AT}")
         assert self._root is not None
         self._hooks = RouterHooks(self._root, self._routers, self.contained, self.reader) if self._routers else None
 

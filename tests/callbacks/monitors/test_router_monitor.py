@@ -245,7 +245,7 @@ def test_others_are_read_by_a_function():
 
 @pytest.mark.filterwarnings("ignore:.*no router of a mixture")
 def test_a_module_that_shows_no_scores_is_told_of():
-    with pytest.warns(UserWarning, match=r"`blocks.0` has no weight with a row per expert\. Point the monitor"):
+    with pytest.warns(UserWarning, match=r"no weight with a row per expert was found in `blocks.0`, `blocks.1`\."):
         keeper = watch(_model_of(Hidden), RouterMonitor(layers=["blocks.*"], every_n_steps=1))
     assert keeper.points == []
 

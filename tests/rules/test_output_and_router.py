@@ -1,0 +1,111 @@
+"""When outputs and routers are said to have collapsed, and when not."""
+
+import math
+import random
+
+import pytest
+
+from lightning_collapse.rules import RULES, Judge, Task
+from lightning_collapse.utilities.points import Point
+
+RL, LANGUAGE = Task("reinforcement"), Task("language model")
+
+
+def noisy(level, points, spread=0.1, seed=0):
+    draw = random.Random(seed)
+    return [level(t) * math.exp(spread * draw.gauss(0, 1)) for t in range(points)]
+
+
+def judged(curve, task=RL, rules=("output_entropy_collapse",), planned=None):
+    judge = Judge(None if rules is None else list(rules))
+    judge.planned = planned or len(curve)
+    for step, entropy in enumerate(curve):
+        judge.update([Point("output", "policy", "entropy", step, entropy, n=512)], task)
+    return judge
+
+
+@pytest.mark.parametrize("points", [100, 300])
+@pytest.mark.parametrize(
+    "level", [lambda t: 1.0, lambda t: 0.3 + 0.7 * math.exp(-t / 20), lambda t: 0.15 + 0.85 * math.exp(-t / 10)]
+)
+def test_entropies_that_fall_as_they_should_are_no_failure(points, level):
+    for seed in range(10):
+        assert not judged(noisy(level, points, seed=seed)).verdicts
+
+
+@pytest.mark.parametrize("points", [100, 300])
+def test_a_collapse_is_said_with_its_onset_and_severity(points):
+    for seed in range(5):
+        judge = judged(noisy(lambda t: 1.0 if t < 0.7 * points else 0.02, points, seed=seed))
+        [verdict] = judge.verdicts
+        assert 0.7 * points - 10 <= verdict.since <= 0.7 * points + 1
+        assert verdict.step <= 0.7 * points + 8
+        assert verdict.severity == pytest.approx(5, rel=0.5)  # a tenth of the beginning over the level
+
+
+def test_a_fall_that_stays_above_a_tenth_is_none_however_sure():
+    assert not judged(noisy(lambda t: 1.0 if t < 70 else 0.2, 100, spread=0.01)).verdicts
+
+
+def test_it_is_over_when_the_entropy_is_back():
+    judge = judged(noisy(lambda t: 0.02 if 60 < t < 80 else 1.0, 120))
+    assert len(judge.verdicts) == 1
+    last = judge.update([Point("output", "policy", "entropy", 120, 1.0, n=512)], RL)
+    assert not last.active
+
+
+@pytest.mark.parametrize(
+    ("task", "rules", "armed"),
+    [
+        (RL, None, True),
+        (LANGUAGE, None, False),
+        (Task(), None, False),
+        (LANGUAGE, ["output_entropy_collapse"], True),
+        (Task(), ["output_entropy_collapse"], True),
+    ],
+)
+def test_it_judges_agents_and_what_it_is_asked_about(task, rules, armed):
+    curve = noisy(lambda t: 1.0 if t < 70 else 0.02, 100)
+    assert bool(judged(curve, task, rules).verdicts) is armed
+
+
+def test_no_other_rule_waits_to_be_asked():
+    assert [kind for kind, rule in RULES.items() if rule.unasked] == ["output_entropy_collapse"]
+
+
+def router(used, dead=0.0, n=2048, experts=8, k=1, cv2=None, loss=None):
+    judge = Judge(["router_collapse"])
+    for step, load in enumerate(used):
+        null = (experts - k) / (k * n)
+        unfair = experts / load - 1 if cv2 is None else cv2
+        values = {"effective_experts": load, "load_cv2": unfair, "experts_per_token": float(k), "dead": dead}
+        points = [Point("router", "gate", name, step, x, n, null) for name, x in values.items()]
+        points += [] if loss is None else [Point("training", "", "loss", step, loss(step))]
+        judge.update(points)
+    return judge
+
+
+def test_a_fair_router_an_uneven_one_and_one_that_spreads_are_no_failure():
+    assert not router([7.9] * 20).verdicts
+    assert not router([5.0] * 20).verdicts
+    assert not router([1.5 + 0.3 * step for step in range(20)]).verdicts
+    assert not router([7.9] * 5 + [3.0] * 15, n=32).verdicts  # as uneven as chance may have it
+
+
+def test_a_collapse_of_the_load_is_said():
+    [verdict] = router([7.9] * 5 + [2.0] * 5).verdicts
+    assert (verdict.kind, verdict.since, verdict.step) == ("router_collapse", 5, 6)
+    [verdict] = router([2.0] * 6, k=2).verdicts  # every token has the same two, from the beginning
+    assert verdict.since == 0
+
+
+def test_idle_experts_are_said_where_tokens_are_many_enough_to_tell():
+    assert router([5.5] * 6, dead=2.0).verdicts
+    assert not router([5.5] * 6, dead=1.0).verdicts
+    assert not router([5.5] * 6, dead=2.0, n=128).verdicts  # sixteen for each would be fair
+
+
+def test_idle_experts_of_a_loss_that_keeps_what_it_gained_are_a_notice():
+    judge = router([5.5] * 20, dead=3.0, loss=lambda step: 1 / (1 + step))
+    assert not judge.verdicts
+    assert [notice.kind for notice in judge.notices] == ["router_collapse"]
