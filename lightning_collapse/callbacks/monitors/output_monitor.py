@@ -68,7 +68,7 @@ class OutputMonitor(Monitor):
         advantages: The same for advantages, one for each row or for each sequence; the attribute is read when the step
             has ended. Tokens whose advantage is NaN have none.
         lens: Names or patterns of layers whose hidden states go through the final norm and the head, at most 1024 rows
-            of each: a forward pass of the head per layer. ``None`` for none.
+            of each: a forward pass of the head per layer. Of what a pattern matches the outermost. ``None`` for none.
         norm: Name of the final norm; ``None`` for the last one that the model defines outside of its blocks.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
@@ -84,13 +84,7 @@ class OutputMonitor(Monitor):
 
     Example::
 
-        class Policy(LightningModule):
-            def training_step(self, batch, batch_idx):
-                log_probs = self.head(self.body(batch["states"])).log_softmax(-1)
-                self.advantages = batch["returns"] - self.value(batch["states"]).detach()
-                ...
-
-        trainer = Trainer(callbacks=[OutputMonitor(labels=lambda batch: batch["actions"], advantages="advantages")])
+        trainer = Trainer(callbacks=[OutputMonitor()])
     """
 
     family = "output"
@@ -286,7 +280,9 @@ class OutputMonitor(Monitor):
             if owner is not None:
                 owner.remove()
         if self.lens is not None:
-            layers = self.choose_taps(self.lens, [], self._root)
+            matched = self.choose_taps(self.lens, [], self._root)
+            inside = {id(part) for tap in matched for part in tap.module.modules() if part is not tap.module}
+            layers = [tap for tap in matched if id(tap.module) not in inside]  # of blocks, not of what is in them
             if self.norm is not None:
                 norm: Tap | None = self.choose_tap("norm", self.norm, self._root)
             else:
