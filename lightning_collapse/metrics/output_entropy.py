@@ -20,10 +20,10 @@ class OutputEntropy(SumsMetric):
 
     As input to ``update``: the arguments of :func:`~lightning_collapse.functional.output_rows`, and a mask.
 
-    As output of ``compute``, a dictionary of 0-dimensional tensors and one histogram:
+    As output of ``compute``, a dictionary of 0-dimensional tensors:
 
     - ``entropy`` in nats, its standard ``error``, ``entropy_fraction`` of ``log V``, ``log_z``, ``log_z_rms``,
-      ``cross_entropy`` of the targets, ``n``, ``nonfinite``, and ``histogram`` of the fractions, shape ``(32,)``.
+      ``cross_entropy`` of the targets, and ``n`` rows.
 
     Args:
         vocabulary: Number of outputs ``V``.
@@ -32,6 +32,8 @@ class OutputEntropy(SumsMetric):
 
     Attributes:
         sums: What :func:`~lightning_collapse.functional.output_entropy.output_sums` returns, over all rows.
+        nonfinite: Rows of this process that were left out.
+        histogram: How many of its entropies over ``log V`` lie in each of 32 bins between 0 and 1, shape ``(32,)``.
 
     Raises:
         ValueError: If there are fewer than two outputs; in ``update``, if the shapes do not fit.
@@ -65,4 +67,15 @@ class OutputEntropy(SumsMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Means over everything seen so far."""
-        return output_readings(self.sums, self.vocabulary)
+        found = output_readings(self.sums, self.vocabulary)
+        return {name: value for name, value in found.items() if name not in ("nonfinite", "histogram")}
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Rows of this process that were left out, 0-dimensional."""
+        return output_readings(self.sums, self.vocabulary)["nonfinite"]
+
+    @property
+    def histogram(self) -> Tensor:
+        """Entropies over ``log V``, counted in bins."""
+        return output_readings(self.sums, self.vocabulary)["histogram"]

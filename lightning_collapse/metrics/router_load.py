@@ -21,7 +21,7 @@ class RouterLoad(SumsMetric):
     As input to ``update``: logits ``(T, E)`` and the indices ``(T, k)`` of the experts chosen.
 
     As output of ``compute``: the dictionary that
-    :func:`~lightning_collapse.functional.routing.routing_readings` returns.
+    :func:`~lightning_collapse.functional.routing.routing_readings` returns, but for ``nonfinite``.
 
     Args:
         experts: Number of experts ``E``.
@@ -31,6 +31,7 @@ class RouterLoad(SumsMetric):
 
     Attributes:
         sums: What :func:`~lightning_collapse.functional.routing.routing_sums` returns, over all tokens.
+        nonfinite: Tokens of this process that were left out.
 
     Raises:
         ValueError: If there are fewer than two experts; in ``update``, if there is another number.
@@ -65,4 +66,11 @@ class RouterLoad(SumsMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Load and gates over everything seen so far."""
-        return routing_readings(self.sums)
+        found = routing_readings(self.sums)
+        del found["nonfinite"]
+        return found
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Tokens of this process that were left out, 0-dimensional."""
+        return routing_readings(self.sums)["nonfinite"]

@@ -137,14 +137,18 @@ def test_covariance_of_tokens():
 def test_streams_are_the_whole_in_any_split():
     z = logits(100, 9)
     targets = torch.randint(9, (100,), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(100) % 4 != 0
+    z[4] = torch.nan
+    mask = (torch.arange(100) % 4 != 0) | (torch.arange(100) == 4)
     whole = OutputEntropy(9)
     whole.update(z, targets, mask)
-    expected = whole.compute()
+    expected, mask[4] = whole.compute(), False
+    assert whole.nonfinite == 1
+    assert whole.histogram.sum() == expected["n"] == mask.sum()
     assert expected["entropy"].item() == pytest.approx(naive(z[mask].numpy())[0].mean(), rel=1e-12)
     assert expected["cross_entropy"].item() == pytest.approx(
         torch.nn.functional.cross_entropy(z[mask], targets[mask]).item(), rel=1e-12
     )
+    mask[4] = True
     for split in ([1] * 100, [60, 0, 40], [13, 87]):
         metric = OutputEntropy(9)
         for part in zip(z.split(split), targets.split(split), mask.split(split), strict=True):

@@ -138,4 +138,5 @@ def test_streams_are_the_whole_in_any_split():
         for part in zip(z.split(split), chosen.split(split), strict=True):
             metric.update(*part)
         found = metric.compute()
-        assert all(torch.allclose(found[name], expected[name], rtol=1e-12) for name in expected)
+        assert all(torch.allclose(value, expected[name], rtol=1e-12) for name, value in found.items())
+        assert metric.nonfinite == 0
