@@ -19,11 +19,13 @@ KINDS = frozenset(
         "loss_explosion",
         "minority_collapse",
         "non_finite",
+        "output_entropy_collapse",
         "partial_collapse",
         "plasticity_loss",
         "posterior_collapse",
         "prototype_collapse",
         "regression_over_compression",
+        "router_collapse",
     }
 )
 """What may be wrong with a run, whether or not there is a rule that says so."""

@@ -64,7 +64,7 @@ SPECIMENS = (
         setting="balance",
         healthy=1.0,
         sick=0.0,
-        claims=("partial_collapse", "dimensional_collapse"),
+        claims=("router_collapse", "partial_collapse", "dimensional_collapse"),
         layers=("router*", "experts*"),
         family="mixture of experts",
     ),
