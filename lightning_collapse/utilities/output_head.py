@@ -41,3 +41,20 @@ def output_head(root: nn.Module, order: Execution | Sequence[str] | None = None)
         elif width_of(layer) > 1:
             return Tap(curve_name(clean_name(name)), layer)
     return None
+
+
+def norm_behind(root: nn.Module, order: Execution, head: nn.Module) -> str:
+    """Name of a norm that runs after the last Linear, if that is the head: then a function makes the logits.
+
+    Example:
+        >>> net = nn.ModuleDict({"up": nn.Linear(4, 8), "norm": nn.LayerNorm(8)})
+        >>> [norm_behind(net, Execution(order), net["up"]) for order in (("up", "norm"), ("norm", "up"))]
+        ['norm', '']
+    """
+    last = classification_head(root, order)
+    modules = {clean_name(name): module for name, module in root.named_modules()}
+    places = [i for i, name in enumerate(order.order) if modules.get(name) is head]
+    if last is None or last.module is not head or not places:
+        return ""
+    behind = [name for name in order.order[places[0] + 1 :] if "norm" in type(modules.get(name)).__name__.lower()]
+    return next((name for name in behind if any(True for _ in modules[name].parameters(recurse=False))), "")

@@ -28,7 +28,7 @@ from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_
 from lightning_collapse.utilities.features import evenly, padding_mask
 from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import Tap, clean_name, let_hooks_be_seen
-from lightning_collapse.utilities.output_head import output_head
+from lightning_collapse.utilities.output_head import norm_behind, output_head
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.targets import shifted_labels, targets_of
@@ -201,7 +201,15 @@ class OutputMonitor(Monitor):
             order, self._order = self._order, None
             ran = order.pop()
             found = output_head(pl_module, ran) if ran is not None else None
-            if found is not None and found.module is not self._hooks.head.module:
+            norm = norm_behind(pl_module, ran, found.module) if found is not None and ran is not None else ""
+            if norm and found is not None:
+                self.warn_once(
+                    f"`{found.name}` is the last Linear, and the norm `{norm}` runs behind it: a function makes the"
+                    " logits, and nothing is drawn. Name a module that returns them with `head=`."
+                )
+                self._hooks.remove()
+                self._hooks, self._armed = None, False
+            elif found is not None and found.module is not self._hooks.head.module:
                 self._listen(found)
                 self._armed = False  # nobody has heard it yet
 

@@ -294,6 +294,39 @@ def test_a_head_that_only_the_first_batch_shows_is_followed_from_then_on(tmp_pat
     assert not keeper.curve("output/unused/entropy")
 
 
+class TiedNet(nn.Module):
+    """Its head is a function of the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(VOCABULARY, WIDTH), nn.LayerNorm(WIDTH)
+        self.block = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        return nn.functional.linear(self.norm(x + self.block(x)), self.embed.weight)
+
+
+class Tied(Language):
+    def __init__(self):
+        super().__init__()
+        self.net = TiedNet()
+        del self.embed, self.norm, self.blocks, self.head
+
+    def forward(self, ids):
+        return self.net(ids)
+
+
+def test_logits_that_a_function_makes_are_not_mistaken_for_those_of_the_last_layer():
+    with pytest.warns(UserWarning, match="`net.block` is the last Linear, and the norm `net.norm` runs behind it"):
+        assert watch(Tied(), OutputMonitor(every_n_steps=1)).points == []
+    model = Tied()
+    keeper = watch(model, OutputMonitor(head="net", every_n_steps=1))
+    logits, labels, _ = model.seen[1]
+    expected = output_rows(logits[labels != -100]).entropy.mean().item()
+    assert at(keeper, "output/net/entropy")[1] == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_half_life_is_that_of_the_curve():
     monitor = OutputMonitor()
     for step in range(0, 400, 10):
