@@ -6,7 +6,7 @@ import pytest
 
 from lightning_collapse.reporting import TABLES
 from lightning_collapse.utilities.registry import CURVES, LOSSES, MEASURES, MONITORS, PENALTIES
-from tests.pages import PAGES, ROOT, filled
+from tests.pages import PAGES, ROOT, families_shown, filled, own
 
 README = ROOT / "README.md"
 BLOCKS = [
@@ -41,7 +41,8 @@ def test_tables_of_a_page_are_those_of_the_registries(path):
 
 def test_every_table_is_on_a_page():
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
-    assert all(f"<!-- {name} -->" in text for name in TABLES if name != "measures")
+    assert all(f"<!-- {name} -->" in text for name in TABLES if name not in {"measures", "curves"})
+    assert sorted(families_shown()) == sorted({curve.family for curve in own()[1].values()})
 
 
 @pytest.mark.parametrize("path", [README, *PAGES], ids=lambda path: path.stem)

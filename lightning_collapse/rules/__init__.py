@@ -18,9 +18,9 @@ from lightning_collapse.rules.output import OutputEntropyCollapse
 from lightning_collapse.rules.partial import PartialCollapse, PrototypeCollapse
 from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
+from lightning_collapse.rules.router import RouterCollapse
 from lightning_collapse.rules.stability import DivergenceAhead, LossSpike, NonFiniteStep, SkippedSteps
 from lightning_collapse.rules.step_stream import Step, StepStream
-from lightning_collapse.rules.router import RouterCollapse
 from lightning_collapse.rules.task import TASKS, Task
 from lightning_collapse.rules.trend import Trend
 from lightning_collapse.rules.verdict import Verdict
@@ -28,6 +28,12 @@ from lightning_collapse.rules.verdict_grouper import VerdictGrouper
 
 __all__ = [
     "ALL",
+    "HEALTHY",
+    "MODES",
+    "OUTCOME",
+    "RULES",
+    "TASKS",
+    "TRAINING",
     "ActivationOutliers",
     "AttentionEntropyCollapse",
     "AttentionOverload",
@@ -38,35 +44,29 @@ __all__ = [
     "Detector",
     "DimensionalCollapse",
     "DivergenceAhead",
-    "HEALTHY",
     "Headroom",
     "Judge",
     "Judgement",
     "LevelShift",
     "LossExplosion",
     "LossSpike",
-    "MODES",
     "MinorityCollapse",
     "NeuralCollapseReached",
     "NonFinite",
     "NonFiniteOrigin",
     "NonFiniteStep",
-    "OUTCOME",
     "Outcome",
     "OutcomeDrop",
     "OutputEntropyCollapse",
     "PartialCollapse",
     "PlasticityLoss",
     "PrototypeCollapse",
-    "RULES",
     "RegressionOverCompression",
     "RouterCollapse",
     "Rule",
     "SkippedSteps",
     "Step",
     "StepStream",
-    "TASKS",
-    "TRAINING",
     "Task",
     "Trend",
     "Verdict",

@@ -85,10 +85,11 @@ class CollapseGuard(Callback):
         calibration: How many first points make the baseline that later ones are compared with, likewise.
         dirpath: Where ``"checkpoint"`` and a rollback save; a folder ``guard`` beside the run's logs by default.
         rules: Kinds to judge, a list out of ``activation_outliers``, ``attention_entropy_collapse``,
-            ``attention_overload``, ``catastrophic_forgetting``, ``complete_collapse``, ``dimensional_collapse``,
-            ``divergence_ahead``, ``headroom``, ``loss_explosion``, ``loss_spike``, ``minority_collapse``,
-            ``neural_collapse_reached``, ``non_finite``, ``non_finite_origin``, ``non_finite_step``, ``outcome_drop``,
-            ``partial_collapse``, ``plasticity_loss``, ``prototype_collapse``, ``regression_over_compression``,
+            ``attention_logit_growth``, ``attention_logit_limit``, ``attention_overload``, ``catastrophic_forgetting``,
+            ``complete_collapse``, ``dimensional_collapse``, ``divergence_ahead``, ``headroom``, ``loss_explosion``,
+            ``loss_spike``, ``minority_collapse``, ``neural_collapse_reached``, ``non_finite``, ``non_finite_origin``,
+            ``non_finite_step``, ``outcome_drop``, ``output_entropy_collapse``, ``partial_collapse``,
+            ``plasticity_loss``, ``prototype_collapse``, ``regression_over_compression``, ``router_collapse``,
             ``skipped_steps`` and your own; ``None`` for all that monitors draw the curves of.
         task: What the network is trained for; ``None`` to infer it.
         outcome: Name of the logged metric that counts in the end, such as ``"val_acc"``; ``None`` to watch none.
