@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -43,7 +44,7 @@ def to_host(readings: Mapping[Name, Tensor]) -> dict[Name, Number]:
     pieces += [x.to(device, dtype) for x in readings.values() if x.ndim]
     numbers: list[float] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).tolist()
     single, rest = iter(numbers[: len(scalars)]), iter(numbers[len(scalars) :])
-    return {name: [next(rest) for _ in x] if x.ndim else next(single) for name, x in readings.items()}
+    return {name: list(islice(rest, len(x))) if x.ndim else next(single) for name, x in readings.items()}
 
 
 def copies_on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

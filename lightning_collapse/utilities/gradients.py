@@ -30,12 +30,13 @@ class Gradients(NamedTuple):
 
 def gradients_of(parameters: Sequence[Tensor], sparse: bool = True) -> Gradients:
     """Gradients of parameters, as they are now, without graph; sparse ones by their values, or not at all."""
-    found = Gradients([], [], [])
+    found, processes = Gradients([], [], []), world_size()
     for i, parameter in enumerate(parameters):
-        if parameter.grad is not None and (sparse or not parameter.grad.is_sparse):
+        gradient = parameter.grad  # asked once: of a model with thousands of parameters the asking shows
+        if gradient is not None and (sparse or not gradient.is_sparse):
             found.indices.append(i)
-            found.shares.append(shards_of(parameter.grad) / world_size())
-            found.tensors.append(local_part(parameter.grad.detach()))
+            found.shares.append(shards_of(gradient) / processes)
+            found.tensors.append(local_part(gradient.detach()))
     return found
 
 
@@ -47,7 +48,9 @@ def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         return torch.zeros(0, dtype=wide, device=device)
     single = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     norms = foreach.norm(list(tensors), 2, dtype=single)
-    return torch.stack([norm.to(device) for norm in norms]).to(wide).square()
+    if any(norm.device != device for norm in norms):
+        norms = [norm.to(device) for norm in norms]
+    return torch.stack(list(norms)).to(wide).square()
 
 
 def local_part(gradient: Any) -> Tensor:

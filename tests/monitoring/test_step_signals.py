@@ -34,7 +34,8 @@ def test_scores_are_those_of_the_steps_before():
     steps, rows = signals.pop()
     assert steps == list(range(300))
     assert rows[:64, 2:4].isnan().all()
-    expected = [[score(x[max(t - 128, 0) : t], x[t]) for x in (losses, norms)] for t in range(64, 300)]
+    ends = [t - t % 8 for t in range(64, 300)]  # median and deviation are taken anew every eighth step
+    expected = [[score(x[max(e - 128, 0) : e], x[t]) for x in (losses, norms)] for t, e in enumerate(ends, 64)]
     torch.testing.assert_close(rows[64:, 2:4], torch.tensor(expected), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(rows[:, :2], torch.tensor(np.stack([losses, norms], axis=1)))
     assert len(signals.pop()[0]) == 0
@@ -83,7 +84,12 @@ def test_norms_of_parameters_around_the_first_flagged_step_are_kept():
     for step, loss in enumerate(losses):
         signals.update(step, torch.tensor(loss), torch.tensor(1.0), squares=torch.full((3,), float(step)))
     torch.testing.assert_close(signals.pop_squares(), torch.arange(73.0, 81)[:, None].expand(8, 3))
+    signals.pop()
+    signals.update(100, torch.tensor(1.0), torch.tensor(1.0), squares=torch.full((3,), 100.0))
     assert signals.pop_squares().isnan().all()
+    signals.pop()
+    signals.update(101, torch.tensor(99.0), torch.tensor(1.0), squares=torch.full((3,), 101.0))
+    torch.testing.assert_close(signals.pop_squares(), torch.arange(94.0, 102)[:, None].expand(8, 3))  # across points
 
 
 def test_state_goes_on():

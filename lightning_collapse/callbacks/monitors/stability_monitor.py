@@ -258,10 +258,10 @@ class StabilityMonitor(Monitor):
         """Rows of all steps since the last point, and the surges of the first flagged one."""
         readings: dict[Name, Tensor] = {}
         for index, signals in enumerate(self._signals):
-            self._steps[index], rows = signals.pop()
-            readings[str(index), "rows"] = rows.flatten()
             if (squares := signals.pop_squares()) is not None:
                 readings[str(index), "surges"] = self._rises(squares)
+            self._steps[index], rows = signals.pop()
+            readings[str(index), "rows"] = rows.flatten()
         return readings
 
     def _rises(self, squares: Tensor) -> Tensor:
