@@ -18,6 +18,11 @@ class Increment(NamedTuple):
         norm: Frobenius norm, 0 or more.
         stable_rank: Squared Frobenius over squared spectral norm; 0 where nothing moved.
         effective_rank: Exponential of the entropy of squared singular values; 0 where nothing moved.
+
+    Example:
+        >>> query = key = torch.eye(3, 2)
+        >>> qk_increments(query, key, 1.5 * query, key).delta2.norm
+        tensor(0.7071)
     """
 
     norm: Tensor

@@ -55,7 +55,7 @@ class AttentionLogitMonitor(Monitor):
     name with nothing between them and their product, and are the mean over ``heads`` heads.
 
     Args:
-        layers: As in :class:`~lightning_collapse.AttentionEntropyMonitor`.
+        layers: As in ``AttentionEntropyMonitor``.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         rows: Queries to read of each sequence; of a large batch some sequences, 512 queries in all.
         bound: Whether to read the bound, for which it listens at every step: 3 % of the steps of a small transformer.
