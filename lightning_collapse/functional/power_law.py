@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.functional.isotropic_null import marchenko_pastur_quantiles
+from lightning_collapse.spectral.deterministic import running_sum
 from lightning_collapse.spectral.precision import full_precision
 
 EQUAL = 1e-5
@@ -88,7 +89,7 @@ def power_law_alpha(eigenvalues: Tensor, min_tail: int = 10) -> PowerLaw:
     log = torch.where(present, values, 1.0).log()
     count = torch.arange(size, 0, -1, device=values.device, dtype=values.dtype)
     # sum over the tail of log(value / xmin), for every value as xmin
-    excess = log.flip(-1).cumsum(dim=-1).flip(-1) - count * log
+    excess = running_sum(log.flip(-1)).flip(-1) - count * log
     first = torch.ones_like(present)
     first[:, 1:] = values[:, 1:] > values[:, :-1]  # of equal values the tail holds all
     candidate = present & first & (excess > EQUAL * count) & (count >= min_tail)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_collapse.spectral.deterministic import running_sum
 from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.spectral.spectrum import Spectrum, values_of
 from lightning_collapse.utilities.registry import register_measure
@@ -297,7 +298,7 @@ def srank(singular_values: Tensor | Spectrum, delta: float = 0.01) -> Tensor:
         tensor(198.)
     """
     values = values_of(singular_values)
-    cumulative = values.double().cumsum(dim=-1) if values.device.type != "mps" else values.cumsum(dim=-1)
+    cumulative = running_sum(values.double() if values.device.type != "mps" else values)
     total = cumulative[..., -1:]
     # without the slack the rounding of the sum decides whether k equal values read k (1 - delta) or one more
     below = cumulative < (1 - delta) * total * (1 - 1e-9)

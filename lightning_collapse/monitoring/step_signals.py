@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_collapse.spectral.deterministic import nan_median
 from lightning_collapse.spectral.precision import accumulation_dtype
 
 WINDOW, FEWEST = 128, 64
@@ -166,8 +167,8 @@ class StepSignals:
         older = torch.where(accepted.any(), torch.nan, self._window[:, len(after) :])
         self._window = torch.cat([older, torch.where(after, logs, torch.nan)], dim=1)
         known = self._window.isfinite().sum(dim=1) >= FEWEST
-        median = self._window.nanmedian(dim=1).values
-        deviation = (self._window - median[:, None]).abs().nanmedian(dim=1).values
+        median = nan_median(self._window, dim=1)
+        deviation = nan_median((self._window - median[:, None]).abs(), dim=1)
         scale = torch.maximum(NORMAL_MAD * deviation, 1e-6 * (1 + median.abs()))
         self._center, self._rate = torch.where(known, median, torch.nan), 1 / scale
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_collapse.spectral.deterministic import running_sum
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.spectral.rows import finite_rows
 from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum
@@ -113,7 +114,7 @@ class EntryMoments:
     def quantile(self, share: float) -> Tensor:
         """Magnitude below which so large a share of the numbers is, right to a thirty-second or better."""
         widths = _edges(self.histogram).diff()
-        before = self.histogram.cumsum(0) - self.histogram
+        before = running_sum(self.histogram) - self.histogram
         # bins below are passed whole, bins above not at all
         inside = ((share * self.entries - before) / self.histogram.clamp_min(1e-9)).clamp(0, 1)
         return torch.where(self.entries > 0, (inside * widths).sum(), torch.nan)

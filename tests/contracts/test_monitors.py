@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import lightning_collapse
@@ -203,6 +204,39 @@ def test_nothing_waits_for_the_device_between_points(name, monkeypatch):
         monkeypatch.setattr(monitor, hook, listening)
     run(monitor, logger=False)
     assert waits.seen == []
+
+
+class Deterministic(TorchDispatchMode):
+    """Refuses what torch refuses on CUDA under `use_deterministic_algorithms(True)`, and knows no other way to do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        fractions = args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point()
+        refused = name in ("median", "nanmedian") and "dim" in func._overloadname
+        refused |= name in ("kthvalue", "histc", "put", "put_") or (name in ("cumsum", "cumsum_") and fractions)
+        if refused:
+            raise RuntimeError(f"{func} does not have a deterministic implementation")
+        return func(*args, **(kwargs or {}))
+
+
+@each
+@quiet
+@pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled")
+def test_a_trainer_may_be_deterministic(name, monkeypatch):
+    monitor = make(name)
+    for hook in ("on_before_backward", "on_before_optimizer_step", "on_train_batch_end"):
+        original = getattr(monitor, hook)
+
+        def refusing(*args, original=original):
+            with Deterministic():
+                original(*args)
+
+        monkeypatch.setattr(monitor, hook, refusing)
+    try:
+        run(monitor, logger=False, deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert monitor.contained.failed == {}
 
 
 @each

@@ -18,6 +18,7 @@ from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.monitoring.step_signals import COLUMNS, StepSignals
 from lightning_collapse.rules.base import ALL
 from lightning_collapse.rules.step_stream import Step, StepStream
+from lightning_collapse.spectral.deterministic import nan_median
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.gradients import gradients_of, squared_norms
 from lightning_collapse.utilities.points import Point
@@ -270,7 +271,7 @@ class StabilityMonitor(Monitor):
         where = torch.tensor([modules[name] for name in self._owners], device=squares.device)
         of_modules = squares.new_zeros(len(squares), len(modules)).index_add_(1, where, squares)
         norms = torch.cat([squares.sum(dim=1, keepdim=True), of_modules], dim=1).sqrt()
-        before = norms[:-1].nanmedian(dim=0).values
+        before = nan_median(norms[:-1], dim=0)
         ratio = torch.where(before > 0, norms[-1] / before, torch.nan)
         flagged = before.isfinite().any()  # NaN throughout where no step was flagged
         return torch.where(norms[-1].isfinite() | ~flagged, ratio, torch.inf)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.penalties.support.sample_gradients import wide
+from lightning_collapse.spectral.deterministic import running_sum
 
 Estimator = Literal["exact", "sample", "empirical", "batched", "logits_reversal"]
 Likelihood = Literal["categorical", "gaussian"]
@@ -99,7 +100,7 @@ def check_estimator(estimator: str, likelihood: str) -> None:
 
 def _exact(p: Tensor) -> Columns:
     """Cholesky factor of a multinomial covariance in closed form (Tanabe & Sagae, 1992)."""
-    tails = p.flip(-1).cumsum(-1).flip(-1)  # p_k + ... + p_C, without cancellation
+    tails = running_sum(p.flip(-1)).flip(-1)  # p_k + ... + p_C, without cancellation
 
     def make(k: int) -> Tensor:
         head, before, after = p[:, k], tails[:, k], tails[:, k + 1]
@@ -117,7 +118,7 @@ def _single(z: Tensor, labels: Tensor | None, estimator: Estimator, generator: t
     counts = torch.ones_like(z[..., 0], dtype=torch.bool) if labels is None else labels != IGNORED
     p = (-z if estimator == "logits_reversal" else z).softmax(dim=-1)
     if estimator == "sample":
-        cumulative = p.cumsum(dim=-1)
+        cumulative = running_sum(p)
         drawn = torch.rand(z.shape[:-1], generator=generator, device=z.device, dtype=z.dtype).unsqueeze(-1)
         classes = (cumulative < drawn * cumulative[..., -1:]).sum(dim=-1).clamp_max(z.shape[-1] - 1)
     else:
