@@ -187,7 +187,7 @@ class StabilityMonitor(Monitor):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if not self._signals:
+        if not self._signals or self._left < 0:  # a trainer that makes no points
             return
         loss, scale = loss.detach(), loss_scale(trainer)
         loss = loss.mean() if loss.ndim else loss
@@ -195,7 +195,7 @@ class StabilityMonitor(Monitor):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not self._signals:
+        if not self._signals or self._left < 0:
             return
         try:  # at every step, where a context costs as much as what is inside
             self._take(trainer, pl_module, optimizer)

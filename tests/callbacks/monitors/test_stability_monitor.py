@@ -1,12 +1,13 @@
 """Stability of steps: losses and norms against what was planted, bursts, shifts, non-finite steps, and who began."""
 
+import gc
 import math
 
 import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
@@ -197,3 +198,28 @@ def test_flattened_gradients_are_refused(monkeypatch):
     monkeypatch.setattr("lightning_collapse.callbacks.monitors.stability_monitor.is_kind", lambda *_: True)
     with pytest.raises(MisconfigurationException, match=r"fully_shard"):
         fit(steps(2))
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_nothing_is_kept_where_no_point_comes(manual):
+    class Look(Callback):
+        alive = ()
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx in (9, 39):
+                gc.collect()
+                self.alive += (sum(type(x) is torch.Tensor for x in gc.get_objects()),)
+
+    class Steps(Planted):
+        def training_step(self, batch, batch_idx):
+            if self.automatic_optimization:
+                return super().training_step(batch, batch_idx)
+            self.manual_backward(self.loss(*batch))
+            self.optimizers().step()
+            return None
+
+    look = Look()
+    batches = [tuple(row) for row in torch.tensor(steps(40), dtype=torch.float32)]
+    trainer = Trainer(**{**QUIET, "logger": False, "log_every_n_steps": 0}, callbacks=[StabilityMonitor(), look])
+    trainer.fit(Steps(manual), DataLoader(batches, batch_size=None))
+    assert look.alive[0] == look.alive[1]
