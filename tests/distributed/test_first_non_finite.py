@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
@@ -89,3 +90,22 @@ def _check(rank, fault, layer, cause):
 )
 def test_the_process_that_made_it_is_named(fault, layer, cause):
     on_two_processes(_check, fault, layer, cause)
+
+
+class Hurt(Callback):
+    """On the second process alone something of the monitor has failed."""
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank:
+            trainer.callbacks[0].contained.catch("looking at a batch", "no matter", ValueError("a batch of its own"))
+
+
+def _check_hurt(rank):
+    _fit(rank, "", [FirstNonFinite(every_n_steps=2), Hurt()])
+    value = torch.full((), float(rank))
+    torch.distributed.all_reduce(value)  # whoever had waited for the other would take this for the answer
+    assert value == 1
+
+
+def test_processes_end_alike_if_something_failed_on_one():
+    on_two_processes(_check_hurt)

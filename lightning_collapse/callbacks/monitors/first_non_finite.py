@@ -333,7 +333,7 @@ class FirstNonFinite(Monitor):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._frames is not None and self._left >= 0 and not (self._quiet or self.contained.failed):
+        if self._frames is not None and self._left >= 0 and not (self._quiet or self._has_failed(pl_module)):
             with self.contained("looking at the last steps", "what failed in them goes untold"):
                 self._look_at_weights(trainer, self._frames)
                 points = self.points(logging_step(trainer), to_host(self.read(trainer, pl_module)))
@@ -341,6 +341,11 @@ class FirstNonFinite(Monitor):
                     self.publish(trainer, pl_module, points)
                     self._tell(trainer)
         super().on_train_end(trainer, pl_module)
+
+    def _has_failed(self, pl_module: LightningModule) -> bool:
+        """Whether something of it has failed, on any process: what comes next is done by all or by none. Collective."""
+        [failed] = max_over_processes([float(bool(self.contained.failed))], pl_module.device)
+        return bool(failed)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
