@@ -94,6 +94,10 @@ class LogitMaxima:
             return torch.full((heads,), -torch.inf, dtype=dtype, device=device)
         return largest.to(device, dtype)
 
+    def forget(self, name: str) -> None:
+        """Drop what was read of a layer."""
+        self._maxima.pop(name, None)
+
     def remove(self) -> None:
         """Stop listening; may be called twice."""
         self._stop_probing()

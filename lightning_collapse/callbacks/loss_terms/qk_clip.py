@@ -105,6 +105,8 @@ class QKClip(Callback):
         self._removers: list[Callable[[], None]] = []
         self._owned: dict[int, list[AttentionProjections]] = {}
         self._active: dict[int, dict[str, tuple[int, Part, Part]]] = {}
+        self._frozen: list[AttentionProjections] = []
+        self._groups = 0
         self._said: set[str] = set()
 
     @override
@@ -125,11 +127,8 @@ class QKClip(Callback):
         self._check_optimizers(trainer.optimizers, chosen)
         self._maxima = LogitMaxima(pl_module, chosen, self._say)
         for optimizer in trainer.optimizers:
-            if self._owned.get(id(optimizer)):
-                hook = optimizer.register_step_post_hook(
-                    lambda stepped, *_: self._after_step(stepped, pl_module.device)
-                )
-                self._removers.append(hook.remove)
+            hook = optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped, pl_module.device))
+            self._removers.append(hook.remove)
         self._seen = {name: seen.to(pl_module.device) for name, seen in self._restored.items()}
         self._restored = {}
 
@@ -137,6 +136,7 @@ class QKClip(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._maxima is not None:
             with self.contained("listening to attention", "nothing is clipped from now on"):
+                self._adopt(trainer.optimizers, self._maxima)
                 self._maxima.before_batch(batch)
 
     @override
@@ -203,9 +203,7 @@ class QKClip(Callback):
 
     def _check_optimizers(self, optimizers: Sequence[Optimizer], chosen: Sequence[AttentionProjections]) -> None:
         """Note which optimizer trains which layer, and refuse what could not be scaled as one."""
-        owners: dict[int, Optimizer] = {
-            id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-        }
+        owners = _owners(optimizers)
         taken: dict[int, str] = {}
         for projections in chosen:
             name = f"`QKClip`, `{projections.name}`"
@@ -219,13 +217,31 @@ class QKClip(Callback):
                 raise MisconfigurationException(
                     f"{name}: {type(query).__name__} keeps weights of its own, which would come back."
                 )
-            if query is not None:  # else it is frozen, and its logits grow by no step
+            if query is not None:
                 self._owned.setdefault(id(query), []).append(projections)
+            else:  # its logits grow by no step
+                self._frozen.append(projections)
+        self._groups = _number_of_groups(optimizers)
+
+    def _adopt(self, optimizers: Sequence[Optimizer], maxima: LogitMaxima) -> None:
+        """Clip layers that were frozen, once an optimizer has been given their weights."""
+        if not self._frozen or self._groups == (groups := _number_of_groups(optimizers)):
+            return
+        self._groups, frozen, self._frozen = groups, self._frozen, []
+        owners = _owners(optimizers)
+        for projections in frozen:
+            query, key = (owners.get(id(weight)) for weight in projections.weights)
+            if query is None or query is not key:
+                self._frozen.append(projections)
+                continue
+            maxima.forget(projections.name)
+            self._owned.setdefault(id(query), []).append(projections)
+            self._active.pop(id(query), None)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, device: torch.device) -> None:
         """Scale what this optimizer has stepped. Collective."""
-        if self._maxima is None:
+        if self._maxima is None or id(optimizer) not in self._owned:
             return
         with self.contained("clipping", "weights are left as they are from now on", self._stop):
             if id(optimizer) not in self._active:
@@ -270,6 +286,15 @@ class QKClip(Callback):
         if name not in self._said:
             self._said.add(name)
             rank_zero_warn(f"`QKClip` leaves `{name}` alone: {why}.")
+
+
+def _owners(optimizers: Sequence[Optimizer]) -> dict[int, Optimizer]:
+    """The optimizer of every parameter, by its identity."""
+    return {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _number_of_groups(optimizers: Sequence[Optimizer]) -> int:
+    return sum(len(optimizer.param_groups) for optimizer in optimizers)
 
 
 for _name, _facts in {

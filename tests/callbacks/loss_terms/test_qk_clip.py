@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -458,6 +458,27 @@ def test_frozen_layers_are_left_alone():
     run(model, QKClip(tau=0.5))
     changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
     assert {name.split(".")[1] for name in changed} == {"0"}
+
+
+def test_a_layer_is_clipped_from_when_it_is_trained():
+    class Thaw(Callback):
+        kept = ()
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 2:
+                self.kept = weights(pl_module.layers[1])
+                pl_module.layers[1].requires_grad_(True)
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.layers[1].parameters())})
+
+    model, thaw = lit("fused"), Thaw()
+    model.layers[1].requires_grad_(False)
+    model.configure_optimizers = lambda: torch.optim.SGD(model.layers[0].parameters(), lr=0.0)
+    before = weights(model.layers[1])
+    batches = data(3)
+    run(model, thaw, QKClip(tau=0.5, layers=["layers.1"]), loader=batches)
+    assert all(torch.equal(thaw.kept[name], value) for name, value in before.items())
+    largest = model.largest(list(batches)[2], 1)
+    assert largest.max() == pytest.approx(0.5, rel=1e-9)
 
 
 def test_infinite_logits_scale_nothing():
