@@ -142,6 +142,10 @@ class Rule(ABC):
         """Whether it is about this layer: every one, but not what sums up all of them."""
         return layer != ALL
 
+    def sentence(self, layer: str) -> str:
+        """:attr:`says` of a layer, or of :data:`ALL` where none of them stands out."""
+        return self.says.replace("{layer}", layer)
+
     def worst_layer(
         self, layers: Mapping[str, Mapping[str, Point]], baselines: Mapping[str, Mapping[str, float]]
     ) -> str:

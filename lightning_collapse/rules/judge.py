@@ -205,7 +205,7 @@ class Judge:
                 is_notice = rule.informative or bool(expected)
                 advice = "" if is_notice else rule.advice
                 since = rule.onset(evidence, since)
-                says = rule.says.replace("{layer}", where)
+                says = rule.sentence(where)
                 verdict = Verdict(rule.kind, where, since, turn.step, words, severity, advice, says=says)
                 (turn.notices if is_notice else turn.triggered).append(verdict)
 

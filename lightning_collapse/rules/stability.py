@@ -1,5 +1,6 @@
 """Rules on instability: a loss that stays high, a gradient norm that announces it, and steps that are not finite."""
 
+import re
 from collections.abc import Mapping
 from math import inf, isfinite, isnan
 
@@ -29,6 +30,10 @@ class _Stability(Rule):
         """The step before the shift."""
         point = evidence.points.get("since")
         return int(point.value) if point is not None and isfinite(point.value) else since
+
+    def sentence(self, layer: str) -> str:
+        """Without a word of where, if no module's gradient rose."""
+        return super().sentence(layer) if layer != ALL else re.split("[,;] ", self.says)[0] + "."
 
     def worst_layer(
         self, layers: Mapping[str, Mapping[str, Point]], baselines: Mapping[str, Mapping[str, float]]

@@ -116,6 +116,14 @@ def test_it_says_in_one_plain_sentence_what_is_wrong_and_where(rule):
     assert rule.kind.replace("_", " ") not in rule.says.lower()  # which comes next
 
 
+@pytest.mark.parametrize("kind", ["loss_spike", "divergence_ahead", "non_finite_step", "skipped_steps"])
+def test_no_module_is_named_where_none_stands_out(kind):
+    whole, of_layer = RULES[kind].sentence(ALL), RULES[kind].sentence("encoder")
+    assert re.fullmatch(r"[A-Z][^.`]*\.", whole)
+    assert of_layer.startswith(whole[:-1])
+    assert "`encoder`" in of_layer
+
+
 @rules
 def test_points_that_are_no_numbers_change_nothing_and_raise_nothing(rule):
     judge, random_ = judge_of(rule), random.Random(0)
