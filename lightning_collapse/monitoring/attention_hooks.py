@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 
+from lightning_collapse.monitoring.function_calls import FUNCTION_CALLS
 from lightning_collapse.monitoring.graph_call import GraphCall, pack, unpack
 from lightning_collapse.utilities.attention_calls import (
     AttentionCall,
@@ -24,7 +24,7 @@ from lightning_collapse.utilities.attention_calls import (
 )
 from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
 from lightning_collapse.utilities.modules import Tap, find_modules, find_taps, hooks_ignored, is_to_be_ignored
-from lightning_collapse.utilities.private_torch import FUSED_IN_EVAL, innermost_function_mode, is_fake
+from lightning_collapse.utilities.private_torch import FUSED_IN_EVAL, is_fake
 
 Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 """From a module and the arguments of its call to ``(query, key)`` or an :class:`AttentionCall`."""
@@ -83,12 +83,12 @@ class AttentionHooks:
         self.whole: Callable[[str, AttentionCall], None] | None = None
         self._names = {id(tap.module): tap.name for tap in layers}
         self._capture, self._failed, self._rows, self._max_rows = capture, failed, rows, max_rows
-        self._outermost = outermost
+        self._outermost = self._layer = outermost
         self._listening: AbstractContextManager[None] | None = None
 
     @property
     def armed(self) -> bool:
-        """Whether to capture calls of attention now; what was armed last must be disarmed first."""
+        """Whether to capture calls of attention now."""
         return self._listening is not None
 
     @armed.setter
@@ -101,48 +101,51 @@ class AttentionHooks:
             listening.__enter__()
             self._listening = listening
 
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Capture a function of torch that was called, if it is attention; for the mode."""
+        known = func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward or func in _SOFTMAX
+        # torch 2.5 does not call it compiling when it traces a function through with tensors that hold nothing
+        if not known or self._layer is None or is_to_be_ignored() or any(map(is_fake, args)):
+            return
+        with torch.no_grad():
+            captured = self._read(self._layer, func, args, kwargs)
+            if captured is not None:
+                self._capture(self._layer, captured)
+
+    def fail(self, error: Exception) -> None:
+        """Tell of an exception."""
+        self._failed(str(self._layer), error)
+
     @contextmanager
     def _listen(self) -> Iterator[None]:
-        mode: Any = _Mode(self._call, self._outermost)
         running: list[str | None] = []
         aside: list[nn.Module] = []
+        self._layer = self._outermost
 
         def enter(module: nn.Module, args: Any) -> None:
-            name = self._names.get(id(module))
-            running.append(name or mode.layer)
-            mode.layer = running[-1]
-            if isinstance(module, FUSED_IN_EVAL) and not module.training and mode.is_innermost():
-                mode.__exit__(None, None, None)
+            running.append(self._names.get(id(module)) or self._layer)
+            self._layer = running[-1]
+            if isinstance(module, FUSED_IN_EVAL) and not module.training and FUNCTION_CALLS.stand_aside():
                 aside.append(module)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if aside and aside[-1] is module:
                 aside.pop()
-                mode.__enter__()
+                FUNCTION_CALLS.come_back()
             if running:
                 running.pop()
-            mode.layer = running[-1] if running else self._outermost
+            self._layer = running[-1] if running else self._outermost
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
-        mode.__enter__()
+        FUNCTION_CALLS.add(self)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            if not aside:  # an interrupt may come while we stand aside
-                mode.__exit__(None, None, None)
-
-    def _call(self, layer: str | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if layer is None or is_to_be_ignored():
-            return
-        try:
-            with torch.no_grad():
-                captured = self._read(layer, func, args, kwargs)
-                if captured is not None:
-                    self._capture(layer, captured)
-        except Exception as error:  # reading is ours, the call was the model's
-            self._failed(layer, error)
+            FUNCTION_CALLS.remove(self)
+            if aside:  # an interrupt may come while we stand aside
+                FUNCTION_CALLS.come_back()
 
     def _read(self, layer: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured | None:
         if func is F.scaled_dot_product_attention:
@@ -269,25 +272,3 @@ def few_rows(call: AttentionCall, mask: Tensor | None, rows: int, max_rows: int)
     if call.query_mask is None and mask is not None and mask.shape == (call.query.shape[0], call.query.shape[2]):
         call = call._replace(query_mask=mask)
     return sample(call, rows, max_rows)
-
-
-class _Mode(TorchFunctionMode):
-    """Sees every call of a torch function from Python, after it has been made."""
-
-    def __init__(self, call: Callable[..., None], layer: str | None) -> None:
-        super().__init__()
-        self.layer = layer
-        self._call = call
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        known = func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward or func in _SOFTMAX
-        # torch 2.5 does not call it compiling when it traces a function through with tensors that hold nothing
-        if known and not torch.compiler.is_compiling() and not any(map(is_fake, args)):
-            self._call(self.layer, func, args, kwargs)
-        return output
-
-    def is_innermost(self) -> bool:
-        """Whether no other mode has been entered since."""
-        return innermost_function_mode() is self

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_collapse.functional.assignment import assignment_null, perplexity
 from lightning_collapse.monitoring.call_record import storage_of
+from lightning_collapse.monitoring.function_calls import FUNCTION_CALLS
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
@@ -72,7 +72,7 @@ class Codebooks:
         self.sizes = {name: len(table) for name, table in self._tables()} if self.open else {}
         self.given: set[int] = set()
         self._tries = 0
-        self._mode: Any = None
+        self._armed = False
         self._known: dict[int, tuple[str, torch.Size]] = {}
         self._chosen: dict[int, Tensor] = {}
         self._counted: set[tuple[str, int]] = set()
@@ -82,24 +82,25 @@ class Codebooks:
 
     @property
     def armed(self) -> bool:
-        """Whether to count now; what was armed last must be disarmed first."""
-        return self._mode is not None
+        """Whether to count now."""
+        return self._armed
 
     @armed.setter
     def armed(self, armed: bool) -> None:
-        mode, self._mode = self._mode, None
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        if self._armed:
+            FUNCTION_CALLS.remove(self)
         # addresses are used again
         self._chosen, self._counted, self._known = {}, set(), {}
-        if armed and (self.open or self.names) and not self._is_fused():
+        self._armed = armed and bool(self.open or self.names) and not self._is_fused()
+        if self._armed:
             tables = ((storage_of(table), name, table.shape) for name, table in self._tables())
             self._known = {address: (name, shape) for address, name, shape in tables if address}
-            self._mode = _Mode(self)
-            self._mode.__enter__()
+            FUNCTION_CALLS.add(self)
 
     def note(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Take note of a function that was called; for the mode."""
+        if not self.open and not self.names:
+            return
         name = getattr(func, "__name__", "")
         if name in _SEARCHES:
             self._search(args, kwargs, output)
@@ -225,24 +226,6 @@ class Codebooks:
         self.names -= self._others
         self._tries += 1
         self.open = self._tries < TRIES
-
-
-class _Mode(TorchFunctionMode):
-    """Shows every function of torch that is called from Python to :class:`Codebooks`, after it has been called."""
-
-    def __init__(self, owner: Codebooks) -> None:
-        super().__init__()
-        self._owner = owner
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if not torch.compiler.is_compiling() and (self._owner.open or self._owner.names):
-            try:
-                self._owner.note(func, args, kwargs, output)
-            except Exception as error:
-                self._owner.fail(error)
-        return output
 
 
 def _lookup(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Tensor] | None:

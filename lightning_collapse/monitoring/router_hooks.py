@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.overrides import TorchFunctionMode
 
 from lightning_collapse.functional.routing import Scores, routing_sums
 from lightning_collapse.monitoring.call_record import storage_of
+from lightning_collapse.monitoring.function_calls import FUNCTION_CALLS
 from lightning_collapse.monitoring.graph_call import GraphCall, pack, unpack
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
@@ -24,8 +24,6 @@ Reader = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 the experts chosen ``(..., k)``."""
 _SEARCHES = {"topk": 2, "max": 1, "argmax": 1}
 """Functions that choose, and the place of the dimension among their arguments."""
-
-
 _INTEGERS = (torch.int64, torch.int32)
 
 
@@ -46,7 +44,7 @@ class RouterHooks(HookOwner):
         read: Instead of all that, a function that says what the logits are, and which experts were chosen.
 
     Attributes:
-        armed: Whether to add up now; what was armed last must be disarmed first.
+        armed: Whether to add up now.
         mask: Padding mask ``(N, L)`` of the running batch; tokens get their part of it.
 
     Example:
@@ -65,7 +63,6 @@ class RouterHooks(HookOwner):
     ) -> None:
         self.mask: Tensor | None = None
         self._root, self._contained, self._reader = root, containment, read
-        self._mode: Any = None
         self._armed = False
         self._calls: dict[str, _Call] = {}
         self._made: dict[int, tuple[str, Tensor]] = {}
@@ -86,14 +83,12 @@ class RouterHooks(HookOwner):
     def armed(self, armed: bool) -> None:
         for name in list(self._calls):
             self._close(name)
-        mode, self._mode, self._armed = self._mode, None, armed
+        self._armed = armed
         self._made = {}  # addresses are used again
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        FUNCTION_CALLS.remove(self)
         fused = any(isinstance(module, FUSED_IN_EVAL) and not module.training for module in self._root.modules())
         if armed and self._reader is None and not fused:  # those compute in another order while somebody listens
-            self._mode = _Mode(self)
-            self._mode.__enter__()
+            FUNCTION_CALLS.add(self)
 
     def pop(self) -> dict[str, Tensor]:
         """Hand over the sums since the last time, by name; routers that did not run are missing."""
@@ -118,8 +113,11 @@ class RouterHooks(HookOwner):
         if isinstance(weight, Tensor) and (address := storage_of(weight)):
             self._made[address] = router.name, weight
 
-    def note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Take note of a function of torch that was called; for the mode."""
+        if not self._made:
+            return
+        name = getattr(func, "__name__", "")
         given = next((found for x in _tensors(args, kwargs) if (found := self._made.get(storage_of(x)))), None)
         call = self._calls.get(given[0]) if given is not None else None
         if call is None:
@@ -219,24 +217,6 @@ class _Hook(ModuleHook):
         if (module := self._module()) is not None and self.owner.armed:
             args, value = unpack(note, tensors)
             self.owner.capture(self.router, module, args, value)
-
-
-class _Mode(TorchFunctionMode):
-    """Shows every function of torch that is called from Python to :class:`RouterHooks`, after it has been called."""
-
-    def __init__(self, owner: RouterHooks) -> None:
-        super().__init__()
-        self._owner = owner
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if self._owner._made and not torch.compiler.is_compiling():
-            try:
-                self._owner.note(getattr(func, "__name__", ""), args, kwargs, output)
-            except Exception as error:
-                self._owner.fail(error)
-        return output
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
