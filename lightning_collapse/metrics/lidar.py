@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_collapse.functional.lidar import lidar_of_moments, stack_views
-from lightning_collapse.metrics.sums import SumsMetric
-from lightning_collapse.spectral.view_moments import VIEW_STATES, ViewMoments
+from lightning_collapse.metrics.sums import StatisticsMetric
+from lightning_collapse.spectral.view_moments import ViewMoments
 
 
-class LiDAR(SumsMetric):
+class LiDAR(StatisticsMetric[ViewMoments]):
     r"""Linear discriminant analysis rank of all samples seen since the last reset.
 
     See :func:`~lightning_collapse.functional.lidar`. Keeps :class:`~lightning_collapse.spectral.ViewMoments`, so memory
@@ -54,8 +52,6 @@ class LiDAR(SumsMetric):
 
     is_differentiable = False
     higher_is_better = True
-    # two streams merge by more than a sum per state, so `forward` updates twice instead of merging
-    full_state_update = True
 
     def __init__(
         self,
@@ -71,8 +67,7 @@ class LiDAR(SumsMetric):
             if not number > 0:
                 raise ValueError(f"`{name}` must be positive, got {number}.")
         self.dim, self.delta, self.eps, self.relative = dim, delta, eps, relative
-        for name, state in ViewMoments(dim, dtype=dtype).states().items():
-            self.add_state(name, state, dist_reduce_fx=None)
+        self._begin(ViewMoments(dim, dtype=dtype))
 
     def update(self, *views: Tensor) -> None:
         """Add samples: their views, shape ``(N, dim)`` each."""
@@ -85,28 +80,5 @@ class LiDAR(SumsMetric):
         rank, excess, n = lidar_of_moments(self.moments(), self.delta, self.eps, self.relative)
         return {"lidar": rank, "excess": excess, "n": n}
 
-    def moments(self) -> ViewMoments:
-        """The accumulated statistics."""
-        return ViewMoments.from_states({name: getattr(self, name) for name in VIEW_STATES})
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add what another metric of this class has seen, exactly."""
-        if isinstance(incoming_state, Metric):
-            incoming_state = {name: getattr(incoming_state, name, None) for name in VIEW_STATES}
-        within = incoming_state.get("within") if isinstance(incoming_state, dict) else None
-        if within is None or len(within) != self.dim or not set(VIEW_STATES) <= set(incoming_state):
-            raise ValueError(
-                f"`incoming_state` must be a `LiDAR` metric, or its states, of `dim={self.dim}`, got"
-                f" {type(incoming_state).__name__}."
-            )
-        self._set(self.moments().merge(ViewMoments.from_states(incoming_state)))
-        self._computed = None
-        self._update_count += 1
-
-    def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any | None = None) -> None:
-        # the states are sums about a shift that differs between processes: reducing each by itself would be wrong
-        self._set(self.moments().reduce(process_group or self.process_group))
-
-    def _set(self, moments: ViewMoments) -> None:
-        for name, state in moments.states().items():
-            setattr(self, name, state)
+    def _from_states(self, states: dict[str, Any]) -> ViewMoments:
+        return ViewMoments.from_states(states)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import nan
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_collapse.functional.neural_collapse.cdnv import over_pairs
 from lightning_collapse.functional.neural_collapse.class_means import centered_means, rounding_variance
@@ -17,12 +15,12 @@ from lightning_collapse.functional.neural_collapse.nc1 import within_over_betwee
 from lightning_collapse.functional.neural_collapse.nc2 import angle_error, frame_distance, norm_variation
 from lightning_collapse.functional.neural_collapse.nc3 import bias_collapse, duality_distance
 from lightning_collapse.functional.neural_collapse.vci import vci
-from lightning_collapse.metrics.sums import SumsMetric
-from lightning_collapse.spectral.class_moments import CLASS_STATES, ClassMoments
+from lightning_collapse.metrics.sums import StatisticsMetric
+from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.spectral.precision import full_precision
 
 
-class NeuralCollapse(SumsMetric):
+class NeuralCollapse(StatisticsMetric[ClassMoments]):
     r"""Neural collapse of all features seen since the last reset, from one pass.
 
     Keeps :class:`~lightning_collapse.spectral.ClassMoments`: memory is ``O(num_classes * dim + dim ** 2)`` however many
@@ -83,8 +81,7 @@ class NeuralCollapse(SumsMetric):
 
     is_differentiable = False
     higher_is_better: bool | None = None
-    # two streams merge by more than a sum per state, so `forward` updates twice instead of merging
-    full_state_update = True
+    sizes = ("num_classes", "dim")
 
     ignored: Tensor
     invalid: Tensor
@@ -111,8 +108,7 @@ class NeuralCollapse(SumsMetric):
             raise ValueError(f"`min_count` is a number of rows and must be positive, got {min_count}.")
         self.ignore_index = ignore_index
         self.min_count = min_count
-        for name, state in ClassMoments(num_classes, dim, dtype=dtype).states().items():
-            self.add_state(name, state, dist_reduce_fx=None)
+        self._begin(ClassMoments(num_classes, dim, dtype=dtype))
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add rows of shape ``(N, dim)`` and their classes ``(N,)``."""
@@ -122,31 +118,8 @@ class NeuralCollapse(SumsMetric):
         """All measures of everything seen so far; those of the classifier if its weight is given."""
         return measures(self.moments(), weight, bias, self.min_count)
 
-    def moments(self) -> ClassMoments:
-        """The accumulated statistics; an update of them is one of the metric."""
-        return ClassMoments.from_states({name: getattr(self, name) for name in CLASS_STATES}, self.ignore_index)
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add what another metric of this class has seen, exactly."""
-        if isinstance(incoming_state, Metric):
-            incoming_state = {name: getattr(incoming_state, name, None) for name in CLASS_STATES}
-        shift = incoming_state.get("shift") if isinstance(incoming_state, dict) else None
-        if shift is None or shift.shape != (self.num_classes, self.dim) or not set(CLASS_STATES) <= set(incoming_state):
-            raise ValueError(
-                f"`incoming_state` must be a `NeuralCollapse` metric, or its states, of"
-                f" `num_classes={self.num_classes}` and `dim={self.dim}`, got {type(incoming_state).__name__}."
-            )
-        self._set(self.moments().merge(ClassMoments.from_states(incoming_state)))
-        self._computed = None
-        self._update_count += 1
-
-    def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any | None = None) -> None:
-        # the states are sums about anchors that differ between processes: reducing each by itself would be wrong
-        self._set(self.moments().reduce(process_group or self.process_group))
-
-    def _set(self, moments: ClassMoments) -> None:
-        for name, state in moments.states().items():
-            setattr(self, name, state)
+    def _from_states(self, states: dict[str, Any]) -> ClassMoments:
+        return ClassMoments.from_states(states, self.ignore_index)
 
 
 def measures(

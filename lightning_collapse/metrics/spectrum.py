@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from lightning_collapse.metrics.sums import SumsMetric
-from lightning_collapse.spectral.moments import STATES, Moments
+from lightning_collapse.metrics.sums import StatisticsMetric
+from lightning_collapse.spectral.moments import Moments
 from lightning_collapse.spectral.spectrum import Spectrum as SpectrumRecord
 
 
-class Spectrum(SumsMetric):
+class Spectrum(StatisticsMetric[Moments]):
     r"""Singular values of all features seen since the last reset.
 
     Keeps :class:`~lightning_collapse.spectral.Moments`, so memory is ``O(dim ** 2)`` however many samples arrive,
@@ -49,8 +47,6 @@ class Spectrum(SumsMetric):
 
     is_differentiable = False
     higher_is_better: bool | None = None
-    # two streams merge by more than a sum per state, so `forward` updates twice instead of merging
-    full_state_update = True
 
     count: Tensor
     shift: Tensor
@@ -61,8 +57,7 @@ class Spectrum(SumsMetric):
             raise ValueError(f"`dim` is the number of features and must be positive, got {dim}.")
         self.dim = dim
         self.center = center
-        for name, state in Moments(dim, dtype=dtype).states().items():
-            self.add_state(name, state, dist_reduce_fx=None)
+        self._begin(Moments(dim, dtype=dtype))
 
     def update(self, features: Tensor, mask: Tensor | None = None) -> None:
         """Add rows of shape ``(N, dim)``."""
@@ -78,32 +73,8 @@ class Spectrum(SumsMetric):
         """The full record that the measures take, of what this process has seen."""
         return self.moments().spectrum(self.center)
 
-    def moments(self) -> Moments:
-        """The accumulated statistics."""
-        return Moments.from_states({name: getattr(self, name) for name in STATES})
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add what another metric of this class has seen, exactly."""
-        if isinstance(incoming_state, Metric):
-            incoming_state = {name: getattr(incoming_state, name, None) for name in STATES}
-        shift = incoming_state.get("shift") if isinstance(incoming_state, dict) else None
-        if shift is None or shift.shape != self.shift.shape or not set(STATES) <= set(incoming_state):
-            raise ValueError(
-                f"`incoming_state` must be a `Spectrum` metric, or its states, of `dim={self.dim}`, got"
-                f" {type(incoming_state).__name__}."
-            )
-        self._set(self.moments().merge(Moments.from_states(incoming_state)))
-        self._computed = None
-        self._update_count += 1
-
-    def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any | None = None) -> None:
-        # the states are sums about a shift that differs between processes: reducing each by itself would be wrong,
-        # and the default gathers a copy of every state per process
-        self._set(self.moments().reduce(process_group or self.process_group))
+    def _from_states(self, states: dict[str, Any]) -> Moments:
+        return Moments.from_states(states)
 
     def _unless_empty(self, value: Tensor) -> Tensor:
         return torch.where(self.count > 0, value, torch.nan)
-
-    def _set(self, moments: Moments) -> None:
-        for name, state in moments.states().items():
-            setattr(self, name, state)
