@@ -7,17 +7,15 @@ from math import nan
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
+from lightning_collapse.callbacks.monitors.attention_monitor import AttentionMonitor
+from lightning_collapse.callbacks.monitors.monitor import Detail, Name
 from lightning_collapse.functional.attention_entropy import entropy_sums
 from lightning_collapse.functional.attention_rows import rows_of_call, rows_of_masked_logits
 from lightning_collapse.monitoring.attention_hooks import Captured, Reader
-from lightning_collapse.monitoring.attention_window import AttentionWindow, check_readers
-from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 
@@ -43,7 +41,7 @@ class Entropies:
         return entropy_sums(rows_of_masked_logits(captured) if isinstance(captured, Tensor) else rows_of_call(captured))
 
 
-class AttentionEntropyMonitor(Monitor):
+class AttentionEntropyMonitor(AttentionMonitor):
     """Log how sharply every head of attention looks: entropy collapse and entropic overload.
 
     The entropy of a query's attention weights, over its largest possible value (the logarithm of the number of keys
@@ -127,7 +125,6 @@ class AttentionEntropyMonitor(Monitor):
         Curve("n", "queries per head behind the point, over all processes", "0 to infinity", "few: a rough reading"),
         Curve("flag", "attention", "0 to 7", "above 0: why to doubt the point"),
     )
-    identity = ("layers", "every_n_steps")
 
     def __init__(
         self,
@@ -138,8 +135,7 @@ class AttentionEntropyMonitor(Monitor):
         overloaded_above: float = 0.95,
         detail: Detail = "high",
     ) -> None:
-        super().__init__(every_n_steps, detail)
-        check_readers(layers)
+        super().__init__(layers, every_n_steps, rows, detail)
         if rows < 1:
             raise ValueError(f"`rows` must be at least 1, got {rows}.")
         if not 0 <= collapsed_below <= overloaded_above <= 1:
@@ -147,11 +143,8 @@ class AttentionEntropyMonitor(Monitor):
                 "`collapsed_below` and `overloaded_above` are shares of the largest entropy, in this order, between 0"
                 f" and 1, got {collapsed_below} and {overloaded_above}."
             )
-        self.layers = layers
-        self.rows = rows
         self.collapsed_below = collapsed_below
         self.overloaded_above = overloaded_above
-        self._attention: AttentionWindow | None = None
 
     @override
     def state(self) -> dict[str, Any]:
@@ -164,33 +157,7 @@ class AttentionEntropyMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        try:
-            self._attention = AttentionWindow(pl_module, self.layers, Entropies(), self.warn_once, self.rows)
-        except ValueError as error:
-            raise MisconfigurationException(
-                f"`AttentionEntropyMonitor(layers={list(self.layers or ())!r})`: {error}"
-            ) from error
-
-    @property
-    @override
-    def listeners(self) -> list[HookOwner]:
-        return [] if self._attention is None else self._attention.listeners
-
-    @override
-    def stop(self) -> None:
-        if self._attention is not None:
-            self._attention.close()
-        self._attention = None
-
-    @override
-    def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
-        if self._attention is not None:
-            self._attention.before_batch(batch, batches_left == 0)
-
-    @override
-    def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
-        if self._attention is not None:
-            self._attention.after_batch()
+        self.listen(pl_module, Entropies())
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
@@ -203,17 +170,8 @@ class AttentionEntropyMonitor(Monitor):
         for name, of_layer in ({} if self._attention is None else self._attention.tables(numbers)).items():
             points += self._points_of(name, step, of_layer)
             heads.append(of_layer[of_layer[:, 0] > 0])
-            if points[-1].flag == Flag.NOT_CALLED:
-                self.warn_once(
-                    f"the attention of `{name}` was not captured before every point; its curves read NaN there."
-                )
+            self.say_if_not_called(points[-1])
         return points + self._summary(step, heads) if points else []
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if self._attention is not None:
-            self._attention.warn_of_the_silent()
 
     def _points_of(self, name: str, step: int, numbers: Tensor) -> list[Point]:
         """Curves of one layer, from the numbers ``(H, 7)`` of its heads."""

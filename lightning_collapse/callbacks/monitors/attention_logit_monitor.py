@@ -7,22 +7,21 @@ from math import isfinite, nan
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
+from lightning_collapse.callbacks.monitors.attention_monitor import AttentionMonitor
+from lightning_collapse.callbacks.monitors.monitor import Detail, Name
 from lightning_collapse.functional.attention_logits import logit_bound
 from lightning_collapse.monitoring import qk_increment_window
 from lightning_collapse.monitoring.attention_hooks import Reader
 from lightning_collapse.monitoring.attention_statistics import LogitStatistics
-from lightning_collapse.monitoring.attention_window import MAX_ROWS, AttentionWindow, check_readers
+from lightning_collapse.monitoring.attention_window import MAX_ROWS
 from lightning_collapse.monitoring.qk_increment_window import QKIncrementWindow
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.attention_calls import AttentionCall
 from lightning_collapse.utilities.distributed import all_reduce_max
-from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 
@@ -31,7 +30,7 @@ _K2 = "Kimi Team, arXiv 2507.20534"
 _INCREMENTS = "arXiv 2606.28116"
 
 
-class AttentionLogitMonitor(Monitor):
+class AttentionLogitMonitor(AttentionMonitor):
     """Log how large attention logits are, whether heads and queries differ, and how ``W_q W_k^T`` moves.
 
     Logits that grow without end are how many large trainings diverge; :class:`~lightning_collapse.QKClip` bounds them.
@@ -124,7 +123,6 @@ class AttentionLogitMonitor(Monitor):
         Curve("n", "queries per head behind the point, over all processes", "0 to infinity", "few: a rough reading"),
         Curve("flag", "attention", "0 to 7", "above 0: why to doubt the point"),
     )
-    identity = ("layers", "every_n_steps")
 
     def __init__(
         self,
@@ -135,15 +133,11 @@ class AttentionLogitMonitor(Monitor):
         heads: int = 1,
         detail: Detail = "high",
     ) -> None:
-        super().__init__(every_n_steps, detail)
-        check_readers(layers)
+        super().__init__(layers, every_n_steps, rows, detail)
         require_whole(1, rows=rows)
         require_whole(0, heads=heads)
-        self.layers = layers
-        self.rows = rows
         self.bound = bound
         self.heads = heads
-        self._attention: AttentionWindow | None = None
         self._increments: QKIncrementWindow | None = None
         self._reset()
 
@@ -177,39 +171,20 @@ class AttentionLogitMonitor(Monitor):
         self._reset()
         self._device = pl_module.device
         whole = self._take_bound if self.bound else None
-        try:
-            self._attention = AttentionWindow(
-                pl_module, self.layers, LogitStatistics(), self.warn_once, self.rows, whole
-            )
-        except ValueError as error:
-            raise MisconfigurationException(
-                f"`AttentionLogitMonitor(layers={list(self.layers or ())!r})`: {error}"
-            ) from error
+        window = self.listen(pl_module, LogitStatistics(), whole)
         if self.heads:
-            self._increments = QKIncrementWindow(pl_module, self._attention.taps, self.heads, self.warn_once)
-
-    @property
-    @override
-    def listeners(self) -> list[HookOwner]:
-        return [] if self._attention is None else self._attention.listeners
+            self._increments = QKIncrementWindow(pl_module, window.taps, self.heads, self.warn_once)
 
     @override
     def stop(self) -> None:
-        if self._attention is not None:
-            self._attention.close()
-        self._attention = self._increments = None
-        self._bounds = {}
+        super().stop()
+        self._increments, self._bounds = None, {}
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
         if self._attention is not None:
             # where the first point has seen no call whole there is nothing to listen for between points
             self._attention.before_batch(batch, batches_left == 0, between=self.bound and bool(self._widths))
-
-    @override
-    def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
-        if self._attention is not None:
-            self._attention.after_batch()
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
@@ -237,20 +212,11 @@ class AttentionLogitMonitor(Monitor):
         points: list[Point] = []
         for layer, table in tables.items():
             points += self._points_of(layer, step, table)
-            if points[-1].flag == Flag.NOT_CALLED:
-                self.warn_once(
-                    f"the attention of `{layer}` was not captured before every point; its curves read NaN there."
-                )
+            self.say_if_not_called(points[-1])
         for (layer, curve), number in known.items():
             if isfinite(number):
                 points.append(Point(self.family, layer, "qk_bound" if curve == _BOUND else curve, step, number))
         return points + self._summary(step, points)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if self._attention is not None:
-            self._attention.warn_of_the_silent()
 
     def _take_bound(self, name: str, call: AttentionCall) -> None:
         batch, _, length, _ = call.query.shape
