@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_collapse.monitoring.graph_call import GraphCall
+from lightning_collapse.monitoring.tap_hook import TapHook
 from lightning_collapse.spectral.entry_moments import EntryMoments, reduce_entries
-from lightning_collapse.utilities.channel_axis import ChannelAxis
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import max_over_processes
 from lightning_collapse.utilities.features import as_row_mask, as_rows, find_features
-from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
+from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import Tap, is_to_be_ignored
 
 
@@ -89,7 +88,7 @@ class ActivationHooks(HookOwner):
         self.armed, self.mask = False, None
         self._moments.clear()
 
-    def add(self, hook: _Hook, value: Any) -> None:
+    def capture(self, hook: TapHook, value: Any) -> None:
         """Add up what a layer has returned; for hooks."""
         if not self.armed or hook.failed or is_to_be_ignored():
             return
@@ -100,7 +99,7 @@ class ActivationHooks(HookOwner):
             self._leave_out(hook.name, error)
 
     @torch.no_grad()
-    def _add(self, hook: _Hook, value: Any) -> None:
+    def _add(self, hook: TapHook, value: Any) -> None:
         features = find_features(value)
         rows = None if features is None else as_rows(features.detach(), hook.axis, positions=True)
         if features is None or rows is None or not rows.shape[1]:
@@ -112,9 +111,9 @@ class ActivationHooks(HookOwner):
         if not features.is_complex() and features.element_size() > 1:  # numbers of 8 bits have a scale elsewhere
             self.formats[hook.name] = torch.finfo(features.dtype).max
 
-    def _hook(self, tap: Tap) -> _Hook | None:
+    def _hook(self, tap: Tap) -> TapHook | None:
         try:
-            return _Hook(self, tap)
+            return TapHook(self, tap)
         except Exception as error:  # a ScriptModule refuses hooks
             self._leave_out(tap.name, error)
             return None
@@ -122,29 +121,3 @@ class ActivationHooks(HookOwner):
     def _leave_out(self, name: str, error: Exception) -> None:
         self.left_out[name] = str(error)
         self.containment.catch(f"reading layer `{name}`", "it is left out from now on", error)
-
-
-class _Hook(ModuleHook):
-    def __init__(self, owner: ActivationHooks, tap: Tap) -> None:
-        self.owner, self.name, self.before = owner, tap.name, tap.side == "input"
-        self.failed = False
-        self.axis = ChannelAxis(tap.module, tap.side)
-        self.call = GraphCall(self._receive)
-        super().__init__(tap.module, self.before)
-
-    def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
-        value = (*args, *value.values()) if self.before else value
-        if torch.compiler.is_compiling():
-            self.call([_in_graph(value)])
-        elif self.owner.armed:
-            self.owner.add(self, value)
-
-    def _receive(self, tensors: Sequence[Tensor | None], note: str) -> None:
-        self.owner.add(self, tensors[0])
-
-
-def _in_graph(value: Any) -> Tensor | None:
-    """The features to hand out of a compiled graph, as a plain tensor; traced by the compiler."""
-    features = find_features(value)
-    plain = features is not None and not features.is_nested and type(features) in (Tensor, nn.Parameter)
-    return features.detach() if features is not None and plain else None

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_collapse.monitoring.graph_call import GraphCall
-from lightning_collapse.utilities.channel_axis import ChannelAxis
+from lightning_collapse.monitoring.tap_hook import TapHook
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly, find_features, is_tokens, token_at
-from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
+from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import Tap, is_to_be_ignored
 
 
@@ -126,7 +125,7 @@ class FeatureHooks(HookOwner):
         self.armed = False
         self.pop()
 
-    def capture(self, hook: _Hook, value: Any) -> None:
+    def capture(self, hook: TapHook, value: Any) -> None:
         """Copy rows of what a layer has returned; for hooks."""
         if not self.armed or hook.failed or is_to_be_ignored():
             return
@@ -137,14 +136,14 @@ class FeatureHooks(HookOwner):
             hook.failed = not isinstance(error, NoFeaturesError)  # the next call may return another thing
             self._leave_out(hook.name, error)
 
-    def _hook(self, tap: Tap) -> _Hook | None:
+    def _hook(self, tap: Tap) -> TapHook | None:
         try:
-            return _Hook(self, tap)
+            return TapHook(self, tap)
         except Exception as error:  # a ScriptModule refuses hooks
             self._leave_out(tap.name, error)
             return None
 
-    def _read(self, hook: _Hook, value: Any) -> _Call:
+    def _read(self, hook: TapHook, value: Any) -> _Call:
         features = find_features(value)
         if features is None:
             raise NoFeaturesError(f"no floating-point numbers to read in {_describe(value)}")
@@ -168,7 +167,7 @@ class FeatureHooks(HookOwner):
         kept = evenly(rows.detach(), limit), mask if mask is None else evenly(mask, limit)
         return _Call(*kept, rows.shape[0], views=views)
 
-    def _views(self, hook: _Hook, features: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    def _views(self, hook: TapHook, features: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         """A call's samples, one row each, and of a first call also those of its halves; of the first two calls only.
 
         Tokens and places are averaged: the same places of two samples resemble each other, and are no views.
@@ -185,7 +184,7 @@ class FeatureHooks(HookOwner):
         halves = not earlier and len(rows) % 2 == 0 and (self.halved is None or hook.name in self.halved)
         return tuple(evenly(part, self.views) for part in (rows, *(rows.chunk(2) if halves else ())))
 
-    def _read_sequences(self, hook: _Hook, features: Tensor) -> _Call:
+    def _read_sequences(self, hook: TapHook, features: Tensor) -> _Call:
         count, length, width = features.shape
         picked = evenly(torch.arange(count, device=features.device), max(self._limit(hook, width) // max(length, 1), 1))
         rows = as_rows(features.index_select(0, picked))
@@ -195,14 +194,14 @@ class FeatureHooks(HookOwner):
         mask = self.mask.index_select(0, picked).flatten().bool() if fits and self.mask is not None else None
         return _Call(rows.detach(), mask, count * length, picked.repeat_interleave(length), count)
 
-    def _limit(self, hook: _Hook, width: int) -> int:
+    def _limit(self, hook: TapHook, width: int) -> int:
         return self.limits.get(hook.name) or self.limit or min(4 * width, 1024)
 
     def _leave_out(self, name: str, error: Exception) -> None:
         self.left_out[name] = str(error)
         self.containment.catch(f"reading layer `{name}`", "what fails is left out", error)
 
-    def _warn(self, hook: _Hook, maps: Tensor) -> None:
+    def _warn(self, hook: TapHook, maps: Tensor) -> None:
         read = "(N, C, *)" if hook.axis.is_first(maps) else "(N, *, C)"
         rank_zero_warn(
             f"`{self.containment.owner}`: nothing in layer `{hook.name}` tells which axis of its output"
@@ -213,25 +212,6 @@ class FeatureHooks(HookOwner):
 
 class NoFeaturesError(TypeError):
     """What a layer has returned cannot be read."""
-
-
-class _Hook(ModuleHook):
-    def __init__(self, owner: FeatureHooks, tap: Tap) -> None:
-        self.owner, self.name, self.before = owner, tap.name, tap.side == "input"
-        self.failed = False
-        self.axis = ChannelAxis(tap.module, tap.side)
-        self.call = GraphCall(self._receive)
-        super().__init__(tap.module, self.before)
-
-    def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
-        value = (*args, *value.values()) if self.before else value
-        if torch.compiler.is_compiling():
-            self.call([_in_graph(value)])
-        elif self.owner.armed:
-            self.owner.capture(self, value)
-
-    def _receive(self, tensors: Sequence[Tensor | None], note: str) -> None:
-        self.owner.capture(self, tensors[0])
 
 
 class _Call(NamedTuple):
@@ -268,16 +248,6 @@ def _two_views(calls: Sequence[_Call]) -> Tensor | None:
 
 def _cat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _in_graph(value: Any) -> Tensor | None:
-    """The features to hand out of a compiled graph, as a plain tensor; traced by the compiler."""
-    features = find_features(value)
-    if features is not None and features.is_nested:
-        features = as_rows(features) if features.ndim == 3 else None
-    if features is None or type(features) not in (Tensor, nn.Parameter):
-        return None
-    return features.detach()
 
 
 def _describe(value: Any) -> str:

@@ -45,7 +45,7 @@ class FunctionCalls(local):
     """
 
     def __init__(self) -> None:
-        self._mode = _Mode()
+        self._mode: Any = _Mode()
         self._entered = False
 
     def add(self, listener: Listener) -> None:
