@@ -1,10 +1,12 @@
 """First NaN or infinity: extremes of a tensor that carry it, and what made it (data, update, overflow, undefined)."""
 
 from enum import IntEnum
-from math import inf, isnan, log
+from math import inf, isnan, log, nan
 
 import torch
 from torch import Tensor
+
+from lightning_collapse.functional.activation_outliers import headroom_bits
 
 
 class Cause(IntEnum):
@@ -115,12 +117,11 @@ def producer_cause(made: float, operand: float, weight: float, terms: int, limit
 
 
 def bits_of_headroom(largest: float, limit: float) -> float:
-    """Bits that a magnitude may still grow before the format overflows; NaN of what is not finite, infinite of 0.
+    """:func:`~lightning_collapse.functional.headroom_bits` of a number on the host; NaN of what is not finite.
 
     Example:
         >>> bits_of_headroom(32752.0, 65504.0), bits_of_headroom(0.0, 65504.0)
         (1.0, inf)
     """
-    if not largest < inf:
-        return float("nan")
-    return log(limit / largest, 2) if largest > 0 else inf
+    known = torch.tensor(largest if largest < inf else nan, dtype=torch.float64)
+    return headroom_bits(known, limit).item()

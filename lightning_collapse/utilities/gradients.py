@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.parameters import as_real
@@ -38,6 +39,12 @@ def gradients_of(parameters: Sequence[Tensor], sparse: bool = True) -> Gradients
             found.shares.append(shards_of(gradient) / processes)
             found.tensors.append(local_part(gradient.detach()))
     return found
+
+
+def places_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[int]:
+    """Which of the parameters an optimizer updates."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [i for i, parameter in enumerate(parameters) if id(parameter) in own]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from inspect import signature
 from math import inf, isinf
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
@@ -55,9 +56,12 @@ def batches_until(trainer: Trainer, every_n_steps: int) -> int:
     return steps * accumulate + left
 
 
-def is_due(trainer: Trainer, every_n_steps: int) -> bool:
-    """Whether the running training batch ends in a point of a cadence; at the same steps as Lightning's own curves."""
-    return every_n_steps > 0 and (logging_step(trainer) + 1) % every_n_steps == 0 and ends_step(trainer)
+def is_due(trainer: Trainer, every_n_steps: int, ahead: int = 0) -> bool:
+    """Whether the running training batch ends in a point of a cadence; at the same steps as Lightning's own curves.
+
+    With ``ahead`` whether it ends an optimizer step, and so many steps later one ends in a point.
+    """
+    return every_n_steps > 0 and (logging_step(trainer) + 1 + ahead) % every_n_steps == 0 and ends_step(trainer)
 
 
 def batches_of_epoch(trainer: Trainer) -> int | None:
@@ -95,6 +99,12 @@ def loss_scale(trainer: Trainer, optimizer: Optimizer | None = None) -> Tensor |
     return getattr(scaler, "_scale", None) if scaler is not None and scaler.is_enabled() else None
 
 
+def unscaled_squares(trainer: Trainer, optimizer: Optimizer, squares: Tensor) -> Tensor:
+    """Squared norms of the gradients that an optimizer gets, without the factor that they may carry."""
+    scale = loss_scale(trainer, optimizer)
+    return squares if scale is None else squares / scale.to(squares).square()
+
+
 def to_device(trainer: Trainer, batch: Any) -> Any:
     """A batch as a step would get it: in the trainer's precision, through the batch hooks, on the device."""
     batch = trainer.precision_plugin.convert_input(batch)
@@ -112,6 +122,19 @@ def is_sharded(trainer: Trainer, module: nn.Module) -> bool:
     marks = ("full_tensor", "ds_id")  # of DTensor (FSDP2, tensor parallel) and of DeepSpeed's third stage
     cut = any(hasattr(parameter, mark) for parameter in module.parameters() for mark in marks)
     return cut or is_kind(trainer.strategy, FSDPStrategy)
+
+
+def refuse_flattened(trainer: Trainer, who: str, what: str = "parameters") -> None:
+    """Refuse a strategy whose flattened parameters belong to no module.
+
+    Raises:
+        MisconfigurationException: For ``strategy="fsdp"``.
+    """
+    if is_kind(trainer.strategy, FSDPStrategy):
+        raise MisconfigurationException(
+            f"`{who}` cannot read the flattened {what} of `strategy='fsdp'`."
+            " Use `ModelParallelStrategy` with `fully_shard`."
+        )
 
 
 def save_checkpoint(trainer: Trainer, path: str, who: str) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -24,7 +23,7 @@ from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.modules import clean_name, find_modules
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import register_curve
-from lightning_collapse.utilities.twin_packages import is_kind
+from lightning_collapse.utilities.trainer import refuse_flattened
 
 Kind = Literal["epoch_change", "task_change"]
 
@@ -93,11 +92,7 @@ class ForgettingMonitor(TaskAware):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if is_kind(trainer.strategy, FSDPStrategy):
-            raise MisconfigurationException(
-                "`ForgettingMonitor` cannot read the flattened parameters of `strategy='fsdp'`."
-                " Use `ModelParallelStrategy` with `fully_shard`."
-            )
+        refuse_flattened(trainer, type(self).__name__)
         self._tensors, self._groups = {}, {}
         for layer, name, tensor in self._choose(pl_module):
             self._tensors[name] = tensor

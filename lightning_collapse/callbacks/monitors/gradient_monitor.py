@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,12 +19,18 @@ from lightning_collapse.monitoring.gradient_noise_window import GradientNoiseWin
 from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.batch import batch_size
 from lightning_collapse.utilities.distributed import all_reduce_sum
-from lightning_collapse.utilities.gradients import gradients_of, squared_norms
+from lightning_collapse.utilities.gradients import gradients_of, places_of, squared_norms
 from lightning_collapse.utilities.modules import default_taps, find_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
-from lightning_collapse.utilities.trainer import ends_step, is_due, loss_scale, synchronizes_last
-from lightning_collapse.utilities.twin_packages import is_kind
+from lightning_collapse.utilities.trainer import (
+    ends_step,
+    is_due,
+    loss_scale,
+    refuse_flattened,
+    synchronizes_last,
+    unscaled_squares,
+)
 
 _MICRO, _NOISE = "micro-batch gradients", "McCandlish et al. 2018, arXiv 1812.06162"
 
@@ -128,11 +133,7 @@ class GradientMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if is_kind(trainer.strategy, FSDPStrategy):
-            raise MisconfigurationException(
-                "`GradientMonitor` cannot read the flattened gradients of `strategy='fsdp'`."
-                " Use `ModelParallelStrategy` with `fully_shard`."
-            )
+        refuse_flattened(trainer, type(self).__name__, "gradients")
         self._averages = [0.0, 0.0, 0.0]
         self._parameters = list(pl_module.parameters())
         index = {id(parameter): i for i, parameter in enumerate(self._parameters)}
@@ -176,13 +177,9 @@ class GradientMonitor(Monitor):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not is_due(trainer, self._every):
             return
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        mine = [i for i, parameter in enumerate(self._parameters) if id(parameter) in own]
+        mine = places_of(optimizer, self._parameters)
         found = gradients_of([self._parameters[i] for i in mine])
-        squares = squared_norms(found.tensors, pl_module.device)
-        scale = loss_scale(trainer, optimizer)
-        if scale is not None:
-            squares = squares / scale.to(squares).square()
+        squares = unscaled_squares(trainer, optimizer, squared_norms(found.tensors, pl_module.device))
         self._norms.append(([mine[i] for i in found.indices], found.shares, squares))
 
     @override

@@ -9,9 +9,7 @@ from math import isfinite, nan, sqrt
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -31,7 +29,7 @@ from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.modules import Tap, activation_taps, default_taps
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import MEASURES, Curve
-from lightning_collapse.utilities.twin_packages import is_kind
+from lightning_collapse.utilities.trainer import refuse_flattened
 
 ROWS = 1024
 _UNITS = ("dormant_fraction", "dead_fraction", "mean_activation", "srank")
@@ -154,11 +152,7 @@ class PlasticityMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if is_kind(trainer.strategy, FSDPStrategy):
-            raise MisconfigurationException(
-                "`PlasticityMonitor` cannot read the flattened parameters of `strategy='fsdp'`."
-                " Use `ModelParallelStrategy` with `fully_shard`."
-            )
+        refuse_flattened(trainer, type(self).__name__)
         taps = self.choose_taps(self.layers, _default(pl_module), pl_module)
         self.window = FeatureWindow(
             pl_module,

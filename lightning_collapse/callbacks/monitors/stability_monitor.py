@@ -7,9 +7,7 @@ from math import nan
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -20,11 +18,16 @@ from lightning_collapse.rules.base import ALL
 from lightning_collapse.rules.step_stream import Step, StepStream
 from lightning_collapse.spectral.deterministic import nan_median
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
-from lightning_collapse.utilities.gradients import gradients_of, squared_norms
+from lightning_collapse.utilities.gradients import gradients_of, places_of, squared_norms
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import Curve
-from lightning_collapse.utilities.trainer import logging_step, loss_scale, planned_steps
-from lightning_collapse.utilities.twin_packages import is_kind
+from lightning_collapse.utilities.trainer import (
+    logging_step,
+    loss_scale,
+    planned_steps,
+    refuse_flattened,
+    unscaled_squares,
+)
 
 _LOSS, _NORM = "the loss of every step", "the norm of every step's gradient"
 _OLMO = "after OLMo-core's SpikeScore"
@@ -140,11 +143,7 @@ class StabilityMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if is_kind(trainer.strategy, FSDPStrategy):
-            raise MisconfigurationException(
-                "`StabilityMonitor` cannot read the flattened gradients of `strategy='fsdp'`."
-                " Use `ModelParallelStrategy` with `fully_shard`."
-            )
+        refuse_flattened(trainer, type(self).__name__, "gradients")
         self._forget()
         named = list(pl_module.named_parameters())
         self._parameters = [parameter for _, parameter in named]
@@ -218,9 +217,7 @@ class StabilityMonitor(Monitor):
             loss, squares = None if loss is None else total[0] / total[1], total[2:]
         if loss is None and all(parameter.grad is None for parameter in self._parameters):
             return  # a training step that returned nothing
-        scale = loss_scale(trainer, optimizer)
-        if scale is not None:
-            squares = squares / scale.to(squares).square()
+        squares = unscaled_squares(trainer, optimizer, squares)
         self._signals[index].skips = self.skips
         flag = self._signals[index].update(
             logging_step(trainer), loss, squares.sum().sqrt(), loss_scale(trainer) is not None, squares
@@ -240,9 +237,7 @@ class StabilityMonitor(Monitor):
         """Squared norms of this process's parts of the gradients, a number for every parameter of the module."""
         mine = self._of_optimizer.get(id(optimizer))
         if mine is None or sum(len(group["params"]) for group in optimizer.param_groups) != len(mine):
-            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            mine = [i for i, parameter in enumerate(self._parameters) if id(parameter) in own]
-            self._of_optimizer[id(optimizer)] = mine
+            mine = self._of_optimizer[id(optimizer)] = places_of(optimizer, self._parameters)
         found = gradients_of([self._parameters[i] for i in mine])
         squares = squared_norms(found.tensors, pl_module.device)
         key = tuple(found.indices)

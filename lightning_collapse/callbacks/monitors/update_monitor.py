@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -23,8 +22,7 @@ from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.modules import clean_name, curve_name, default_taps, find_modules
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
-from lightning_collapse.utilities.trainer import ends_step, is_due, logging_step
-from lightning_collapse.utilities.twin_packages import is_kind
+from lightning_collapse.utilities.trainer import is_due, refuse_flattened
 
 LARGE = 1024
 """Entries from which on the RMS ratio of a tensor is read: of smaller ones it is mostly noise."""
@@ -127,11 +125,7 @@ class UpdateMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if is_kind(trainer.strategy, FSDPStrategy):
-            raise MisconfigurationException(
-                "`UpdateMonitor` cannot read the flattened parameters of `strategy='fsdp'`."
-                " Use `ModelParallelStrategy` with `fully_shard`."
-            )
+        refuse_flattened(trainer, type(self).__name__)
         self._forget()
         self._parameters = list(pl_module.parameters())
         self._groups = self._choose(pl_module)
@@ -159,7 +153,7 @@ class UpdateMonitor(Monitor):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._reader is None or self._left < 0:
             return
-        due, keep = is_due(trainer, self._every), self._is_next_due(trainer)
+        due, keep = is_due(trainer, self._every), is_due(trainer, self.cadence(trainer), ahead=1)
         if not due and not keep:
             return
         reader, self._announced = self._reader, True
@@ -235,10 +229,6 @@ class UpdateMonitor(Monitor):
             Point(self.family, name, key, step, value if isfinite(value) else nan, null=null, flag=flag)
             for key, (value, null) in found.items()
         ]
-
-    def _is_next_due(self, trainer: Trainer) -> bool:
-        """Whether the optimizer step after the running one ends in a point."""
-        return ends_step(trainer) and (logging_step(trainer) + 2) % self.cadence(trainer) == 0
 
     def _let_go(self) -> None:
         for handle in self._handles:
