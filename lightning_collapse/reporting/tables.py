@@ -99,7 +99,8 @@ def rules() -> Table:
     """What every rule says, of which curves, and what it advises."""
     rows = []
     for kind, rule in RULES.items():
-        read = ", ".join(f"`{rule.family}/{name}`" for name in rule.measures)
+        names = (*rule.measures, *rule.optional)
+        read = ", ".join(f"`{name}`" if "/" in name else f"`{rule.family}/{name}`" for name in names)
         about = ", ".join(rule.tasks) or "any"
         says = rule.says.replace("{layer}", "LAYER") or _summary(type(rule))
         advice = rule.advice or "nothing: it is a notice" if rule.informative else rule.advice

@@ -89,7 +89,7 @@ class OutputEntropyCollapse(Rule):
     """
 
     kind = "output_entropy_collapse"
-    says = "The policy of `{layer}` is sure of its choice nearly everywhere, and explores no more."
+    says = "The policy `{layer}` is sure of its choice nearly everywhere and explores no more."
     family = "output"
     measures = ("entropy",)
     lower_is_worse = ("entropy",)
@@ -98,8 +98,8 @@ class OutputEntropyCollapse(Rule):
     patience = 3
     share = 0.1
     advice = (
-        "Return with `Rollback()`, then clip upward steps less (0.28 for 0.2), or zero the gradient of the tokens with"
-        " the largest covariance of log-probability and advantage."
+        "Return with `Rollback()`, then raise the upper bound of clipping (0.28 for 0.2), or zero the gradient of the"
+        " tokens with the largest covariance of log-probability and advantage."
     )
     paper = "Cui et al., 2025, arXiv 2505.22617"
 

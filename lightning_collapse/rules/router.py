@@ -36,7 +36,7 @@ class RouterCollapse(Rule):
     """
 
     kind = "router_collapse"
-    says = "Nearly all tokens go to the same few experts by the router `{layer}`."
+    says = "The router `{layer}` sends nearly all tokens to the same few experts."
     family = "router"
     measures = (LOAD, CV2)
     optional = (K, DEAD)
@@ -47,8 +47,8 @@ class RouterCollapse(Rule):
     share, unfair, idle = 0.5, 20.0, 0.25
     least_tokens = 20
     advice = (
-        "Return with `Rollback()`, then weigh the loss of balance more, or balance the scores by a bias per expert"
-        " that is left out of the gates."
+        "Return with `Rollback()`, then raise the weight of the balance loss, or balance the scores by a bias per"
+        " expert that is left out of the gates."
     )
     paper = "Shazeer et al., 2017, arXiv 1701.06538; Fedus et al., 2021, arXiv 2101.03961"
 

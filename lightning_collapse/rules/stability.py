@@ -169,7 +169,7 @@ class SkippedSteps(_Stability):
     optional = ("skipped", "skipped_share", "accepted")
     higher_is_worse = ("skipped_share", "accepted")
     share = 0.01
-    advice = "Look at the batches of these steps, and lower the learning rate; `Rollback()` does."
+    advice = "Look at the batches of these steps, and lower the learning rate, as `Rollback()` does."
     paper = "Chowdhery et al., 2022, arXiv 2204.02311"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:

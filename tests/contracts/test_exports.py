@@ -52,7 +52,7 @@ HELPERS: dict[str, set[str]] = {
     "functional/views.py": {"view_statistics"},
     "metrics/neural_collapse.py": {"measures", "of_means", "within_covariance"},
     "metrics/spectral_alignment.py": {"alignment_histogram"},
-    "metrics/sums.py": {"SumsMetric"},
+    "metrics/sums.py": {"Statistics", "StatisticsMetric", "SumsMetric"},
 }
 """Names without an underscore that other files of ours share and users do not need, by file."""
 

@@ -299,7 +299,11 @@ def _number_of_groups(optimizers: Sequence[Optimizer]) -> int:
 
 for _name, _facts in {
     "max_logit": {"reads": "the largest attention logit since the last point", "range": "any number"},
-    "over_tau": {"reads": "the same over the bound", "range": "any number", "collapsed": "above 1"},
+    "over_tau": {
+        "reads": "the largest attention logit over the bound `tau`",
+        "range": "any number",
+        "collapsed": "above 1",
+    },
     "clipped_share": {"reads": "heads and steps that were scaled", "range": "0 to 1", "collapsed": "does not fall"},
 }.items():
     register_curve(FAMILY, _name, source=_SOURCE, **_facts)

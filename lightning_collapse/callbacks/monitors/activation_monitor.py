@@ -66,14 +66,44 @@ class ActivationMonitor(Monitor):
         Curve("abs_max", "largest magnitude", "0 to infinity", "growing"),
         Curve("rms", "root mean square", "0 to infinity", "near 0, or growing"),
         Curve("crest_factor", "largest magnitude over root mean square", "1 to infinity", "growing"),
-        Curve("kurtosis", "all numbers", "1 to infinity; 3 is Gaussian", "large", _OUTLIERS),
-        Curve("neuron_kurtosis", "root mean squares of neurons", "1 to the number of neurons", "large", _OUTLIERS),
-        Curve("max_median_ratio", "largest magnitudes of neurons", "1 to infinity", "above 100"),
-        Curve("outlier_fraction", "magnitudes beyond 10 root mean squares", "0 to 0.01", "growing"),
-        Curve("massive", "how many magnitudes are beyond 100 and 1000 medians", "0 to infinity", "growing", _MASSIVE),
-        Curve("headroom_bits", "doublings left in the format of the output", "0 to infinity", "below 1"),
-        Curve("flushed_fraction", "numbers that become 0 in e4m3, scaled by the largest", "0 to 1", "growing", _FP8),
-        Curve("n", "rows behind the point, over all processes", "0 to infinity", "few: a smaller maximum"),
+        Curve(
+            "kurtosis",
+            "fourth moment of all numbers over the square of the second",
+            "1 to infinity; 3 is Gaussian",
+            "large",
+            _OUTLIERS,
+        ),
+        Curve(
+            "neuron_kurtosis",
+            "how unequal neurons are: kurtosis of their root mean squares, uncentered",
+            "1 to the number of neurons",
+            "large",
+            _OUTLIERS,
+        ),
+        Curve(
+            "max_median_ratio",
+            "largest magnitude of the loudest neuron over that of the median one",
+            "1 to infinity",
+            "above 100",
+        ),
+        Curve("outlier_fraction", "share of magnitudes beyond 10 root mean squares", "0 to 0.01", "growing"),
+        Curve(
+            "massive", "how many magnitudes are beyond both 100 and 1,000 medians", "0 to infinity", "growing", _MASSIVE
+        ),
+        Curve(
+            "headroom_bits",
+            "how often the largest magnitude may double before its format overflows",
+            "0 to infinity",
+            "below 1",
+        ),
+        Curve(
+            "flushed_fraction",
+            "share of numbers that become 0 in the 8-bit format e4m3, scaled by the largest",
+            "0 to 1",
+            "growing",
+            _FP8,
+        ),
+        Curve("n", "rows behind the point, over all processes", "0 to infinity", "few: maxima read low"),
         Curve("flag", "activations", "0 to 6", "above 0: why to doubt the point"),
     )
     identity = ("layers", "every_n_steps")

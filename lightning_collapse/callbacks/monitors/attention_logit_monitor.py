@@ -78,9 +78,14 @@ class AttentionLogitMonitor(AttentionMonitor):
     family = "attention"
     declares = (
         Curve("max_logit", "the largest attention logit of any head", "any number", "grows without end", _K2),
-        Curve("min_logit", "the smallest one", "any number", "falls without end", _K2),
-        Curve("qk_bound", "largest lengths of queries and keys, of every step", "0 to infinity", "grows without end"),
-        Curve("head_cosine", "attention rows of two heads, mean over pairs", "0 to 1", "1: heads alike"),
+        Curve("min_logit", "the smallest attention logit of any head", "any number", "falls without end", _K2),
+        Curve(
+            "qk_bound",
+            "longest query times longest key, scaled, of every step: no logit is larger",
+            "0 to infinity",
+            "grows without end",
+        ),
+        Curve("head_cosine", "cosine of the attention rows of two heads, mean over pairs", "0 to 1", "1: heads alike"),
         Curve("head_divergence", "Jensen-Shannon divergence of heads, over its maximum", "0 to 1", "0: heads alike"),
         Curve(
             "query_nmi",
@@ -91,7 +96,7 @@ class AttentionLogitMonitor(AttentionMonitor):
         ),
         Curve(
             "query_nmi_excess",
-            "the same minus that of uniform attention under the same mask",
+            "`query_nmi` less that of uniform attention under the same mask",
             "-1 to 1",
             "0 or less: queries alike",
             "Park et al., arXiv 2305.00729",
@@ -100,24 +105,35 @@ class AttentionLogitMonitor(AttentionMonitor):
             "sink_share",
             "heads that give the first key 0.3 of their weight, over sequences",
             "0 to 1",
-            "none: most heads of language models do",
+            "does not tell: most heads of language models do",
             "Gu et al., arXiv 2410.10781",
         ),
-        Curve("effective_keys", "one over the sum of squared weights, over keys seen", "0 to 1", "near 0: one key"),
+        Curve(
+            "effective_keys",
+            "one over the sum of squared weights, over the number of keys seen",
+            "0 to 1",
+            "near 0: one key",
+        ),
         Curve(
             "logit_lead",
-            "of the sharpest row, over what a weight of 0.9 takes",
+            "how far the largest logit leads in the sharpest row, over what a weight of 0.9 takes",
             "0 to infinity",
             "below 1: no head selects",
         ),
         Curve("key_participation", "participation ratio of keys, over their width", "0 to 1", "near 0: keys alike"),
         *(
-            Curve(f"delta{order}_{name}", f"{words} of the part of {degree} order of W_q W_k^T", reach, "", _INCREMENTS)
-            for order, degree in ((2, "first"), (3, "second"))
+            Curve(
+                f"delta{order}_{name}",
+                f"{words} of the change of W_q W_k^T, of {degree} order in the step",
+                reach,
+                "does not tell",
+                _INCREMENTS,
+            )
+            for order, degree, most in ((2, "first", "2 d_k"), (3, "second", "d_k"))
             for name, words, reach in (
                 ("norm", "Frobenius norm", "0 to infinity"),
-                ("stable_rank", "stable rank", "0 to d_k, twice that of first order"),
-                ("erank", "effective rank", "0 to d_k, twice that of first order"),
+                ("stable_rank", "stable rank", f"0 to {most}"),
+                ("erank", "effective rank", f"0 to {most}"),
             )
         ),
         Curve("n", "queries per head behind the point, over all processes", "0 to infinity", "few: a rough reading"),

@@ -93,15 +93,20 @@ class FirstNonFinite(Monitor):
     family = "nonfinite"
     declares = (
         Curve("steps", "batches whose loss was not finite, so far", "0 to infinity", "above 0"),
-        Curve("first_call", "calls that had ended before the first NaN", "-1 for none, to infinity", "0 or more"),
-        Curve("headroom", "bits that the largest number passed on may grow", "0 to 277, of float16 40", "near 0"),
+        Curve("first_call", "calls that had ended before the first NaN", "0 to infinity, -1 for none", "0 or more"),
+        Curve(
+            "headroom",
+            "how often the largest number passed on may double before it overflows",
+            "0 to 277; of float16 to 40",
+            "near 0",
+        ),
         Curve("halvings", "how often the loss scale fell in the last 100 steps", "0 to 100", "above 5"),
         Curve(
             "cause",
             "what made the first NaN: 1 data, 2 update, 3 overflow, 4 undefined, 5 backward, 6 unseen",
             "0 to 6",
         ),
-        Curve("step", "optimizer step of the first NaN", "0 to infinity"),
+        Curve("step", "optimizer step of the first NaN", "0 to infinity", "does not tell"),
     )
     identity = ("replay", "every_n_steps")
 

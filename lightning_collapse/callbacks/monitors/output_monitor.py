@@ -89,22 +89,27 @@ class OutputMonitor(Monitor):
 
     family = "output"
     declares = (
-        Curve("entropy", "softmax of the logits, in nats, mean over rows", "0 to log V", "near 0", "Shannon 1948"),
-        Curve("entropy_fraction", "the same over log V", "0 to 1", "near 0", "Shannon 1948"),
-        Curve("entropy_half_life", "steps in which it halves; drawn while it falls", "0 to infinity", "falling"),
+        Curve("entropy", "entropy of the softmax, in nats, mean over rows", "0 to log V", "near 0", "Shannon 1948"),
+        Curve("entropy_fraction", "that entropy over log V", "0 to 1", "near 0", "Shannon 1948"),
+        Curve("entropy_half_life", "steps in which the entropy halves, if it falls", "0 to infinity", "falling"),
         Curve("log_z", "log-partition of the logits, mean over rows", "any number", "far from 0", _DRIFT),
-        Curve("log_z_rms", "the same, root of the mean square", "0 to infinity", "growing", _DRIFT),
+        Curve("log_z_rms", "root mean square of the log-partition over rows", "0 to infinity", "growing", _DRIFT),
         Curve("max_logit", "the largest logit of any row", "any number", "grows without end", _DRIFT),
         Curve("length", "rows that count, per sequence that has any", "0 to infinity", "does not tell"),
         Curve("n", "rows behind the point, over all processes", "0 to infinity", "few: a rough reading"),
         Curve("flag", "logits", "0 to 7", "above 0: why to doubt the point"),
-        Curve("entropy", "softmax of rows with an advantage", "0 to log V", "near 0", _CUI, "policy"),
-        Curve("covariance", "log-probability and advantage", "any number", "above 0 near the end", _CUI, "policy"),
-        Curve("covariance_positive", "share of rows that add to it", "0 to 1", "does not tell", _CUI, "policy"),
-        Curve("covariance_top", "its 99.98 % quantile over rows", "any number", "growing", _CUI, "policy"),
-        Curve("entropy", "what the head says of a layer", "0 to log V", "rising again with depth", family="lens"),
-        Curve("log_z", "the same, log-partition", "any number", "rising again with depth", family="lens"),
-        Curve("cross_entropy", "the same, of the labels", "0 to infinity", "rising again with depth", family="lens"),
+        Curve("entropy", "entropy of the softmax, of rows with an advantage", "0 to log V", "near 0", _CUI, "policy"),
+        Curve("covariance", "covariance of log p and advantage", "any number", "above 0 near the end", _CUI, "policy"),
+        Curve("covariance_positive", "share of covariance terms above 0", "0 to 1", "does not tell", _CUI, "policy"),
+        Curve("covariance_top", "99.98 % quantile of covariance terms", "any number", "growing", _CUI, "policy"),
+        *(
+            Curve(name, f"{words} of what the head makes of an earlier layer", reach, "rises with depth", family="lens")
+            for name, words, reach in (
+                ("entropy", "entropy", "0 to log V"),
+                ("log_z", "log-partition", "any number"),
+                ("cross_entropy", "cross-entropy", "0 to infinity"),
+            )
+        ),
     )
     identity = ("head", "every_n_steps")
 

@@ -100,26 +100,45 @@ class RouterMonitor(Monitor):
     family = "router"
     declares = (
         Curve("load_cv2", "squared coefficient of variation of the load", "0 to E - 1", "far above its null", _SHAZEER),
-        Curve("load_cv2_excess", "the same less its null", "about 0 to E - 1", "growing", _SHAZEER),
-        Curve("load_entropy", "load, over log E", "0 to 1", "near 0", _SHAZEER),
+        Curve("load_cv2_excess", "`load_cv2` less its null", "about 0 to E - 1", "growing", _SHAZEER),
+        Curve("load_entropy", "entropy of the load, over log E", "0 to 1", "near 0", _SHAZEER),
         Curve("effective_experts", "exponential of the entropy of the load", "1 to E", "near 1 or k", _SHAZEER),
         Curve("max_load", "largest over mean load", "1 to E", "near E / k", _SHAZEER),
         Curve("dead", "experts without a token", "0 to E", "above 0", _SHAZEER),
         Curve(
-            "balance_loss", "load times mean gate", "about 1 to E / k", "E / k", "Fedus et al. 2021, arXiv 2101.03961"
+            "balance_loss",
+            "load of an expert times its mean gate, 1 if all are equal",
+            "about 1 to E / k",
+            "E / k",
+            "Fedus et al. 2021, arXiv 2101.03961",
         ),
         Curve(
             "z", "squared log-partition of the logits", "0 to infinity", "growing", "Zoph et al. 2022, arXiv 2202.08906"
         ),
-        Curve("token_entropy", "gates of a token, over log E", "0 to 1", "0: sure; 1: no choice", _SHAZEER),
-        Curve("margin", "last gate that is chosen less the next one", "0 to 1", "near 0: chosen by noise"),
         Curve(
-            "weight_similarity", "mean cosine between the rows of its weight", "-1 to 1", "near 1", "arXiv 2606.28116"
+            "token_entropy", "entropy of the gates of a token, over log E", "0 to 1", "0: sure; 1: no choice", _SHAZEER
         ),
         Curve(
-            "conditioning", "largest distance of a row from their mean, over it", "0 up", "near 0", "arXiv 2606.28116"
+            "margin",
+            "gate of the last expert that is chosen less that of the next",
+            "0 to 1",
+            "near 0: chosen by noise",
         ),
-        Curve("experts_per_token", "choices of a token", "1 to E", "does not tell"),
+        Curve(
+            "weight_similarity",
+            "mean cosine between the rows of the router's weight",
+            "-1 to 1",
+            "near 1",
+            "arXiv 2606.28116",
+        ),
+        Curve(
+            "conditioning",
+            "largest distance of a row of that weight from the mean of all, over its length",
+            "0 to infinity",
+            "near 0",
+            "arXiv 2606.28116",
+        ),
+        Curve("experts_per_token", "experts that a token goes to", "1 to E", "does not tell"),
         Curve("n", "tokens behind the point, over all processes", "0 to infinity", "few: a rough reading"),
         Curve("flag", "router", "0 to 7", "above 0: why to doubt the point"),
     )

@@ -91,23 +91,37 @@ class StabilityMonitor(Monitor):
 
     family = "stability"
     declares = (
-        Curve("loss", f"the mean of {_LOSS} since the last point", "any", "rising"),
-        Curve("grad_norm", f"the mean of {_NORM} since the last point", "0 to infinity", "rising"),
-        Curve("loss_z", f"the largest robust score of {_LOSS}", "any", "above 6", _OLMO),
-        Curve("grad_norm_z", f"the largest robust score of {_NORM}", "any", "above 6", _OLMO),
+        Curve("loss", f"mean of {_LOSS} since the last point", "any", "rising"),
+        Curve("grad_norm", f"mean of {_NORM} since the last point", "0 to infinity", "rising"),
+        Curve("loss_z", f"largest score of {_LOSS}: robust deviations above those before", "any", "above 6", _OLMO),
+        Curve(
+            "grad_norm_z", f"largest score of {_NORM}: robust deviations above those before", "any", "above 6", _OLMO
+        ),
         Curve("loss_cusum", f"CUSUM of {_LOSS} over its threshold", "0 to 2", "1 or more", "Page 1954"),
         Curve("grad_norm_cusum", f"CUSUM of {_NORM} over its threshold", "0 to 2", "1 or more", "Page 1954"),
-        Curve("loss_shifted", "steps that a shift of the loss has lasted", "0 to infinity", "32 or more"),
-        Curve("loss_over_start", "steps that a shift has been above the first losses", "0 to infinity", "8 or more"),
-        Curve("grad_norm_ratio", "level of the norm over that before it shifted", "0 to infinity, 1 without", "high"),
-        Curve("loss_change", "level of the loss over that before the norm shifted", "any, 1 without", "1 or more"),
-        Curve("since", "step before the shift that goes on", "0 to infinity, NaN without", "does not tell"),
-        Curve("spike_rate", "bursts in the last 10,000 steps, per step", "0 to 1", "above 0.0001", _OLMO),
+        Curve("loss_shifted", "for how many steps the loss has been on a higher level", "0 to infinity", "32 or more"),
+        Curve(
+            "loss_over_start",
+            "for how many steps on that level the loss has been above where the run began",
+            "0 to infinity",
+            "8 or more",
+        ),
+        Curve(
+            "grad_norm_ratio",
+            "level of the gradient norm over that before it shifted",
+            "0 to infinity, 1 without",
+            "high",
+        ),
+        Curve(
+            "loss_change", "level of the loss over that before the gradient norm shifted", "any, 1 without", "1 or more"
+        ),
+        Curve("since", "the last step before the shift that lasts", "0 to infinity, NaN without", "does not tell"),
+        Curve("spike_rate", "share of bursts among the last 10,000 steps", "0 to 1", "above 0.0001", _OLMO),
         Curve("surge", "gradient norm of the first burst over its median before", "0 to infinity, 1 without", "high"),
         Curve("nonfinite_steps", "steps with NaN or infinity so far", "0 to infinity", "above 0"),
-        Curve("nonfinite_in_a_row", "such steps in a row up to the point", "0 to infinity", "above 0"),
+        Curve("nonfinite_in_a_row", "steps with NaN or infinity in a row, up to the point", "0 to infinity", "above 0"),
         Curve("skipped", "steps that `SkipStep` has skipped so far", "0 to infinity", "above 1 % of all"),
-        Curve("skipped_share", "such steps in the last 1,000, over 1,000", "0 to 1", "0.01 or more"),
+        Curve("skipped_share", "steps skipped among the last 1,000, over 1,000", "0 to 1", "0.01 or more"),
         Curve("accepted", "new levels since the last point, after `limit` bursts in a row", "0 to infinity", "above 0"),
     )
 

@@ -42,6 +42,9 @@ class UpdateMonitor(Monitor):
     ``swallowed`` only where weights have 16 bits. What independent gradients would read is the null: :math:`\beta_1`
     of ``cosine``, a little below 1 of ``rms_ratio``. Well below it ``cosine`` oscillates, above it the weights drift.
 
+    ``ratio`` is of all parameters of a layer, biases and norms too, over the weights before the step, and stays on
+    shards; ``relative_norm`` of :class:`~lightning_collapse.WeightSpectrumMonitor` is of one weight matrix in effect.
+
     An update is what one step of one optimizer does to the parameters it updates; of several steps in a batch the last
     counts. A step that a gradient scaler skips has no point. Step the optimizers that ``self.optimizers()`` returns.
     The watched weights are copied right before the step of a point and the one before it; besides the copy one update
@@ -75,18 +78,34 @@ class UpdateMonitor(Monitor):
     family = "updates"
     declares = (
         Curve("ratio", "norm of the update over that of the weights", "0 to infinity", "above 0.01"),
-        Curve("cosine", "two successive updates", "-1 to 1", "far from its null"),
+        Curve("cosine", "cosine of two successive updates", "-1 to 1", "far from its null"),
         Curve(
             "rms_ratio",
-            "gradients over the root of Adam's second moments",
+            "root mean square of gradients over the root of Adam's second moments",
             "0 to 1 / sqrt(1 - beta2)",
             "above 2.3",
             "Wortsman et al. 2023, arXiv 2304.13013",
         ),
-        Curve("swallowed", "16-bit weights with a gradient that the step left as they were", "0 to 1", "near 1"),
-        Curve("raw", "Hessian of the loss", "any number", "above edge, of SGD", _EDGE, family="sharpness"),
-        Curve("preconditioned", "the same in Adam's units", "any number", "above edge", _EDGE, family="sharpness"),
-        Curve("edge", "learning rate and momentum", "0 to infinity", "does not tell", _EDGE, family="sharpness"),
+        Curve(
+            "swallowed", "share of 16-bit weights with a gradient that the step left as they were", "0 to 1", "near 1"
+        ),
+        Curve("raw", "largest curvature of the loss", "any number", "above edge, of SGD", _EDGE, family="sharpness"),
+        Curve(
+            "preconditioned",
+            "largest curvature of the loss in the units of Adam's step",
+            "any number",
+            "above edge",
+            _EDGE,
+            family="sharpness",
+        ),
+        Curve(
+            "edge",
+            "curvature beyond which steps overshoot, by learning rate and momentum",
+            "0 to infinity",
+            "does not tell",
+            _EDGE,
+            family="sharpness",
+        ),
     )
     identity = ("layers", "every_n_steps")
 

@@ -67,6 +67,9 @@ class WeightSpectrumMonitor(Monitor):
     A matrix of zeros (a step that was skipped) is flagged ``CONSTANT``, one with NaN or infinity ``NONFINITE``, an
     update no optimizer announced to Lightning ``NOT_CALLED``.
 
+    ``relative_norm`` is of one matrix in effect, over what it is after the step; ``ratio`` of
+    :class:`~lightning_collapse.UpdateMonitor` is of all parameters of a layer, at far less cost.
+
     The null of a point is what a matrix of independent random elements of that shape reads.
 
     Weights are read as they are in effect: adapters added, parametrizations applied, shards gathered on every process;
