@@ -1,6 +1,5 @@
 """Two processes, whole or sharded, skip the same steps, of a burst that only one of them has."""
 
-import copy
 from functools import partial
 
 import torch
@@ -52,8 +51,7 @@ class States(Callback):
         parameters = list(pl_module.parameters())
         moments = [sorted(trainer.optimizers[0].state.get(parameter, {}).items()) for parameter in parameters]
         tensors = [*parameters, *(moment for found in moments for _, moment in found)]
-        local = [(x.to_local() if hasattr(x, "to_local") else x).detach() for x in tensors]
-        self.states.append(copy.deepcopy(local))
+        self.states.append([(x.to_local() if hasattr(x, "to_local") else x).detach().clone() for x in tensors])
 
 
 def _run(rank, model, strategy, *callbacks):

@@ -1,6 +1,5 @@
 """Skipped steps leave a run bit-equal to one in which these updates were not made by hand."""
 
-import copy
 from math import nan
 
 import pytest
@@ -68,7 +67,16 @@ class AveragesByHand(EMAWeightAveraging):
 def state_of(trainer):
     averages = [c._average_model.state_dict() for c in trainer.callbacks if isinstance(c, EMAWeightAveraging)]
     states = [optimizer.state_dict() for optimizer in trainer.optimizers]
-    return copy.deepcopy((trainer.lightning_module.state_dict(), states, averages, torch.get_rng_state()))
+    return copied((trainer.lightning_module.state_dict(), states, averages, torch.get_rng_state()))
+
+
+def copied(value):
+    """A deep copy, at a tenth of the cost of Python's."""
+    if isinstance(value, dict):
+        return {key: copied(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [copied(each) for each in value]
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 class Last(Callback):
@@ -78,7 +86,8 @@ class Last(Callback):
         self.states = {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.states[trainer.global_step - 1] = state_of(trainer)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.states[trainer.global_step - 1] = state_of(trainer)
 
 
 def equal(one, other):

@@ -234,15 +234,18 @@ def test_growing_logits_are_told_by_name():
         def on_train_batch_end(self, *args):
             self.blocks[1].attn.sharpness *= 1.15 if self.global_step > 40 else 1.0
 
-    guard = CollapseGuard("log", rules=["attention_logit_growth"])
-    fitted(Growing, [AttentionLogitMonitor(every_n_steps=1), guard], tokens(100))
+    def fit_of(model):
+        guard = CollapseGuard("log", rules=["attention_logit_growth"])
+        monitor = AttentionLogitMonitor(every_n_steps=1, bound=False, heads=0)
+        fitted(model, [monitor, guard], tokens(70))
+        return guard
+
+    guard = fit_of(Growing)
     assert [(verdict.kind, verdict.layer) for verdict in guard.verdicts] == [
         ("attention_logit_growth", "blocks.1.attn")
     ]
     assert 38 <= guard.verdicts[0].since <= guard.verdicts[0].step <= 60
-    calm = CollapseGuard("log", rules=["attention_logit_growth"])
-    fitted(GPT, [AttentionLogitMonitor(every_n_steps=1), calm], tokens(100))
-    assert not calm.verdicts
+    assert not fit_of(GPT).verdicts
 
 
 @pytest.mark.parametrize(
