@@ -297,8 +297,8 @@ def main(steps: int = 800, seeds: int = 5, first_seed: int = 3, saved_seeds: int
     driven = sum(course not in HEALTHY for course, _ in watched)
     healthy = sum(course in HEALTHY for course in failed)
     print(
-        f"\nAfter {steps} steps {len(failed) - healthy} of {driven} runs that were driven to it had failed, and {healthy}"
-        f" of {len(watched) - driven} healthy ones."
+        f"\nAfter {steps} steps {len(failed) - healthy} of {driven} runs that were driven to it had failed, and"
+        f" {healthy} of {len(watched) - driven} healthy ones."
     )
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_collapse import WeightSpectrumMonitor, register_measure
 from lightning_collapse.functional import stable_rank, svd_entropy
 from lightning_collapse.utilities.points import Flag
-from lightning_collapse.utilities.registry import CURVES, MEASURES
+from lightning_collapse.utilities.registry import MEASURES
 from tests.toys import QUIET, ManualToy, PointKeeper, Toy, batches, fit, weights
 
 TOP = "weights/head/spectral_norm"
