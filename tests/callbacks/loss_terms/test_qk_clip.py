@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
 
-from lightning_collapse import QKClip
+from lightning_collapse import AttentionEntropyMonitor, AttentionLogitMonitor, QKClip
 from lightning_collapse.functional import logit_extremes
 from tests.attention import GPT
 from tests.attention import tokens as token_batches
@@ -584,3 +584,16 @@ def test_wrong_arguments(options, match):
 def test_layers_that_are_not_there():
     with pytest.raises(MisconfigurationException, match=r"`QKClip\(layers=\['nothing'\]\)`: 'nothing' matches no"):
         run(lit("fused"), QKClip(layers=["nothing"]))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_whoever_else_reads_attention_is_not_taken_for_it(order):
+    watchers = [AttentionLogitMonitor(every_n_steps=1), AttentionEntropyMonitor(every_n_steps=1), QKClip(log_only=True)]
+    keeper, alone = PointKeeper(), PointKeeper()
+    run(lit("separate"), *(watchers[i] for i in order), keeper, loader=data(2))
+    run(lit("separate"), AttentionEntropyMonitor(every_n_steps=1), alone, loader=data(2))
+    found = {(point.step, point.layer): point.value for point in keeper.points if point.measure == "entropy_mean"}
+    rows = {(point.step, point.layer): point.n for point in keeper.points if point.measure == "entropy_mean"}
+    assert found == {(p.step, p.layer): p.value for p in alone.points if p.measure == "entropy_mean"}
+    assert rows == {(p.step, p.layer): p.n for p in alone.points if p.measure == "entropy_mean"}
+    assert len(found) == 6  # of two layers and of all
