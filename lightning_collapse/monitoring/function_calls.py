@@ -26,7 +26,7 @@ class Listener(Protocol):
 class FunctionCalls(local):
     """Shows every function of torch that this thread calls from Python to its listeners, after it has been called.
 
-    Each mode that is entered costs about two microseconds a call, so that listeners share one, which is entered while
+    Each mode that is entered costs every call a few microseconds, so that listeners share one, which is entered while
     there are any. They come and go in any order; modes that others enter while some are there must be left before the
     last goes. What a listener itself calls is shown to none, nor is compiled code.
 
