@@ -35,7 +35,7 @@ class ActivationHooks(HookOwner):
         left_out: Why nothing is read of a tap, by name, of those that have failed.
 
     Example:
-        >>> layer = nn.Linear(3, 2)
+        >>> layer = torch.nn.Linear(3, 2)
         >>> hooks = ActivationHooks([Tap("layer", layer)])
         >>> hooks.armed = True
         >>> _ = layer(torch.ones(4, 3)), layer(torch.ones(2, 3))

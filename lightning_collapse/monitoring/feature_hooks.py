@@ -70,7 +70,7 @@ class FeatureHooks(HookOwner):
 
     Example:
         >>> from lightning_collapse.utilities.modules import default_taps
-        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
         >>> hooks = FeatureHooks(default_taps(net))
         >>> hooks.armed = True
         >>> _ = net(torch.ones(8, 4))
