@@ -14,7 +14,7 @@ FIRST = 8
 QUIET = 4
 """Points below the middle between the old and the new level after which a shift is over."""
 
-FALLEN = log(4 / 3)
+HIGH = log(4)
 
 
 @dataclass
@@ -62,7 +62,7 @@ class LevelShift(Detector):
 
     @property
     def over_start(self) -> int:
-        """Points in a row since the alarm above where the curve began, if it had fallen by a quarter of that."""
+        """Points in a row since the alarm above where the curve began, and above four times the level before."""
         return self._shift.over_start if self._shift else 0
 
     @property
@@ -113,8 +113,8 @@ class LevelShift(Detector):
         is_above = isnan(y) or y > (shift.base + shift.peak) / 2
         shift.above += is_above
         shift.below = 0 if is_above else shift.below + 1
-        start = median(self._first)
-        is_over_start = start - shift.base > FALLEN and (isnan(y) or y > start)
+        # four times the level before: a curve that is flat is soon above its first points
+        is_over_start = isnan(y) or y > max(median(self._first), shift.base + HIGH)
         shift.over_start = shift.over_start + 1 if is_over_start else 0
-        if shift.below >= QUIET:
+        if shift.below >= QUIET and not is_over_start:
             self._shift = None

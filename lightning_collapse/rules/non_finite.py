@@ -56,7 +56,8 @@ class NonFiniteOrigin(Rule):
     """A module made the first NaN or infinity of a step, and the loss, the weights or their gradients hold some.
 
     It needs no baseline and no second point: what :class:`~lightning_collapse.FirstNonFinite` names was found by
-    looking at every tensor of the step in the order of time.
+    looking at every tensor of the step in the order of time. Where ``SkipStep`` leaves out updates that are not finite,
+    only weights that are not finite themselves are a failure: all else is over with the step.
 
     Example:
         >>> values = {"cause": 3.0, "step": 7.0}
@@ -69,15 +70,16 @@ class NonFiniteOrigin(Rule):
     says = "The first NaN or infinity comes from `{layer}`."
     family = "nonfinite"
     measures = ("cause",)
-    optional = ("step",)
-    higher_is_worse = ("cause",)
+    optional = ("step", "left_out")
+    lower_is_worse = ("left_out",)
     patience = 1
     advice = "Read the table that `FirstNonFinite` has written beside the logs; `Rollback()` goes back to before it."
     paper = "Micikevicius et al., 2018, arXiv 1710.03740"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
-        """Infinite where there is a cause."""
-        return inf if points["cause"].value >= 1 else 0.0
+        """Infinite where there is a cause, and, if updates are left out, it is an earlier update."""
+        cause, left_out = points["cause"].value, "left_out" in points and points["left_out"].value >= 1
+        return inf if (cause == Cause.UPDATE if left_out else cause >= 1) else 0.0
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """The cause in words, and the step."""

@@ -44,7 +44,7 @@ class Rollback(Action):
         factor: What every learning rate is multiplied by; relative to the rate when a state was saved, once more for
             each return since then.
         every_n_steps: Optimizer steps that lie between two saves at least.
-        times: How often; the fit is stopped instead of one more time.
+        times: How often; one more time it returns and ends the fit, which leaves the weights of a healthy state.
         margin: Optimizer steps before the onset at which a state counts as healthy.
         keep: Number of files. They reach back at least ``(keep - 1) * every_n_steps`` steps.
         skip_steps: Optimizer steps after a return whose update is not made: batches are read, losses and gradients
@@ -161,10 +161,10 @@ class Rollback(Action):
 
     def restore(self, trainer: Trainer, pl_module: LightningModule, step: int, first: Verdict | None = None) -> bool:
         """Return to a healthy state before the onset of a verdict, and say whether that was possible. Collective."""
-        if self._returns >= self.times:
-            rank_zero_warn(f"`Rollback` has returned {self.times} times, and stops the fit at step {step} instead.")
+        ends = self._returns >= self.times
+        if ends:
             trainer.should_stop = True
-            return False
+            rank_zero_warn(f"`Rollback` has returned {self.times} times, and stops the fit at step {step}.")
         if not self._snapshots.kept:
             rank_zero_warn(f"`Rollback` has no healthy state to return to at step {step}: no point was healthy yet.")
             return False
@@ -181,9 +181,10 @@ class Rollback(Action):
         scale = self.factor ** (self._returns - there.returns)
         _scale_learning_rates(trainer, scale)
         self._skips_until = _FROM_NEXT
+        rates = "" if ends else f", the learning rates {scale:g} times what they were then"
         rank_zero_warn(
-            f"`Rollback` at step {step}: weights, optimizers and schedulers are those of step {there.step} again, the"
-            f" learning rates {scale:g} times what they were then. {self._why(there.step, onset, first)}"
+            f"`Rollback` at step {step}: weights, optimizers and schedulers are those of step {there.step} again"
+            f"{rates}. {self._why(there.step, onset, first)}"
         )
         return True
 

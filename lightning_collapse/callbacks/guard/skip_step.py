@@ -4,12 +4,15 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_collapse.callbacks.guard.action import Action
 from lightning_collapse.callbacks.guard.skipped_updates import SkippedUpdates
 from lightning_collapse.callbacks.monitors.stability_monitor import StabilityMonitor
+from lightning_collapse.rules import Judgement
+from lightning_collapse.utilities.sharding import local
 from lightning_collapse.utilities.skippable_step import Decision
 
 
@@ -52,6 +55,7 @@ class SkipStep(Action):
         self._updates: SkippedUpdates | None = None
         self._flags: dict[int, Tensor] = {}
         self._averages: list[bool | None] = []
+        self._skipped, self._has_warned = 0, False
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit must know."""
@@ -83,6 +87,22 @@ class SkipStep(Action):
         self._monitor.on_flag.append(self._note)
         self._monitor.skips = True
 
+    def on_points(self, trainer: Trainer, pl_module: LightningModule, judgement: Judgement) -> None:
+        """Say once if a step that was left out has left something behind; asks the device, after such a step alone."""
+        skipped = 0 if self._monitor is None else self._monitor.skipped
+        if skipped <= self._skipped:
+            return
+        self._skipped = skipped
+        buffers = [name for name, buffer in pl_module.named_buffers() if buffer.is_floating_point()]
+        if not self._has_warned and (bad := [name for name in buffers if not _is_finite(pl_module.get_buffer(name))]):
+            self._has_warned = True
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            rank_zero_warn(
+                f"`SkipStep` has left out an update before step {judgement.step}, but the forward pass of that step has"
+                f" put NaN or infinity into the buffer `{bad[0]}`{more}, which evaluation reads. Bring it back from a"
+                " checkpoint or with `Rollback()`, and look at the data."
+            )
+
     def detach(self) -> None:
         """No longer be told or asked; may be called more than once."""
         if self._updates is not None:
@@ -101,3 +121,7 @@ class SkipStep(Action):
 
     def _decide(self, optimizer: Optimizer) -> Decision:
         return self._flags.pop(id(optimizer), None)
+
+
+def _is_finite(buffer: Tensor) -> bool:
+    return bool(local(buffer).isfinite().all())

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.evaluation.step_replay import StepReplay
 from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
+from lightning_collapse.callbacks.monitors.stability_monitor import StabilityMonitor
 from lightning_collapse.functional.non_finite import Cause, extremes
 from lightning_collapse.monitoring.call_frames import CallFrames
 from lightning_collapse.monitoring.frame_history import KEPT, FrameHistory
@@ -107,6 +108,7 @@ class FirstNonFinite(Monitor):
             "0 to 6",
         ),
         Curve("step", "optimizer step of the first NaN", "0 to infinity", "does not tell"),
+        Curve("left_out", "whether `SkipStep` leaves out updates that are not finite", "0 or 1", "does not tell"),
     )
     identity = ("replay", "every_n_steps")
 
@@ -122,6 +124,7 @@ class FirstNonFinite(Monitor):
         self._history, self._scales = FrameHistory(), ScaleHistory()
         self._untold: list[Origin] = []
         self._named: dict[str, int] = {}
+        self._left_out = False
         self._latest: dict[str, Any] = {}
         self._steps = self._calm = self._told = 0
         self._alarm = self._quiet = self._begun = self._raised = False
@@ -277,6 +280,7 @@ class FirstNonFinite(Monitor):
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
+        self._left_out = any(isinstance(c, StabilityMonitor) and c.skips for c in trainer.callbacks)
         device = pl_module.device
         dtype = accumulation_dtype(device)
         count, first_loss = self._losses.read()
@@ -307,7 +311,7 @@ class FirstNonFinite(Monitor):
         points = [Point(self.family, "all", name, step, float(x)) for name, x in drawn.items() if isfinite(x)]
         for layer, of in self._named.items():
             cause = latest.get("cause", 0) if latest.get("layer") == layer else Cause.NONE
-            found = {"cause": float(cause), "step": float(of)}
+            found = {"cause": float(cause), "step": float(of), "left_out": float(self._left_out)}
             points += [Point(self.family, layer, name, step, value) for name, value in found.items()]
         return points
 

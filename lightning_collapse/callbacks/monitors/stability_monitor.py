@@ -169,6 +169,11 @@ class StabilityMonitor(Monitor):
             self._steps.append([])
             self._surges.append({})
 
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped up to the last point."""
+        return sum(stream.skipped for stream in self._streams)
+
     @override
     def stop(self) -> None:
         self._forget()

@@ -120,6 +120,7 @@ def test_each_return_to_one_checkpoint_lowers_further_and_the_last_stops(tmp_pat
         planted, guard, trainer = run(script, Rollback(0.5, 100, times=2), "lambda", dirpath=str(tmp_path))
     assert trainer.global_step == 8
     assert [verdict.step for verdict in guard.verdicts] == [3, 5, 7]
+    assert_equal(planted.states[7][1]["weights"], planted.states[3][1]["weights"])  # what it ends with is healthy
     first = planted.rates[0]
     assert [planted.rates[3], planted.rates[5]] == pytest.approx([first / 2, first / 4])
 
@@ -145,6 +146,7 @@ def test_full_disk_does_not_end_the_run(tmp_path):
     assert trainer.global_step == 3
 
 
+@pytest.mark.filterwarnings("ignore:`Rollback` at step .. weights")
 def test_state_travels_with_the_guard(tmp_path):
     with pytest.warns(UserWarning, match="`Rollback` at step 4"):
         _, guard, _ = run([HEALTHY] * 3 + [BAD] * 2, Rollback(0.5, 1, times=1), dirpath=str(tmp_path))

@@ -12,7 +12,7 @@ from torch import nn, optim
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_collapse import CollapseGuard, GradientMonitor, Rollback, SkipStep, StabilityMonitor
+from lightning_collapse import CollapseGuard, FirstNonFinite, GradientMonitor, Rollback, SkipStep, StabilityMonitor
 from tests.toys import QUIET, MemoryLogger, Toy, batches, fit
 
 PLANTED = {0: nan, 75: 1e3, 76: nan, 90: 1e3}
@@ -340,3 +340,22 @@ def test_no_hook_is_left(fails):
     assert "found_inf" not in vars(optimizer)
     assert monitor.on_flag == []
     assert not monitor.skips
+
+
+def test_what_a_skipped_step_left_in_a_buffer_is_said_once():
+    class Spoilt(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch * (nan if batch_idx in (40, 60) else 1.0), batch_idx)
+
+    with pytest.warns(UserWarning, match=r"before step 49, .* into the buffer `net.1.running_mean` and 1 more") as said:
+        run(Spoilt(planted={}), *watched())
+    assert sum("running_mean" in str(warning.message) for warning in said) == 1
+
+
+def test_a_step_that_was_skipped_is_no_failure_of_the_module_that_made_it():
+    guard = CollapseGuard(action=SkipStep())
+    run(Net(planted={40: nan}), guard, StabilityMonitor(every_n_steps=10), FirstNonFinite(every_n_steps=10))
+    assert not guard.verdicts
+    guard = CollapseGuard(action="log")
+    run(Net(planted={40: nan}), guard, StabilityMonitor(every_n_steps=10), FirstNonFinite(every_n_steps=10))
+    assert {verdict.kind for verdict in guard.verdicts} >= {"non_finite_origin"}

@@ -155,6 +155,13 @@ def test_a_loss_above_its_beginning_is_told_sooner():
     assert guard.verdicts[0].step <= 229
 
 
+def test_a_loss_that_falls_slowly_from_a_jump_but_stays_high_is_told():
+    decays = [(at, 1e4 * 0.97 ** (at - 200)) for at in range(200, 300)]
+    _, guard = fit(steps(300, loss=decays))
+    assert [verdict.kind for verdict in guard.verdicts] == ["loss_spike"]
+    assert guard.verdicts[0].step <= 229
+
+
 def test_gradients_that_grow_while_the_loss_stands_still_are_a_notice():
     growing = [(at, min(1.05 ** (at - 250), 10)) for at in range(250, 400)]
     _, guard = fit(steps(400, first=growing, second=growing))
