@@ -15,6 +15,7 @@ from lightning_collapse.monitoring.function_calls import FUNCTION_CALLS
 from lightning_collapse.monitoring.graph_call import GraphCall, pack, unpack
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
+from lightning_collapse.utilities.module_tree import own_weight
 from lightning_collapse.utilities.modules import hooks_ignored, is_to_be_ignored
 from lightning_collapse.utilities.private_torch import FUSED_IN_EVAL, tree_leaves
 from lightning_collapse.utilities.routers import Router
@@ -109,7 +110,7 @@ class RouterHooks(HookOwner):
             return
         self._close(router.name)
         self._calls[router.name] = _Call(router)
-        weight = getattr(router.scorer, "weight", None)
+        weight = None if router.scorer is None else own_weight(router.scorer)
         if isinstance(weight, Tensor) and (address := storage_of(weight)):
             self._made[address] = router.name, weight
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_collapse.utilities.module_tree import named_modules
+from lightning_collapse.utilities.module_tree import named_modules, own_weight
 from lightning_collapse.utilities.modules import clean_name
 from lightning_collapse.utilities.parameters import why_no_number
 
@@ -175,7 +175,7 @@ def _look(name: str, module: nn.Module) -> AttentionProjections | None:
     query, key = pair or (fused or "", fused or "")
     if not (_makes(module, query) and _makes(module, key)):
         return None
-    reasons = [_unusable(getattr(module.get_submodule(child), "weight", None)) for child in (query, key)]
+    reasons = [_unusable(own_weight(module.get_submodule(child))) for child in (query, key)]
     between = [child for child, kid in module.named_children() if _is_norm_between(child, kid)]
     if between:
         reasons.insert(0, f"`{between[0]}` stands between the projection and the product")
@@ -219,7 +219,7 @@ def _matrix(projection: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
 
 def _is_transposed(projection: nn.Module) -> bool:
     """Hugging Face's ``Conv1D`` says how many outputs it has as ``nf``, and has them as columns."""
-    weight = getattr(projection, "weight", None)
+    weight = own_weight(projection)
     return isinstance(weight, Tensor) and weight.ndim == 2 and getattr(projection, "nf", None) == weight.shape[1]
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -79,9 +80,22 @@ def innermost(module: nn.Module) -> Iterator[nn.Module]:
         yield from innermost(kid)
 
 
+def own_weight(module: nn.Module) -> Any:
+    """The attribute ``weight``, ``None`` where there is none or it is parametrized.
+
+    Asked for such a one, spectral normalization would take a step, and the training were another.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> own_weight(layer) is layer.weight, own_weight(nn.utils.parametrizations.spectral_norm(layer))
+        (True, None)
+    """
+    return None if "weight" in getattr(module, "parametrizations", {}) else getattr(module, "weight", None)
+
+
 def is_linear(module: nn.Module) -> bool:
     """By the shape of the weight: precision plugins replace ``nn.Linear`` by classes of their own."""
-    weight = getattr(module, "weight", None)
+    weight = own_weight(module)
     if weight is None or nn.parameter.is_lazy(weight):
         return isinstance(module, nn.Linear)
     return isinstance(weight, Tensor) and weight.ndim == 2

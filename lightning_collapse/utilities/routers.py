@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_collapse.utilities.module_tree import clean_name
+from lightning_collapse.utilities.module_tree import clean_name, own_weight
 from lightning_collapse.utilities.modules import curve_name
 
 _EXPERTS, _SHARED = re.compile(r"expert"), re.compile(r"shared")
@@ -83,7 +83,7 @@ def scorer_of(module: nn.Module, experts: int) -> nn.Module | None:
 
 
 def _rows(module: nn.Module) -> int:
-    weight = getattr(module, "weight", None)
+    weight = own_weight(module)
     usable = isinstance(weight, Tensor) and not nn.parameter.is_lazy(weight) and weight.ndim == 2
     return weight.shape[0] if usable and isinstance(weight, Tensor) else 0
 

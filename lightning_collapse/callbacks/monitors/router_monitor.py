@@ -31,6 +31,7 @@ from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.hooks import HookOwner
+from lightning_collapse.utilities.module_tree import own_weight
 from lightning_collapse.utilities.modules import curve_name, find_modules, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
@@ -261,7 +262,7 @@ class RouterMonitor(Monitor):
         readings: dict[Name, Tensor] = {}
         for router, sums in zip(watched, torch.split(total, [len(piece) for piece in pieces]), strict=True):
             readings[router.name, "sums"] = sums
-            weight = getattr(router.scorer or router.module, "weight", None)
+            weight = own_weight(router.scorer or router.module)
             if isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) > 1:
                 matrix = whole(weight)
                 readings[router.name, "weight_similarity"] = router_similarity(matrix)
