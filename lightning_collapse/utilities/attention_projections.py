@@ -180,7 +180,7 @@ def _look(name: str, module: nn.Module) -> AttentionProjections | None:
     if between:
         reasons.insert(0, f"`{between[0]}` stands between the projection and the product")
     if any(_is_wrapped(module.get_submodule(child)) for child in (query, key)):
-        reasons.append(f"the weight of `{query}` is computed from others")
+        reasons.insert(len(between[:1]), f"the weight of `{query}` is computed from others")
     return AttentionProjections(name, module, query, key, next(filter(None, reasons), ""))
 
 
