@@ -89,7 +89,7 @@ class LogitStatistics:
 
     @staticmethod
     def read(table: Tensor) -> dict[str, tuple[float, float]]:
-        """Curves of a layer and their nulls, from what was summed up over calls and processes, ``(H, 18)``.
+        """Curves of a layer and their nulls, from what calls and processes have summed up, on the host, ``(H, 18)``.
 
         Means are over rows, then over heads; the largest and the smallest logit and the lead are of any head.
         """

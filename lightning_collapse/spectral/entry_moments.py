@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.spectral.deterministic import running_sum
+from lightning_collapse.spectral.named_states import NamedStates
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.spectral.rows import finite_rows
 from lightning_collapse.utilities.distributed import all_reduce_max, all_reduce_sum
@@ -19,7 +20,7 @@ BINS = (_OCTAVES[1] - _OCTAVES[0]) << _MANTISSA
 _FIRST, _SHIFT = (127 + _OCTAVES[0]) << _MANTISSA, 23 - _MANTISSA  # in the bits of a float32
 
 
-class EntryMoments:
+class EntryMoments(NamedStates):
     r"""Sufficient statistics of the numbers of a layer: what outliers are told by streams, merges and reduces.
 
     Of all numbers about an anchor :math:`a` the sums :math:`\sum (x - a)^k`, ``k`` from 1 to 4, so that a mean of many
@@ -51,24 +52,14 @@ class EntryMoments:
         (tensor([2., 4.], dtype=torch.float64), tensor([ 5., 16.], dtype=torch.float64))
     """
 
+    names = ENTRY_STATES
+
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype or accumulation_dtype(device), device=device)
 
         self.seen, self.count, self.anchor = zeros(), zeros(), zeros()
         self.powers, self.squares, self.largest, self.histogram = zeros(4), zeros(dim), zeros(dim), zeros(BINS)
-
-    @classmethod
-    def from_states(cls, states: dict[str, Tensor]) -> EntryMoments:
-        """The accumulator whose :meth:`states` these are (the tensors themselves, not copies)."""
-        moments = cls.__new__(cls)
-        for name in ENTRY_STATES:
-            setattr(moments, name, states[name])
-        return moments
-
-    def states(self) -> dict[str, Tensor]:
-        """The seven tensors by name: all there is to save or to send."""
-        return {name: getattr(self, name) for name in ENTRY_STATES}
 
     @property
     def entries(self) -> Tensor:

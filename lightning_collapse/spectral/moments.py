@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_collapse.spectral.eigenvalues import eigenvalues
+from lightning_collapse.spectral.named_states import NamedStates
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.spectral.rows import finite_rows
 from lightning_collapse.spectral.spectrum import RESOLUTION, Spectrum, finish_spectrum, relative_to_square
@@ -18,7 +19,7 @@ from lightning_collapse.utilities.distributed import all_reduce_sum
 STATES = ("seen", "count", "shift", "total", "second", "cubic", "quartic")
 
 
-class Moments:
+class Moments(NamedStates):
     r"""Sufficient statistics of a stream of features, accumulated about a shift.
 
     With :math:`y = x - r` for a shift :math:`r` frozen at the mean of the first rows: :math:`n`, :math:`\sum y`,
@@ -50,6 +51,8 @@ class Moments:
                 [0., 0.]], dtype=torch.float64))
     """
 
+    names = STATES
+
     def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         dtype = dtype or accumulation_dtype(device)
         self.seen = torch.zeros((), dtype=dtype, device=device)
@@ -59,18 +62,6 @@ class Moments:
         self.second = torch.zeros(dim, dim, dtype=dtype, device=device)
         self.cubic = torch.zeros(dim, dtype=dtype, device=device)
         self.quartic = torch.zeros((), dtype=dtype, device=device)
-
-    @classmethod
-    def from_states(cls, states: dict[str, Tensor]) -> Moments:
-        """The accumulator whose :meth:`states` these are (the tensors themselves, not copies)."""
-        moments = cls.__new__(cls)
-        for name in STATES:
-            setattr(moments, name, states[name])
-        return moments
-
-    def states(self) -> dict[str, Tensor]:
-        """The seven tensors by name: all there is to save or to send."""
-        return {name: getattr(self, name) for name in STATES}
 
     @torch.no_grad()
     def update(self, features: Tensor, mask: Tensor | None = None) -> None:

@@ -252,7 +252,7 @@ class FirstNonFinite(Monitor):
         [fails] = max_over_processes([float(~(norms.sum().isfinite() & finite))], pl_module.device)
         if not fails:
             return
-        # squares may overflow where numbers do not
+        # squares may overflow where numbers do not; waits for the device once more, in a step that looks ill alone
         own = [bool(extremes(gradient)[1].isfinite()) for gradient in gradients if gradient.numel() and not scaled]
         [fails] = max_over_processes([float(not (all(own) and bool(finite)))], pl_module.device)
         if not fails:
@@ -352,7 +352,10 @@ class FirstNonFinite(Monitor):
         super().on_train_end(trainer, pl_module)
 
     def _has_failed(self, pl_module: LightningModule) -> bool:
-        """Whether something of it has failed, on any process: what comes next is done by all or by none. Collective."""
+        """Whether something of it has failed, on any process: what comes next is done by all or by none.
+
+        Collective, at the end of the fit, and waits for the device.
+        """
         [failed] = max_over_processes([float(bool(self.contained.failed))], pl_module.device)
         return bool(failed)
 
@@ -365,7 +368,10 @@ class FirstNonFinite(Monitor):
         super().on_exception(trainer, pl_module, exception)
 
     def _last_words(self, trainer: Trainer, frames: CallFrames) -> Origin | None:
-        """What this process alone knows of a step that has failed: the others may be elsewhere."""
+        """What this process alone knows of a step that has failed: the others may be elsewhere.
+
+        Waits for the device: the fit is over.
+        """
         frame = frames.close()
         if frame is None and self._raised and self._again is not None and world_size() == 1:
             frame = self._again.run(trainer, frames, logging_step(trainer))

@@ -75,7 +75,7 @@ class LossCurvature:
         return {(_LAYER, name): value for name, value in readings.items()}
 
     def state(self) -> dict[str, Any]:
-        """Batch and directions, as tensors and a string."""
+        """Batch and directions, as tensors and a string; waits for the device, when a checkpoint is saved alone."""
         tensors: list[Tensor | None] = []
         note = "" if self._batch is None else pack(self._batch, tensors)
         vectors = {name: [x.cpu() for x in vector] for name, vector in self._sharpness.vectors.items()}

@@ -390,5 +390,6 @@ class OutputMonitor(Monitor):
 
 
 def _means(sums: Sequence[float], vocabulary: float) -> dict[str, Any]:
+    """Readings of sums that have come to the host with the point."""
     found = output_readings(torch.tensor(sums, dtype=torch.float64), max(vocabulary, 1.0))
     return {name: value.tolist() for name, value in found.items()}
