@@ -1,5 +1,6 @@
-"""What every test shares: a seed, and an environment that the tests before it have not written to."""
+"""What every test shares: a seed, and an environment and loggers that the tests before it have not written to."""
 
+import logging
 import os
 
 import pytest
@@ -21,3 +22,13 @@ def _environment():
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _loggers():
+    """Examples and the fault campaign turn these down, and a test after them would hear nothing."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_collapse")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
