@@ -17,5 +17,5 @@ def test_a_seed_that_a_test_before_has_set_is_gone(turn):
 @pytest.mark.parametrize("turn", [1, 2])
 def test_a_logger_that_a_test_before_has_turned_down_speaks(turn):
     logger = logging.getLogger("lightning_collapse")
-    assert logger.isEnabledFor(logging.INFO)
+    assert logger.isEnabledFor(logging.WARNING)
     logger.setLevel(logging.CRITICAL)
