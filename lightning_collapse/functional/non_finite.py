@@ -86,7 +86,8 @@ def producer_cause(made: float, operand: float, weight: float, terms: int, limit
     .. math:: |x| \ge \tfrac12 M, \quad n \, |x| \, \max(|w|, |x|) \ge M, \quad |x| \ge \ln M
         \quad\text{or}\quad |y_{before}| \ge \tfrac1{16} M.
 
-    Otherwise, and for every NaN, the operation is not defined there.
+    A NaN is one if an operand, of a wider format, is too large for this one. Otherwise the operation is not defined
+    there.
 
     Args:
         made: Largest magnitude of what came out; NaN or infinite.
@@ -110,7 +111,7 @@ def producer_cause(made: float, operand: float, weight: float, terms: int, limit
         'UNDEFINED'
     """
     if isnan(made):
-        return Cause.UNDEFINED
+        return Cause.OVERFLOW if max(operand, weight) > limit else Cause.UNDEFINED
     product = terms * operand * max(weight, operand) if operand < inf else inf
     reaches = operand >= limit / 2 or product >= limit or operand >= log(limit) or before >= limit / 16
     return Cause.OVERFLOW if reaches else Cause.UNDEFINED

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
+from lightning_collapse.monitoring.call_record import storage_of
+from lightning_collapse.monitoring.function_calls import FUNCTION_CALLS
 from lightning_collapse.monitoring.graph_call import GraphCall
 from lightning_collapse.monitoring.step_frame import (
     BUFFER,
     GRADIENT,
     INPUT,
+    INSIDE,
     OUTPUT,
     STEP,
     WEIGHT,
@@ -28,7 +31,13 @@ from lightning_collapse.monitoring.step_frame import (
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
 from lightning_collapse.utilities.module_tree import is_list
-from lightning_collapse.utilities.modules import clean_name, in_backward, is_to_be_ignored, let_hooks_be_seen
+from lightning_collapse.utilities.modules import (
+    clean_name,
+    in_backward,
+    is_compiled,
+    is_to_be_ignored,
+    let_hooks_be_seen,
+)
 from lightning_collapse.utilities.parameters import as_real
 from lightning_collapse.utilities.private_torch import (
     FUSED_IN_EVAL,
@@ -44,6 +53,8 @@ from lightning_collapse.utilities.trainer import is_compiled_whole
 
 MOST = 16384
 """Entries of a frame; what comes later in a step is left out."""
+_NARROW = {torch.float16, torch.float8_e4m3fn, torch.float8_e5m2}
+"""Formats that numbers of a ``float32`` module overflow."""
 
 
 class CallFrames(HookOwner):
@@ -51,7 +62,8 @@ class CallFrames(HookOwner):
 
     In other steps there is no hook. No tensor is kept, nothing waits for the device, and each tensor is read once,
     whoever passes it on. Gradients are read by hooks on tensors, which leave the graph as it is. Calls inside the
-    backward pass (activation checkpointing computes again) do not count, nor do those that are not the step's.
+    backward pass (activation checkpointing computes again) do not count, nor do those that are not the step's. What a
+    module casts to ``float16``, or narrower, and back is seen by listening to the functions that it calls.
 
     Of compiled parts only what they return is measured, by hooks that are there from the beginning: none that comes or
     goes has anything compiled anew.
@@ -78,7 +90,7 @@ class CallFrames(HookOwner):
     """
 
     def __init__(self, root: nn.Module, containment: Containment | None = None) -> None:
-        self.armed = False
+        self._armed = False
         self.frame: Frame | None = None
         self.contained = containment or Containment(type(self).__name__)
         self._root, self._number, self._again = root, 0, False
@@ -93,6 +105,22 @@ class CallFrames(HookOwner):
             let_hooks_be_seen(root)
         self._borders: list[_Border] = [_Border(self, clean_name(name), module) for name, module in compiled]
 
+    @property
+    def armed(self) -> bool:
+        """Whether calls count now."""
+        return self._armed
+
+    @armed.setter
+    def armed(self, armed: bool) -> None:
+        self._armed = armed
+        FUNCTION_CALLS.remove(self)
+        if armed and self.frame is not None and (self._again or not self._has_another_way()):
+            FUNCTION_CALLS.add(self)
+
+    def _has_another_way(self) -> bool:
+        """Whether a listener has something compiled anew, or computed in another order as soon as it is evaluated."""
+        return is_compiled(self._root) or any(isinstance(module, FUSED_IN_EVAL) for module in self._root.modules())
+
     def open(self, step: int, everything: bool = False) -> None:
         """Begin a frame: measure the weights and put the hooks on.
 
@@ -105,7 +133,7 @@ class CallFrames(HookOwner):
         self._running, self._seen, self._nth, self._ended = [], {}, Counter(), 0
         for role, named in ((WEIGHT, self._root.named_parameters()), (BUFFER, self._root.named_buffers())):
             for name, tensor in named:
-                if (values := _readable(tensor)) is not None:
+                if (values := readable(tensor)) is not None:
                     self.frame.add(Entry(role, -1, clean_name(name), values.dtype), values, judged=role == WEIGHT)
         self._begin(STEP, STEP)
         for name, module in self._root.named_modules() if everything else _hookable(self._root):
@@ -145,7 +173,7 @@ class CallFrames(HookOwner):
             return
         for i, (name, parameter) in enumerate(self._root.named_parameters()):
             gradient = parameter.grad if gradients is None else gradients[i]
-            values = None if gradient is None else _readable(gradient)
+            values = None if gradient is None else readable(gradient)
             if values is not None and len(self.frame.entries) < MOST:
                 self.frame.add(Entry(WEIGHT_GRADIENT, -1, clean_name(name), values.dtype), values, judged)
 
@@ -187,6 +215,22 @@ class CallFrames(HookOwner):
             except Exception as error:
                 self.contained.catch("measuring what modules return", "the first NaN may go unnamed", error)
 
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Measure what a function makes in a narrow format, and what from: no module may pass it on."""
+        if not isinstance(output, Tensor) or output.dtype not in _NARROW or not self._counts():
+            return
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        own = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
+        if self._find(output) is None and not any(_is_view(output, tensor) for tensor in tensors):
+            self._measure((own, output), INSIDE, self._running[-1], f"by `{getattr(func, '__name__', func)}`")
+            made = self._find(output)
+            if made is not None and self.frame is not None:
+                self.frame.entries[made].operands = [i for i in map(self._find, own) if i is not None and i < made]
+
+    def fail(self, error: Exception) -> None:
+        """Tell what :meth:`note` has raised."""
+        self.contained.catch("measuring what modules compute inside", "the first NaN may go unnamed", error)
+
     def _counts(self) -> bool:
         if not self.armed or self.frame is None or len(self.frame.entries) >= MOST:
             return False
@@ -210,24 +254,29 @@ class CallFrames(HookOwner):
         return found[2] if fits and found is not None else None
 
     @torch.no_grad()
-    def _measure(self, values: Any, role: str, call: int) -> None:
+    def _measure(self, values: Any, role: str, call: int, label: str = "") -> None:
         frame = self.frame
         if frame is None:
             return
         for i, tensor in enumerate(leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)):
             index = self._find(tensor)
             if index is None:
-                numbers = _readable(tensor)
+                numbers = readable(tensor)
                 if numbers is None:
                     continue
                 terms = tensor.shape[-1] if tensor.ndim else 1
-                index = frame.add(Entry(role, call, str(i), numbers.dtype, terms), numbers)
+                index = frame.add(Entry(role, call, label or str(i), numbers.dtype, terms), numbers)
                 self._seen[id(tensor)] = ref(tensor), version_of(tensor), index
-                if tensor.requires_grad and tensor.grad_fn is not None:
-                    add: Any = tensor.register_hook
-                    add(partial(self._gradient, self._number, index))
             entry = frame.entries[index]
+            if role == INSIDE:
+                continue
+            if entry.role == INSIDE:  # it is passed on after all
+                entry.role, entry.call, entry.label = role, call, str(i)
+            passed_on = bool(entry.consumers or entry.producers)
             (entry.consumers if role == INPUT else entry.producers).append(call)
+            if not passed_on and tensor.requires_grad and tensor.grad_fn is not None:
+                add: Any = tensor.register_hook
+                add(partial(self._gradient, self._number, index))
 
     @torch.no_grad()
     def _gradient(self, number: int, index: int, gradient: Tensor) -> None:
@@ -235,7 +284,7 @@ class CallFrames(HookOwner):
         if frame is None or number != self._number or len(frame.entries) >= MOST:
             return
         try:
-            values = _readable(gradient)
+            values = readable(gradient)
             if values is not None:
                 of = frame.entries[index]
                 frame.add(Entry(GRADIENT, of.call, f"{of.role} {of.label}", values.dtype, of=index), values)
@@ -309,7 +358,12 @@ def _hookable(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _readable(tensor: Any) -> Tensor | None:
+def _is_view(output: Tensor, tensor: Tensor) -> bool:
+    """Whether a function has moved no number, but only looks at a tensor in another way."""
+    return output is not tensor and storage_of(output) == storage_of(tensor)
+
+
+def readable(tensor: Any) -> Tensor | None:
     """This process's numbers of a tensor; ``None`` of one that has none to read."""
     part = local(tensor)
     if is_fake(part) or part.is_meta or part.is_nested or part.layout is not torch.strided or part.is_quantized:

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from lightning_collapse.functional.non_finite import Cause
 from lightning_collapse.monitoring.non_finite_origin import (
+    BATCH,
     Origin,
     Reading,
     find_origin,
     least_headroom,
     weights_in_words,
 )
-from lightning_collapse.monitoring.step_frame import STEP, Frame
+from lightning_collapse.monitoring.step_flags import StepFlags
+from lightning_collapse.monitoring.step_frame import INPUT, STEP, Frame
+from lightning_collapse.utilities.modules import clean_name
 
 KEPT = 8
 """Steps of a table."""
@@ -76,21 +79,26 @@ class FrameHistory:
         grow = limits.to(dtype).log2() - sizes.to(dtype).log2()
         return torch.cat([torch.where(sizes.isfinite() & (sizes > 0), grow, inf), never]).min()
 
-    def origin(self, first_bad: float, first_loss: int | None) -> Origin | None:
+    def origin(self, first_bad: float, first_flag: float, flags: StepFlags) -> Origin | None:
         """What made the first NaN since the last point, as far as this process knows. Waits for the device.
 
         Args:
             first_bad: Place of the first bad frame, infinite for none.
-            first_loss: Step of the first loss that was not finite, ``None`` for none.
+            first_flag: Place of the first loss or gradient that was not finite, on any process, infinite for none.
+            flags: What all steps said of themselves, on this process.
         """
         bad = self.fresh[int(first_bad)] if first_bad < len(self.fresh) else None
-        if bad is not None and (first_loss is None or bad.step <= first_loss):
+        flagged = flags.step_of(first_flag)
+        if bad is not None and (flagged is None or bad.step <= flagged):
             now = Reading(bad)
             found = None if now.healthy else find_origin(now, self.before(bad))
             if found is not None or bool(bad.bad):
                 words = "no module that is listened to made it; what is compiled is looked into by `replay=True` alone"
                 return found or Origin(bad.step, Cause.UNSEEN, STEP, words)
-        return None if first_loss is None else self._unseen(first_loss)
+        _, loss, gradient, batch = flags.read().tolist()
+        if flagged is None or first_flag < min(loss, gradient):  # on another process
+            return None
+        return self._unseen(flagged, flags, batch == first_flag, loss <= gradient)
 
     def before(self, frame: Frame | None = None) -> list[Reading]:
         """The latest frames before one, or before now, that its table shows."""
@@ -98,17 +106,39 @@ class FrameHistory:
         end = len(known) if frame is None else next(i for i, other in enumerate(known) if other is frame)
         return [Reading(other) for other in known[:end][1 - KEPT :]]
 
-    def _unseen(self, step: int) -> Origin:
-        """Between two frames: what was nearest to overflow before, and how the weights are by now."""
+    def _unseen(self, step: int, flags: StepFlags, has_batch: bool, has_loss: bool) -> Origin:
+        """Between two frames: what the step said of itself, what was nearest to overflow, and the weights by now."""
         before = [Reading(frame) for frame in (*self.past, *self.fresh) if frame.step < step][-KEPT:]
         while before and not before[-1].healthy:
             before.pop()
         weights = weights_in_words(Reading(self.fresh[-1])) if self.fresh else ""
         seen = f"; all was finite at step {before[-1].frame.step}" if before else ""
         told = f"; by now {weights}" if weights else ""
-        words = "that step was not looked at: its forward pass made it, or the update before"
-        words += f"{seen}{told}. `FirstNonFinite(replay=True)` repeats such a step at once and names the module"
-        origin = Origin(step, Cause.UNSEEN, STEP, words)
+        if has_batch and not any(_holds_bad_batch(reading) for reading in before):
+            origin = Origin(step, Cause.DATA, BATCH, "the batch holds it already, as none before it did", 0, 0)
+        elif has_loss:
+            words = "that step was not looked at: its forward pass made it, "
+            words += "from weights whose gradients were finite" if flags.has_gradients else "or the update before"
+            origin = Origin(step, Cause.UNSEEN, STEP, words, phase=0)
+        else:
+            bad, called = flags.bad_gradients(), [call.name for call in before[-1].frame.calls] if before else []
+            last = max(bad, key=lambda name: max((i for i, c in enumerate(called) if c == _owner(name)), default=-1))
+            words = f"the loss is finite, and {len(bad)} of {len(flags.parameters)} gradients of weights are not"
+            words += f", that of `{clean_name(last)}` first"
+            origin = Origin(step, Cause.BACKWARD, STEP, words, phase=2)
+        more = "repeats such a step at once and names the module" if origin.cause != Cause.DATA else "shows where"
+        origin.words += f"{seen}{told}. `FirstNonFinite(replay=True)` {more}"
         if before:
             origin.steps, origin.rows = least_headroom(before[-1], before[:-1])
         return origin
+
+
+def _owner(name: str) -> str:
+    """The module of a parameter, as calls are named."""
+    return clean_name(name.rpartition(".")[0])
+
+
+def _holds_bad_batch(reading: Reading) -> bool:
+    """Whether a batch that did no harm was not finite either."""
+    entries = enumerate(reading.frame.entries)
+    return any(e.role == INPUT and e.call == 0 and not reading.pairs[i][1] < inf for i, e in entries)

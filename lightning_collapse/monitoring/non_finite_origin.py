@@ -13,7 +13,9 @@ from lightning_collapse.monitoring.step_frame import (
     BUFFER,
     GRADIENT,
     INPUT,
+    INSIDE,
     OUTPUT,
+    PASSED_ON,
     STEP,
     WEIGHT,
     WEIGHT_GRADIENT,
@@ -137,7 +139,7 @@ def find_origin(now: Reading, earlier: Sequence[Reading] = ()) -> Origin | None:
 def least_headroom(now: Reading, earlier: Sequence[Reading] = ()) -> tuple[list[int], list[Row]]:
     """Steps and rows of a table of what is nearest to the largest number of its type, in order of time."""
     search = _Search(now, earlier)
-    entries = [i for i, e in enumerate(now.frame.entries) if e.role in (INPUT, OUTPUT) and isfinite(now.sizes[i])]
+    entries = [i for i, e in enumerate(now.frame.entries) if e.role in PASSED_ON and isfinite(now.sizes[i])]
     entries.sort(key=lambda i: bits_of_headroom(now.sizes[i], _limit(now.frame.entries[i])))
     return search.steps, [search.row(i) for i in sorted(entries[:ROWS])]
 
@@ -162,7 +164,7 @@ class _Search:
             key
             for of in earlier
             for key, i in of.by_key.items()
-            if of.healthy and key[2] in (INPUT, OUTPUT) and not isfinite(of.sizes[i])
+            if of.healthy and key[2] in PASSED_ON and not isfinite(of.sizes[i])
         }
 
     def origin(self) -> Origin | None:
@@ -183,8 +185,9 @@ class _Search:
         key = self.frame.key(i)
         if (isfinite(least) and isfinite(largest)) or key in self.usual:
             return False
-        # minus infinity alone, going in, is a mask, unless it was something else before
-        return isnan(least) or largest == inf or self.frame.entries[i].role != INPUT or key in self.known
+        # minus infinity alone, going in or inside, is a mask, unless it was something else before, or is an overflow
+        masked = key[2] == INPUT or (key[2] == INSIDE and self._cause(self.frame.entries[i].call, i) != Cause.OVERFLOW)
+        return isnan(least) or largest == inf or key in self.known or not masked
 
     def _of_forward(self, first: int, entry: Entry) -> Origin:
         step = self.frame.step
@@ -194,15 +197,14 @@ class _Search:
         call = self.frame.calls[entry.call].parent if entry.role == INPUT else entry.call
         name = self._name(call)
         between = f" between its modules, before `{self._name(entry.call)}`," if entry.role == INPUT else ""
+        between = f" inside, {entry.label}," if entry.role == INSIDE else between
         own = self._own_weights(call, first)
         if own:
             labels = f"`{own[0]}`" + (f" and {len(own) - 1} more" if len(own) > 1 else "")
             words = f"what it received is finite and its weights are not: {labels}, made by an earlier update"
             return self._made(first, Origin(step, Cause.UPDATE, name, words, self._index(call), 0))
-        operand, terms, weight = self._operands(call, first)
-        known = [of.sizes[of.by_key[key]] for of in self.earlier if (key := self.frame.key(first)) in of.by_key]
-        before = max(filter(isfinite, known), default=0.0)
-        cause = producer_cause(self.now.sizes[first], operand, weight, terms, _limit(entry), before)
+        operand, _, weight = self._operands(call, first)
+        cause, before = self._cause(call, first), self._before(first)
         unseen = cause is Cause.UNDEFINED and not isnan(self.now.sizes[first])  # what modules pass on is seen alone
         made = "NaN" if isnan(self.now.sizes[first]) else "infinity"
         words = (
@@ -213,6 +215,18 @@ class _Search:
             + (", by a division by 0, a logarithm of 0, or numbers in between" if unseen else "")
         )
         return self._made(first, Origin(step, cause, name, words, self._index(call), 0))
+
+    def _cause(self, call: int, first: int) -> Cause:
+        """What made the first that is not finite, in a call whose weights are."""
+        operand, terms, weight = self._operands(call, first)
+        limit = _limit(self.frame.entries[first])
+        return producer_cause(self.now.sizes[first], operand, weight, terms, limit, self._before(first))
+
+    def _before(self, first: int) -> float:
+        """The largest magnitude of the same tensor in earlier steps."""
+        key = self.frame.key(first)
+        known = [of.sizes[of.by_key[key]] for of in self.earlier if key in of.by_key]
+        return max(filter(isfinite, known), default=0.0)
 
     def _of_backward(self, first: int, entry: Entry) -> Origin:
         tensor = self.frame.entries[entry.of]
@@ -260,9 +274,10 @@ class _Search:
     def _operands(self, call: int, first: int) -> tuple[float, int, float]:
         """Largest number that went into what a call made, how many may have been summed up, and its largest weight."""
         size, terms = 0.0, 1
+        own = self.frame.entries[first].operands
         for i, entry in enumerate(self.frame.entries[:first]):
             mine = call in entry.consumers or any(self.frame.calls[c].parent == call for c in entry.producers)
-            if entry.role in (INPUT, OUTPUT) and mine and isfinite(self.now.sizes[i]):
+            if (i in own if own else entry.role in (INPUT, OUTPUT) and mine) and isfinite(self.now.sizes[i]):
                 size, terms = max(size, self.now.sizes[i]), max(terms, entry.terms)
         name = self.frame.calls[call].name
         weights = [
@@ -275,7 +290,7 @@ class _Search:
     def _made(self, first: int, origin: Origin) -> Origin:
         """The origin with its table: what was passed on up to the first that is not finite."""
         backward = self.frame.entries[first].role in (GRADIENT, WEIGHT_GRADIENT)
-        roles = (GRADIENT, WEIGHT_GRADIENT) if backward else (INPUT, OUTPUT)
+        roles = (GRADIENT, WEIGHT_GRADIENT) if backward else PASSED_ON
         shown = [i for i, entry in enumerate(self.frame.entries[: first + 1]) if entry.role in roles][-ROWS:]
         origin.steps = self.steps
         origin.rows = [self.row(i, f"{origin.cause.words}: `{origin.layer}`" if i == first else "") for i in shown]

@@ -13,6 +13,9 @@ from lightning_collapse.functional.non_finite import extremes
 STEP = "training_step"
 """Name of the outermost call, which all others are inside of."""
 WEIGHT, BUFFER, INPUT, OUTPUT = "weight", "buffer", "input", "output"
+INSIDE = "inside"
+"""What a module computes in a narrow format and passes on to none, and what that is made from."""
+PASSED_ON = (INPUT, OUTPUT, INSIDE)
 GRADIENT, WEIGHT_GRADIENT = "gradient", "weight gradient"
 Key = tuple[str, int, str, str]
 
@@ -49,6 +52,7 @@ class Entry:
         producers: Indices of all calls that returned it.
         consumers: Indices of all calls that received it.
         of: Of a gradient the index of the entry of the tensor.
+        operands: Of what a function made :data:`INSIDE` a module the entries of what it was made from.
     """
 
     role: str
@@ -59,6 +63,7 @@ class Entry:
     producers: list[int] = field(default_factory=list)
     consumers: list[int] = field(default_factory=list)
     of: int = -1
+    operands: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -109,7 +114,7 @@ class Frame:
             return torch.zeros(0, device=device), torch.ones(0, device=device)
         sizes = torch.maximum(-self._stack[0], self._stack[1])
         entries = [self.entries[i] for i in self._order]
-        limits = [torch.finfo(e.dtype).max if e.role in (INPUT, OUTPUT) else torch.inf for e in entries]
+        limits = [torch.finfo(e.dtype).max if e.role in PASSED_ON else torch.inf for e in entries]
         return sizes, torch.tensor(limits, dtype=sizes.dtype, device=device)
 
     def to_host(self) -> list[tuple[float, float]]:

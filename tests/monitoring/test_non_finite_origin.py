@@ -103,6 +103,39 @@ def test_an_operation_that_is_not_defined():
     assert found(chain(Function(lambda x: (x * 0) / 0)), ONES) == ("2", Cause.UNDEFINED)
 
 
+@pytest.mark.parametrize(
+    ("inside", "cause"),
+    [
+        (lambda x: (x * 1e5).half(), Cause.OVERFLOW),
+        (lambda x: (-1e5 * x).to(torch.float16), Cause.OVERFLOW),  # minus infinity
+        (lambda x: (x * 300).half() @ torch.full((4, 4), 300.0).half(), Cause.OVERFLOW),
+        (lambda x: (x * 12).half().exp(), Cause.OVERFLOW),
+        (lambda x: 1 / (x * 1e-9).half(), Cause.UNDEFINED),  # which is 0
+        (lambda x: (x * 1e-9).half().log(), Cause.UNDEFINED),
+        (lambda x: (x * 0).half() / (x * 0).half(), Cause.UNDEFINED),
+    ],
+)
+def test_float16_inside_of_a_module_that_runs_in_float32_around_it(inside, cause):
+    assert found(chain(Function(lambda x: inside(x).float() / 1e5)), ONES) == ("2", cause)
+
+
+def test_a_mask_in_float16_inside_is_no_overflow():
+    mask = torch.tensor([True, False, False, False])
+    net = chain(Function(lambda x: x.half().masked_fill(mask, -torch.inf).softmax(-1).float()), 1)
+    assert found(net, ONES) is None
+    nn.init.constant_(net[3].weight, torch.inf)
+    assert found(net, ONES) == ("3", Cause.UPDATE)
+
+
+def test_a_number_that_is_too_large_for_what_autocast_computes_in():
+    class Narrow(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.float16):
+                return super().forward(x * 1e5).float()  # infinity times what may be of either sign: NaN
+
+    assert found(chain(Narrow(4, 4)), ONES) == ("2", Cause.OVERFLOW)
+
+
 def test_an_overflow_inside_of_a_composite_is_the_composites():
     class Twice(nn.Module):
         def __init__(self):

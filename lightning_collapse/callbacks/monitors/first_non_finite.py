@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_collapse.callbacks.evaluation.step_replay import StepReplay
@@ -18,7 +19,6 @@ from lightning_collapse.callbacks.monitors.stability_monitor import StabilityMon
 from lightning_collapse.functional.non_finite import Cause, extremes
 from lightning_collapse.monitoring.call_frames import CallFrames
 from lightning_collapse.monitoring.frame_history import KEPT, FrameHistory
-from lightning_collapse.monitoring.loss_flags import LossFlags
 from lightning_collapse.monitoring.non_finite_origin import (
     Origin,
     Reading,
@@ -26,6 +26,7 @@ from lightning_collapse.monitoring.non_finite_origin import (
     first_of_processes,
 )
 from lightning_collapse.monitoring.scale_history import ScaleHistory
+from lightning_collapse.monitoring.step_flags import StepFlags
 from lightning_collapse.monitoring.step_frame import STEP
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.monitoring.to_host import to_host
@@ -51,18 +52,19 @@ class FirstNonFinite(Monitor):
     finite numbers and has finite weights is the producer, what comes behind only passes it on. The cause is the data,
     an earlier update, an overflow, an undefined operation or the backward pass, see
     :class:`~lightning_collapse.functional.Cause`; what is computed between modules is the module's around, or
-    ``training_step``'s. In other steps there is no hook, and only the loss is noted. After a loss that was not finite
-    every step is measured, until all has been finite for eight points.
+    ``training_step``'s. In other steps there is no hook, and only loss, batch and gradients are noted. After one that
+    was not finite every step is measured, until all has been finite for eight points.
 
     The finding is told once: on the console, as text to every logger (``nonfinite/first``) and as JSON in a folder
-    ``nonfinite`` beside the run's logs, at the next point, or when the fit ends or fails before it. The table
-    shows the last 21 tensors, with their largest magnitudes in the steps before and the bits they may grow.
+    ``nonfinite`` beside the run's logs, at the next point, or when the fit ends before it. The table shows the last 21
+    tensors, with their largest magnitudes in the steps before and the bits they may grow.
 
-    A step that fails between two points leaves NaN in all weights, and who made it cannot be seen any more; that is
-    said, with what was nearest to overflow. ``replay=True`` is for this: every step is asked, before its update,
-    whether loss and gradients are finite, and one that fails is repeated at once from the random states and buffers it
-    began with, every module measured, those of compiled parts too. Nothing of the training changes by it; terms that
-    other callbacks add to the loss are left out. It costs the host one wait for the device in every step.
+    A step that fails between two points leaves NaN in all weights. That it came with the batch, in the forward pass or
+    first in the gradient of a weight is known even so, which module made it is not, and that is said. ``replay=True``
+    is for this: every step is asked, before its update, whether loss and gradients are finite, and one that fails is
+    repeated at once from the random states and buffers it began with, every module measured, those of compiled parts
+    too. Nothing of the training changes by it; terms that other callbacks add to the loss are left out. It costs the
+    host one wait for the device in every step.
 
     Under a gradient scaler infinite gradients with a finite loss are the scaler's way to find its scale. They are a
     failure where the scale is halved more than five times within 100 steps, or reaches 1.
@@ -134,7 +136,7 @@ class FirstNonFinite(Monitor):
         self._check(trainer, pl_module)
         self._reset()
         self._folder = report_folder(trainer)
-        self._losses = LossFlags(pl_module.device)
+        self._flags = StepFlags(pl_module.device, dict(pl_module.named_parameters()))
         self._again = StepReplay(pl_module) if self.replay else None
         self._frames = CallFrames(pl_module, self.contained)
         self._scope = StepScope(pl_module)
@@ -159,7 +161,7 @@ class FirstNonFinite(Monitor):
             self._unwrap()
             self._scope.remove()
             self._frames.remove()
-            self._losses.clear()
+            self._flags.clear()
         self._frames = self._again = self._scope = self._unwrap = None  # type: ignore[assignment]
         self._history, self._untold = FrameHistory(), []
 
@@ -190,12 +192,14 @@ class FirstNonFinite(Monitor):
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
-        if self._frames is not None and (
-            batches_left == 0 or self._alarm or not (self._history.past or self._history.fresh)
-        ):
+        if self._frames is None:
+            return
+        if batches_left == 0 or self._alarm or self._history.is_empty:
             self._begun = False
             self._frames.open(logging_step(trainer))
             self._scope.request(self._frames)
+        elif self._again is None:
+            self._flags.note_batch(batch)
 
     def _around(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A training step: what it begins with, what it returns, and whether it fails."""
@@ -225,7 +229,7 @@ class FirstNonFinite(Monitor):
         if self._frames is None or self._left < 0:
             return
         try:  # at every step, where a context costs as much as what is inside
-            self._losses.note(logging_step(trainer), loss)
+            self._flags.note(logging_step(trainer), loss)
             if not pl_module.automatic_optimization:
                 self._frames.note_loss(loss)
         except Exception as error:
@@ -241,11 +245,19 @@ class FirstNonFinite(Monitor):
             with self.contained("asking whether a step is finite", "it is not repeated"):
                 self._repeat_if_failing(trainer, pl_module, self._again, self._frames)
 
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._frames is None or self._left < 0 or self._again is not None or self._frames.frame is not None:
+            return
+        with self.contained("noting the gradients", "what the backward pass makes may go untold"):
+            if loss_scale(trainer) is None:
+                self._flags.note_gradients()
+
     def _repeat_if_failing(
         self, trainer: Trainer, pl_module: LightningModule, again: StepReplay, frames: CallFrames
     ) -> None:
         """Ask, wait for the answer, and repeat the step if loss or gradients are not finite. Collective."""
-        loss, gradients = self._losses.latest, gradients_of(list(pl_module.parameters())).tensors
+        loss, gradients = self._flags.latest, gradients_of(list(pl_module.parameters())).tensors
         scaled = loss_scale(trainer) is not None
         finite = loss is None or loss.isfinite()
         norms = squared_norms([] if scaled else gradients, pl_module.device)
@@ -283,24 +295,25 @@ class FirstNonFinite(Monitor):
         self._left_out = any(isinstance(c, StabilityMonitor) and c.skips for c in trainer.callbacks)
         device = pl_module.device
         dtype = accumulation_dtype(device)
-        count, first_loss = self._losses.read()
+        count, first_loss, first_gradient, _ = self._flags.read().unbind()
         first_bad, bits = self._history.first_bad(device, dtype), self._history.bits(device, dtype)
         halvings, scale = self._scales.read(device)
-        own = {"first_bad": -first_bad, "first_loss": -first_loss, "count": count, "bits": -bits}
-        own |= {"halvings": halvings, "scale": -scale}
+        own = {"first_bad": -first_bad, "first_flag": -torch.minimum(first_loss, first_gradient), "bits": -bits}
+        own |= {"count": count, "halvings": halvings, "scale": -scale}
         everyone = all_reduce_max(torch.stack([value.to(device, dtype) for value in own.values()]))
         return {("", name): value for name, value in zip(own, everyone.unbind(), strict=True)}
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
-        first_bad, first_loss, bits, scale = (-numbers["", x] for x in ("first_bad", "first_loss", "bits", "scale"))
+        first_bad, first_flag, bits, scale = (-numbers["", x] for x in ("first_bad", "first_flag", "bits", "scale"))
         halvings = numbers["", "halvings"]
         falls = ScaleHistory.is_failure(halvings, scale)
-        ill = first_bad < inf or first_loss < inf or falls
+        flagged = min(first_bad, first_flag) < inf
+        ill = flagged or falls
         # where every step is measured, one that fails after one that did not is another failure
         if ill and (not self._quiet or 0 < first_bad < inf) and self._told < _MOST_TOLD:
-            origin = self._history.origin(first_bad, self._losses.step_of(first_loss))
-            if origin is None:
+            origin = self._history.origin(first_bad, first_flag, self._flags)
+            if not flagged:
                 words = f"the loss scale fell {halvings:.0f} times within 100 steps, to {scale:.3g}"
                 origin = Origin(step, Cause.BACKWARD, STEP, words)
             self._take(first_of_processes(origin))
@@ -326,7 +339,7 @@ class FirstNonFinite(Monitor):
 
     def _settle(self, ill: bool) -> None:
         """Begin anew after a point, and go back to few steps once all has been finite for long."""
-        self._losses.clear()
+        self._flags.clear()
         self._history.settle(healthy=not ill)
         self._calm = 0 if ill else self._calm + 1
         self._alarm = ill or (self._alarm and self._calm < KEPT)
@@ -352,10 +365,7 @@ class FirstNonFinite(Monitor):
         super().on_train_end(trainer, pl_module)
 
     def _has_failed(self, pl_module: LightningModule) -> bool:
-        """Whether something of it has failed, on any process: what comes next is done by all or by none.
-
-        Collective, at the end of the fit, and waits for the device.
-        """
+        """Whether something of it has failed, on any process. Collective, at the end of the fit."""
         [failed] = max_over_processes([float(bool(self.contained.failed))], pl_module.device)
         return bool(failed)
 
@@ -380,7 +390,7 @@ class FirstNonFinite(Monitor):
             self._history.add(frame)
         self._look_at_weights(trainer, frames)
         first_bad = next((i for i, of in enumerate(self._history.fresh) if of.raised or bool(of.bad)), inf)
-        return self._history.origin(first_bad, self._losses.step_of(float(self._losses.read()[1])))
+        return self._history.origin(first_bad, float(self._flags.read()[1:3].min()), self._flags)
 
     def _look_at_weights(self, trainer: Trainer, frames: CallFrames) -> None:
         """A frame of the weights alone, as the latest update has left them."""
