@@ -69,7 +69,13 @@ class StepSignals:
 
     @torch.no_grad()
     def update(
-        self, step: int, loss: Tensor | None, norm: Tensor, overflows: bool = False, squares: Tensor | None = None
+        self,
+        step: int,
+        loss: Tensor | None,
+        norm: Tensor,
+        overflows: bool = False,
+        squares: Tensor | None = None,
+        unknown: Tensor | None = None,
     ) -> Tensor:
         """Take a step in.
 
@@ -79,6 +85,7 @@ class StepSignals:
             norm: 0-dimensional, of the whole gradient, over all processes, unscaled and before clipping.
             overflows: Whether the gradient carries the factor of a scaler, which deals with an infinite one itself.
             squares: Squared gradient norms of the parameters, shape ``(P,)``, to be kept if the step is a burst.
+            unknown: Whether nothing is known of the step after all; 0-dimensional, boolean.
 
         Returns:
             0-dimensional, ``float32``, on the device: exactly 1 if the step is a burst or not finite, else exactly 0.
@@ -86,6 +93,8 @@ class StepSignals:
         known = norm.new_full((), torch.nan) if loss is None else loss.detach()
         values = torch.stack([known.to(self._window), norm.detach().to(self._window)])
         finite = values.isfinite()
+        if unknown is not None:
+            values, finite = torch.where(unknown, torch.nan, values), finite | unknown
         logs = torch.where(finite, (values + TINY).log(), torch.nan)  # of what is negative there is none either
         scores = (logs - self._center) * self._rate
         burst = (scores > self.threshold).any()

@@ -53,7 +53,51 @@ def fit(model, rank=None, **kwargs):
     return {f"{point.key} {point.step}": point.value for point in keeper.points}, flags
 
 
+class Hurt(StabilityMonitor):
+    """One of its parts fails on the second process alone, from the twentieth step on."""
+
+    def __init__(self, part):
+        super().__init__(every_n_steps=5)
+        self.part = part
+        self.on_flag.append(self.act)
+
+    def _fail(self, part):
+        if self.part == part and self.trainer.global_step >= 20 and self.trainer.global_rank:
+            raise ValueError("on one process")
+
+    def start(self, trainer, pl_module):
+        self.trainer = trainer
+        super().start(trainer, pl_module)
+
+    def read(self, trainer, pl_module):
+        self._fail("read")
+        return super().read(trainer, pl_module)
+
+    def _squares(self, trainer, pl_module, optimizer):
+        self._fail("gradients")
+        return super()._squares(trainer, pl_module, optimizer)
+
+    def act(self, trainer, optimizer, flag):
+        self._fail("action")
+        assert not flag or self.part == "read"  # steps that are not known are left alone
+
+
+def _check_hurt(rank):
+    for part in ("read", "gradients", "action"):
+        keeper = PointKeeper()
+        options = {**QUIET, "logger": False, "use_distributed_sampler": False, "devices": 2}
+        strategy = DDPStrategy(process_group_backend="gloo")
+        Trainer(**options, callbacks=[Hurt(part), keeper], strategy=strategy).fit(Model(), batches(rank))
+        value, everyone = torch.full((), float(rank)), [None, None]
+        torch.distributed.all_reduce(value)  # whoever had waited for the other would take this for the answer
+        assert value == 1
+        torch.distributed.all_gather_object(everyone, repr(keeper.points))
+        assert everyone[0] == everyone[1]
+        assert max(point.step for point in keeper.points) < 25
+
+
 def _check(rank, folder):
+    _check_hurt(rank)
     strategies = {
         "ddp": (Model, DDPStrategy(process_group_backend="gloo")),
         "sharded": (Sharded, ModelParallelStrategy(2, 1, process_group_backend="gloo")),

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_collapse.callbacks.monitors.closing_line import say_unjudged
+from lightning_collapse.callbacks.monitors.point_publication import publish_together
 from lightning_collapse.monitoring.feature_window import FeatureWindow
-from lightning_collapse.monitoring.to_host import Number, to_host
+from lightning_collapse.monitoring.to_host import to_host
 from lightning_collapse.reporting import HEALTH, log_text, publish, try_again
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.hooks import HookOwner
@@ -226,7 +227,7 @@ class Monitor(Callback, ABC):
         if self._publishes:
             due = [c for c in trainer.callbacks if getattr(c, "_due", False) and isinstance(c, Monitor)]
             if due:
-                _publish_together(due, trainer, pl_module)
+                publish_together(due, trainer, pl_module)
 
     @property
     def listeners(self) -> list[HookOwner]:
@@ -277,7 +278,7 @@ class Monitor(Callback, ABC):
 
     def publish(self, trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
         """Hand points on; see :func:`~lightning_collapse.reporting.publish`."""
-        publish(trainer, pl_module, self._in_detail(points))
+        publish(trainer, pl_module, self.in_detail(points))
 
     def choose_taps(self, layers: Sequence[str] | None, default: Sequence[Tap], root: nn.Module) -> list[Tap]:
         """Taps by the names or patterns that the argument ``layers`` holds, or the default ones without any.
@@ -341,7 +342,13 @@ class Monitor(Callback, ABC):
         for logger in trainer.loggers if foreign else ():
             log_text(logger, f"{self.family}/names", "\n".join(foreign), step=0)
 
-    def _in_detail(self, points: Sequence[Point]) -> Sequence[Point]:
+    @property
+    def measures_itself(self) -> bool:
+        """Whether it brings its own numbers to the host, and not with those of the other monitors."""
+        return type(self).measure is not Monitor.measure
+
+    def in_detail(self, points: Sequence[Point]) -> Sequence[Point]:
+        """Points as ``detail`` has them drawn."""
         if self.detail == "high":
             return points
         return [point._replace(drawn=False) if point.measure in HEALTH else point for point in points]
@@ -353,41 +360,6 @@ class Monitor(Callback, ABC):
         if self.window is not None:
             self.window.close()
         self.window = None
-
-
-def _publish_together(monitors: Sequence[Monitor], trainer: Trainer, pl_module: LightningModule) -> None:
-    """Read what all monitors have, bring it to the host at once, and publish it. Collective."""
-    step = logging_step(trainer)
-    readings: dict[tuple[Monitor, Name], Tensor] = {}
-    numbers: dict[Monitor, dict[Name, Number]] = {}
-    points: list[Point] = []
-    for monitor in monitors:
-        monitor._due = False
-        with monitor.contained("reading a point", "the point is left out"):
-            if type(monitor).measure is not Monitor.measure:
-                points += monitor._in_detail(monitor.measure(trainer, pl_module, step))
-            else:
-                found = monitor.read(trainer, pl_module)
-                readings.update({(monitor, name): tensor for name, tensor in found.items()})
-                numbers[monitor] = {}
-    try:
-        arrived = to_host(readings)  # the one transfer of a step
-    except Exception:  # of a monitor of the user's own; each by itself, so that the others have theirs
-        arrived = {}
-        for monitor in numbers:
-            with monitor.contained("bringing readings to the host", "the point is left out"):
-                arrived |= to_host({key: value for key, value in readings.items() if key[0] is monitor})
-    for (monitor, name), number in arrived.items():
-        numbers[monitor][name] = number
-    for monitor, own in numbers.items():
-        with monitor.contained("making points", "the point is left out"):
-            made = monitor._in_detail(monitor.points(step, own))
-            points += [point._replace(value=float(point.value)) for point in made]
-    publish(trainer, pl_module, points)
-    for monitor in monitors:
-        with monitor.contained("drawing", "the picture is left out"):
-            monitor.draw(trainer, step)
-        monitor._points += 1
 
 
 def _is_detail(name: str) -> bool:

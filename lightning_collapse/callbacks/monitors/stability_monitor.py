@@ -17,6 +17,7 @@ from lightning_collapse.monitoring.step_signals import COLUMNS, StepSignals
 from lightning_collapse.rules.base import ALL
 from lightning_collapse.rules.step_stream import Step, StepStream
 from lightning_collapse.spectral.deterministic import nan_median
+from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.gradients import gradients_of, places_of, squared_norms
 from lightning_collapse.utilities.points import Point
@@ -154,13 +155,14 @@ class StabilityMonitor(Monitor):
         self._steps: list[list[int]] = []
         self._surges: list[dict[str, float]] = []
         self._batch = self._stepped = -1
+        self._failed = False
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_flattened(trainer, type(self).__name__, "gradients")
         self._forget()
         named = list(pl_module.named_parameters())
-        self._parameters = [parameter for _, parameter in named]
+        self._device, self._parameters = pl_module.device, [parameter for _, parameter in named]
         self._owners = [name.rpartition(".")[0] or name for name, _ in named]
         planned = planned_steps(trainer)
         for _ in trainer.optimizers:
@@ -215,32 +217,60 @@ class StabilityMonitor(Monitor):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._signals or self._left < 0:
             return
-        try:  # at every step, where a context costs as much as what is inside
-            self._take(trainer, pl_module, optimizer)
-        except Exception as error:
-            self.contained.catch("reading the gradients", "its curves end here", error)
-            self._signals.clear()
-
-    @torch.no_grad()
-    def _take(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Read one step. Collective."""
         index = next((i for i, one in enumerate(trainer.optimizers) if one is optimizer), None)
         if index is None or (pl_module.automatic_optimization and self._stepped == self._batch):
             return  # a closure that is called again
         self._stepped = self._batch
-        loss = self._loss(trainer, pl_module)
-        squares = self._squares(trainer, pl_module, optimizer)
-        if world_size() > 1:
-            mine = squares.new_zeros(2) if loss is None else torch.stack([loss, torch.ones_like(loss)]).to(squares)
-            total = all_reduce_sum(torch.cat([mine, squares]))
-            loss, squares = None if loss is None else total[0] / total[1], total[2:]
+        own = None
+        try:  # at every step, where a context costs as much as what is inside
+            own = self._loss(trainer, pl_module), self._squares(trainer, pl_module, optimizer)
+        except Exception as error:
+            self._give_up(error)
+        try:  # whatever has failed here: the other processes wait
+            known = own if world_size() == 1 else self._of_all(None if self._failed else own)
+            if known is not None:
+                self._take(trainer, optimizer, index, *known)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Its curves end: at once, or where there are several processes on all of them with the next point."""
+        self.contained.catch("reading the gradients", "its curves end here", error)
+        self._failed = True
+        if world_size() == 1:
+            self._signals.clear()
+
+    def _of_all(self, own: tuple[Tensor | None, Tensor] | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Loss and squares over all processes, and whether one of them has none of its own to tell. Collective."""
+        mine = torch.zeros(3 + len(self._parameters), device=self._device, dtype=accumulation_dtype(self._device))
+        loss = None
+        if own is None:
+            mine[2] = 1
+        else:
+            loss, mine[3:] = own
+        if loss is not None:
+            mine[0], mine[1] = loss, 1
+        total = all_reduce_sum(mine)
+        mean = total[0] / total[1] if own is None or loss is not None else None
+        return mean, total[3:], total[2] > 0
+
+    @torch.no_grad()
+    def _take(
+        self,
+        trainer: Trainer,
+        optimizer: Optimizer,
+        index: int,
+        loss: Tensor | None,
+        squares: Tensor,
+        unknown: Tensor | None = None,
+    ) -> None:
+        """Read one step of an optimizer."""
         if loss is None and all(parameter.grad is None for parameter in self._parameters):
             return  # a training step that returned nothing
         squares = unscaled_squares(trainer, optimizer, squares)
-        self._signals[index].skips = self.skips
-        flag = self._signals[index].update(
-            logging_step(trainer), loss, squares.sum().sqrt(), loss_scale(trainer) is not None, squares
-        )
+        signals, norm = self._signals[index], squares.sum().sqrt()
+        signals.skips = self.skips
+        flag = signals.update(logging_step(trainer), loss, norm, loss_scale(trainer) is not None, squares, unknown)
         for act in self.on_flag:
             act(trainer, optimizer, flag)
 
@@ -271,6 +301,8 @@ class StabilityMonitor(Monitor):
     @torch.no_grad()
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
         """Rows of all steps since the last point, and the surges of the first flagged one."""
+        if self._failed and self._signals:  # of several processes: all leave the point out
+            raise RuntimeError("the gradients could not be read")
         readings: dict[Name, Tensor] = {}
         for index, signals in enumerate(self._signals):
             if (squares := signals.pop_squares()) is not None:
@@ -293,7 +325,7 @@ class StabilityMonitor(Monitor):
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
         points: list[Point] = []
-        for index, stream in enumerate(self._streams):
+        for index, stream in enumerate(self._streams[: len(self._signals)]):
             layer = ALL if len(self._streams) == 1 else f"optimizer_{index}"
             flat = numbers[str(index), "rows"]
             rows = [Step(*flat[i : i + len(COLUMNS)]) for i in range(0, len(flat), len(COLUMNS))]
