@@ -2,7 +2,7 @@
 
 from lightning_collapse.rules.activations import ActivationOutliers, Headroom
 from lightning_collapse.rules.attention import AttentionEntropyCollapse, AttentionOverload
-from lightning_collapse.rules.base import ALL, HEALTHY, RULES, TRAINING, Rule, register_rule
+from lightning_collapse.rules.base import ALL, HEALTHY, RULES, TRAINING, DetectorRule, Rule, register_rule
 from lightning_collapse.rules.burst import Burst
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
 from lightning_collapse.rules.coverage import Coverage
@@ -42,6 +42,7 @@ __all__ = [
     "CompleteCollapse",
     "Coverage",
     "Detector",
+    "DetectorRule",
     "DimensionalCollapse",
     "DivergenceAhead",
     "Headroom",

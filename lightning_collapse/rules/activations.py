@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping
 
-from lightning_collapse.rules.base import ALL, Rule, register_rule
+from lightning_collapse.rules.base import ALL, DetectorRule, Rule, register_rule
 from lightning_collapse.rules.detector import Detector
-from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Point
 
 
@@ -43,7 +41,7 @@ class Headroom(Rule):
 
 
 @register_rule
-class ActivationOutliers(Rule):
+class ActivationOutliers(DetectorRule):
     """The largest crest factor or neuron kurtosis of any layer shifts upwards, by a detector of changes.
 
     No level is a failure: networks that are well have outliers, and what is a fault in one is the working state of
@@ -63,29 +61,11 @@ class ActivationOutliers(Rule):
     measures = ("crest_factor", "neuron_kurtosis")
     higher_is_worse = ("crest_factor", "neuron_kurtosis")
     informative = True
-    patience = 1
     paper = "He et al., 2024, arXiv 2405.19279; Sun et al., 2024, arXiv 2402.17762"
-
-    def applies_to(self, layer: str, task: Task) -> bool:
-        """The largest of all layers only."""
-        return layer == ALL
-
-    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
-        """No level is one."""
-        return 0.0
 
     def detectors(self, layer: str, planned: int | None) -> Mapping[str, Detector]:
         """One of each curve."""
         return {name: Detector(planned, curves=len(self.measures)) for name in self.measures if layer == ALL}
-
-    def weigh(self, evidence: Evidence) -> float:
-        """How sure the surer of the two is."""
-        return max((detector.statistic for detector in evidence.detectors.values()), default=0.0)
-
-    def onset(self, evidence: Evidence, since: int) -> int:
-        """Where the level shifted, as far as the detector knows."""
-        surest = max(evidence.detectors.values(), key=lambda detector: detector.statistic)
-        return since if surest.since is None else surest.since
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Both curves, and where the run began."""

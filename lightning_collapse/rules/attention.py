@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from math import inf
 
-from lightning_collapse.rules.base import ALL, Rule, register_rule
+from lightning_collapse.rules.base import ALL, DetectorRule, Rule, register_rule
 from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.growth import Growth
 from lightning_collapse.rules.history import Evidence
@@ -121,7 +121,7 @@ class AttentionOverload(Rule):
 
 
 @register_rule
-class AttentionLogitGrowth(Rule):
+class AttentionLogitGrowth(DetectorRule):
     """The largest attention logit of all heads begins to grow faster than it did.
 
     Told by a detector (:class:`~lightning_collapse.rules.Growth`) with a budget of one false alarm in a hundred runs,
@@ -136,31 +136,13 @@ class AttentionLogitGrowth(Rule):
     measures = ("max_logit",)
     follows = (LOSS,)
     higher_is_worse = ("max_logit",)
-    patience = 1
     recovery = 2
     advice = "Bound them with `QKClip(tau=100.0)`, or return with `Rollback()`."
     paper = "Dehghani et al., 2023, arXiv 2302.05442"
 
-    def applies_to(self, layer: str, task: Task) -> bool:
-        """The largest of all layers only."""
-        return layer == ALL
-
-    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
-        """Nothing: a single point says nothing of growth."""
-        return 0.0
-
     def detectors(self, layer: str, planned: int | None) -> Mapping[str, Detector]:
         """Of the growth of the largest logit."""
         return {"max_logit": Growth(planned)} if layer == ALL else {}
-
-    def weigh(self, evidence: Evidence) -> float:
-        """How sure the detector is."""
-        return evidence.detectors["max_logit"].statistic
-
-    def onset(self, evidence: Evidence, since: int) -> int:
-        """Where the detector saw it begin."""
-        onset = evidence.detectors["max_logit"].since
-        return since if onset is None else onset
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """The logit, now and at the beginning."""

@@ -152,6 +152,42 @@ class Rule(ABC):
         """Where a failure that is judged from what sums up all layers shows most."""
         return ALL
 
+    def where(
+        self,
+        layer: str,
+        layers: Mapping[str, Mapping[str, Point]],
+        baselines: Mapping[str, Mapping[str, float]],
+    ) -> str:
+        """What a verdict on a layer names: the layer, or for what sums up all of them :meth:`worst_layer`."""
+        return self.worst_layer(layers, baselines) if layer == ALL else layer
+
+
+class DetectorRule(Rule):
+    """A rule on what sums up all layers that is left to detectors: no single point is a failure.
+
+    Each of :attr:`measures` has a detector, see :meth:`Rule.detectors`; the surest of them decides, and knows the
+    onset.
+    """
+
+    patience = 1
+
+    def applies_to(self, layer: str, task: Task) -> bool:
+        """What sums up all layers only."""
+        return layer == ALL
+
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """Nothing: no level is a failure."""
+        return 0.0
+
+    def weigh(self, evidence: Evidence) -> float:
+        """How sure the surest detector is."""
+        return max((detector.statistic for detector in evidence.detectors.values()), default=0.0)
+
+    def onset(self, evidence: Evidence, since: int) -> int:
+        """Where the level shifted, as far as that detector knows."""
+        surest = max(evidence.detectors.values(), key=lambda detector: detector.statistic)
+        return since if surest.since is None else surest.since
+
 
 RuleClass = TypeVar("RuleClass", bound=type[Rule])
 RULES: dict[str, Rule] = {}

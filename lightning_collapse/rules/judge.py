@@ -6,7 +6,7 @@ from functools import partial
 from math import isfinite
 from typing import Any
 
-from lightning_collapse.rules.base import ALL, RULES, TRAINING, Rule
+from lightning_collapse.rules.base import RULES, TRAINING, Rule
 from lightning_collapse.rules.coverage import Coverage
 from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.history import Curve, Evidence, History
@@ -200,7 +200,7 @@ class Judge:
                 self._healthy[place] = bool(expected) or not (severity >= rule.healthy or streak.active)
                 turn.severities[place] = 0.0 if expected else severity
             if since is not None:
-                where = rule.worst_layer(layers, baselines) if layer == ALL else layer
+                where = rule.where(layer, layers, baselines)
                 words = rule.tell(evidence) + (f"; {expected}" if expected else "")
                 is_notice = rule.informative or bool(expected)
                 advice = "" if is_notice else rule.advice

@@ -24,7 +24,7 @@ class _Stability(Rule):
 
     def applies_to(self, layer: str, task: Task) -> bool:
         """The steps of an optimizer; modules are only named."""
-        return layer == ALL or layer.startswith("optimizer_")
+        return layer == ALL or _is_optimizer(layer)
 
     def onset(self, evidence: Evidence, since: int) -> int:
         """The step before the shift."""
@@ -33,7 +33,8 @@ class _Stability(Rule):
 
     def sentence(self, layer: str) -> str:
         """Without a word of where, if no module's gradient rose."""
-        return super().sentence(layer) if layer != ALL else re.split("[,;] ", self.says)[0] + "."
+        named = layer != ALL and not _is_optimizer(layer)
+        return super().sentence(layer) if named else re.split("[,;] ", self.says)[0] + "."
 
     def worst_layer(
         self, layers: Mapping[str, Mapping[str, Point]], baselines: Mapping[str, Mapping[str, float]]
@@ -41,6 +42,23 @@ class _Stability(Rule):
         """The module whose gradient rose most in the first burst."""
         surges = {layer: points["surge"].value for layer, points in layers.items() if layer != ALL}
         return max(surges, key=lambda layer: surges[layer], default=ALL)
+
+    def where(
+        self,
+        layer: str,
+        layers: Mapping[str, Mapping[str, Point]],
+        baselines: Mapping[str, Mapping[str, float]],
+    ) -> str:
+        """Of one of several optimizers the module that it trains whose gradient rose most."""
+        if layer == ALL:
+            return super().where(layer, layers, baselines)
+        own = {n.removeprefix(f"{layer}."): points for n, points in layers.items() if n.startswith(f"{layer}.")}
+        worst = self.worst_layer(own, baselines)
+        return layer if worst == ALL else worst
+
+
+def _is_optimizer(layer: str) -> bool:
+    return layer.removeprefix("optimizer_").isdigit()
 
 
 @register_rule

@@ -40,6 +40,8 @@ RISE = 2.0
 """Norm of a module's gradient, over its median before, from which a burst is told to be its."""
 SHOWN = 8
 """Modules that a burst is told of."""
+MOST_PLACES = 8
+"""Sets of parameters with a gradient whose places are kept on the device: one for each optimizer."""
 
 OnFlag = Callable[[Trainer, Optimizer, Tensor], object]
 
@@ -58,7 +60,8 @@ class StabilityMonitor(Monitor):
     - *non-finite* steps.
 
     **Logged metrics**, ``stability/{layer}/...``, to every logger and to ``trainer.callback_metrics``. The layer is
-    ``all``, or ``optimizer_0``, ``optimizer_1`` and so on where there are several, or a module:
+    ``all``, or ``optimizer_0``, ``optimizer_1`` and so on where there are several, or a module, with the name of the
+    optimizer before it where there are several:
 
     {curves}
 
@@ -289,10 +292,11 @@ class StabilityMonitor(Monitor):
             mine = self._of_optimizer[id(optimizer)] = places_of(optimizer, self._parameters)
         found = gradients_of([self._parameters[i] for i in mine])
         squares = squared_norms(found.tensors, pl_module.device)
-        key = tuple(found.indices)
+        key = tuple(mine[i] for i in found.indices)
         if key not in self._places:
-            self._places.clear()
-            where = torch.tensor([mine[i] for i in key], device=squares.device, dtype=torch.long)
+            if len(self._places) > MOST_PLACES:
+                self._places.clear()
+            where = torch.tensor(key, device=squares.device, dtype=torch.long)
             self._places[key] = where, torch.tensor(found.shares, device=squares.device, dtype=squares.dtype)
         where, shares = self._places[key]
         return squares.new_zeros(len(self._parameters)).index_copy(0, where, squares * shares)
@@ -342,7 +346,9 @@ class StabilityMonitor(Monitor):
                 Point(self.family, layer, name, step, value, drawn=name not in QUIET)
                 for name, value in readings.items()
             ]
-            points += [Point(self.family, where, "surge", step, value, drawn=False) for where, value in told.items()]
+            for module, value in told.items():
+                where = module if layer in (ALL, module) else f"{layer}.{module}"
+                points.append(Point(self.family, where, "surge", step, value, drawn=False))
         return points
 
 

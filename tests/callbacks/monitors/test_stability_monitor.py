@@ -117,6 +117,21 @@ def test_several_optimizers_are_told_apart():
             assert values(keeper, name, layer)[19] == pytest.approx(curve[10:].mean(), rel=1e-6)
 
 
+def test_of_several_optimizers_the_module_is_named():
+    keeper, guard = fit(steps(110, second=[(slice(105, None), np.nan)]), TwoOptimizers())
+    [verdict] = guard.verdicts
+    assert (verdict.kind, verdict.layer) == ("non_finite_step", "second")
+    assert str(verdict).startswith("The loss or its gradient is NaN or infinite, first in `second`.")
+    surges = {point.layer for point in keeper.points if point.measure == "surge"}
+    assert surges == {"optimizer_0", "optimizer_1", "optimizer_1.second"}
+
+
+def test_a_failure_of_an_optimizer_in_whose_modules_no_gradient_rose_names_none():
+    _, guard = fit(steps(300, loss=[(slice(200, None), 3.0)]), TwoOptimizers())
+    assert {verdict.layer for verdict in guard.verdicts} <= {"optimizer_0", "optimizer_1"}
+    assert guard.verdicts[0].says == "The loss jumped and does not come back."
+
+
 def test_norms_are_free_of_the_scale_and_its_search_is_no_failure():
     rows = steps(30)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # too much for 16 bits at first
