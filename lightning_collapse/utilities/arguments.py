@@ -42,8 +42,8 @@ def require_one_of(options: Sequence[str], **values: str) -> None:
             raise ValueError(f"`{name}` must be one of {options}, got {value!r}.")
 
 
-def check_layers(layers: Any, everything: str) -> None:
-    """Refuse what cannot be names of layers; ``everything`` says what is watched without them.
+def check_layers(layers: Any, everything: str, name: str = "layers") -> None:
+    """Refuse what cannot be names of layers; ``everything`` says what is chosen without them, ``name`` the argument.
 
     Raises:
         ValueError: If it is a string, empty, no collection, or holds anything but strings.
@@ -51,11 +51,11 @@ def check_layers(layers: Any, everything: str) -> None:
     if layers is None:
         return
     if isinstance(layers, str):
-        raise ValueError(f"`layers` takes a list of names, got the string {layers!r}. Write `layers=[{layers!r}]`.")
-    if not isinstance(layers, Collection) or not all(isinstance(name, str) for name in layers):
-        raise ValueError(f"`layers` takes a list of names of submodules, got {layers!r}.")
+        raise ValueError(f"`{name}` takes a list of names, got the string {layers!r}. Write `{name}=[{layers!r}]`.")
+    if not isinstance(layers, Collection) or not all(isinstance(layer, str) for layer in layers):
+        raise ValueError(f"`{name}` takes a list of names of submodules, got {layers!r}.")
     if not layers:
-        raise ValueError(f"`layers` is empty. Leave it out to watch {everything}.")
+        raise ValueError(f"`{name}` is empty. Leave it out to take {everything}.")
 
 
 def did_you_mean(wrong: str, names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 MeasureFn = TypeVar("MeasureFn", bound=Callable[..., Tensor])
 LossClass = TypeVar("LossClass", bound=type[nn.Module])
 PenaltyClass = TypeVar("PenaltyClass", bound=type)
+LayerClass = TypeVar("LayerClass", bound=type[nn.Module])
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ MEASURES: dict[str, Measure] = {}
 CURVES: dict[str, Curve] = {}
 LOSSES: dict[str, type[nn.Module]] = {}
 PENALTIES: dict[str, type] = {}
+LAYERS: dict[str, type[nn.Module]] = {}
 
 
 @overload
@@ -192,6 +194,12 @@ def register_loss(cls: LossClass) -> LossClass:
 def register_penalty(cls: PenaltyClass) -> PenaltyClass:
     """Make a penalty on weights known to the contract tests and the tables, under its class name."""
     _add(PENALTIES, cls.__name__, cls)
+    return cls
+
+
+def register_layer(cls: LayerClass) -> LayerClass:
+    """Make a layer that modules are converted into known to the contract tests and the tables, under its class name."""
+    _add(LAYERS, cls.__name__, cls)
     return cls
 
 

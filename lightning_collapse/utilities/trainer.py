@@ -117,6 +117,11 @@ def synchronizes_last(trainer: Trainer) -> bool:
     return isinstance(trainer.model, DistributedDataParallel)
 
 
+def is_in_buckets(module: nn.Module) -> bool:
+    """Whether a wrapper sums the gradients of a ``LightningModule``: it knows nothing of new parameters."""
+    return isinstance(getattr(getattr(module, "_trainer", None), "model", None), DistributedDataParallel)
+
+
 def is_sharded(trainer: Trainer, module: nn.Module) -> bool:
     """Whether no process holds the whole of every parameter."""
     marks = ("full_tensor", "ds_id")  # of DTensor (FSDP2, tensor parallel) and of DeepSpeed's third stage

@@ -30,7 +30,7 @@ OF_ONE = [GeometryPhaseMonitor, NeuralCollapseMonitor, RegressionCollapseMonitor
     ("layers", "match"),
     [
         ("encoder", r"`layers` takes a list of names, got the string 'encoder'\. Write `layers=\['encoder'\]`"),
-        ([], "`layers` is empty. Leave it out to watch"),
+        ([], "`layers` is empty. Leave it out to take"),
         (3, "`layers` takes a list of names of submodules, got 3"),
         ([1], r"`layers` takes a list of names of submodules, got \[1\]"),
     ],
