@@ -14,6 +14,7 @@ from lightning_collapse.callbacks.guard.switch_on import SwitchOn
 from lightning_collapse.callbacks.loss_terms.distillation import Distillation
 from lightning_collapse.callbacks.loss_terms.qk_clip import QKClip
 from lightning_collapse.callbacks.loss_terms.regularizer import Regularizer
+from lightning_collapse.callbacks.loss_terms.sigma_reparam_update import SigmaReparamUpdate
 from lightning_collapse.callbacks.loss_terms.weight_penalty import WeightPenalty
 from lightning_collapse.callbacks.monitors.activation_monitor import ActivationMonitor
 from lightning_collapse.callbacks.monitors.attention_entropy_monitor import AttentionEntropyMonitor
@@ -61,6 +62,7 @@ __all__ = [
     "RouterMonitor",
     "ScalarMonitor",
     "ShrinkAndPerturb",
+    "SigmaReparamUpdate",
     "SkipStep",
     "SpectralAlignmentMonitor",
     "StabilityMonitor",

@@ -131,6 +131,12 @@ from lightning_collapse.functional.spectral_alignment import (
     spectral_alignment,
 )
 from lightning_collapse.functional.spectral_entropy import eigenvalue_quartile_ratio, quartile_ratio, svd_entropy
+from lightning_collapse.functional.spectral_reparam import (
+    power_step,
+    singular_vectors,
+    spectral_estimate,
+    spectral_reparam,
+)
 from lightning_collapse.functional.spectrum_shape import (
     alpha_req,
     alpha_req_fit,
@@ -265,6 +271,7 @@ __all__ = [
     "participation_ratio",
     "power_law_alpha",
     "power_law_null",
+    "power_step",
     "pq_index",
     "producer_cause",
     "qk_increments",
@@ -279,8 +286,11 @@ __all__ = [
     "router_conditioning",
     "router_similarity",
     "sign_diversity",
+    "singular_vectors",
     "sink_weight",
     "spectral_alignment",
+    "spectral_estimate",
+    "spectral_reparam",
     "srank",
     "stability_edge",
     "stable_rank",

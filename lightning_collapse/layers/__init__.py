@@ -1,17 +1,27 @@
 """Layers that resist collapse: drop-in ones, and those that modules of a model are converted into."""
 
+from lightning_collapse.layers.attention_temperature import AttentionTemperature
 from lightning_collapse.layers.conversion import ConversionError, ConvertedModule, convert_modules, revert_modules
 from lightning_collapse.layers.direct_predictor import DirectPredictor
 from lightning_collapse.layers.etf_classifier import ETFClassifier, simplex_etf
 from lightning_collapse.layers.fed_etf_head import FedETFHead
+from lightning_collapse.layers.layer_scale import LayerScale, ReZero, layer_scale_init
+from lightning_collapse.layers.reparametrized import Reparametrized
+from lightning_collapse.layers.sigma_reparam import SigmaReparam
 
 __all__ = [
+    "AttentionTemperature",
     "ConversionError",
     "ConvertedModule",
     "DirectPredictor",
     "ETFClassifier",
     "FedETFHead",
+    "LayerScale",
+    "ReZero",
+    "Reparametrized",
+    "SigmaReparam",
     "convert_modules",
+    "layer_scale_init",
     "revert_modules",
     "simplex_etf",
 ]

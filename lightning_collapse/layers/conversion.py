@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.module_tree import Named
@@ -108,16 +108,13 @@ class ConvertedModule(nn.Module):
     @classmethod
     def added_parameters(cls, model: nn.Module) -> dict[str, nn.Parameter]:
         """Parameters that conversion has added, by name: for a group of the optimizer without weight decay."""
-        return {
-            f"{prefix}.{name}".lstrip("."): parameter
-            for prefix, module in _converted(model, cls)
-            for name, parameter in module.named_parameters(recurse=False)
-            if name in module.adds
-        }
+        converted = {clean_name(name): m.adds for name, m in model.named_modules() if isinstance(m, cls)}
+        named = ((clean_name(name), p) for name, p in model.named_parameters())  # a shared one once
+        return {name: p for name, p in named if name.rpartition(".")[2] in converted.get(name.rpartition(".")[0], ())}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)  # its class is made here, and no module has its name
-        return (_blank, (self.layer, self.plain), *state)
+        reduced: Any = super().__reduce_ex__(protocol)  # its class is made here, and no file has its name
+        return (_blank, (self.layer, self.plain), *reduced[2:])
 
 
 def convert_modules(
@@ -154,12 +151,12 @@ def convert_modules(
         >>> convert_modules(nn.Linear(4, 2), ConvertedModule, look)
         ['']
     """
-    asked = [(name, module, look(name, module)) for name, module in _chosen(root, include, exclude)]
+    asked = [(name, module, look(name, module)) for name, module in chosen_modules(root, include, exclude)]
     starts = [(name, module, start) for name, module, start in asked if start is not None]
     if not starts:
         raise ValueError(f"`{layer.__name__}` finds nothing to convert in {type(root).__name__}: {layer.converts}.")
     hidden, users = _hidden(root), _users(root)
-    reasons = {n: _why_not(n, m, hidden, users) or (s if isinstance(s, str) else "") for n, m, s in starts}
+    reasons = {n: _why_not(layer, n, m, hidden, users) or (s if isinstance(s, str) else "") for n, m, s in starts}
     _refuse(layer, reasons)
     changed: list[Any] = []
     try:
@@ -201,7 +198,7 @@ def revert_modules(
         >>> revert_modules(nn.Linear(4, 2), ConvertedModule)
         []
     """
-    chosen = [(name, module) for name, module in _chosen(root, include, exclude) if isinstance(module, layer)]
+    chosen = [(name, module) for name, module in chosen_modules(root, include, exclude) if isinstance(module, layer)]
     hidden, users = _hidden(root), _users(root)
     _refuse(layer, {name: _obstacle(name, m, hidden, users) or m.why_not_fold() for name, m in chosen})
     for _, module in chosen:
@@ -237,11 +234,14 @@ def _strip(module: ConvertedModule) -> None:
     module.__class__ = module.plain  # type: ignore[assignment]
 
 
-def _converted(root: nn.Module, layer: type[ConvertedModule]) -> Iterator[tuple[str, ConvertedModule]]:
-    return ((clean_name(name), module) for name, module in root.named_modules() if isinstance(module, layer))
+def chosen_modules(root: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[Named]:
+    """Modules by clean name, as patterns choose them, a shared one once.
 
-
-def _chosen(root: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[Named]:
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> [name for name, _ in chosen_modules(net, None, ["1"])]
+        ['', '0', '2']
+    """
     check_layers(include, "all that fit", "include")
     if exclude:
         check_layers(exclude, "none", "exclude")
@@ -264,7 +264,7 @@ def _hidden(root: nn.Module) -> dict[int, str]:
         elif is_in_buckets(module) or type(module).__name__ in _WRAPPERS:
             reason = "it is wrapped for training on several processes. Convert before that, in `configure_model`"
         elif is_fully_sharded(module):
-            reason = "its weights are sharded (DTensor). Convert before `fully_shard`"
+            reason = "it is sharded (FSDP2). Convert before `fully_shard`"
         else:
             continue
         found |= dict.fromkeys(map(id, module.modules()), reason)
@@ -280,7 +280,9 @@ def _users(root: nn.Module) -> dict[int, list[str]]:
     return found
 
 
-def _why_not(name: str, module: nn.Module, hidden: dict[int, str], users: dict[int, list[str]]) -> str:
+def _why_not(
+    layer: type[ConvertedModule], name: str, module: nn.Module, hidden: dict[int, str], users: dict[int, list[str]]
+) -> str:
     if isinstance(module, ConvertedModule):
         kind = module.layer.__name__
         return f"it is converted into `{kind}`. Revert that first: `{kind}.revert_(model)`"
@@ -288,6 +290,8 @@ def _why_not(name: str, module: nn.Module, hidden: dict[int, str], users: dict[i
         return "it is scripted. Convert before that"
     if "parametrizations" in module._modules:
         return "its weight is computed from others. Remove the parametrization"
+    if taken := [added for added in layer.adds if hasattr(module, added)]:
+        return f"it has a `{taken[0]}` of its own, which is what the layer calls what it adds"
     return _obstacle(name, module, hidden, users)
 
 
@@ -296,16 +300,26 @@ def _obstacle(name: str, module: nn.Module, hidden: dict[int, str], users: dict[
     if id(module) in hidden:
         return hidden[id(module)]
     for key, parameter in module.named_parameters():
-        if no_number := why_no_number(parameter):
-            return f"its `{key}` is {no_number}. Convert it before quantization and after the first batch"
-        if parameter.is_meta:
-            return f"its `{key}` is on the meta device. Convert once it has values"
-        if hasattr(parameter, "to_local"):
-            return "its weights are sharded (DTensor). Convert before `fully_shard`"
+        if reason := unreadable(parameter):
+            return f"its `{key}` is {reason}"
         others = [user for user in users.get(id(parameter), []) if user != name]
-        if others and key in module._parameters:
+        if others and key in module._parameters and key not in getattr(module, "adds", ()):
             return f"its `{key}` is that of `{others[0]}` too, which would stay as it is. Give it a weight of its own"
     return ""
+
+
+def unreadable(tensor: Tensor) -> str:
+    """Why a parameter has no values that a conversion could begin with; empty if it has.
+
+    Example:
+        >>> unreadable(torch.zeros(2)), unreadable(torch.zeros(2, device="meta"))
+        ('', 'on the meta device. Convert once it has values')
+    """
+    if no_number := why_no_number(tensor):
+        return f"{no_number}. Convert before quantization, and after the first batch"
+    if hasattr(tensor, "to_local"):
+        return "sharded (DTensor). Convert before `fully_shard`"
+    return "on the meta device. Convert once it has values" if tensor.is_meta else ""
 
 
 def _refuse(layer: type[ConvertedModule], reasons: dict[str, str]) -> None:

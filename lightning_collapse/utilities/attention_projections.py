@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_collapse.utilities.module_tree import named_modules, own_weight
+from lightning_collapse.utilities.module_tree import is_transposed, named_modules, own_weight
 from lightning_collapse.utilities.modules import clean_name
 from lightning_collapse.utilities.parameters import why_no_number
 
@@ -28,6 +28,7 @@ _PAIRS = (
 _FUSED = ("qkv", "qkv_proj", "to_qkv", "wqkv", "c_attn", "in_proj", "attn_qkv")
 _PACKED = ("query_key_value",)
 _LATENT = re.compile(r"^(w?kv|q)_(a|b|down|up|lora)(_|$)|^w?kv_a_proj|compress")
+_OF_QUERY = re.compile(r"(^|_)q(uery|ueries)?(_|(layer)?norm|$)")
 _BETWEEN = {"q", "k", "qk", "query", "key", "queries", "keys"}
 
 
@@ -82,6 +83,7 @@ class AttentionProjections:
         query: Name of the submodule that makes queries, empty for the module itself.
         key: Name of the submodule that makes keys; the same where one makes both, and values.
         reason: Why logits do not scale with these weights; empty if they do.
+        query_norm: Name of the submodule that normalizes queries after their projection, empty if there is none.
     """
 
     name: str
@@ -89,6 +91,7 @@ class AttentionProjections:
     query: str = ""
     key: str = ""
     reason: str = ""
+    query_norm: str = ""
 
     @property
     def weights(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -159,7 +162,10 @@ def _look(name: str, module: nn.Module) -> AttentionProjections | None:
     if isinstance(module, nn.MultiheadAttention):
         weights = [module.in_proj_weight] if module.in_proj_weight is not None else []
         weights = weights or [module.q_proj_weight, module.k_proj_weight]
-        return AttentionProjections(name, module, reason=next(filter(None, map(_unusable, weights)), ""))
+        reasons = [_unusable(weight) for weight in weights]
+        if not all(isinstance(weight, nn.Parameter) for weight in weights):
+            reasons.append("its weights are computed from others")
+        return AttentionProjections(name, module, reason=next(filter(None, reasons), ""))
     kids = {child.lower(): child for child, _ in module.named_children()}
     fused = next((kids[child] for child in _FUSED if child in kids), None)
     pair = next(((kids[q], kids[k]) for q, k in _PAIRS if q in kids and k in kids), None)
@@ -179,20 +185,21 @@ def _look(name: str, module: nn.Module) -> AttentionProjections | None:
     between = [child for child, kid in module.named_children() if _is_norm_between(child, kid)]
     if between:
         reasons.insert(0, f"`{between[0]}` stands between the projection and the product")
-    if any(_is_wrapped(module.get_submodule(child)) for child in (query, key)):
+    if any(_is_computed(module.get_submodule(child)) for child in (query, key)):
         reasons.insert(len(between[:1]), f"the weight of `{query}` is computed from others")
-    return AttentionProjections(name, module, query, key, next(filter(None, reasons), ""))
+    of_query = next((child for child in between if _OF_QUERY.search(child.lower())), "")
+    return AttentionProjections(name, module, query, key, next(filter(None, reasons), ""), of_query)
 
 
 def _makes(module: nn.Module, child: str) -> bool:
     """Whether a child is a projection: it has one, or wraps one."""
     kid = module.get_submodule(child)
-    return isinstance(kid, nn.Linear) or _is_transposed(kid) or isinstance(getattr(kid, "base_layer", None), nn.Module)
+    return isinstance(kid, nn.Linear) or is_transposed(kid) or isinstance(getattr(kid, "base_layer", None), nn.Module)
 
 
-def _is_wrapped(kid: nn.Module) -> bool:
-    own = dict(kid.named_parameters(recurse=False))
-    return "weight" not in own
+def _is_computed(kid: nn.Module) -> bool:
+    """Whether the weight is no parameter, or another tensor is read in its place."""
+    return dict(kid.named_parameters(recurse=False)).get("weight") is not own_weight(kid) or own_weight(kid) is None
 
 
 def _is_norm_between(name: str, kid: nn.Module) -> bool:
@@ -214,13 +221,7 @@ def _unusable(weight: Any) -> str:
 def _matrix(projection: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
     weight: Any = projection.weight
     bias: Any = getattr(projection, "bias", None)
-    return weight, bias, _is_transposed(projection)
-
-
-def _is_transposed(projection: nn.Module) -> bool:
-    """Hugging Face's ``Conv1D`` says how many outputs it has as ``nf``, and has them as columns."""
-    weight = own_weight(projection)
-    return isinstance(weight, Tensor) and weight.ndim == 2 and getattr(projection, "nf", None) == weight.shape[1]
+    return weight, bias, is_transposed(projection)
 
 
 def _fits(queries: int, keys: int, width: int) -> bool:

@@ -101,6 +101,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.ndim == 2
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether outputs are columns: Hugging Face's ``Conv1D`` says how many it has as ``nf``."""
+    weight = own_weight(module)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and getattr(module, "nf", None) == weight.shape[1]
+
+
 def is_opaque(module: nn.Module) -> bool:
     """Whether the children only hold weights that the module itself multiplies by, adapters among them."""
     return isinstance(module, nn.MultiheadAttention) or hasattr(module, "parametrizations") or _is_adapted(module)
