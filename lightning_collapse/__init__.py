@@ -3,6 +3,7 @@
 from lightning_collapse.callbacks import (
     ActivationMonitor,
     AttentionEntropyMonitor,
+    AttentionGainMonitor,
     AttentionLogitMonitor,
     CollapseGuard,
     CollapseMonitor,
@@ -45,6 +46,7 @@ __all__ = [
     "ActivationMonitor",
     "AntiCollapseMixin",
     "AttentionEntropyMonitor",
+    "AttentionGainMonitor",
     "AttentionLogitMonitor",
     "CollapseGuard",
     "CollapseMonitor",

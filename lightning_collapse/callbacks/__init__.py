@@ -18,6 +18,7 @@ from lightning_collapse.callbacks.loss_terms.sigma_reparam_update import SigmaRe
 from lightning_collapse.callbacks.loss_terms.weight_penalty import WeightPenalty
 from lightning_collapse.callbacks.monitors.activation_monitor import ActivationMonitor
 from lightning_collapse.callbacks.monitors.attention_entropy_monitor import AttentionEntropyMonitor
+from lightning_collapse.callbacks.monitors.attention_gain_monitor import AttentionGainMonitor
 from lightning_collapse.callbacks.monitors.attention_logit_monitor import AttentionLogitMonitor
 from lightning_collapse.callbacks.monitors.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.monitors.first_non_finite import FirstNonFinite
@@ -41,6 +42,7 @@ __all__ = [
     "Action",
     "ActivationMonitor",
     "AttentionEntropyMonitor",
+    "AttentionGainMonitor",
     "AttentionLogitMonitor",
     "CollapseGuard",
     "CollapseMonitor",

@@ -45,6 +45,7 @@ from lightning_collapse.functional.feature_statistics import (
     uniformity,
 )
 from lightning_collapse.functional.geometry_phase import Phase, PhaseTracker
+from lightning_collapse.functional.glasses import StateDistance, glasses, path_sums, state_distance
 from lightning_collapse.functional.gradient_noise import GradientNoise, gradient_coherence, gradient_noise_scale
 from lightning_collapse.functional.intrinsic_dimension import (
     LocalIntrinsicDimension,
@@ -54,6 +55,7 @@ from lightning_collapse.functional.intrinsic_dimension import (
 )
 from lightning_collapse.functional.isotropic_null import expected_under_isotropy
 from lightning_collapse.functional.lidar import Lidar, lidar, lidar_null
+from lightning_collapse.functional.low_pass_gain import low_pass_gain, low_pass_gain_null
 from lightning_collapse.functional.marchenko_pastur import MarchenkoPasturFit, marchenko_pastur_fit
 from lightning_collapse.functional.neural_collapse import (
     Cdnv,
@@ -157,6 +159,7 @@ from lightning_collapse.functional.update_geometry import (
     swallowed_fraction,
 )
 from lightning_collapse.functional.views import recall_at_1
+from lightning_collapse.functional.virgo import virgo_, virgo_variances
 
 __all__ = [
     "ActivationOutliers",
@@ -178,6 +181,7 @@ __all__ = [
     "PowerLaw",
     "QKIncrements",
     "RegressionCollapseReading",
+    "StateDistance",
     "TwoNN",
     "absolute_maximum",
     "activation_outliers",
@@ -219,6 +223,7 @@ __all__ = [
     "feature_std_floor",
     "forgetting",
     "forward_transfer",
+    "glasses",
     "gnc2",
     "gof_error",
     "gradient_coherence",
@@ -241,6 +246,8 @@ __all__ = [
     "logit_bound",
     "logit_extremes",
     "logit_lead",
+    "low_pass_gain",
+    "low_pass_gain_null",
     "majority_fraction",
     "marchenko_pastur_fit",
     "max_load_null",
@@ -269,6 +276,7 @@ __all__ = [
     "outlier_nulls",
     "output_rows",
     "participation_ratio",
+    "path_sums",
     "power_law_alpha",
     "power_law_null",
     "power_step",
@@ -294,6 +302,7 @@ __all__ = [
     "srank",
     "stability_edge",
     "stable_rank",
+    "state_distance",
     "svd_entropy",
     "swallowed_fraction",
     "top_k_share",
@@ -302,6 +311,8 @@ __all__ = [
     "unc3",
     "uniformity",
     "vci",
+    "virgo_",
+    "virgo_variances",
     "windowed_forgetting",
     "windowed_plasticity",
     "worst_case_accuracy",

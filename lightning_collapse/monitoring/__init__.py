@@ -1,6 +1,7 @@
 """The engine under every monitor: hooks, sampling plan, feature buffer, evaluation of measures; no Lightning in it."""
 
 from lightning_collapse.monitoring.attention_hooks import AttentionHooks
+from lightning_collapse.monitoring.attention_maps import attention_maps
 from lightning_collapse.monitoring.call_record import CallRecord
 from lightning_collapse.monitoring.codebooks import Codebooks
 from lightning_collapse.monitoring.execution_order import ExecutionOrder
@@ -24,6 +25,7 @@ __all__ = [
     "StepScope",
     "StepSignals",
     "TrainingFlops",
+    "attention_maps",
     "read_loss",
     "read_points",
 ]

@@ -125,7 +125,8 @@ class AttentionHooks:
         def enter(module: nn.Module, args: Any) -> None:
             running.append(self._names.get(id(module)) or self._layer)
             self._layer = running[-1]
-            if isinstance(module, FUSED_IN_EVAL) and not module.training and FUNCTION_CALLS.stand_aside():
+            fused = isinstance(module, FUSED_IN_EVAL) and not module.training
+            if fused and torch.backends.mha.get_fastpath_enabled() and FUNCTION_CALLS.stand_aside():
                 aside.append(module)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:

@@ -61,7 +61,7 @@ class LogitStatistics:
 
     def __call__(self, captured: Captured) -> tuple[Tensor, Tensor]:
         """Sums ``(H, 15)`` and maxima ``(H, 3)``."""
-        logits, hidden = _logits(captured)
+        logits, hidden = visible_logits(captured)
         batch, heads, length, keys = logits.shape
         visible = logits.new_full((), keys) if hidden is None else (~hidden).sum(dim=-1).to(logits)
         visible = visible.expand(batch, heads, length)
@@ -115,7 +115,7 @@ class LogitStatistics:
         }
 
 
-def _logits(captured: Captured) -> tuple[Tensor, Tensor | None]:
+def visible_logits(captured: Captured) -> tuple[Tensor, Tensor | None]:
     """Logits ``(B, H, L, S)`` and which of them are hidden, of four dimensions; hidden ones are finite."""
     if isinstance(captured, AttentionCall):
         logits, hidden = logits_of_call(captured)

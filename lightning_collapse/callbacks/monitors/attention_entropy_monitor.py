@@ -147,15 +147,6 @@ class AttentionEntropyMonitor(AttentionMonitor):
         self.overloaded_above = overloaded_above
 
     @override
-    def state(self) -> dict[str, Any]:
-        return {"heads": {} if self._attention is None else self._attention.state_dict()}
-
-    @override
-    def restore(self, state: Mapping[str, Any]) -> None:
-        if self._attention is not None:
-            self._attention.load_state_dict(state["heads"])
-
-    @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.listen(pl_module, Entropies())
 

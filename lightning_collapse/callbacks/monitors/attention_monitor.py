@@ -62,6 +62,15 @@ class AttentionMonitor(Monitor):
         self._attention = window
         return window
 
+    @override
+    def state(self) -> dict[str, Any]:
+        return {"heads": {} if self._attention is None else self._attention.state_dict()}
+
+    @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if self._attention is not None:
+            self._attention.load_state_dict(state["heads"])
+
     @property
     @override
     def listeners(self) -> list[HookOwner]:
