@@ -1,4 +1,4 @@
-"""Every monitor that the package exports, and arguments for those that have no defaults."""
+"""Every monitor that the package exports, and arguments for those that need one, or have points of their own time."""
 
 from inspect import isabstract
 from typing import Any
@@ -7,7 +7,10 @@ from lightning.pytorch import Callback
 
 from lightning_collapse import callbacks
 
-ARGUMENTS: dict[str, dict[str, Any]] = {"ScalarMonitor": {"scalars": ["loss"]}}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "ScalarMonitor": {"scalars": ["loss"]},
+    "VariancePropagationMonitor": {"first_steps": 0},
+}
 OTHERS = {"FirstNonFinite"}
 """Monitors that are not called so."""
 MONITORS: dict[str, type[Callback]] = {

@@ -35,6 +35,7 @@ from lightning_collapse.callbacks.monitors.scalar_monitor import ScalarMonitor
 from lightning_collapse.callbacks.monitors.spectral_alignment_monitor import SpectralAlignmentMonitor
 from lightning_collapse.callbacks.monitors.stability_monitor import StabilityMonitor
 from lightning_collapse.callbacks.monitors.update_monitor import UpdateMonitor
+from lightning_collapse.callbacks.monitors.variance_propagation_monitor import VariancePropagationMonitor
 from lightning_collapse.callbacks.monitors.weight_spectrum_monitor import WeightSpectrumMonitor
 from lightning_collapse.rules import Verdict
 
@@ -72,6 +73,7 @@ __all__ = [
     "TaskAware",
     "TaskBoundary",
     "UpdateMonitor",
+    "VariancePropagationMonitor",
     "Verdict",
     "WeightPenalty",
     "WeightSpectrumMonitor",

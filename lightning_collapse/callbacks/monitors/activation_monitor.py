@@ -10,15 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
+from lightning_collapse.callbacks.monitors.layer_monitor import LayerMonitor
+from lightning_collapse.callbacks.monitors.monitor import Detail, Name
 from lightning_collapse.functional.activation_outliers import activation_outliers, headroom_bits, outlier_nulls
 from lightning_collapse.monitoring.activation_hooks import ActivationHooks
-from lightning_collapse.monitoring.execution_order import ExecutionOrder
-from lightning_collapse.monitoring.step_scope import StepScope
-from lightning_collapse.utilities.arguments import check_layers
-from lightning_collapse.utilities.features import padding_mask
-from lightning_collapse.utilities.hooks import HookOwner
-from lightning_collapse.utilities.modules import Tap, default_taps, let_hooks_be_seen
+from lightning_collapse.utilities.modules import Tap
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 
@@ -27,7 +23,7 @@ _OUTLIERS, _MASSIVE = "He et al., NeurIPS 2024, arXiv 2405.19279", "Sun et al., 
 _FP8 = "Micikevicius et al. 2022, arXiv 2209.05433"
 
 
-class ActivationMonitor(Monitor):
+class ActivationMonitor(LayerMonitor[ActivationHooks]):
     r"""Log how far the largest activations of a layer are from the others, and how near its format is to overflow.
 
     **Logged metrics**, ``activations/{layer}/...``, to every logger and to ``trainer.callback_metrics``:
@@ -106,61 +102,16 @@ class ActivationMonitor(Monitor):
         Curve("n", "rows behind the point, over all processes", "0 to infinity", "few: maxima read low"),
         Curve("flag", "activations", "0 to 6", "above 0: why to doubt the point"),
     )
-    identity = ("layers", "every_n_steps")
 
     def __init__(
         self, layers: Sequence[str] | None = None, every_n_steps: int | None = None, detail: Detail = "high"
     ) -> None:
-        super().__init__(every_n_steps, detail)
-        check_layers(layers, "the default layers")
-        self.layers = layers
-        self._forget()
-
-    def _forget(self) -> None:
-        self._taps: list[Tap] = []
-        self._next: list[Tap] = []
-        self._hooks: ActivationHooks | None = None
-        self._order: ExecutionOrder | None = None
-        self._scope: StepScope | None = None
+        super().__init__(layers, every_n_steps, detail)
         self._widths: dict[str, int] = {}
 
     @override
-    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._next = self.choose_taps(self.layers, default_taps(pl_module), pl_module)
-        let_hooks_be_seen(pl_module)
-        self._scope = StepScope(pl_module)
-        if self.layers is None:
-            self._order = ExecutionOrder(pl_module, type(self).__name__)
-        self._follow()
-
-    @property
-    @override
-    def listeners(self) -> list[HookOwner]:
-        return [owner for owner in (self._hooks, self._order) if owner is not None]
-
-    @override
-    def stop(self) -> None:
-        for owner in (self._hooks, self._order, self._scope):
-            if owner is not None:
-                owner.remove()
-        self._forget()
-
-    @override
-    def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
-        self._follow()
-        step = trainer.accumulate_grad_batches
-        if self._hooks is None or self._scope is None or (batches_left >= step and self._order is None):
-            return
-        if batches_left >= step - 1:
-            self._hooks.begin()
-        self._hooks.mask = padding_mask(batch)
-        self._scope.request(*(owner for owner in (self._hooks, self._order) if owner is not None))
-
-    @override
-    def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
-        order, self._order = self._order, None
-        if order is not None and (execution := order.pop()) is not None:
-            self._next = default_taps(pl_module, execution)
+    def make_hooks(self, taps: Sequence[Tap]) -> ActivationHooks:
+        return ActivationHooks(taps, self.contained)
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
@@ -172,8 +123,8 @@ class ActivationMonitor(Monitor):
         for name, of in moments.items():
             found = activation_outliers(of)
             own = {**found.as_dict(), "n": of.count, "seen": of.seen}
-            if name in self._hooks.formats:
-                own["headroom_bits"] = headroom_bits(found.abs_max, self._hooks.formats[name])
+            if name in self._hooks.facts:
+                own["headroom_bits"] = headroom_bits(found.abs_max, self._hooks.facts[name])
             readings |= {(name, key): value.to(pl_module.device) for key, value in own.items()}
         return readings
 
@@ -204,14 +155,6 @@ class ActivationMonitor(Monitor):
             Point(self.family, name, key, step, value if isfinite(value) else nan, n, nulls.get(key, nan), flag)
             for key, value in own.items()
         ]
-
-    def _follow(self) -> None:
-        """Listen where the order of the first batch says, from the batch after it on."""
-        if self._next != self._taps:
-            if self._hooks is not None:
-                self._hooks.remove()
-            self._taps = self._next
-            self._hooks = ActivationHooks(self._taps, self.contained)
 
 
 def _flag(n: int, seen: int, kurtosis: float) -> Flag:
