@@ -32,6 +32,7 @@ KINDS = frozenset(
         "prototype_collapse",
         "regression_over_compression",
         "router_collapse",
+        "token_collapse",
     }
 )
 """What may be wrong with a run, whether or not there is a rule that says so."""

@@ -34,6 +34,7 @@ from lightning_collapse.callbacks.monitors.router_monitor import RouterMonitor
 from lightning_collapse.callbacks.monitors.scalar_monitor import ScalarMonitor
 from lightning_collapse.callbacks.monitors.spectral_alignment_monitor import SpectralAlignmentMonitor
 from lightning_collapse.callbacks.monitors.stability_monitor import StabilityMonitor
+from lightning_collapse.callbacks.monitors.token_monitor import TokenMonitor
 from lightning_collapse.callbacks.monitors.update_monitor import UpdateMonitor
 from lightning_collapse.callbacks.monitors.variance_propagation_monitor import VariancePropagationMonitor
 from lightning_collapse.callbacks.monitors.weight_spectrum_monitor import WeightSpectrumMonitor
@@ -72,6 +73,7 @@ __all__ = [
     "SwitchOn",
     "TaskAware",
     "TaskBoundary",
+    "TokenMonitor",
     "UpdateMonitor",
     "VariancePropagationMonitor",
     "Verdict",

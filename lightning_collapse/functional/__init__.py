@@ -57,6 +57,7 @@ from lightning_collapse.functional.isotropic_null import expected_under_isotropy
 from lightning_collapse.functional.lidar import Lidar, lidar, lidar_null
 from lightning_collapse.functional.low_pass_gain import low_pass_gain, low_pass_gain_null
 from lightning_collapse.functional.marchenko_pastur import MarchenkoPasturFit, marchenko_pastur_fit
+from lightning_collapse.functional.mean_mode_gradient import MeanModeGradient, mean_mode_gradient
 from lightning_collapse.functional.neural_collapse import (
     Cdnv,
     LogKernel,
@@ -152,6 +153,16 @@ from lightning_collapse.functional.stability_gap import (
     windowed_plasticity,
     worst_case_accuracy,
 )
+from lightning_collapse.functional.token_similarity import (
+    TokenMoments,
+    contraction_ratio,
+    loudest_token_share,
+    mean_mode_ratio,
+    relative_residual,
+    token_cosine,
+    token_cosine_null_std,
+    token_moments,
+)
 from lightning_collapse.functional.update_geometry import (
     adam_rms_null,
     adam_rms_ratio,
@@ -174,6 +185,7 @@ __all__ = [
     "LogKernel",
     "LogitExtremes",
     "MarchenkoPasturFit",
+    "MeanModeGradient",
     "OrthogonalFrame",
     "OutputRows",
     "Phase",
@@ -182,6 +194,7 @@ __all__ = [
     "QKIncrements",
     "RegressionCollapseReading",
     "StateDistance",
+    "TokenMoments",
     "TwoNN",
     "absolute_maximum",
     "activation_outliers",
@@ -201,6 +214,7 @@ __all__ = [
     "bias_collapse",
     "cdnv",
     "condition_number",
+    "contraction_ratio",
     "dead_dimensions",
     "dead_experts_null",
     "dead_fraction",
@@ -246,6 +260,7 @@ __all__ = [
     "logit_bound",
     "logit_extremes",
     "logit_lead",
+    "loudest_token_share",
     "low_pass_gain",
     "low_pass_gain_null",
     "majority_fraction",
@@ -253,6 +268,8 @@ __all__ = [
     "max_load_null",
     "mean_cosine",
     "mean_energy_share",
+    "mean_mode_gradient",
+    "mean_mode_ratio",
     "min_accuracy",
     "minority_cosine",
     "minority_norm",
@@ -289,6 +306,7 @@ __all__ = [
     "rankme",
     "recall_at_1",
     "regression_collapse",
+    "relative_residual",
     "relative_spread",
     "retrieval_lead",
     "router_conditioning",
@@ -305,6 +323,9 @@ __all__ = [
     "state_distance",
     "svd_entropy",
     "swallowed_fraction",
+    "token_cosine",
+    "token_cosine_null_std",
+    "token_moments",
     "top_k_share",
     "two_nn",
     "unbiased_participation_ratio",

@@ -16,7 +16,7 @@ class MeanModeGradient(NamedTuple):
     Attributes:
         mean: :math:`\|G_{mean}\|_F / \|G\|_F`, 0 or more; :math:`\sqrt{B / N}` of ``N`` independent tokens in ``B``
             sequences.
-        centered: :math:`\|G_{ctr}\|_F / \|G\|_F`, 0 or more; the parts add up to the gradient, and their norms need not.
+        centered: :math:`\|G_{ctr}\|_F / \|G\|_F`, 0 or more; norms of the parts need not add up.
         amplification: :math:`\|G\|_F^2 / \sum_t \|\delta_t\|^2 \|y_t\|^2`, from 0 to the number of tokens, where all
             of them pull the same way; 1 of independent ones.
     """
@@ -64,11 +64,13 @@ def mean_mode_gradient(inputs: Tensor, adjoints: Tensor, mask: Tensor | None = N
     total = torch.einsum("bto,bti->oi", adjoints, inputs)
     means = inputs.sum(dim=1) / real.sum(dim=1).clamp_min(1).unsqueeze(-1)
     sums, energy = adjoints.sum(dim=1), (adjoints.square().sum(dim=-1) * inputs.square().sum(dim=-1)).sum()
-    return mean_mode_parts(total.square().sum(), mean_mode_product(total, sums, means), mean_mode_square(sums, means), energy)
+    return mean_mode_parts(
+        total.square().sum(), mean_mode_product(total, sums, means), mean_mode_square(sums, means), energy
+    )
 
 
 def mean_mode_product(total: Tensor, sums: Tensor, means: Tensor) -> Tensor:
-    r"""Inner product of a gradient ``(O, I)`` with its mean part, of :math:`T \bar\delta` ``(S, O)`` and :math:`\bar y`."""
+    r"""Inner product of a gradient ``(O, I)`` with its mean part, of :math:`T \bar\delta` and :math:`\bar y`."""
     return ((sums @ total) * means).sum()
 
 

@@ -20,7 +20,7 @@ class TokenMoments(NamedTuple):
     r"""What the similarity of tokens is read from; one entry per sequence, ``S`` of them.
 
     Attributes:
-        count: Tokens, shape ``(S,)``.
+        n: Tokens, shape ``(S,)``.
         mean: Their mean :math:`\bar x`, shape ``(S, D)``.
         scatter: :math:`\sum_t \|x_t - \bar x\|^2`, shape ``(S,)``.
         squares: :math:`\sum_t \|x_t\|^2`, shape ``(S,)``.
@@ -28,7 +28,7 @@ class TokenMoments(NamedTuple):
         loudest: :math:`\max_t \|x_t\|^2`, shape ``(S,)``.
     """
 
-    count: Tensor
+    n: Tensor
     mean: Tensor
     scatter: Tensor
     squares: Tensor
@@ -37,12 +37,12 @@ class TokenMoments(NamedTuple):
 
     def merge(self, other: TokenMoments) -> TokenMoments:
         """Of sequences that continue in another part, what both parts come to; the same for any split."""
-        count = self.count + other.count
-        share, apart = other.count / count.clamp_min(1), other.mean - self.mean
+        count = self.n + other.n
+        share, apart = other.n / count.clamp_min(1), other.mean - self.mean
         return TokenMoments(
             count,
             self.mean + share.unsqueeze(-1) * apart,
-            self.scatter + other.scatter + self.count * share * apart.square().sum(dim=-1),
+            self.scatter + other.scatter + self.n * share * apart.square().sum(dim=-1),
             self.squares + other.squares,
             self.units + other.units,
             torch.maximum(self.loudest, other.loudest),
@@ -54,38 +54,44 @@ class TokenGroups(NamedTuple):
 
     Attributes:
         real: Boolean, shape ``(B, T)``.
-        index: Sequence of each token, ``int64`` of shape ``(B, T)``; ``None`` where every row is one.
+        documents: Sequences in each row.
+        place: Sequence of each token, ``int64`` of shape ``(B, T)``; ``None`` where every row is one.
     """
 
     real: Tensor
-    index: Tensor | None = None
+    documents: int = 1
+    place: Tensor | None = None
 
     @classmethod
     def of(cls, real: Tensor, segments: Tensor | None) -> TokenGroups:
         """By the number of the document of every token; those beyond :data:`DOCUMENTS` and below 0 do not count."""
         if segments is None:
             return cls(real)
-        rows = torch.arange(len(real), device=real.device).unsqueeze(1)
-        kept = (segments >= 0) & (segments < DOCUMENTS)
-        return cls(real & kept, DOCUMENTS * rows + segments.clamp(0, DOCUMENTS - 1))
+        documents, rows = min(DOCUMENTS, real.shape[1]), torch.arange(len(real), device=real.device).unsqueeze(1)
+        real = real & (segments >= 0) & (segments < documents)
+        return cls(real, documents, documents * rows + segments.clamp(0, documents - 1))
+
+    def clear(self, values: Tensor) -> Tensor:
+        """Values ``(B, T, ...)`` with zeros in place of tokens that do not count."""
+        return torch.where(self.real.view(*self.real.shape, *[1] * (values.ndim - 2)), values, 0.0)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sums over sequences of ``(B, T, ...)``, whose tokens that do not count must be zero: ``(S, ...)``."""
-        if self.index is None:
+        """Sums over sequences of ``(B, T, ...)``, cleared: ``(S, ...)``."""
+        if self.place is None:
             return values.sum(dim=1)
-        sums = values.new_zeros(DOCUMENTS * len(values), *values.shape[2:])
-        return sums.index_add_(0, self.index.flatten(), values.flatten(0, 1))
+        sums = values.new_zeros(self.documents * len(values), *values.shape[2:])
+        return sums.index_add_(0, self.place.flatten(), values.flatten(0, 1))
 
     def largest(self, values: Tensor) -> Tensor:
-        """Maxima over sequences of ``(B, T)``, whose tokens that do not count must be zero: ``(S,)``."""
-        if self.index is None:
+        """Maxima over sequences of ``(B, T)``, cleared and not negative: ``(S,)``."""
+        if self.place is None:
             return values.amax(dim=1)
-        zeros = values.new_zeros(DOCUMENTS * len(values))
-        return zeros.scatter_reduce(0, self.index.flatten(), values.flatten(), "amax")
+        zeros = values.new_zeros(self.documents * len(values))
+        return zeros.scatter_reduce(0, self.place.flatten(), values.flatten(), "amax")
 
     def spread(self, of_sequences: Tensor) -> Tensor:
         """What belongs to a sequence, ``(S, D)``, beside each of its tokens: fit for ``(B, T, D)``."""
-        return of_sequences.unsqueeze(1) if self.index is None else of_sequences[self.index]
+        return of_sequences.unsqueeze(1) if self.place is None else of_sequences[self.place]
 
 
 @full_precision
@@ -102,8 +108,8 @@ def token_moments(tokens: Tensor, mask: Tensor | None = None, segments: Tensor |
             tokens of others do not count.
 
     Returns:
-        ``S = B`` sequences, or ``64 B`` with ``segments``, those that are not there with a count of 0; at least
-        ``float32``.
+        ``S = B`` sequences, or ``B min(T, 64)`` with ``segments``, those that are not there with a count of 0; at
+        least ``float32``.
 
     Raises:
         ValueError: If ``tokens`` has other than three dimensions.
@@ -116,17 +122,15 @@ def token_moments(tokens: Tensor, mask: Tensor | None = None, segments: Tensor |
     if tokens.ndim != 3:
         raise ValueError(f"`tokens` must have shape (B, T, D), got {tuple(tokens.shape)}.")
     lengths = torch.linalg.vector_norm(tokens, dim=-1)
-    real = lengths.isfinite() if mask is None else lengths.isfinite() & mask.bool()
-    groups = TokenGroups.of(real, segments)
-    real = groups.real.unsqueeze(-1)
-    tokens, lengths = torch.where(real, tokens, 0.0), torch.where(groups.real, lengths, 0.0)
+    groups = TokenGroups.of(lengths.isfinite() if mask is None else lengths.isfinite() & mask.bool(), segments)
+    tokens, lengths = groups.clear(tokens), groups.clear(lengths)
     count = groups.sum(groups.real.to(tokens.dtype))
     least, squares = count.clamp_min(1).unsqueeze(-1), lengths.square()
     anchor = groups.sum(tokens) / least
-    apart = torch.where(real, tokens - groups.spread(anchor), 0.0)
+    apart = groups.clear(tokens - groups.spread(anchor))
     drift = groups.sum(apart) / least
     scatter = groups.sum(torch.linalg.vector_norm(apart, dim=-1).square()) - count * drift.square().sum(dim=-1)
-    units = groups.sum(tokens.div_(lengths.clamp_min(torch.finfo(tokens.dtype).tiny).unsqueeze(-1)))
+    units = groups.sum(tokens / lengths.clamp_min(torch.finfo(tokens.dtype).tiny).unsqueeze(-1))
     return TokenMoments(
         count, anchor + drift, scatter.clamp_min(0), groups.sum(squares), units, groups.largest(squares)
     )
@@ -147,7 +151,7 @@ def relative_residual(tokens: Tensor | TokenMoments, mask: Tensor | None = None)
         Shape ``(S,)``, between 0 and 1; NaN for sequences of fewer than two tokens, or of zeros.
 
     References:
-        Dong et al., *Attention is not all you need*, ICML 2021, https://arxiv.org/abs/2103.03404 (whose norm is another).
+        Dong et al., *Attention is not all you need*, ICML 2021, https://arxiv.org/abs/2103.03404, in another norm.
 
     Example:
         >>> relative_residual(torch.tensor([[[3.0], [3.0]], [[1.0], [-1.0]]]))
@@ -180,8 +184,8 @@ def token_cosine(tokens: Tensor | TokenMoments, mask: Tensor | None = None) -> T
         tensor([1., 0.])
     """
     moments = _moments(tokens, mask)
-    pairs = moments.count * (moments.count - 1)
-    return _known(moments, (moments.units.square().sum(dim=-1) - moments.count) / pairs)
+    pairs = moments.n * (moments.n - 1)
+    return _known(moments, (moments.units.square().sum(dim=-1) - moments.n) / pairs)
 
 
 def token_cosine_null_std(count: int, dim: int) -> float:
@@ -199,7 +203,7 @@ def token_cosine_null_std(count: int, dim: int) -> float:
 
 
 def mean_mode_ratio(tokens: Tensor | TokenMoments, mask: Tensor | None = None) -> Tensor:
-    r"""Mean-mode ratio :math:`\rho` of a batch: length of the mean parts of its sequences over that of the centered ones.
+    r"""Mean-mode ratio :math:`\rho`: length of the mean parts of a batch's sequences over that of the centered ones.
 
     .. math:: \rho = \frac{\sum_b \|J X_b\|_F}{\sum_b \|P X_b\|_F}, \quad J = 11^\top / T, \; P = I - J
 
@@ -221,12 +225,17 @@ def mean_mode_ratio(tokens: Tensor | TokenMoments, mask: Tensor | None = None) -
         tensor(1.)
     """
     mean, centered = (part.nansum() for part in mode_norms(_moments(tokens, mask)))
+    return capped_ratio(mean, centered)
+
+
+def capped_ratio(mean: Tensor, centered: Tensor) -> Tensor:
+    """Of sums of norms of the mean and the centered parts, at most a million."""
     return mean / torch.maximum(centered, mean / LARGEST_RATIO)
 
 
 def mode_norms(moments: TokenMoments) -> tuple[Tensor, Tensor]:
     """Norms of the mean and the centered part of every sequence, each ``(S,)``; NaN below two tokens."""
-    mean = moments.count.sqrt() * torch.linalg.vector_norm(moments.mean, dim=-1)
+    mean = moments.n.sqrt() * torch.linalg.vector_norm(moments.mean, dim=-1)
     return _known(moments, mean), _known(moments, moments.scatter.sqrt())
 
 
@@ -285,4 +294,4 @@ def _moments(tokens: Tensor | TokenMoments, mask: Tensor | None) -> TokenMoments
 
 
 def _known(moments: TokenMoments, readings: Tensor) -> Tensor:
-    return torch.where(moments.count > 1, readings, torch.nan)
+    return torch.where(moments.n > 1, readings, torch.nan)

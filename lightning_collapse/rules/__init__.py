@@ -22,6 +22,7 @@ from lightning_collapse.rules.router import RouterCollapse
 from lightning_collapse.rules.stability import DivergenceAhead, LossSpike, NonFiniteStep, SkippedSteps
 from lightning_collapse.rules.step_stream import Step, StepStream
 from lightning_collapse.rules.task import TASKS, Task
+from lightning_collapse.rules.tokens import TokenCollapse
 from lightning_collapse.rules.trend import Trend
 from lightning_collapse.rules.verdict import Verdict
 from lightning_collapse.rules.verdict_grouper import VerdictGrouper
@@ -69,6 +70,7 @@ __all__ = [
     "Step",
     "StepStream",
     "Task",
+    "TokenCollapse",
     "Trend",
     "Verdict",
     "VerdictGrouper",

@@ -30,6 +30,7 @@ HELPERS: dict[str, set[str]] = {
     "functional/isotropic_null.py": {"marchenko_pastur_quantiles"},
     "functional/lidar.py": {"lidar_of_moments", "stack_views"},
     "functional/marchenko_pastur.py": {"marchenko_pastur_cdf"},
+    "functional/mean_mode_gradient.py": {"mean_mode_parts", "mean_mode_product", "mean_mode_square"},
     "functional/non_finite.py": {"bits_of_headroom"},
     "functional/neural_collapse/cdnv.py": {"over_pairs"},
     "functional/neural_collapse/class_means.py": {
@@ -49,6 +50,7 @@ HELPERS: dict[str, set[str]] = {
     "functional/regression_collapse.py": {"rank_of_basis", "unit_rows"},
     "functional/routing.py": {"routing_readings", "routing_sums"},
     "functional/spectral_alignment.py": {"cosines", "diversity_of_counts", "sign_counts"},
+    "functional/token_similarity.py": {"TokenGroups", "capped_ratio", "mode_norms"},
     "functional/views.py": {"view_statistics"},
     "metrics/neural_collapse.py": {"measures", "of_means", "within_covariance"},
     "metrics/spectral_alignment.py": {"alignment_histogram"},

@@ -1,0 +1,62 @@
+"""Token collapse: all tokens of a sequence become one vector (rank collapse over depth, mean-mode takeover)."""
+
+from collections.abc import Mapping
+
+from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.collapse import SHARE, spread_gone
+from lightning_collapse.rules.history import Evidence
+from lightning_collapse.rules.progress import LOSS, UNHARMED, is_harmed
+from lightning_collapse.utilities.points import Point
+
+
+@register_rule
+class TokenCollapse(Rule):
+    """The tokens of a sequence are one vector, or as good as, and the loss gets nowhere.
+
+    What is left of a sequence without its mean token is a hundredth of its length, or a tenth and a quarter of what it
+    was at the beginning of the run, or the square of that where it was little then, by the lines of
+    :class:`CompleteCollapse`, beside what independent tokens read; or all its tokens point one way to a hundredth.
+
+    This is where a deep post-norm stack may begin, where features of language models lie in a narrow cone, and where
+    the last blocks of a classifier end, whose tokens need to tell one thing. All of these learn: as long as the loss
+    has kept nine tenths of what it gained, or before the eighth point, it is a notice. Without a skip around attention
+    tokens are one from the first step and nothing is learned; under mean mode screaming the loss returns to where it
+    began. What attention does to causal sequences as a filter is not read at all.
+
+    Example:
+        >>> values = {"relative_residual": 0.004, "token_cosine": 0.99998}
+        >>> points = {name: Point("tokens", "blocks.5", name, 9, value, n=64) for name, value in values.items()}
+        >>> TokenCollapse().severity(points, {"relative_residual": 0.9, "token_cosine": 0.1}) > 1
+        True
+    """
+
+    kind = "token_collapse"
+    says = "The tokens of a sequence are nearly one vector in `{layer}`."
+    family = "tokens"
+    measures = ("relative_residual", "token_cosine")
+    follows = (LOSS,)
+    lower_is_worse = ("relative_residual",)
+    higher_is_worse = ("token_cosine",)
+    advice = "Let the stream pass every attention by a skip, norm before it, and return with `Rollback()`."
+    paper = "Dong et al., 2021, arXiv 2103.03404; Lu, 2026, arXiv 2605.06169"
+
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """The larger of how far the residual, and the angle between tokens, are below their lines."""
+        residual, cosine = (points[name] for name in self.measures)
+        noise = residual.null if residual.null > 0 else 1.0
+        gone = spread_gone(residual.value / noise, baseline["relative_residual"] / noise)
+        angle: float = max(1 - cosine.value, 0.0) ** 0.5
+        return max(gone, SHARE / max(angle, 1e-300))
+
+    def excuse(self, evidence: Evidence) -> str:
+        """That the loss has come to no harm."""
+        return "" if is_harmed(evidence) else UNHARMED
+
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """Both readings, and the baseline."""
+        residual, cosine = (points[name] for name in self.measures)
+        return (
+            f"over {residual.n} sequences {100 * residual.value:.2g} % of their length is left without the mean token"
+            f" (began with {100 * baseline['relative_residual']:.2g} %), and two tokens have a cosine of"
+            f" {cosine.value:.4g}"
+        )
