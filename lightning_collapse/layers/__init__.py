@@ -11,17 +11,26 @@ from lightning_collapse.layers.sigma_reparam import SigmaReparam
 
 __all__ = [
     "AttentionTemperature",
+    "AugmentedShortcut",
+    "BlockCirculant",
     "ConversionError",
     "ConvertedModule",
     "DirectPredictor",
     "ETFClassifier",
     "FedETFHead",
+    "HeadTemperature",
     "LayerScale",
+    "MVSplitResidual",
     "ReZero",
     "Reparametrized",
+    "SeriesActivation",
     "SigmaReparam",
     "convert_modules",
     "layer_scale_init",
     "revert_modules",
     "simplex_etf",
+from lightning_collapse.layers.augmented_shortcut import AugmentedShortcut, BlockCirculant
+from lightning_collapse.layers.head_temperature import HeadTemperature
+from lightning_collapse.layers.mv_split import MVSplitResidual
+from lightning_collapse.layers.series_activation import SeriesActivation
 ]

@@ -197,7 +197,8 @@ class AntiCollapseMixin:
 
 def _split_labels(views: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Feature matrices, and the labels behind them if there are any."""
-    if len(views) > 1 and not views[-1].is_floating_point():
+    # a view may be none: the attention map of a layer that made none, of which the loss will tell
+    if len(views) > 1 and isinstance(views[-1], Tensor) and not views[-1].is_floating_point():
         return views[:-1], views[-1:]
     return views, ()
 
@@ -258,7 +259,7 @@ def _awake(loss: nn.Module, pl_module: Any) -> list[nn.Module]:
 
 def _follow(loss: nn.Module, view: Tensor) -> None:
     """Move a loss that is not in the module tree to where the features are."""
-    if any(state.device != view.device for state in (*loss.parameters(), *loss.buffers())):
+    if isinstance(view, Tensor) and any(s.device != view.device for s in (*loss.parameters(), *loss.buffers())):
         _move(loss, view.device)
 
 
