@@ -1,6 +1,7 @@
 """Layers that resist collapse: drop-in ones, and those that modules of a model are converted into."""
 
 from lightning_collapse.layers.attention_temperature import AttentionTemperature
+from lightning_collapse.layers.augmented_shortcut import AugmentedBranch, AugmentedShortcut
 from lightning_collapse.layers.conversion import ConversionError, ConvertedModule, convert_modules, revert_modules
 from lightning_collapse.layers.direct_predictor import DirectPredictor
 from lightning_collapse.layers.etf_classifier import ETFClassifier, simplex_etf
@@ -11,8 +12,8 @@ from lightning_collapse.layers.sigma_reparam import SigmaReparam
 
 __all__ = [
     "AttentionTemperature",
+    "AugmentedBranch",
     "AugmentedShortcut",
-    "BlockCirculant",
     "ConversionError",
     "ConvertedModule",
     "DirectPredictor",

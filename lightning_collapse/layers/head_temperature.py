@@ -11,13 +11,10 @@ class HeadTemperature(nn.Module):
 
     .. math:: \operatorname{softmax}\!\Big(\frac{q k^\top}{\tau_h \sqrt E}\Big)
 
-    Above 1 a head looks more evenly, below 1 more sharply. In networks without norms the entropy of heads collapses in
-    deep layers and is near its maximum in early ones; together with
-    :class:`~lightning_collapse.losses.EntropyGuidedAttention`, which says where it is to be, a temperature lets a head
-    get there without larger weights. It begins at 1, which changes nothing, and works with fused attention.
-
-    The authors learn a temperature of every query position too, and begin elsewhere; one per head keeps its meaning at
-    any length. Divide the weights and bias of the queries by it to have a plain network again.
+    Above 1 a head looks more evenly, below 1 more sharply; beside
+    :class:`~lightning_collapse.losses.EntropyGuidedAttention` it gets there without larger weights. It begins at 1,
+    which changes nothing, and works with fused attention. The authors learn one of every query position too, and begin
+    elsewhere. Divide the weights and bias of the queries by it to have a plain network again.
 
     Args:
         heads: Number of heads ``H``.
@@ -46,15 +43,10 @@ class HeadTemperature(nn.Module):
         self.temperature = nn.Parameter(torch.empty(heads))
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the temperatures to what the argument says; also what fills a layer built on the ``meta`` device."""
-        self.temperature.fill_(self._start)
+        """Fill in the first temperature, on the ``meta`` device too."""
+        nn.init.constant_(self.temperature, self._start)
 
     def forward(self, query: Tensor) -> Tensor:
         """Queries ``(B, H, L, E)``, to be given to attention, in their dtype."""
         return query / self.temperature.to(query.dtype).view(-1, 1, 1)
-
-    def extra_repr(self) -> str:
-        """Show the size in ``print(model)``."""
-        return f"heads={len(self.temperature)}"

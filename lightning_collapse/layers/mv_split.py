@@ -18,11 +18,13 @@ class MVSplitResidual(nn.Module):
     The mean moves by :math:`\alpha` alone, :math:`m_Z = (1 - \alpha) m_X + \alpha m_F`, and not by the sum of all
     branches: in a deep stack a branch whose tokens agree drowns what tells them apart.
 
-    It replaces the sum *and* the norm behind it, ``x = self.residual(x, self.attention(x))``. The plain residual is no
-    special case, so a trained network cannot be converted without change: at the published start the branch is scaled
-    by 0.03. In a causal model :math:`m` at a token is the mean of the tokens up to it; then the mean of all tokens
-    obeys no such rule, the last token is what it would be without ``causal``, and the first is
-    :math:`X + \alpha (F - X)`. The authors saw little effect below about a hundred layers.
+    It replaces the sum *and* the norm behind it: ``x = self.residual(x, self.attention(x))`` in one's own block. Blocks
+    of torch and Hugging Face add inside of their ``forward``, where no conversion reaches; and the plain sum is no
+    special case, so that a trained network would not stay as it is: the branch begins with a factor of 0.03.
+
+    In a causal model :math:`m` at a token is the mean of the tokens up to it. Then nothing is said of the mean of all
+    tokens; the last token is what it would be without ``causal``, the first is :math:`X + \alpha (F - X)`. Little
+    effect was seen below about a hundred layers.
 
     Args:
         dim: Width ``D``.
@@ -98,11 +100,11 @@ class MVSplitResidual(nn.Module):
             ValueError: If a shape is another.
         """
         tokens = self._tokens(residual, branch, mask)
-        if segments is None:
-            sums = running_sum(tokens, dim=1) if self.causal else tokens.sum(dim=1, keepdim=True)
-        else:
+        if segments is not None:
             self._require_shape(segments=segments, like=residual)
             sums = _sums_of_segments(tokens, segments, self.causal)
+        else:
+            sums = running_sum(tokens, dim=1) if self.causal else tokens.sum(dim=1, keepdim=True)
         return self._combine(residual, branch, sums)
 
     def extend(

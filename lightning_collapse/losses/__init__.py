@@ -12,7 +12,7 @@ from lightning_collapse.losses.decorrelation import FeatureDecorrelation, featur
 from lightning_collapse.losses.distillation import distillation_loss, feature_distillation_loss
 from lightning_collapse.losses.dot_regression import DotRegression, dot_regression
 from lightning_collapse.losses.effective_rank import EffectiveRankHinge, effective_rank_terms
-from lightning_collapse.losses.entropy_guided_attention import EntropyGuidedAttention, entropy_guidance_loss
+from lightning_collapse.losses.entropy_guided_attention import EntropyGuidedAttention
 from lightning_collapse.losses.intl import INTL, intl_terms
 from lightning_collapse.losses.koleo import KoLeo, koleo_loss
 from lightning_collapse.losses.ldreg import LDReg, ldreg_loss
@@ -75,7 +75,6 @@ __all__ = [
     "distillation_loss",
     "dot_regression",
     "effective_rank_terms",
-    "entropy_guidance_loss",
     "feature_decorrelation_terms",
     "feature_distillation_loss",
     "intl_terms",

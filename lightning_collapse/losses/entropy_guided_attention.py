@@ -18,16 +18,8 @@ Reduction = Literal["mean", "sum"]
 EPS = 1e-9  # the authors', inside the logarithm
 
 
-def entropy_guidance_loss(
-    maps: Sequence[Tensor],
-    thresholds: Tensor,
-    margin: float = 0.2,
-    form: Form = "normalized",
-    reduction: Reduction = "mean",
-    hinge: bool = False,
-    visible: Tensor | None = None,
-) -> Tensor:
-    r"""Penalty on attention heads that look too evenly or too sharply, each beside a threshold of its own.
+class EntropyGuidedAttention(nn.Module):
+    r"""Penalty on attention heads that look too evenly or too sharply, each beside a learned threshold of its own.
 
     With :math:`H_i` the entropy of row :math:`i` of a head's map, :math:`v_i` the number of keys that it sees and
     :math:`T` the number of keys, of a head
@@ -38,87 +30,40 @@ def entropy_guidance_loss(
     averaged over heads and then layers. Means are over the rows of all sequences and processes that see two keys or
     more. ``form="paper"`` is :math:`\delta = \operatorname{mean}_i H_i / \log T - \theta`, over all rows; under a
     causal mask it is at most :math:`\log(T!) / (T \log T) - \theta`. ``form="code"`` takes :math:`\delta` of each row,
-    :math:`H_i / \log T - \theta`, as the authors released it, and the mean over rows is that of the penalties.
+    :math:`H_i / \log T - \theta`, as the authors released it, and the mean over rows is that of the penalties. They
+    train with a weight of 1e-5 and the sum over rows; how their thresholds begin they do not say.
 
-    Collective: every process must call it; one all-reduce of ``layers * 2 * H`` numbers.
+    :meth:`calibrate_` sets the thresholds to what the heads read, and then the penalty begins at exactly zero, with
+    causal masks too. Inside the band nothing has a gradient, the thresholds neither.
+
+    It needs the maps themselves, with gradient and before dropout: of ``nn.MultiheadAttention(...)(x, x, x,
+    average_attn_weights=False)``, or of a Hugging Face model with ``attn_implementation="eager"`` and
+    ``output_attentions=True``. Fused attention makes none. As a regularizer of
+    :class:`~lightning_collapse.AntiCollapseMixin` it is part of the model, and ``anti_collapse_loss(*maps)`` adds it;
+    the callback ``Regularizer`` refuses it, since no optimizer would know the thresholds.
 
     Args:
-        maps: One of each layer, of shape ``(B, H, L, S)``, rows that sum to 1.
-        thresholds: :math:`\theta`, shape ``(layers, H)``, between 0 and 1.
+        layers: Number of attention maps it takes, one of each layer.
+        heads: Number of heads ``H`` of each.
         margin: Half the width γ of the band without a penalty; the authors' choice by default.
         form: Which of the three; the first is ours.
-        reduction: ``"mean"``, or ``"sum"`` for the mean times the number of its rows, as the authors released it.
+        reduction: ``"mean"``, or ``"sum"`` for the mean times the number of its rows, as released.
         hinge: Square how far :math:`|\delta|` is outside of the band, which does not jump at its edge; ours.
-        visible: Boolean, broadcasts to ``(B, 1, L, S)``: keys that a query sees. By default those to which any head
-            gives any weight; say it for maps in half precision, where small weights are zero.
 
-    Returns:
-        Scalar, at least ``float32``, 0 or more.
+    Attributes:
+        thresholds: :math:`\theta`, shape ``(layers, H)``, 0.5 before :meth:`calibrate_`. Give them no weight decay.
+        views: Number of maps, for the mixin.
 
     Raises:
-        ValueError: If there is another number of maps than of thresholds, or one is none, or of another shape.
+        ValueError: If an argument is out of range.
 
     References:
         Jha & Reagen, *Entropy-Guided Attention for Private LLMs*, 2025. https://arxiv.org/abs/2501.03489, code at
         https://github.com/Nandan91/entropy-guided-attention-llm.
 
     Example:
-        >>> uniform = torch.full((1, 2, 4, 4), 0.25)
-        >>> round(entropy_guidance_loss([uniform], torch.tensor([[0.5, 1.0]])).item(), 4)  # (log 4 / 2)^2 / 2
-        0.2402
-    """
-    _check(maps, *thresholds.shape)
-
-    def penalty(deviation: Tensor) -> Tensor:
-        outside = deviation.abs() - margin
-        return outside.relu().square() if hinge else deviation.square() * (outside > 0)
-
-    thresholds = thresholds.to(torch.promote_types(thresholds.dtype, torch.float32))
-    sums = []
-    for attention, threshold in zip(maps, thresholds, strict=True):
-        shares, counts = _shares(attention, visible, by_visible=form == "normalized")
-        values = penalty(shares - threshold.unsqueeze(1)) if form == "code" else shares
-        sums.append(torch.stack([(values * counts).sum(dim=(0, 2)), counts.expand_as(values).sum(dim=(0, 2))]))
-    totals, rows = all_reduce_sum_with_grad(torch.stack(sums, dim=1)).unbind()
-    means = totals / rows.clamp_min(1)
-    penalties = means if form == "code" else penalty(means - thresholds) * (rows > 0)
-    of_layers = (penalties * rows if reduction == "sum" else penalties).mean(dim=1).unbind()
-    return torch.stack([log(a.shape[3]) ** 2 * value for a, value in zip(maps, of_layers, strict=True)]).mean()
-
-
-class EntropyGuidedAttention(nn.Module):
-    r""":func:`entropy_guidance_loss` with thresholds that are learned.
-
-    :meth:`calibrate_` sets them to what the heads read, and then the penalty begins at exactly zero, with causal masks
-    too. Inside the band nothing has a gradient, the thresholds neither. The authors train with a weight of 1e-5 and
-    ``form="code", reduction="sum"``, which makes it 1e-5 times sequences times queries for ``"mean"``; how their
-    thresholds begin they do not say.
-
-    It needs the maps themselves, with gradient and before dropout: of ``nn.MultiheadAttention(...)(x, x, x,
-    average_attn_weights=False)``, or of a Hugging Face model with ``attn_implementation="eager"`` and
-    ``output_attentions=True``. Fused attention makes none. As a regularizer of
-    :class:`~lightning_collapse.AntiCollapseMixin` it is part of the model, and ``anti_collapse_loss(*maps)`` adds it.
-    The callback ``Regularizer`` refuses it, since no optimizer would know the thresholds.
-
-    Args:
-        layers: Number of attention maps it takes, one of each layer.
-        heads: Number of heads of each.
-        margin: As of the function, and so are the others.
-        form: ``"normalized"``, ``"paper"`` or ``"code"``.
-        reduction: ``"mean"`` or ``"sum"``.
-        hinge: Whether the penalty begins at zero at the edge of the band.
-
-    Attributes:
-        thresholds: Shape ``(layers, heads)``, 0.5 before :meth:`calibrate_`. Give them no weight decay.
-        views: Number of maps, for the mixin.
-
-    Raises:
-        ValueError: If an argument is out of range.
-
-    Example:
-        >>> guide = EntropyGuidedAttention(layers=1, heads=2)
-        >>> maps = torch.full((1, 2, 4, 4), 0.25)  # uniform
-        >>> round(guide(maps).item(), 4)
+        >>> guide, maps = EntropyGuidedAttention(layers=1, heads=2), torch.full((1, 2, 4, 4), 0.25)
+        >>> round(guide(maps).item(), 4)  # (log(4) / 2)^2
         0.4805
         >>> guide.calibrate_(maps)
         >>> guide(maps).item()
@@ -153,10 +98,23 @@ class EntropyGuidedAttention(nn.Module):
         self.thresholds.fill_(0.5)
 
     def forward(self, *maps: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The penalty, without a weight, of the maps ``(B, H, L, S)`` of all layers."""
-        return entropy_guidance_loss(
-            maps, self.thresholds, self.margin, self.form, self.reduction, self.hinge, visible=visible
-        )
+        """The penalty, without a weight; collective, one all-reduce of ``layers * 2 * H`` numbers.
+
+        Args:
+            maps: One of each layer, of shape ``(B, H, L, S)``, rows that sum to 1.
+            visible: Boolean, broadcasts to ``(B, 1, L, S)``: keys that a query sees. By default those to which any head
+                gives any weight; say it for maps in half precision, where small weights are zero.
+
+        Returns:
+            Scalar, at least ``float32``, 0 or more.
+
+        Raises:
+            ValueError: If there is another number of maps, or one is none, or of another shape.
+        """
+        means, rows = self._means(maps, visible)
+        penalties = means if self.form == "code" else self._outside(means - self.thresholds) * (rows > 0)
+        of_layers = (penalties * rows if self.reduction == "sum" else penalties).mean(dim=1).unbind()
+        return torch.stack([log(a.shape[3]) ** 2 * value for a, value in zip(maps, of_layers, strict=True)]).mean()
 
     @torch.no_grad()
     def calibrate_(self, *maps: Tensor, visible: Tensor | None = None) -> None:
@@ -164,22 +122,16 @@ class EntropyGuidedAttention(nn.Module):
 
         Collective: every process must call it. Arguments and errors are those of :meth:`forward`.
         """
-        _check(maps, *self.thresholds.shape)
-        for attention, threshold in zip(maps, self.thresholds, strict=True):
-            shares, counts = _shares(attention, visible, by_visible=self.form == "normalized")
-            sums = torch.stack([(shares * counts).sum(dim=(0, 2)), counts.expand_as(shares).sum(dim=(0, 2))])
-            total, rows = all_reduce_sum_with_grad(sums)
-            threshold.copy_(total / rows.clamp_min(1))
-        self.clamp_()
-
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        """Bring the thresholds back between 0 and 1."""
-        self.thresholds.clamp_(0, 1)
+        means, rows = self._means(maps, visible, penalized=False)
+        self.thresholds.copy_(torch.where(rows > 0, means, self.thresholds).clamp(0, 1))
 
     def clamp_after(self, optimizer: Optimizer) -> RemovableHandle:
-        """Have every step of an optimizer end in :meth:`clamp_`; returns what takes the hook off."""
-        return optimizer.register_step_post_hook(lambda *_: self.clamp_())
+        """Have every step of an optimizer end with the thresholds between 0 and 1; returns what takes the hook off."""
+
+        def clamp(*_: Any) -> None:
+            self.thresholds.detach().clamp_(0, 1)
+
+        return optimizer.register_step_post_hook(clamp)
 
     def extra_repr(self) -> str:
         """Show the hyperparameters in ``print(model)``."""
@@ -189,6 +141,22 @@ class EntropyGuidedAttention(nn.Module):
             f" hinge={self.hinge}"
         )
 
+    def _outside(self, deviation: Tensor) -> Tensor:
+        outside = deviation.abs() - self.margin
+        return outside.relu().square() if self.hinge else deviation.square() * (outside > 0)
+
+    def _means(self, maps: Sequence[Any], visible: Tensor | None, penalized: bool = True) -> tuple[Tensor, Tensor]:
+        """Means over rows of entropy over its maximum, or of penalties, and of how many rows, ``(layers, H)`` each."""
+        _check(maps, *self.thresholds.shape)
+        sums = []
+        for attention, threshold in zip(maps, self.thresholds, strict=True):
+            shares, counts = _shares(attention, visible, by_visible=self.form == "normalized")
+            if self.form == "code" and penalized:
+                shares = self._outside(shares - threshold.unsqueeze(1))
+            sums.append(torch.stack([(shares * counts).sum(dim=(0, 2)), counts.expand_as(shares).sum(dim=(0, 2))]))
+        totals, rows = all_reduce_sum_with_grad(torch.stack(sums, dim=1)).unbind()
+        return totals / rows.clamp_min(1), rows
+
 
 @full_precision
 def _shares(attention: Tensor, visible: Tensor | None, by_visible: bool) -> tuple[Tensor, Tensor]:
@@ -197,8 +165,8 @@ def _shares(attention: Tensor, visible: Tensor | None, by_visible: bool) -> tupl
     if not by_visible:
         return entropy / log(max(attention.shape[3], 2)), torch.ones_like(entropy[:, :1])
     seen = (attention > 0).any(dim=1, keepdim=True) if visible is None else visible
-    keys = seen.expand(-1, 1, *attention.shape[2:]).sum(dim=-1).to(entropy)
-    return entropy / keys.clamp_min(2).log(), (keys > 1).to(entropy).expand(len(attention), 1, -1)
+    keys = seen.expand(len(attention), 1, *attention.shape[2:]).sum(dim=-1).to(entropy)
+    return entropy / keys.clamp_min(2).log(), (keys > 1).to(entropy)
 
 
 def _check(maps: Sequence[Any], layers: int, heads: int) -> None:

@@ -30,4 +30,3 @@ def test_bad_arguments() -> None:
         HeadTemperature(2, temperature=0)
     with pytest.raises(ValueError, match="`heads` must be an integer of at least 1, got 0"):
         HeadTemperature(0)
-    assert repr(HeadTemperature(2)) == "HeadTemperature(heads=2)"
