@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_collapse.callbacks.loss_terms.regularizer import Regularizer
 from lightning_collapse.losses import (
     EffectiveRankHinge,
+    EntropyGuidedAttention,
     LogDetBarrier,
     TooFewRowsError,
     VarianceLoss,
@@ -209,6 +210,20 @@ def difference_of_gradients(name: str) -> Tensor:
     return (ends[0].grad - ends[1].grad) / 2e-6
 
 
+def guided(form: str, split: slice) -> list[Tensor]:
+    """Entropy guidance of some sequences: its value and gradients, as data-parallel training averages them."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(6, 2, 4, 4, generator=generator, dtype=torch.float64)
+    later = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    guide, weight = EntropyGuidedAttention(1, 2, 0.0, form, hinge=True).double(), torch.ones((), dtype=torch.float64)
+    value = guide((weight.requires_grad_() * scores[split]).masked_fill(later, -torch.inf).softmax(dim=-1))
+    grads = torch.autograd.grad(value, [weight, guide.thresholds])
+    if world_size() > 1:
+        for grad in grads:
+            dist.all_reduce(grad)
+    return [value.detach(), *(grad / world_size() for grad in grads)]
+
+
 def at_collapse(name: str, rows: int) -> tuple[float, float]:
     """What a loss reads where some rows of each process are all equal, and what it is to read."""
     loss = LOSSES[name](**FACTS[name].exact)
@@ -230,6 +245,7 @@ def worker(rank: int, folder: str) -> None:
     result: dict[str, Any] = {case: averaged(case, splits(rank, CASES[case][1][0])) for case in CASES}
     result["messages"] = {name: messages(name) for name in LOSSES}
     result["second"] = {name: second_derivative(name, splits(rank, FACTS[name].split[-1][0])) for name in LOSSES}
+    result["guided"] = {form: guided(form, splits(rank, 6)) for form in ("normalized", "paper", "code")}
     floors = EffectiveRankHinge(), LogDetBarrier()
     result["collapsed"] = [gradient_at_collapse(loss, splits(rank, 12)) for loss in floors]
     result["few"] = {rows: few_rows(rank, rows) for rows in [(1, 0), (0, 1), (0, 0), (1, 1), (0, 2)]}
@@ -352,6 +368,12 @@ def test_equal_rows_are_told_apart_as_in_one_process(ranks: list[dict[str, Any]]
         expected = gradient_at_collapse(loss, slice(None))
         assert expected.norm() > 1e-3
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("form", ["normalized", "paper", "code"])
+def test_entropy_guidance_is_that_of_one_process(form: str, ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        torch.testing.assert_close(result["guided"][form], guided(form, slice(None)))
 
 
 def test_without_a_process_group() -> None:
