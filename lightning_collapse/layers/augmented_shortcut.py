@@ -102,7 +102,7 @@ class AugmentedBranch(ConvertedModule):
         ...         return x + self.mlp(self.norm(x))
         >>> net, x = nn.Sequential(Block(), Block()), torch.randn(1, 5, 8)
         >>> before = net(x)
-        >>> AugmentedBranch.convert_(net, include=["*.mlp"], dim=8), torch.equal(net(x), before)
+        >>> AugmentedBranch.convert_(net, branches=["*.mlp"], dim=8), torch.equal(net(x), before)
         (['0.mlp', '1.mlp'], True)
     """
 
@@ -115,15 +115,23 @@ class AugmentedBranch(ConvertedModule):
     circulant_bias: nn.Parameter
 
     @classmethod
-    def convert_(cls, model: nn.Module, include: Sequence[str], dim: int, blocks: int = 4) -> list[str]:
+    def convert_(
+        cls,
+        model: nn.Module,
+        branches: Sequence[str],
+        dim: int,
+        blocks: int = 4,
+        exclude: Sequence[str] | None = None,
+    ) -> list[str]:
         """Convert branches in place, before the optimizer is made, and before ``fully_shard`` or DDP.
 
         Args:
             model: Changed in place.
-            include: Names of the branches themselves, or glob patterns: modules whose first argument is the stream
+            branches: Names of the branches themselves, or glob patterns: modules whose first argument is the stream
                 behind a norm, and that return, alone or first, what is added to the stream.
             dim: Width ``D`` of the stream.
             blocks: Blocks per side of the map.
+            exclude: Names of modules, or glob patterns of them, each with all inside it, that stay as they are.
 
         Returns:
             Names of the modules that were converted.
@@ -134,8 +142,8 @@ class AugmentedBranch(ConvertedModule):
                 see :func:`~lightning_collapse.layers.convert_modules`.
         """
         _require_divisor(dim, blocks)
-        check_layers(include, "nothing", "include")
-        chosen = {id(module) for module in find_modules(model, include).values()}
+        check_layers(branches, "nothing", "branches")
+        chosen = {id(module) for module in find_modules(model, branches).values()}
         fused = {id(m) for layer in model.modules() if isinstance(layer, FUSED_IN_EVAL) for m in layer.children()}
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
@@ -146,7 +154,7 @@ class AugmentedBranch(ConvertedModule):
             start = lambda branch: branch.begin(like.new_zeros(shape), like.new_zeros(1, dim))  # noqa: E731
             return start if id(module) in chosen else None
 
-        return convert_modules(model, cls, look, include)
+        return convert_modules(model, cls, look, exclude=exclude)
 
     def begin(self, circulant: Tensor, bias: Tensor) -> None:
         """Add the weights of the path."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_collapse.layers.conversion import ConvertedModule, Start, convert_modules
+from lightning_collapse.layers.conversion import ConvertedModule, Start, convert_modules, unreadable
 from lightning_collapse.utilities.activations import is_activation
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.copies import bare_copy
@@ -81,22 +81,19 @@ class SeriesActivation(ConvertedModule):
         require_whole(2, terms=terms)
         if channels is not None:
             require_whole(1, channels=channels)
-        fused = {
-            id(part) for module in model.modules() if isinstance(module, FUSED_IN_EVAL) for part in module.children()
-        }
+        fused = {id(m) for layer in model.modules() if isinstance(layer, FUSED_IN_EVAL) for m in layer.children()}
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
         def look(name: str, module: nn.Module) -> Start | str | None:
-            if not is_activation(module):
+            if not isinstance(module, cls) and not is_activation(module):
                 return None
             if id(module) in fused:
                 return "torch's transformer layer leaves it out in evaluation. Write the layer out"
+            if reason := unreadable(like):
+                return f"the model is {reason}"
             share = _share_of_the_second(module)
-            return (
-                share
-                if isinstance(share, str)
-                else lambda layer: layer.begin(share, like.new_zeros(terms, channels or 1))
-            )
+            start: Start = lambda layer: layer.begin(share, like.new_zeros(terms, channels or 1))  # noqa: E731
+            return share if isinstance(share, str) else start
 
         return convert_modules(model, cls, look, include, exclude)
 

@@ -14,7 +14,7 @@ _STRAIGHT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, 
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation function: by its class if torch has it, else by what it does.
+    """Whether a module is an activation function: by its class if torch has it or its base, else by what it does.
 
     What does not come from torch must have neither children, parameters nor buffers, and is tried on a dozen numbers:
     it is one if it returns as many, each of which depends on one of them alone, and not in proportion. So softmax,
@@ -25,7 +25,7 @@ def is_activation(module: nn.Module) -> bool:
         >>> is_activation(nn.GELU()), is_activation(nn.Softmax(dim=-1)), is_activation(nn.LayerNorm(3))
         (True, False, False)
     """
-    if type(module).__module__ == "torch.nn.modules.activation":
+    if any(base.__module__ == "torch.nn.modules.activation" for base in type(module).__mro__):
         return not isinstance(module, _OTHERS)
     bare = next(chain(module.children(), module.parameters(), module.buffers()), None) is None
     if not bare or isinstance(module, (*_STRAIGHT, *_OTHERS)) or type(module).forward is nn.Module.forward:

@@ -36,10 +36,9 @@ def test_start_is_the_published_range() -> None:
         assert 0.9 / 8 < parameter.abs().max() <= 1 / 8
 
 
-def test_precisions_compilation_and_the_meta_device() -> None:
+def test_precisions_and_the_meta_device() -> None:
     of, (x, f, h) = AugmentedShortcut(8), torch.randn(3, 2, 5, 8).unbind()
     exact = of(x, f, h)
-    torch.testing.assert_close(torch.compile(of, backend="aot_eager")(x, f, h), exact)
     half = of.bfloat16()
     out = half(x.bfloat16(), f.bfloat16(), h.bfloat16())
     out.sum().backward()
