@@ -6,8 +6,11 @@ from lightning_collapse.layers.conversion import ConversionError, ConvertedModul
 from lightning_collapse.layers.direct_predictor import DirectPredictor
 from lightning_collapse.layers.etf_classifier import ETFClassifier, simplex_etf
 from lightning_collapse.layers.fed_etf_head import FedETFHead
+from lightning_collapse.layers.head_temperature import HeadTemperature
 from lightning_collapse.layers.layer_scale import LayerScale, ReZero, layer_scale_init
+from lightning_collapse.layers.mv_split import MVSplitResidual
 from lightning_collapse.layers.reparametrized import Reparametrized
+from lightning_collapse.layers.series_activation import SeriesActivation
 from lightning_collapse.layers.sigma_reparam import SigmaReparam
 
 __all__ = [
@@ -30,8 +33,4 @@ __all__ = [
     "layer_scale_init",
     "revert_modules",
     "simplex_etf",
-from lightning_collapse.layers.augmented_shortcut import AugmentedShortcut, BlockCirculant
-from lightning_collapse.layers.head_temperature import HeadTemperature
-from lightning_collapse.layers.mv_split import MVSplitResidual
-from lightning_collapse.layers.series_activation import SeriesActivation
 ]
