@@ -24,6 +24,7 @@ from lightning_collapse.rules.step_stream import Step, StepStream
 from lightning_collapse.rules.task import TASKS, Task
 from lightning_collapse.rules.tokens import TokenCollapse
 from lightning_collapse.rules.trend import Trend
+from lightning_collapse.rules.updates import StaleSecondMoments
 from lightning_collapse.rules.verdict import Verdict
 from lightning_collapse.rules.verdict_grouper import VerdictGrouper
 
@@ -67,6 +68,7 @@ __all__ = [
     "RouterCollapse",
     "Rule",
     "SkippedSteps",
+    "StaleSecondMoments",
     "Step",
     "StepStream",
     "Task",

@@ -82,7 +82,7 @@ class UpdateMonitor(Monitor):
         Curve(
             "rms_ratio",
             "root mean square of gradients over the root of Adam's second moments",
-            "0 to 1 / sqrt(1 - beta2)",
+            "0 to the root of 1 / (1 - beta2)",
             "above 2.3",
             "Wortsman et al. 2023, arXiv 2304.13013",
         ),
