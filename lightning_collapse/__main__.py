@@ -15,6 +15,7 @@ _TABLES = {
     "rules": "verdict of the guard: what it says, reads and advises, source",
     "losses": "anti-collapse loss: views, terms, what it reads at both ends, source",
     "penalties": "penalty against forgetting: what it remembers, source",
+    "layers": "layer that modules are converted into: which, against what, cost, source",
 }
 
 

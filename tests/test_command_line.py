@@ -11,7 +11,8 @@ import pytest
 from lightning_collapse.__main__ import main
 from lightning_collapse.utilities.registry import MEASURES
 
-SCRIPTS = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+FOLDER = Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted([*FOLDER.glob("*.py"), *FOLDER.glob("depth/*.py")])
 EXAMPLES = [path for path in SCRIPTS if "def main(" in path.read_text(encoding="utf-8")]
 """The others are what these import."""
 

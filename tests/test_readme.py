@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lightning_collapse.reporting import TABLES
-from lightning_collapse.utilities.registry import CURVES, LOSSES, MEASURES, MONITORS, PENALTIES
+from lightning_collapse.utilities.registry import CURVES, LAYERS, LOSSES, MEASURES, MONITORS, PENALTIES
 from tests.pages import PAGES, ROOT, families_shown, filled, own
 
 README = ROOT / "README.md"
@@ -24,7 +24,7 @@ def test_block_runs(block, tmp_path, monkeypatch):
         pytest.importorskip("transformers")
         pytest.importorskip("accelerate")
     # what a block registers is gone after it
-    known = [(table, dict(table)) for table in (MEASURES, CURVES, MONITORS, LOSSES, PENALTIES)]
+    known = [(table, dict(table)) for table in (MEASURES, CURVES, MONITORS, LOSSES, PENALTIES, LAYERS)]
     try:
         exec(compile(block, "page", "exec"), {"__name__": "page"})
     finally:

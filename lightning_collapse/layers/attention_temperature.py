@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_collapse.layers.conversion import Start, chosen_modules, convert_modules, unreadable
-from lightning_collapse.layers.reparametrized import Reparametrized, gathered
+from lightning_collapse.layers.reparametrized import Reparametrized
 from lightning_collapse.utilities.arguments import require_finite, require_positive
 from lightning_collapse.utilities.attention_projections import AttentionProjections, find_projections
 from lightning_collapse.utilities.module_tree import is_transposed
@@ -106,7 +106,7 @@ class AttentionTemperature(Reparametrized):
         """The parameter with the part that makes queries divided by τ."""
         axis = -1 if self.columns else 0
         outputs = parameter.shape[axis]
-        inverse = 1 / gathered(self.tau).to(parameter.dtype)
+        inverse = 1 / self.tau.to(parameter.dtype)
         rest = inverse.new_ones(max(outputs - self.queries, 0))
         factors = torch.cat([inverse.expand(outputs - len(rest)), rest])
         return parameter * (factors if self.columns else factors.view(-1, *[1] * (parameter.ndim - 1)))
@@ -124,7 +124,7 @@ def _start(layer: Any, queries: int, columns: bool, tau: float, learn: bool) -> 
 def _targets(model: nn.Module, start: Any, learn: bool, decoders: bool, chosen: set[int]) -> dict[int, Start | str]:
     """By identity, the modules whose parameters are divided, and how, or why they cannot be."""
     found: dict[int, Start | str] = {}
-    everyone = find_projections(model)
+    everyone = find_projections(nn.ModuleList([model]))  # it may be attention itself
     decoding = {id(m) for part in model.modules() if _DECODER.search(type(part).__name__) for m in part.modules()}
     for projections in everyone:
         module = projections.module
@@ -143,11 +143,11 @@ def _targets(model: nn.Module, start: Any, learn: bool, decoders: bool, chosen: 
 
 def _why_not_all(projections: AttentionProjections, everyone: Sequence[Any], learn: bool, chosen: set[int]) -> str:
     """Why the position bias of a stack, which its first layer makes for all, cannot be divided."""
-    stack = re.split(r"\.\d+\.", projections.name)[0]
-    others = [p for p in everyone if p.name.startswith(stack) and hasattr(p.module, f"has_{_TABLE}")]
+    stack = re.split(r"(?<=.)\.\d+(?:\.|$)", projections.name.removeprefix("0."))[0]
+    others = [p for p in everyone if p.name.removeprefix("0.").startswith(stack) and hasattr(p.module, f"has_{_TABLE}")]
     if learn:
         return f"its `{_TABLE}` is added to logits of several layers, and cannot follow a τ of each. Leave `learn` out"
-    left = [p.name for p in others if id(p.module) not in chosen]
+    left = [p.name.removeprefix("0.") for p in others if id(p.module) not in chosen]
     return f"its `{_TABLE}` is added to the logits of `{left[0]}` too. Convert all layers or none" if left else ""
 
 

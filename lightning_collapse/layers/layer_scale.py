@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_collapse.layers.conversion import Start, convert_modules
-from lightning_collapse.layers.reparametrized import Reparametrized, gathered
+from lightning_collapse.layers.reparametrized import Reparametrized
 from lightning_collapse.utilities.arguments import require_finite, require_whole
 from lightning_collapse.utilities.module_tree import is_transposed
 from lightning_collapse.utilities.modules import find_modules
@@ -51,7 +51,7 @@ class _GainedBranch(Reparametrized):
 
     def effective(self, name: str, parameter: Tensor) -> Tensor:
         """The parameter times the gains of the outputs."""
-        gain = gathered(self.gain)
+        gain: Tensor = self.gain
         if not self.columns:
             gain = gain.view(-1, *[1] * (parameter.ndim - 1))
         return (parameter * gain).to(parameter.dtype)

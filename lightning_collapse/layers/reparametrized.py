@@ -17,7 +17,8 @@ class Reparametrized(ConvertedModule):
     ``parameters()`` and ``state_dict()`` hold, and the optimizer moves, are the parameters themselves, under the names
     that they had. Initialize before converting: writing to what ``layer.weight`` returns changes nothing.
 
-    Sharded weights are gathered where they are read outside of a forward pass; collective then.
+    Outside of a forward pass FSDP2 looks for its sharded parameters under these names, and finds them: only then
+    ``layer.weight`` is the parameter itself.
 
     Example:
         >>> from lightning_collapse.layers.conversion import convert_modules
@@ -56,15 +57,9 @@ def _read(name: str) -> Any:
         if name not in self._parameters:
             raise AttributeError(name)
         parameter = self._parameters[name]
-        return None if parameter is None else self.effective(name, gathered(parameter))
+        return parameter if parameter is None or hasattr(parameter, "to_local") else self.effective(name, parameter)
 
     return property(read)
-
-
-def gathered(tensor: Any) -> Tensor:
-    """Of a sharded tensor all of it, with its gradient; others as they are."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
 
 
 for _name in ("weight", "bias", "in_proj_weight", "in_proj_bias", "q_proj_weight"):

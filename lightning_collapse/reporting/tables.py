@@ -1,4 +1,4 @@
-"""Tables of measures, monitors, rules, losses and penalties, read from the registries."""
+"""Tables of measures, monitors, rules, losses, penalties and layers, read from the registries."""
 
 import re
 import shutil
@@ -9,9 +9,10 @@ from itertools import zip_longest
 from math import isnan
 from textwrap import wrap
 
+from lightning_collapse.layers.conversion import ConvertedModule
 from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.rules import RULES
-from lightning_collapse.utilities.registry import CURVES, LOSSES, MEASURES, MONITORS, PENALTIES, Curve
+from lightning_collapse.utilities.registry import CURVES, LAYERS, LOSSES, MEASURES, MONITORS, PENALTIES, Curve
 
 _FACTS = ("measure", "reads", "range", "collapsed", "source")
 _NARROWEST = 10
@@ -129,6 +130,13 @@ def penalties() -> Table:
     return Table(("penalty", "remembers", "source"), tuple(sorted(rows)))
 
 
+def layers() -> Table:
+    """What every layer that modules are converted into is for."""
+    found = {name: cls for name, cls in sorted(LAYERS.items()) if issubclass(cls, ConvertedModule)}
+    rows = ((name, cls.converts, cls.resists, cls.cost, cls.source) for name, cls in found.items())
+    return Table(("layer", "converts", "resists", "cost", "source"), tuple(rows))
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "measures": measures,
     "features": features,
@@ -137,6 +145,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "rules": rules,
     "losses": losses,
     "penalties": penalties,
+    "layers": layers,
 }
 """All tables by name; ``measures`` are ``features`` and ``curves`` together."""
 

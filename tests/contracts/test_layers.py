@@ -93,7 +93,7 @@ def test_reverted_modules_do_what_converted_ones_have_learned(name):
 
 @every_layer
 def test_state_copies_and_pickles(name):
-    model, _names = converted(name)
+    model, _ = converted(name)
     other, _ = converted(name, seed=1, moved=False)
     other.load_state_dict(model.state_dict())
     same(name, other, model)

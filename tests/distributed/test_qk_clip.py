@@ -1,4 +1,4 @@
-"""Two processes scale alike, by the largest logit that either has seen; shards are refused."""
+"""Two processes scale alike, by the largest logit that either has seen; shards are refused. Converted layers too."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_collapse import AttentionLogitMonitor, QKClip
 from lightning_collapse.functional import logit_bound, logit_extremes
 from tests.attention import GPT, HEADS, LENGTH, Encoder, tokens
+from tests.distributed.converted_layers import check_sharded_and_wrapped, check_sharded_fit
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, MemoryLogger, PointKeeper
 
@@ -67,6 +68,8 @@ def _check(rank):
     sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     with pytest.raises(MisconfigurationException, match=r"layers.0.self_attn` exactly: its weights are sharded"):
         _fit(rank, Sharded(), [QKClip()], sharded)
+    check_sharded_and_wrapped()
+    check_sharded_fit(rank)
 
 
 def _check_monitor(rank):

@@ -55,6 +55,6 @@ class Case:
 CASES = {
     "AttentionTemperature": Case({"learn": True}),
     "LayerScale": Case(),
-    "ReZero": Case({"blocks": ["encoder.layers.?"]}),
+    "ReZero": Case({"blocks": ["*layers.?"]}),
     "SigmaReparam": Case(),
 }
