@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lightning_collapse import ActivationMonitor, UpdateMonitor
+from lightning_collapse import ActivationMonitor, UpdateMonitor, VariancePropagationMonitor
 from lightning_collapse.functional import activation_outliers
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, PointKeeper, Toy, batches
@@ -54,13 +54,19 @@ def _fit(rank, model, strategy, *callbacks):
 def _check_outliers(rank):
     torch.manual_seed(0)
     layers = ["encoder.0:input", "extra"]
-    found = _fit(rank, Uneven(), DDPStrategy(process_group_backend="gloo"), ActivationMonitor(layers, 2))
+    monitors = ActivationMonitor(layers, 2), VariancePropagationMonitor([*layers, "encoder.*"], 2, first_steps=0)
+    found = _fit(rank, Uneven(), DDPStrategy(process_group_backend="gloo"), *monitors)
     shards = [list(batches(4, seed=r))[3][: ROWS[r]] + 10 * r for r in range(2)]
     for layer, rows in (("encoder.0.input", torch.cat(shards)), ("extra", shards[1])):
         expected = activation_outliers(rows)
         for name in expected._fields:
             assert found[layer, name] == pytest.approx(getattr(expected, name).item(), rel=1e-5), (layer, name)
         assert found[layer, "n"] == len(rows)
+    everyone, second = (rows.double().var(dim=0, correction=0).mean().item() for rows in (torch.cat(shards), shards[1]))
+    assert found["encoder.0.input", "forward_ratio"] == pytest.approx(
+        everyone / second, rel=1e-6
+    )  # `extra` runs before
+    assert math.isfinite(found["encoder.0", "backward_ratio"])
 
 
 def _check_updates(rank):

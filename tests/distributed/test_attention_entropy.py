@@ -6,10 +6,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
-from lightning_collapse import AttentionEntropyMonitor
+from lightning_collapse import AttentionEntropyMonitor, AttentionGainMonitor
 from lightning_collapse.functional import attention_entropy
 from lightning_collapse.metrics import AttentionEntropy
-from tests.attention import GPT, LENGTH, Encoder, tokens
+from tests.attention import GPT, HEADS, LENGTH, Encoder, tokens
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, MemoryLogger, PointKeeper, weights
 
@@ -86,7 +86,9 @@ def _check_fsdp(rank):
         shards = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
         return [shard.detach().clone() for shard in shards], keeper
 
-    watched, keeper = run([AttentionEntropyMonitor(every_n_steps=4, rows=LENGTH)])
+    watched, keeper = run(
+        [AttentionEntropyMonitor(every_n_steps=4, rows=LENGTH), AttentionGainMonitor(every_n_steps=4)]
+    )
     plain, _ = run([])
     assert all(map(torch.equal, watched, plain))
     everyone = _same_everywhere(keeper.points)
@@ -94,6 +96,8 @@ def _check_fsdp(rank):
     points = keeper.curve("attention/encoder.layers.1.self_attn/entropy_mean")
     assert [(point.step, point.n) for point in points] == [(step, 16 * LENGTH) for step in (0, 3, 7)]
     assert all(0.5 < point.value < 1 for point in points)
+    gains = keeper.curve("attention/encoder.layers.1.self_attn/low_pass_gain")
+    assert [(point.step, point.n) for point in gains] == [(step, 16 * HEADS) for step in (0, 3, 7)]
 
 
 def _check_metric(rank):
