@@ -127,10 +127,10 @@ def token_moments(tokens: Tensor, mask: Tensor | None = None, segments: Tensor |
     count = groups.sum(groups.real.to(tokens.dtype))
     least, squares = count.clamp_min(1).unsqueeze(-1), lengths.square()
     anchor = groups.sum(tokens) / least
-    apart = groups.clear(tokens - groups.spread(anchor))
+    apart = (tokens - groups.spread(anchor)).mul_(groups.real.unsqueeze(-1))
     drift = groups.sum(apart) / least
     scatter = groups.sum(torch.linalg.vector_norm(apart, dim=-1).square()) - count * drift.square().sum(dim=-1)
-    units = groups.sum(tokens / lengths.clamp_min(torch.finfo(tokens.dtype).tiny).unsqueeze(-1))
+    units = groups.sum(tokens.div_(lengths.clamp_min(torch.finfo(tokens.dtype).tiny).unsqueeze(-1)))
     return TokenMoments(
         count, anchor + drift, scatter.clamp_min(0), groups.sum(squares), units, groups.largest(squares)
     )

@@ -217,7 +217,7 @@ class TokenHooks(HookOwner):
         """Which tokens count, the mean of every sequence, and the squared lengths of its tokens."""
         mask, segments = self._which(tokens)
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        squares = tokens.square().sum(dim=-1)
+        squares = torch.linalg.vector_norm(tokens, dim=-1).square()
         groups = TokenGroups.of(squares.isfinite() if mask is None else squares.isfinite() & mask.bool(), segments)
         count = groups.sum(groups.real.to(tokens.dtype)).clamp_min(1)
         return groups, groups.sum(groups.clear(tokens)) / count.unsqueeze(-1), groups.clear(squares)
@@ -230,7 +230,9 @@ class TokenHooks(HookOwner):
             groups, means, squares = known
             gradient = self._turned(self._writers[hook.name].block, gradient)
             gradient = groups.clear(gradient.to(means.dtype))
-            energy = (gradient.square().sum(dim=-1) * squares).sum(dtype=accumulation_dtype(gradient.device))
+            energy = (torch.linalg.vector_norm(gradient, dim=-1).square() * squares).sum(
+                dtype=accumulation_dtype(gradient.device)
+            )
             self._energy[hook.name] = self._energy.get(hook.name, 0) + energy.view(1)
             self._pairs.setdefault(hook.name, []).append((groups.sum(gradient).to(energy), means.to(energy)))
         except Exception as error:

@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lightning_collapse import ActivationMonitor, UpdateMonitor, VariancePropagationMonitor
-from lightning_collapse.functional import activation_outliers
+from lightning_collapse import ActivationMonitor, TokenMonitor, UpdateMonitor, VariancePropagationMonitor
+from lightning_collapse.functional import activation_outliers, mean_mode_gradient, token_cosine
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, PointKeeper, Toy, batches
 
@@ -56,6 +56,7 @@ def _check_outliers(rank):
     layers = ["encoder.0:input", "extra"]
     monitors = ActivationMonitor(layers, 2), VariancePropagationMonitor([*layers, "encoder.*"], 2, first_steps=0)
     found = _fit(rank, Uneven(), DDPStrategy(process_group_backend="gloo"), *monitors)
+    _check_tokens(rank)
     shards = [list(batches(4, seed=r))[3][: ROWS[r]] + 10 * r for r in range(2)]
     for layer, rows in (("encoder.0.input", torch.cat(shards)), ("extra", shards[1])):
         expected = activation_outliers(rows)
@@ -67,6 +68,43 @@ def _check_outliers(rank):
         everyone / second, rel=1e-6
     )  # `extra` runs before
     assert math.isfinite(found["encoder.0", "backward_ratio"])
+
+
+class Writes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.out(x)
+
+
+class Tokens(Uneven):
+    """Sequences of four, of which the processes have unlike numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head, self.block = None, None, Writes()
+
+    def training_step(self, batch, batch_idx):
+        return self.block(batch[: ROWS[self.global_rank]].view(-1, 4, 4) + self.global_rank).pow(2).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def _check_tokens(rank):
+    torch.manual_seed(0)
+    model = Tokens()
+    found = _fit(rank, model, DDPStrategy(process_group_backend="gloo"), TokenMonitor(["block"], every_n_steps=2))
+    x = torch.cat([list(batches(4, seed=r))[3][: ROWS[r]].view(-1, 4, 4) + r for r in range(2)])
+    out = model.block(x).detach()
+    assert found["block", "n"] == len(x)
+    assert found["block", "token_cosine"] == pytest.approx(float(token_cosine(out).mean()), rel=1e-5)
+    for name, value in zip(
+        ("mean_gradient", "centered_gradient", "amplification"), mean_mode_gradient(x, 2 * out), strict=True
+    ):
+        assert found["block.out", name] == pytest.approx(float(value), rel=1e-4), name
 
 
 def _check_updates(rank):
@@ -88,7 +126,7 @@ def _check_updates(rank):
     assert replicated["all", "raw"] > 0
 
 
-def test_outliers():
+def test_outliers_and_tokens():
     on_two_processes(_check_outliers)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from examples.zoo.material import Learner
 from examples.zoo.specimen import Habitat
-from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor
+from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, SpectralAlignmentMonitor, TokenMonitor
 
 from .blocks import Block
 from .drawn import drawn, held_out_of
@@ -48,7 +48,7 @@ def tagging(seed: int, model: Tagger, steps: int = STEPS) -> Habitat:
     return Habitat(
         model,
         [drawn(sentences, seed)],
-        [CollapseMonitor(), SpectralAlignmentMonitor(), AttentionEntropyMonitor()],
+        [CollapseMonitor(), SpectralAlignmentMonitor(), AttentionEntropyMonitor(), TokenMonitor()],
         steps=steps,
         every=10,
         embedding=model.blocks,
