@@ -29,6 +29,7 @@ from lightning_collapse import (
     RegressionCollapseMonitor,
     SpectralAlignmentMonitor,
     StabilityMonitor,
+    TokenMonitor,
 )
 from tests.benchmarks.interleaved import Ratios, ratios
 from tests.benchmarks.models import MLP, Endless, Transformer, digits
@@ -130,6 +131,16 @@ ROWS = {
     "nc": Row("NeuralCollapseMonitor, digits MLP", 1.03, lambda: MLP(64), digits, lambda: [NeuralCollapseMonitor()]),
     "every step": Row(
         "three cheap monitors at every step, 2048 tokens", 1.04, Transformer, tokens, every_step, 1, 40, logs=False
+    ),
+    "tokens": Row(
+        "TokenMonitor at every step, transformer: a fiftieth of what is above 1 at its default cadence",
+        1.5,
+        Transformer,
+        tokens,
+        lambda: [TokenMonitor(every_n_steps=1)],
+        block=1,
+        blocks=30,
+        logs=False,
     ),
     "stability": Row(
         "StabilityMonitor, transformer", 1.005, Transformer, tokens, lambda: [StabilityMonitor()], block=10, blocks=20

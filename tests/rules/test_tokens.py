@@ -1,4 +1,4 @@
-"""Tokens that become one vector are a failure where nothing is learned, and a notice where the loss is as low as ever."""
+"""Tokens that become one vector are a failure where nothing is learned, and a notice where the loss is low."""
 
 import pytest
 

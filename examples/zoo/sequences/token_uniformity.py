@@ -27,6 +27,7 @@ SPECIMENS = (
         healthy=True,
         sick=False,
         layers=("blocks*",),
+        claims=("token_collapse",),
         develops=False,
     ),
     Specimen(
@@ -38,5 +39,6 @@ SPECIMENS = (
         healthy="pre",
         sick="post",
         layers=("blocks*",),
+        claims=("token_collapse",),
     ),
 )
