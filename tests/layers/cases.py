@@ -33,6 +33,29 @@ class Tokens(nn.Module):
         return self.head(x)
 
 
+class Block(nn.Module):
+    """One written out: torch's own leave parts of theirs out in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attn = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 12), nn.GELU(), nn.Linear(12, WIDTH))
+
+    def forward(self, x):
+        normed = self.norm(x)
+        x = x + self.attn(normed, normed, normed, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Written(Tokens):
+    """The same with these blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder.layers = nn.ModuleList([Block(), Block()])
+
+
 @dataclass(frozen=True)
 class Case:
     """How a layer is put to the test.
@@ -54,7 +77,9 @@ class Case:
 
 CASES = {
     "AttentionTemperature": Case({"learn": True}),
+    "AugmentedBranch": Case({"branches": ["*.attn", "*.mlp"], "dim": WIDTH}, folds=False, model=Written),
     "LayerScale": Case(),
     "ReZero": Case({"blocks": ["*layers.?"]}),
+    "SeriesActivation": Case(folds=False, model=Written),
     "SigmaReparam": Case(),
 }
