@@ -167,6 +167,14 @@ class DetectorRule(Rule):
 
     Each of :attr:`measures` has a detector, see :meth:`Rule.detectors`; the surest of them decides, and knows the
     onset.
+
+    Example:
+        >>> class Restless(DetectorRule):
+        ...     kind, family, measures = "restless", "length", ("root_mean_square",)
+        ...     def evidence(self, points, baseline):
+        ...         return "the length has shifted"
+        >>> Restless().applies_to("encoder", "unknown"), Restless().applies_to("all", "unknown")
+        (False, True)
     """
 
     patience = 1

@@ -340,7 +340,7 @@ class CollapseMonitor(Monitor):
     def _say_what_is_drawn(self, points: Sequence[Point]) -> None:
         """At the first point of all layers: only then it is known which of them run, and which see two views."""
         self._told = True
-        drawn = Counter(point.layer for point in self._in_detail(points) if point.drawn)
+        drawn = Counter(point.layer for point in self.in_detail(points) if point.drawn)
         if self.window is not None and self.window.pairs is not None:  # from the next point on
             has = {point.layer for point in points if point.measure == _LIDAR}
             drawn.update((self.window.pairs.layers & self.window.lidar_widths().keys()) - has)
