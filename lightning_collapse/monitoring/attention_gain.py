@@ -13,8 +13,8 @@ from lightning_collapse.monitoring.attention_statistics import visible_logits
 from lightning_collapse.utilities.attention_calls import AttentionCall
 from lightning_collapse.utilities.features import evenly
 
-MOST = 2**24
-"""Weights to read of a call, 64 MiB: of more, some heads alone."""
+MOST = 2**22
+"""Weights to read of a call, 16 MiB: of more, some heads alone."""
 LONGEST = 8192
 _SUMS = ("seen", "maps", "lost", "gain", "null", "nulls")
 

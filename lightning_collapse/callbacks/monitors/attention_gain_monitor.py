@@ -39,7 +39,7 @@ class AttentionGainMonitor(AttentionMonitor):
     attention to other tokens than the queries' neither. Padding does not count.
 
     A point rests on whole maps of some sequences of the training batch that ends in it, 512 tokens in all but one
-    sequence at least, and of as many heads as have 16 million weights together. What is captured, and how to point at
+    sequence at least, and of as many heads as have 4 million weights together. What is captured, and how to point at
     what is not, is as in :class:`~lightning_collapse.AttentionEntropyMonitor`.
 
     Args:
