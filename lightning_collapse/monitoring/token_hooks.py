@@ -281,7 +281,7 @@ class _TokenHook(TapHook):
     owner: TokenHooks
 
     def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
-        if self.before and self.owner.armed and not torch.compiler.is_compiling() and self.name in self.owner.blocks:
+        if not torch.compiler.is_compiling() and self.owner.armed and self.before and self.name in self.owner.blocks:
             self.owner.note_padding(value)
         super().run(module, args, value)
 

@@ -207,6 +207,39 @@ def test_without_tokens_it_says_so_and_names_that_match_nothing_are_refused():
         TokenMonitor(segments=3)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_stack_stays_one_graph_and_reads_the_same_streams():
+    class Stack(Net):
+        def __init__(self, compiled):
+            super().__init__()
+            self.graphs, self.stack = 0, nn.Sequential(Block(), Block())
+            self.stack.forward = self.run
+            self.blocks = None
+            if compiled:
+                self.stack = torch.compile(self.stack, backend=self.count)
+
+        def count(self, graph, inputs):
+            self.graphs += 1
+            return graph
+
+        def run(self, x, seen):
+            return self.stack[1](self.stack[0](x, seen), seen)
+
+        def training_step(self, batch, batch_idx):
+            seen = batch["attention_mask"].bool()
+            return (self.stack(batch["x"], seen)[seen] - 1).square().sum()
+
+    torch.compiler.reset()
+    eager, compiled, net = PointKeeper(), PointKeeper(), Stack(True)
+    for keeper, model in ((eager, Stack(False)), (compiled, net)):
+        fit(model, [TokenMonitor(every_n_steps=2), keeper], data(*[4] * 6))
+    torch.compiler.reset()
+    assert net.graphs == 1
+    streams = [{(p.key, p.step): p.value for p in k.points if "gradient" not in p.key} for k in (eager, compiled)]
+    streams = [{key: value for key, value in of.items() if "amplification" not in key[0]} for of in streams]
+    assert streams[0] == pytest.approx(streams[1], rel=1e-5)
+
+
 def test_the_guard_judges_by_it_without_being_asked():
     guard = CollapseGuard()
     fit(Net(), [TokenMonitor(every_n_steps=1), guard], data(5, 4, 3))
