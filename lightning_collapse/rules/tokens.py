@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from lightning_collapse.rules.base import Rule, register_rule
 from lightning_collapse.rules.collapse import SHARE, spread_gone
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import LOSS, UNHARMED, is_harmed
+from lightning_collapse.rules.progress import LOSS, SURE, UNHARMED, falls, is_harmed
 from lightning_collapse.utilities.points import Point
 
 
@@ -19,9 +19,10 @@ class TokenCollapse(Rule):
 
     This is where a deep post-norm stack may begin, where features of language models lie in a narrow cone, and where
     the last blocks of a classifier end, whose tokens need to tell one thing. All of these learn: as long as the loss
-    has kept nine tenths of what it gained, or before the eighth point, it is a notice. Without a skip around attention
-    tokens are one from the first step and nothing is learned; under mean mode screaming the loss returns to where it
-    began. What attention does to causal sequences as a filter is not read at all.
+    has kept nine tenths of what it gained, and falls or has halved, or before the eighth point, it is a notice. Without
+    a skip around attention tokens are one from the first step, and all that is learned is how often each target comes;
+    under mean mode screaming the loss returns to where it began. What attention does to causal sequences as a filter is
+    not read at all. The numbers are ours.
 
     Example:
         >>> values = {"relative_residual": 0.004, "token_cosine": 0.99998}
@@ -37,6 +38,7 @@ class TokenCollapse(Rule):
     follows = (LOSS,)
     lower_is_worse = ("relative_residual",)
     higher_is_worse = ("token_cosine",)
+    gain = 0.5
     advice = "Let the stream pass every attention by a skip, norm before it, and return with `Rollback()`."
     paper = "Dong et al., 2021, arXiv 2103.03404; Lu, 2026, arXiv 2605.06169"
 
@@ -49,8 +51,12 @@ class TokenCollapse(Rule):
         return max(gone, SHARE / max(angle, 1e-300))
 
     def excuse(self, evidence: Evidence) -> str:
-        """That the loss has come to no harm."""
-        return "" if is_harmed(evidence) else UNHARMED
+        """That the loss has come to no harm, and further than to what needs no tokens."""
+        loss = evidence.history.get(LOSS)
+        if loss is None or is_harmed(evidence):
+            return ""
+        halved = loss.first - loss.level >= self.gain * abs(loss.first)
+        return UNHARMED if loss.count < SURE or halved or falls(evidence) else ""
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Both readings, and the baseline."""

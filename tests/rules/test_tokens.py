@@ -24,6 +24,12 @@ def test_one_vector_from_the_first_step_is_told_as_soon_as_nothing_is_learned():
     assert judged([1e-4] * 5, FLAT[:5]) == ([], 1)
 
 
+def test_that_the_loss_falls_to_what_needs_no_tokens_is_no_excuse():
+    losses = [1.6, 1.5, 1.42, *[1.39, 1.38] * 10]
+    assert judged([1e-3] * 23, losses)[0] == COLLAPSE
+    assert judged([1e-3] * 23, [loss - 1.3 for loss in losses])[0] == []
+
+
 def test_a_stack_that_begins_so_and_a_classifier_that_ends_so_learn_and_are_none():
     assert judged([0.005] * 20, FALLING)[0] == []
     assert judged([0.9, 0.9, 0.9, *[0.9 * 0.7**step for step in range(17)]], FALLING) == ([], 1)
