@@ -80,7 +80,7 @@ def test_value_and_gradient_are_the_reference(form: str, reduction: str, hinge: 
 @pytest.mark.parametrize("form", ["normalized", "paper"])
 def test_gradcheck(form: str) -> None:
     guide, scores = guide_of(form=form, hinge=True), logits(length=3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s, _: guide(*maps(s)), [scores, guide.thresholds])
+    assert torch.autograd.gradcheck(lambda s, _: guide(*maps(s)), [scores, guide.thresholds], fast_mode=True)
 
 
 def released(attentions: Any, thresholds: Tensor, margin: float) -> Tensor:
