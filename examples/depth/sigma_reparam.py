@@ -39,8 +39,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(N, L, D)``."""
-        parts = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(self.norm_1(x)).chunk(3, dim=-1))
-        mixed = functional.scaled_dot_product_attention(*parts, is_causal=True)
+        parts = self.qkv(self.norm_1(x)).chunk(3, dim=-1)
+        query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         total: Tensor = x + self.mlp(self.norm_2(x))
         return total
