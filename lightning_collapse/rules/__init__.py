@@ -14,7 +14,7 @@ from lightning_collapse.rules.level_shift import LevelShift
 from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
 from lightning_collapse.rules.non_finite import NonFinite, NonFiniteOrigin
 from lightning_collapse.rules.outcome import MODES, OUTCOME, Outcome, OutcomeDrop
-from lightning_collapse.rules.output import OutputEntropyCollapse
+from lightning_collapse.rules.output import LogPartitionGrowth, OutputEntropyCollapse
 from lightning_collapse.rules.partial import PartialCollapse, PrototypeCollapse
 from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
@@ -24,7 +24,6 @@ from lightning_collapse.rules.step_stream import Step, StepStream
 from lightning_collapse.rules.task import TASKS, Task
 from lightning_collapse.rules.tokens import TokenCollapse
 from lightning_collapse.rules.trend import Trend
-from lightning_collapse.rules.updates import StaleSecondMoments
 from lightning_collapse.rules.verdict import Verdict
 from lightning_collapse.rules.verdict_grouper import VerdictGrouper
 
@@ -51,6 +50,7 @@ __all__ = [
     "Judge",
     "Judgement",
     "LevelShift",
+    "LogPartitionGrowth",
     "LossExplosion",
     "LossSpike",
     "MinorityCollapse",
@@ -68,7 +68,6 @@ __all__ = [
     "RouterCollapse",
     "Rule",
     "SkippedSteps",
-    "StaleSecondMoments",
     "Step",
     "StepStream",
     "Task",

@@ -1,13 +1,15 @@
-"""Output entropy collapse: a policy is sure of one action, or one token, and explores no more."""
+"""Output failures: a policy that explores no more, and a log-partition of logits that grows faster and faster."""
 
 from collections.abc import Mapping
 from math import isfinite
 from statistics import median
 from typing import Any
 
-from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.base import DetectorRule, Rule, register_rule
 from lightning_collapse.rules.detector import Detector
+from lightning_collapse.rules.growth import Growth
 from lightning_collapse.rules.history import Evidence
+from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Point
 
 FIRST = 64
@@ -134,3 +136,38 @@ class OutputEntropyCollapse(Rule):
         began = fall.beginning if isinstance(fall, Fall) else 0.0
         words = self.evidence(evidence.points, evidence.baseline)
         return f"{words}, where the median of the first {FIRST} points is {began:.2g}"
+
+
+@register_rule
+class LogPartitionGrowth(DetectorRule):
+    """The log-partition of the logits grows faster than it did, by a detector: a notice, and no failure.
+
+    Without a z-loss nothing keeps it near 0, and no level is a failure: 12 of 32 healthy runs of the zoo reach twice
+    log V. Its growth (:class:`~lightning_collapse.rules.Growth`, a budget of one false alarm in a hundred runs) was
+    noticed in none of them, and in one of three with such a head that explode. That output logits diverge late in
+    training is the finding of Chowdhery et al. (2022, arXiv 2204.02311) and Wortsman et al. (2023, arXiv 2309.14322).
+    """
+
+    kind = "log_partition_growth"
+    says = "The logits of `{layer}` drift, faster and faster."
+    family = "output"
+    measures = ("log_z_rms",)
+    higher_is_worse = ("log_z_rms",)
+    recovery = 2
+    informative = True
+    paper = "Wortsman et al., 2023, arXiv 2309.14322"
+
+    def applies_to(self, layer: str, task: Task) -> bool:
+        """Every head."""
+        return True
+
+    def detectors(self, layer: str, planned: int | None) -> Mapping[str, Detector]:
+        """Of the growth of its root mean square."""
+        return {"log_z_rms": Growth(planned)}
+
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """The log-partition, now and at the beginning."""
+        now, began = points["log_z_rms"].value, baseline["log_z_rms"]
+        return (
+            f"the log-partition of the logits is {now:.3g} and grows ever faster, where the run began with {began:.3g}"
+        )

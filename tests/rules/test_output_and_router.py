@@ -47,6 +47,18 @@ def test_a_fall_that_stays_above_a_tenth_is_none_however_sure():
     assert not judged(noisy(lambda t: 1.0 if t < 70 else 0.2, 100, spread=0.01)).verdicts
 
 
+def test_a_log_partition_that_drifts_is_healthy_and_one_that_drifts_ever_faster_a_notice():
+    for faster, expected in ((0.0, []), (0.1, ["head"])):
+        judge = Judge(["log_partition_growth"])
+        judge.planned = 60
+        for step, value in enumerate(noisy(lambda t: 2 + 0.2 * t, 60, spread=0.02)):  # far above twice log V
+            grown = value * math.exp(faster * max(step - 40, 0))
+            judge.update([Point("output", "head", "log_z_rms", step, grown, n=512)], LANGUAGE)
+        assert [notice.layer for notice in judge.notices] == expected
+        assert all(38 <= notice.since <= 41 for notice in judge.notices)
+        assert not judge.verdicts
+
+
 def test_it_is_over_when_the_entropy_is_back():
     judge = judged(noisy(lambda t: 0.02 if 60 < t < 80 else 1.0, 120))
     assert len(judge.verdicts) == 1
