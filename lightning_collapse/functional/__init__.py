@@ -169,6 +169,14 @@ from lightning_collapse.functional.update_geometry import (
     stability_edge,
     swallowed_fraction,
 )
+from lightning_collapse.functional.vector_quantization import (
+    code_expiry,
+    ema_codes,
+    nearest_codes,
+    quantization_loss,
+    rotation_trick,
+    straight_through,
+)
 from lightning_collapse.functional.views import recall_at_1
 from lightning_collapse.functional.virgo import virgo_, virgo_variances
 
@@ -213,6 +221,7 @@ __all__ = [
     "between_rank",
     "bias_collapse",
     "cdnv",
+    "code_expiry",
     "condition_number",
     "contraction_ratio",
     "dead_dimensions",
@@ -225,6 +234,7 @@ __all__ = [
     "effective_rank",
     "eigenvalue_effective_rank",
     "eigenvalue_quartile_ratio",
+    "ema_codes",
     "entropy_bound",
     "entropy_change",
     "etf_error",
@@ -281,6 +291,7 @@ __all__ = [
     "nc4",
     "nc5",
     "nearest_class_center",
+    "nearest_codes",
     "neco_score",
     "nesum",
     "norm_count_slope",
@@ -300,6 +311,7 @@ __all__ = [
     "pq_index",
     "producer_cause",
     "qk_increments",
+    "quantization_loss",
     "quartile_ratio",
     "query_nmi",
     "query_nmi_null",
@@ -309,6 +321,7 @@ __all__ = [
     "relative_residual",
     "relative_spread",
     "retrieval_lead",
+    "rotation_trick",
     "router_conditioning",
     "router_similarity",
     "sign_diversity",
@@ -321,6 +334,7 @@ __all__ = [
     "stability_edge",
     "stable_rank",
     "state_distance",
+    "straight_through",
     "svd_entropy",
     "swallowed_fraction",
     "token_cosine",

@@ -4,6 +4,7 @@ from lightning_collapse.layers.attention_temperature import AttentionTemperature
 from lightning_collapse.layers.augmented_shortcut import AugmentedBranch, AugmentedShortcut
 from lightning_collapse.layers.conversion import ConversionError, ConvertedModule, convert_modules, revert_modules
 from lightning_collapse.layers.direct_predictor import DirectPredictor
+from lightning_collapse.layers.ema_vector_quantizer import EMAVectorQuantizer
 from lightning_collapse.layers.etf_classifier import ETFClassifier, simplex_etf
 from lightning_collapse.layers.fed_etf_head import FedETFHead
 from lightning_collapse.layers.head_temperature import HeadTemperature
@@ -12,6 +13,8 @@ from lightning_collapse.layers.mv_split import MVSplitResidual
 from lightning_collapse.layers.reparametrized import Reparametrized
 from lightning_collapse.layers.series_activation import SeriesActivation
 from lightning_collapse.layers.sigma_reparam import SigmaReparam
+from lightning_collapse.layers.sim_vq import SimVQ
+from lightning_collapse.layers.vector_quantizer import Quantized, VectorQuantizer
 
 __all__ = [
     "AttentionTemperature",
@@ -20,15 +23,19 @@ __all__ = [
     "ConversionError",
     "ConvertedModule",
     "DirectPredictor",
+    "EMAVectorQuantizer",
     "ETFClassifier",
     "FedETFHead",
     "HeadTemperature",
     "LayerScale",
     "MVSplitResidual",
+    "Quantized",
     "ReZero",
     "Reparametrized",
     "SeriesActivation",
     "SigmaReparam",
+    "SimVQ",
+    "VectorQuantizer",
     "convert_modules",
     "layer_scale_init",
     "revert_modules",

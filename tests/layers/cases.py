@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_collapse.layers import VectorQuantizer
+
 WORDS, WIDTH = 11, 8
 
 
@@ -56,6 +58,28 @@ class Written(Tokens):
         self.encoder.layers = nn.ModuleList([Block(), Block()])
 
 
+class Quantizing(Block):
+    """One that adds codes of its tokens to them, and the loss that moves these."""
+
+    def __init__(self):
+        super().__init__()
+        self.quantizer = VectorQuantizer(16, WIDTH)
+        nn.init.normal_(self.quantizer.codebook.weight)
+
+    def forward(self, x):
+        x = super().forward(x)
+        quantized, _, loss = self.quantizer(x)
+        return x + quantized + loss
+
+
+class Coded(Tokens):
+    """The same with these blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder.layers = nn.ModuleList([Quantizing(), Quantizing()])
+
+
 @dataclass(frozen=True)
 class Case:
     """How a layer is put to the test.
@@ -82,4 +106,5 @@ CASES = {
     "ReZero": Case({"blocks": ["*layers.?"]}),
     "SeriesActivation": Case(folds=False, model=Written),
     "SigmaReparam": Case(),
+    "SimVQ": Case(model=Coded),
 }
