@@ -12,7 +12,7 @@ from lightning_collapse.__main__ import main
 from lightning_collapse.utilities.registry import MEASURES
 
 FOLDER = Path(__file__).parent.parent / "examples"
-SCRIPTS = sorted([*FOLDER.glob("*.py"), *FOLDER.glob("depth/*.py")])
+SCRIPTS = sorted([*FOLDER.glob("*.py"), *FOLDER.glob("depth/*.py"), *FOLDER.glob("latents/*.py")])
 EXAMPLES = [path for path in SCRIPTS if "def main(" in path.read_text(encoding="utf-8")]
 """The others are what these import."""
 

@@ -175,7 +175,6 @@ from lightning_collapse.functional.vector_quantization import (
     nearest_codes,
     quantization_loss,
     rotation_trick,
-    straight_through,
 )
 from lightning_collapse.functional.views import recall_at_1
 from lightning_collapse.functional.virgo import virgo_, virgo_variances
@@ -334,7 +333,6 @@ __all__ = [
     "stability_edge",
     "stable_rank",
     "state_distance",
-    "straight_through",
     "svd_entropy",
     "swallowed_fraction",
     "token_cosine",

@@ -8,10 +8,8 @@ from lightning_collapse.spectral.precision import full_precision
 
 TILE_ELEMENTS = 1 << 22
 """Most numbers of a tile of distances: it bounds the memory."""
-ANTIPODAL = 1e-4
-"""Length of the sum of two directions below which no rotation is taken."""
-SHORT = 1e-6
-"""Length of a row, over that of its code, below which it has no direction."""
+ANTIPODAL, SHORT = 1e-4, 1e-6
+"""No rotation is taken below these: the length of the sum of two directions, and that of a row over its code's."""
 
 
 @torch.no_grad()
@@ -19,9 +17,8 @@ SHORT = 1e-6
 def nearest_codes(features: Tensor, codebook: Tensor) -> Tensor:
     r"""Index of the code that is nearest to each row, :math:`\arg\min_k \|z - e_k\|_2`.
 
-    In ``float32`` at least, about the mean of the codes, so that what codes have in common cancels before it is
-    rounded; in tiles of rows, so that no ``N x K`` distances are ever in memory at once. Equal distances go to the
-    first code, rows with NaN anywhere.
+    In ``float32`` at least, about the mean of the codes, so that what they have in common cancels before it is rounded;
+    in tiles of rows, so that memory does not grow as ``N x K``. Ties go to the first code, rows with NaN anywhere.
 
     Args:
         features: Shape ``(..., D)``.
@@ -43,25 +40,6 @@ def nearest_codes(features: Tensor, codebook: Tensor) -> Tensor:
     return found.view(features.shape[:-1])
 
 
-def straight_through(features: Tensor, codes: Tensor) -> Tensor:
-    """Codes, whose gradient goes to the features as it is (van den Oord et al. 2017, arXiv 1711.00937).
-
-    Args:
-        features: Shape ``(..., D)``.
-        codes: One for each row, of the same shape; no gradient reaches them.
-
-    Returns:
-        Exactly the codes.
-
-    Example:
-        >>> z = torch.zeros(2, requires_grad=True)
-        >>> straight_through(z, torch.ones(2)).pow(2).sum().backward()
-        >>> z.grad
-        tensor([2., 2.])
-    """
-    return codes.detach() + (features - features.detach())
-
-
 @full_precision
 def rotation_trick(features: Tensor, codes: Tensor) -> Tensor:
     r"""Codes, as what features are rotated and stretched to: the gradient turns with them.
@@ -70,10 +48,8 @@ def rotation_trick(features: Tensor, codes: Tensor) -> Tensor:
         R = I - 2 w w^\top + 2 \hat q \hat z^\top, \quad w = \frac{\hat z + \hat q}{\|\hat z + \hat q\|}
 
     with :math:`R` and the ratio of lengths held fixed. The gradient has to :math:`z` the angle that it had to
-    :math:`q`, and ``|q| / |z|`` times its length; :func:`straight_through` keeps no angle. :math:`R` is never made.
-
-    Where the two point in opposite directions there is no such rotation; there, and where one is zero, it is
-    straight-through.
+    :math:`q`, and ``|q| / |z|`` times its length. :math:`R` is never made. Where the two point in opposite directions
+    there is no such rotation; there, and where one is zero, the gradient is passed on as it is (straight-through).
 
     Args:
         features: Shape ``(..., D)``.
@@ -106,7 +82,8 @@ def rotation_trick(features: Tensor, codes: Tensor) -> Tensor:
         return (features * axis).sum(dim=-1, keepdim=True)
 
     turned = ratio * (features - 2 * between * along(between) + 2 * to * along(from_))
-    return straight_through(torch.where(fine, turned, features), code)
+    moved = torch.where(fine, turned, features)
+    return code + (moved - moved.detach())  # exactly the code
 
 
 @full_precision
@@ -115,15 +92,14 @@ def quantization_loss(features: Tensor, codes: Tensor, commitment: float = 0.25,
 
     .. math:: \beta\, \overline{(z - \operatorname{sg} q)^2} + \alpha\, \overline{(q - \operatorname{sg} z)^2}
 
-    Means are over all numbers. Published pairs of ``commitment`` :math:`\beta` and ``codebook`` :math:`\alpha`: 0.25
-    and 1 of VQ-VAE and SimVQ; 1 and 0.25 of VQGAN's code, which has them the other way round (``legacy``); a codebook
-    of running means has 0 for the second.
+    Means are over all numbers. Published pairs: 0.25 and 1 (VQ-VAE, SimVQ); 1 and 0.25 (VQGAN's ``legacy`` code, which
+    has them the other way round); a codebook of running means has 0 for the second.
 
     Args:
         features: Shape ``(..., D)``.
         codes: One for each row, of the same shape.
-        commitment: Weight of what moves the features.
-        codebook: Weight of what moves the codes.
+        commitment: β: weight of what moves the features.
+        codebook: α: weight of what moves the codes.
 
     Returns:
         0-dimensional, in ``float32`` at least; 0 without a row.
@@ -172,9 +148,9 @@ def code_expiry(mean: Tensor, decay: float) -> tuple[Tensor, Tensor]:
 
     .. math:: \theta = \min(2, \mu / 10), \quad \gamma' = \max(\gamma, 1 - \mu / 10)
 
-    The usual threshold of 2 rows per step is more than a code in use gets once there are more than half as many codes
-    as rows, and all expire at every step. The mean has to span about ten expected rows, or codes in use fall below a
-    tenth of the expected count by chance. A dead code is to begin again with a count of :math:`\mu`.
+    The usual threshold of 2 rows is more than a code in use gets where there are more than half as many codes as rows:
+    all expire at every step. A mean that spans fewer than ten expected rows falls to a tenth of them by chance. A dead
+    code is to begin again with a count of :math:`\mu`.
 
     Args:
         mean: :math:`\mu`: rows of all processes over codes, 0-dimensional.

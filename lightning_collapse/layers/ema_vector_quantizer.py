@@ -22,26 +22,23 @@ class EMAVectorQuantizer(VectorQuantizer):
     .. math:: N_k \leftarrow \gamma N_k + (1 - \gamma) n_k, \quad m_k \leftarrow \gamma m_k + (1 - \gamma) \sum z, \quad
         e_k = m_k / \tilde N_k
 
-    with the rows of all processes, see :func:`~lightning_collapse.functional.ema_codes`. The loss is the commitment
-    alone.
+    with the rows of all processes, see :func:`~lightning_collapse.functional.ema_codes`; the loss is the commitment.
 
-    ``restart=True`` gives a code whose running count falls below a tenth of what codes have on average a row of the
-    global batch, with that average as its count, so that it has time to find rows. Threshold and decay follow
-    :func:`~lightning_collapse.functional.code_expiry`, since the usual threshold would expire every code once there are
-    many. The rows are spread evenly over the batch, by the number of the update and no random number: the same on every
-    process, and in a resumed run.
+    ``restart=True`` gives a code whose running count falls below a tenth of the average a row of the global batch, and
+    the average as its count, so that it has time to find rows. Threshold and decay follow
+    :func:`~lightning_collapse.functional.code_expiry`: the usual threshold expires every code once there are many. The
+    rows are spread evenly over the batch, by no random number: the same on every process, and in a resumed run.
 
-    Counts and sums follow once per forward pass in training mode, and the codes of the next such pass are made of
-    them, at its beginning. So a pass that activation checkpointing runs again finds the codes that it had, and changes
-    nothing; two passes before one backward pass do not go with activation checkpointing. In evaluation the codes are
-    those of the last training pass. Collective in training: every process must call it equally often; two all-reduces
-    with restarts, one without, of ``K * (2 * D + 1)`` numbers at most.
+    Counts and sums follow once per pass in training mode; at the beginning of the next one codes are made of them. So
+    a pass that activation checkpointing runs again finds the codes that it had, and changes nothing (make one pass per
+    backward pass). In evaluation codes are those of the last training pass. Collective in training: every process must
+    call it equally often; an all-reduce of ``K * (D + 1)`` numbers, with restarts of about twice as many.
 
     Args:
-        codes: Number ``K`` of codes.
+        codes: As of :class:`~lightning_collapse.layers.VectorQuantizer`, and so are the next three.
         dim: Width ``D``.
-        estimator: As of :class:`~lightning_collapse.layers.VectorQuantizer`.
-        commitment: As there.
+        estimator: How the gradient passes the choice.
+        commitment: Weight of the loss.
         decay: γ, that of VQ-VAE by default.
         restart: Whether dead codes begin again.
 
@@ -58,7 +55,7 @@ class EMAVectorQuantizer(VectorQuantizer):
     References:
         van den Oord et al., *Neural Discrete Representation Learning*, NeurIPS 2017, appendix A.1.
         https://arxiv.org/abs/1711.00937. Restarts: Dhariwal et al., *Jukebox*, 2020. https://arxiv.org/abs/2005.00341;
-        the rule for threshold and decay is ours.
+        their threshold and decay are ours.
 
     Example:
         >>> quantizer = EMAVectorQuantizer(codes=16, dim=4, restart=True)

@@ -5,12 +5,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_collapse.functional.vector_quantization import (
-    nearest_codes,
-    quantization_loss,
-    rotation_trick,
-    straight_through,
-)
+from lightning_collapse.functional.vector_quantization import nearest_codes, quantization_loss, rotation_trick
 from lightning_collapse.utilities.arguments import require_not_negative, require_one_of, require_whole
 
 Estimator = Literal["straight_through", "rotation"]
@@ -48,11 +43,10 @@ class VectorQuantizer(nn.Module):
     Args:
         codes: Number ``K`` of codes.
         dim: Width ``D``.
-        estimator: How the gradient passes the choice: :func:`~lightning_collapse.functional.straight_through`, or
+        estimator: How the gradient passes the choice: as it is, or by
             :func:`~lightning_collapse.functional.rotation_trick`.
-        commitment: Weight of the term of the loss that moves the features, see
-            :func:`~lightning_collapse.functional.quantization_loss`.
-        codebook_weight: Weight of the term that moves the codes.
+        commitment: Of :func:`~lightning_collapse.functional.quantization_loss`, what moves the features.
+        codebook_weight: What moves the codes.
 
     Attributes:
         codebook: ``nn.Embedding`` of the codes, ``(K, D)``; they begin uniformly up to ``1 / K``, as published.
@@ -112,8 +106,11 @@ class VectorQuantizer(nn.Module):
         indices = nearest_codes(features, table)
         codes = self.codebook(indices)
         loss = quantization_loss(features, codes, self.commitment, self.codebook_weight)
-        pass_on = rotation_trick if self.estimator == "rotation" else straight_through
-        return Quantized(pass_on(features, codes).to(features.dtype), indices, loss)
+        if self.estimator == "rotation":
+            quantized = rotation_trick(features, codes)
+        else:
+            quantized = codes.detach() + (features - features.detach())  # exactly the codes
+        return Quantized(quantized.to(features.dtype), indices, loss)
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         """Codes ``(..., D)`` of indices ``(...)``: what :meth:`forward` returned for them, as a decoder needs it."""

@@ -1,4 +1,4 @@
-"""What converted layers do on two processes; run by a test that has started two already."""
+"""What layers do on two processes; run by a test that has started two already."""
 
 import copy
 
@@ -6,12 +6,13 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_collapse import SigmaReparamUpdate
-from lightning_collapse.layers import ConversionError, SigmaReparam
+from lightning_collapse.layers import ConversionError, EMAVectorQuantizer, SigmaReparam
 from lightning_collapse.utilities.registry import LAYERS
 from tests.layers.cases import CASES
 from tests.toys import QUIET, Toy, batches
@@ -75,3 +76,28 @@ def check_sharded_fit(rank):
         assert torch.equal(everyone[0][key], everyone[1][key])
         torch.testing.assert_close(everyone[rank][key], vector, rtol=0, atol=1e-5)
         assert (vector - before[key]).abs().max() > 1e-4
+
+
+def running_means(choose, wrap=lambda net: net):
+    """State of a quantizer after some steps with a part of their rows: of one step the second process has none."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), EMAVectorQuantizer(16, 8, decay=0.5, restart=True))
+    wrapped = wrap(net)
+    for seed, second in enumerate([20, 7, 0, 20] * 4):
+        rows = 100 + 9 * torch.randn(32 + second, 8, generator=torch.Generator().manual_seed(seed))
+        rows[3, 3] = torch.nan
+        quantized, _, loss = wrapped(choose(rows))
+        (quantized.mean() + loss).backward()
+    return dict(net[1].state_dict())
+
+
+def check_running_means(rank, alone):
+    """Bit-equal on both, and those of one process, restarts included."""
+    part = slice(32) if rank == 0 else slice(32, None)
+    own = running_means(lambda rows: rows[part], DistributedDataParallel)
+    everyone = [None, None]
+    torch.distributed.all_gather_object(everyone, own)
+    assert all(torch.equal(everyone[0][name], everyone[1][name]) for name in own)
+    assert own["restarts"].sum() > 8
+    for name, state in own.items():
+        torch.testing.assert_close(state, alone[name], rtol=1e-4, atol=1e-5)

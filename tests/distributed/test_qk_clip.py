@@ -1,4 +1,4 @@
-"""Two processes scale alike, by the largest logit that either has seen; shards are refused. Converted layers too."""
+"""Two processes scale alike, by the largest logit that either has seen; shards are refused. Other layers too."""
 
 import pytest
 import torch
@@ -10,7 +10,12 @@ from torch.distributed.fsdp import fully_shard
 from lightning_collapse import AttentionLogitMonitor, QKClip
 from lightning_collapse.functional import logit_bound, logit_extremes
 from tests.attention import GPT, HEADS, LENGTH, Encoder, tokens
-from tests.distributed.converted_layers import check_sharded_and_wrapped, check_sharded_fit
+from tests.distributed.converted_layers import (
+    check_running_means,
+    check_sharded_and_wrapped,
+    check_sharded_fit,
+    running_means,
+)
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, MemoryLogger, PointKeeper
 
@@ -49,7 +54,7 @@ def _batch(rank, step=0):
     return list(tokens(8, seed=rank))[step][: 5 if rank else 8]
 
 
-def _check(rank):
+def _check(rank, alone):
     torch.manual_seed(0)
     model = Uneven().double()
     both = torch.cat([_batch(0), _batch(1)])
@@ -70,6 +75,7 @@ def _check(rank):
         _fit(rank, Sharded(), [QKClip()], sharded)
     check_sharded_and_wrapped()
     check_sharded_fit(rank)
+    check_running_means(rank, alone)
 
 
 def _check_monitor(rank):
@@ -92,4 +98,4 @@ def _check_monitor(rank):
 
 
 def test_two_processes():
-    on_two_processes(_check)
+    on_two_processes(_check, running_means(lambda rows: rows))

@@ -51,6 +51,10 @@ def test_codes_are_the_nearest_and_what_a_decoder_looks_up(kind):
     beta, alpha = 0.25, 0.0 if kind == "ema" else 1.0
     chosen = table[indices]
     torch.testing.assert_close(loss.double(), (beta + alpha) * mse_loss(chosen, features.double()), atol=0, rtol=1e-5)
+    (slopes,) = torch.autograd.grad(quantized.square().sum(), features, retain_graph=True)
+    lengths = [tensor.detach().norm(dim=-1) for tensor in (slopes, 2 * quantized, features)]
+    torch.testing.assert_close(lengths[0], lengths[1] * (lengths[1] / 2 / lengths[2] if kind == "rotation" else 1))
+    assert kind == "rotation" or torch.equal(slopes, 2 * quantized)
     (gradient,) = torch.autograd.grad(loss, features)
     exact = 2 * beta * (features.detach().double() - chosen) / features.numel()
     torch.testing.assert_close(gradient.double(), exact, atol=1e-7, rtol=1e-5)
@@ -191,7 +195,7 @@ def test_running_means_are_those_of_a_loop_in_float64():
 
 
 def test_codes_in_use_do_not_expire():
-    """A sixteenth of a row per code and step, as of 65,536 codes and 4096 tokens, where a threshold of 2 expires all."""
+    """A sixteenth of a row per code and step, as of 65,536 codes and 4096 rows: a threshold of 2 expires all."""
     torch.manual_seed(0)
     quantizer = EMAVectorQuantizer(256, 4, decay=0.994, restart=True)
     codes = quantizer.codebook.weight.clone()
