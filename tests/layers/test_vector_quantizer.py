@@ -5,12 +5,16 @@ import pickle
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from lightning_collapse.functional import vector_quantization
+from lightning_collapse.functional.assignment import perplexity
 from lightning_collapse.layers import ConversionError, EMAVectorQuantizer, SimVQ, VectorQuantizer
+from lightning_collapse.monitoring.codebooks import Codebooks
+from tests.toys import QUIET, Toy, batches
 
 CODES, WIDTH, ROWS = 24, 6, 40
 
@@ -266,3 +270,43 @@ def test_simvq_of_others_tables_and_what_is_refused():
         SimVQ.convert_(made(EMAVectorQuantizer))
     with pytest.raises(ConversionError, match="max_norm"):
         SimVQ.convert_(nn.ModuleList([nn.Embedding(4, 2, max_norm=1.0)]), codebooks=["0"])
+
+
+@every_kind
+def test_monitors_know_the_codebook(kind):
+    net = nn.ModuleDict({"quantizer": KINDS[kind]()})
+    books = Codebooks(net)
+    books.armed = True
+    indices = net["quantizer"](rows() * 1).indices
+    books.armed = False
+    books.collect(0)
+    used, n, unused = books.read(0, torch.device("cpu"))["quantizer.codebook"].tolist()
+    counts = torch.bincount(indices, minlength=CODES).double()
+    assert (used, n, unused) == pytest.approx((perplexity(counts).item(), ROWS, (counts == 0).double().mean().item()))
+
+
+class Learner(Toy):
+    """Rows go through codes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.quantizer = EMAVectorQuantizer(CODES, 8, decay=0.5, restart=True)
+
+    def training_step(self, batch, batch_idx):
+        quantized, _, loss = self.quantizer(self.encoder(batch))
+        return self.head(quantized).square().mean() + loss
+
+
+def test_a_resumed_fit_is_the_uninterrupted_one(tmp_path):
+    def fit(epochs, **options):
+        torch.manual_seed(0)
+        model, trainer = Learner(), Trainer(**QUIET | {"max_epochs": epochs, "logger": False})
+        trainer.fit(model, batches(), **options)
+        return model, trainer
+
+    whole, _ = fit(2)
+    fit(1)[1].save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(2, ckpt_path=tmp_path / "half.ckpt")
+    assert whole.quantizer.updates == 2 * len(batches())
+    assert same_state(resumed, whole)
