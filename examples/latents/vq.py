@@ -1,6 +1,6 @@
 """Which quantizers keep their codes in use? Six of them, on a linear map of Gaussians and on handwritten digits.
 
-Run: ``python examples/latents/vq.py`` (three minutes on one core; with ``--quick`` one short run).
+Run: ``python examples/latents/vq.py`` (two minutes on one core; with ``--quick`` one short run).
 """
 
 import argparse
