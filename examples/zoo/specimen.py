@@ -28,6 +28,7 @@ KINDS = frozenset(
         "output_entropy_collapse",
         "partial_collapse",
         "plasticity_loss",
+        "point_collapse",
         "posterior_collapse",
         "prototype_collapse",
         "regression_over_compression",

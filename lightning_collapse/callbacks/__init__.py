@@ -25,6 +25,7 @@ from lightning_collapse.callbacks.monitors.first_non_finite import FirstNonFinit
 from lightning_collapse.callbacks.monitors.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.monitors.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.monitors.intrinsic_dimension_monitor import IntrinsicDimensionMonitor
+from lightning_collapse.callbacks.monitors.latent_monitor import LatentMonitor
 from lightning_collapse.callbacks.monitors.monitor import Monitor
 from lightning_collapse.callbacks.monitors.neural_collapse_monitor import NeuralCollapseMonitor
 from lightning_collapse.callbacks.monitors.output_monitor import OutputMonitor
@@ -55,6 +56,7 @@ __all__ = [
     "GeometryPhaseMonitor",
     "GradientMonitor",
     "IntrinsicDimensionMonitor",
+    "LatentMonitor",
     "Monitor",
     "NeuralCollapseMonitor",
     "OutputMonitor",

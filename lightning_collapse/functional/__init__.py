@@ -54,6 +54,18 @@ from lightning_collapse.functional.intrinsic_dimension import (
     two_nn,
 )
 from lightning_collapse.functional.isotropic_null import expected_under_isotropy
+from lightning_collapse.functional.latent_information import (
+    conditional_spectrum,
+    linear_vae_divergence,
+    mutual_information,
+)
+from lightning_collapse.functional.latent_units import (
+    gaussian_divergence,
+    latent_readings,
+    latent_sums,
+    unit_kinds,
+    whitened_posterior,
+)
 from lightning_collapse.functional.lidar import Lidar, lidar, lidar_null
 from lightning_collapse.functional.low_pass_gain import low_pass_gain, low_pass_gain_null
 from lightning_collapse.functional.marchenko_pastur import MarchenkoPasturFit, marchenko_pastur_fit
@@ -222,6 +234,7 @@ __all__ = [
     "cdnv",
     "code_expiry",
     "condition_number",
+    "conditional_spectrum",
     "contraction_ratio",
     "dead_dimensions",
     "dead_experts_null",
@@ -246,6 +259,7 @@ __all__ = [
     "feature_std_floor",
     "forgetting",
     "forward_transfer",
+    "gaussian_divergence",
     "glasses",
     "gnc2",
     "gof_error",
@@ -259,9 +273,12 @@ __all__ = [
     "isotropy",
     "key_participation",
     "key_participation_null",
+    "latent_readings",
+    "latent_sums",
     "learning_accuracy",
     "lidar",
     "lidar_null",
+    "linear_vae_divergence",
     "load_cv2",
     "load_cv2_null",
     "load_entropy",
@@ -282,6 +299,7 @@ __all__ = [
     "min_accuracy",
     "minority_cosine",
     "minority_norm",
+    "mutual_information",
     "nc1",
     "nc1_null",
     "nc2_equiangular",
@@ -343,9 +361,11 @@ __all__ = [
     "unbiased_participation_ratio",
     "unc3",
     "uniformity",
+    "unit_kinds",
     "vci",
     "virgo_",
     "virgo_variances",
+    "whitened_posterior",
     "windowed_forgetting",
     "windowed_plasticity",
     "worst_case_accuracy",

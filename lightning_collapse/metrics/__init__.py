@@ -3,6 +3,7 @@
 from lightning_collapse.metrics.activation_outliers import ActivationOutliers
 from lightning_collapse.metrics.attention_entropy import AttentionEntropy
 from lightning_collapse.metrics.intrinsic_dimension import IntrinsicDimension
+from lightning_collapse.metrics.latent_units import LatentUnits
 from lightning_collapse.metrics.lidar import LiDAR
 from lightning_collapse.metrics.nearest_center import NearestClassCenterAgreement
 from lightning_collapse.metrics.neural_collapse import NeuralCollapse
@@ -36,6 +37,7 @@ __all__ = [
     "EigenvalueEffectiveRank",
     "IntrinsicDimension",
     "Isotropy",
+    "LatentUnits",
     "LiDAR",
     "NESum",
     "NearestClassCenterAgreement",

@@ -10,6 +10,7 @@ from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.explosion import LossExplosion
 from lightning_collapse.rules.forgetting import CatastrophicForgetting
 from lightning_collapse.rules.judge import Judge, Judgement
+from lightning_collapse.rules.latents import PointCollapse, PosteriorCollapse
 from lightning_collapse.rules.level_shift import LevelShift
 from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
 from lightning_collapse.rules.non_finite import NonFinite, NonFiniteOrigin
@@ -63,6 +64,8 @@ __all__ = [
     "OutputEntropyCollapse",
     "PartialCollapse",
     "PlasticityLoss",
+    "PointCollapse",
+    "PosteriorCollapse",
     "PrototypeCollapse",
     "RegressionOverCompression",
     "RouterCollapse",

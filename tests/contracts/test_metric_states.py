@@ -31,6 +31,7 @@ CASES: dict[str, tuple[Callable[..., Metric], Callable[[int], tuple[Tensor, ...]
         lambda seed: (rows(seed, N, 2, 5, D), rows(seed + 99, N, 2, 5, D)),
     ),
     "IntrinsicDimension": (lambda: metrics.IntrinsicDimension(capacity=20, k=3), lambda seed: (rows(seed, N, D),)),
+    "LatentUnits": (lambda: metrics.LatentUnits(D), lambda seed: (rows(seed, N, D), rows(seed + 99, N, D))),
     "LiDAR": (lambda: metrics.LiDAR(D), lambda seed: tuple(rows(seed + 99 * i, N, D) for i in range(3))),
     "NearestClassCenterAgreement": (
         lambda: metrics.NearestClassCenterAgreement(rows(7, C, D), torch.ones(C)),

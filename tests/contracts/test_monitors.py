@@ -28,8 +28,16 @@ each = pytest.mark.parametrize("name", OURS)
 quiet = pytest.mark.filterwarnings("ignore:.*(no attention|returns 3 numbers for 1 targets)")
 
 
+def halves(output):
+    return output[..., :1], output[..., 1:2]
+
+
+OF_MODEL = {"LatentMonitor": {"layers": ["head"], "read": halves}}
+"""Arguments that the model of this battery needs."""
+
+
 def make(name, every_n_steps=2):
-    return OURS[name](**ARGUMENTS.get(name, {}), every_n_steps=every_n_steps)
+    return OURS[name](**ARGUMENTS.get(name, {}), **OF_MODEL.get(name, {}), every_n_steps=every_n_steps)
 
 
 class Model(LightningModule):
