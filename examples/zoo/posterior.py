@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor
+from lightning_collapse import CollapseMonitor, LatentMonitor, SpectralAlignmentMonitor
 
 from .material import Learner, cool_down, digits, loader, mlp, neighbour_accuracy
 from .specimen import Habitat, Specimen
@@ -40,7 +40,7 @@ def make(seed: int, beta: float) -> Habitat:
     return Habitat(
         model,
         [loader(data[0], size=128, seed=seed)],
-        [CollapseMonitor(layers=["encoder", "mean", "decoder"]), SpectralAlignmentMonitor()],
+        [CollapseMonitor(layers=["encoder", "mean", "decoder"]), SpectralAlignmentMonitor(), LatentMonitor()],
         steps=STEPS,
         embedding=model.mean,
         held_out=lambda: neighbour_accuracy(codes, data),
@@ -51,10 +51,11 @@ SPECIMEN = Specimen(
     "posterior collapse",
     make,
     "a heavy prior leaves the code of an autoencoder empty",
-    kind="complete_collapse",
+    kind="posterior_collapse",
     setting="beta",
     healthy=0.05,
     sick=5.0,
     layers=("mean", "decoder*"),
     family="autoencoder",
+    claims=("complete_collapse",),
 )

@@ -8,8 +8,9 @@ from lightning_collapse.rules.progress import LOSS, SURE, is_harmed
 from lightning_collapse.utilities.points import Point
 
 BEST, CEILING, KL, AT_POINT = "largest_ceiling", "information_ceiling", "kl", "at_point"
-NOTHING = 0.01
-"""Nats below which the best unit tells nothing (ours)."""
+INACTIVE, NOTHING = 5e-3, 5e-4
+"""Nats of a unit whose mean varies by a hundredth of its variance, as in what Burda et al. (2016) call active, and by a
+tenth of that."""
 
 
 class LatentRule(Rule):
@@ -37,24 +38,24 @@ class LatentRule(Rule):
 
 @register_rule
 class PosteriorCollapse(LatentRule):
-    """All inputs have the same posterior: not even the best unit can tell a hundredth of a nat of them.
+    """All inputs have the same posterior: not even the best unit can tell 0.0005 nats of them.
 
-    What a unit can tell at most is read from the spread of its means beside its own variance, whatever the prior: a
-    divergence that free bits hold up, or of posteriors that lie together far from the prior as in the first steps of
-    healthy networks, is none of it. So the divergence has no direction in which it is worse: it is evidence only. Nor
-    has the sum over units, where hundreds of them add up to something.
+    Its mean varies then by a thousandth of its variance, a tenth of what Burda et al. (2016) call active. After sixteen
+    points that line is enough if the best unit falls. What a unit can tell at most is read from the spread of its means
+    beside its own variance, whatever the prior: a divergence that free bits hold up, or of posteriors that lie together
+    far from the prior as in the first steps of healthy networks, is none of it. So the divergence has no direction in
+    which it is worse, nor has the sum over units, where hundreds of them add up to something.
 
     Nothing is said before the eighth point, nor while the best unit rises by a robust trend: a fresh network tells as
-    little. Units that are idle beside one that is not are what the optimum of a linear model has, and no failure. A
-    weight of the divergence that is raised in the course of training changes nothing of this line. That such latents
-    are the optimum where the decoder's variance is large is shown by Lucas et al. (2019, arXiv 1911.02469); the number
-    is ours.
+    little. Units that are idle beside one that is not are what the optimum of a linear model has, and no failure. That
+    such latents are the optimum where the decoder's variance is large is shown by Lucas et al. (2019, arXiv
+    1911.02469); the numbers are ours.
 
     Example:
         >>> values = {"largest_ceiling": 1e-4, "information_ceiling": 5e-4, "kl": 3.0, "at_point": 0.0}
         >>> points = {name: Point("latent", "fc_mu", name, 9, value, n=128) for name, value in values.items()}
         >>> round(PosteriorCollapse().severity(points, values))
-        100
+        5
     """
 
     kind = "posterior_collapse"
@@ -68,8 +69,16 @@ class PosteriorCollapse(LatentRule):
     paper = "Lucas et al., 2019, arXiv 1911.02469; Hoffman & Johnson, 2016"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
-        """A hundredth of a nat over what the best unit can tell."""
+        """0.0005 nats over what the best unit can tell."""
         return NOTHING / max(points[BEST].value, 1e-300)
+
+    def weigh(self, evidence: Evidence) -> float:
+        """The severity, by a line ten times as high where the best unit falls; undecided while none is active."""
+        severity, value, best = super().weigh(evidence), evidence.points[BEST].value, evidence.history.get(BEST)
+        if value > INACTIVE:
+            return severity
+        falls = best is not None and best.count >= 2 * SURE and best.direction() == "falling"
+        return max(severity, INACTIVE / max(value, 1e-300) if falls else UNDECIDED)
 
 
 @register_rule
@@ -77,7 +86,7 @@ class PointCollapse(LatentRule):
     """All posteriors of all units lie on one point: with a variance below 1e-4, their means vary by less than 1e-2.
 
     The divergence cannot see it: it is large there. Latents of autoencoders with a light prior have small variances
-    too, and may have a small scale: as long as the best unit can tell more than a hundredth of a nat and the loss has
+    too, and may have a small scale: as long as the best unit can tell more than 0.0005 nats and the loss has
     kept nine tenths of what it gained, it is a notice. Divergence and sum over units have no direction, as in
     :class:`PosteriorCollapse`; the best unit has one in that notice alone. That posteriors can be drawn to one point,
     where the divergence grows, is what an attack on encoders does (Guo et al., 2024, arXiv 2408.10901); the numbers are

@@ -71,7 +71,7 @@ def draw(rule, random_):
             continue
         curve = CURVES.get(name if "/" in name else f"{rule.family}/{name}") or MEASURES[name]
         top = 1.0 if re.match(r"0 to 1\b", curve.range) else random_.choice([1.0, 3.0, 40.0])
-        readings[name] = random_.choice([0.001, top]) if random_.random() < 0.1 else random_.uniform(0.001, top)
+        readings[name] = random_.choice([1e-4, top]) if random_.random() < 0.1 else random_.uniform(0.001, top)
     return readings
 
 

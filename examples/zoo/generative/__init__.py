@@ -1,6 +1,6 @@
 """Networks that make images: failures with their twins, and healthy runs that look like one."""
 
-from . import bottleneck, codebook, conv_vae, denoiser, gan, healthy
+from . import bottleneck, codebook, conv_vae, denoiser, gan, healthy, latents
 
 GENERATIVE = (
     bottleneck.SPECIMEN,
@@ -9,4 +9,5 @@ GENERATIVE = (
     codebook.SPECIMEN,
     denoiser.SPECIMEN,
     *healthy.SPECIMENS,
+    *latents.SPECIMENS,
 )

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from examples.zoo.material import Learner
 from examples.zoo.specimen import Habitat, Specimen
-from lightning_collapse import PlasticityMonitor
+from lightning_collapse import LatentMonitor, PlasticityMonitor
 
 from .parts import decoder, encoder, generative
 
@@ -60,7 +60,8 @@ def told(model: VAE, images: Tensor) -> float:
 def make(seed: int, beta: float) -> Habitat:
     """Digits without labels."""
     model = VAE(beta)
-    return generative(model, seed, model.mean, lambda test: told(model, test), monitors=(PlasticityMonitor(),), every=4)
+    monitors = (PlasticityMonitor(), LatentMonitor())
+    return generative(model, seed, model.mean, lambda test: told(model, test), monitors=monitors, every=4)
 
 
 SPECIMEN = Specimen(

@@ -6,12 +6,13 @@ from examples.zoo.generative.codebook import VQVAE
 from examples.zoo.generative.conv_vae import VAE, told
 from examples.zoo.generative.parts import generative
 from examples.zoo.specimen import Habitat, Specimen
+from lightning_collapse import LatentMonitor
 
 
 def log_variances(seed: int) -> Habitat:
     """A light prior: means tell much, and variances of all codes are nearly the same."""
     model = VAE(0.02)
-    return generative(model, seed, model.log_variance, lambda test: told(model, test))
+    return generative(model, seed, model.log_variance, lambda test: told(model, test), monitors=(LatentMonitor(),))
 
 
 def one_code_at_first(seed: int) -> Habitat:
