@@ -20,6 +20,7 @@ from lightning_collapse.callbacks.monitors.activation_monitor import ActivationM
 from lightning_collapse.callbacks.monitors.attention_entropy_monitor import AttentionEntropyMonitor
 from lightning_collapse.callbacks.monitors.attention_gain_monitor import AttentionGainMonitor
 from lightning_collapse.callbacks.monitors.attention_logit_monitor import AttentionLogitMonitor
+from lightning_collapse.callbacks.monitors.codebook_monitor import CodebookMonitor
 from lightning_collapse.callbacks.monitors.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.monitors.first_non_finite import FirstNonFinite
 from lightning_collapse.callbacks.monitors.geometry_phase_monitor import GeometryPhaseMonitor
@@ -47,6 +48,7 @@ __all__ = [
     "AttentionEntropyMonitor",
     "AttentionGainMonitor",
     "AttentionLogitMonitor",
+    "CodebookMonitor",
     "CollapseGuard",
     "CollapseMonitor",
     "ContinualMetrics",

@@ -2,6 +2,7 @@
 
 from lightning_collapse.metrics.activation_outliers import ActivationOutliers
 from lightning_collapse.metrics.attention_entropy import AttentionEntropy
+from lightning_collapse.metrics.codebook_usage import CodebookUsage
 from lightning_collapse.metrics.intrinsic_dimension import IntrinsicDimension
 from lightning_collapse.metrics.latent_units import LatentUnits
 from lightning_collapse.metrics.lidar import LiDAR
@@ -32,6 +33,7 @@ __all__ = [
     "ActivationOutliers",
     "AlphaReQ",
     "AttentionEntropy",
+    "CodebookUsage",
     "ConditionNumber",
     "EffectiveRank",
     "EigenvalueEffectiveRank",

@@ -23,7 +23,7 @@ TRIES = 3
 FEWEST = 5
 """Rows of a table that may be a codebook."""
 _LOOKUPS = {"embedding": ("input", "weight"), "index_select": ("input", "dim", "index")}
-_SEARCHES = {"argmin", "argmax", "argsort", "max", "min", "sort", "topk"}
+SEARCHES = {"argmin", "argmax", "argsort", "max", "min", "sort", "topk"}
 
 
 class Codebooks:
@@ -102,11 +102,11 @@ class Codebooks:
         if not self.open and not self.names:
             return
         name = getattr(func, "__name__", "")
-        if name in _SEARCHES:
+        if name in SEARCHES:
             self._search(args, kwargs, output)
-        elif (found := _lookup(name, args, kwargs)) is not None and self._is_table(found[0]):
+        elif (found := lookup(name, args, kwargs)) is not None and self._is_table(found[0]):
             self._look_up(*found)
-        elif self._chosen and isinstance(output, Tensor) and _is_index(output):
+        elif self._chosen and isinstance(output, Tensor) and is_index(output):
             self._pass_on((args, kwargs), output)
 
     def fail(self, error: Exception) -> None:
@@ -192,7 +192,7 @@ class Codebooks:
         if searched is None or not searched.is_floating_point() or storage_of(searched) in self.given:
             return
         for part in output if isinstance(output, tuple) else (output,):
-            if isinstance(part, Tensor) and _is_index(part):
+            if isinstance(part, Tensor) and is_index(part):
                 self._chosen[storage_of(part)] = part
 
     def _look_up(self, table: Tensor, indices: Tensor) -> None:
@@ -212,7 +212,7 @@ class Codebooks:
                 self._step[name] = self._step[name] + counts if name in self._step else counts
 
     def _pass_on(self, given: Any, output: Tensor) -> None:
-        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and _is_index(leaf)]
+        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and is_index(leaf)]
         if tensors and all(storage_of(tensor) in self._chosen for tensor in tensors):
             self._chosen[storage_of(output)] = output
 
@@ -228,7 +228,7 @@ class Codebooks:
         self.open = self._tries < TRIES
 
 
-def _lookup(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Tensor] | None:
+def lookup(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Tensor] | None:
     """Table and indices of a look-up, if a function of this name is one."""
     if name == "__getitem__":
         table, indices = args
@@ -240,10 +240,11 @@ def _lookup(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Tenso
             return None
     else:
         return None
-    return (table, indices) if isinstance(indices, Tensor) and _is_index(indices) else None
+    return (table, indices) if isinstance(indices, Tensor) and is_index(indices) else None
 
 
-def _is_index(tensor: Tensor) -> bool:
+def is_index(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers that may be indices."""
     return tensor.dtype in (torch.int64, torch.int32)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class RouterHooks(HookOwner):
             with containment(f"a hook on `{router.name}`"):
                 scorer = router.module if read is not None or router.scorer is None else router.scorer
                 begins = ModuleHook(router.module, before=True, function=lambda *_, router=router: self.begin(router))
-                self._hooks += [begins, _Hook(self, router, scorer)]
+                self._hooks += [begins, CallHook(self, router, scorer)]
 
     @property
     def armed(self) -> bool:
@@ -201,12 +201,25 @@ class _Call:
         return self.logits.topk(k, dim=1).indices if k else None
 
 
-class _Hook(ModuleHook):
-    def __init__(self, owner: RouterHooks, router: Router, module: nn.Module) -> None:
+class CallOwner(Protocol):
+    """What the hooks of some modules belong to."""
+
+    armed: bool
+
+    def capture(self, key: Any, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        """Take what a module was given and has returned."""
+        ...
+
+
+class CallHook(ModuleHook):
+    """Hands arguments and output of a call, known by a key, to its owner while armed; also out of a compiled graph."""
+
+    def __init__(self, owner: CallOwner, router: Any, module: nn.Module) -> None:
         self.owner, self.router, self.call = owner, router, GraphCall(self._receive)
         super().__init__(module)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        """Hand them on."""
         if torch.compiler.is_compiling():
             tensors: list[Tensor | None] = []
             note = pack((args, value), tensors)

@@ -4,6 +4,7 @@ from lightning_collapse.rules.activations import ActivationOutliers, Headroom
 from lightning_collapse.rules.attention import AttentionEntropyCollapse, AttentionOverload
 from lightning_collapse.rules.base import ALL, HEALTHY, RULES, TRAINING, DetectorRule, Rule, register_rule
 from lightning_collapse.rules.burst import Burst
+from lightning_collapse.rules.codebook import CodebookCollapse
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
 from lightning_collapse.rules.coverage import Coverage
 from lightning_collapse.rules.detector import Detector
@@ -41,6 +42,7 @@ __all__ = [
     "AttentionOverload",
     "Burst",
     "CatastrophicForgetting",
+    "CodebookCollapse",
     "CompleteCollapse",
     "Coverage",
     "Detector",

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[Callable[..., Metric], Callable[[int], tuple[Tensor, ...]
         lambda: metrics.AttentionEntropy(2),
         lambda seed: (rows(seed, N, 2, 5, D), rows(seed + 99, N, 2, 5, D)),
     ),
+    "CodebookUsage": (lambda: metrics.CodebookUsage(D), lambda seed: (classes(seed),)),
     "IntrinsicDimension": (lambda: metrics.IntrinsicDimension(capacity=20, k=3), lambda seed: (rows(seed, N, D),)),
     "LatentUnits": (lambda: metrics.LatentUnits(D), lambda seed: (rows(seed, N, D), rows(seed + 99, N, D))),
     "LiDAR": (lambda: metrics.LiDAR(D), lambda seed: tuple(rows(seed + 99 * i, N, D) for i in range(3))),

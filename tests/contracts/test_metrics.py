@@ -71,6 +71,7 @@ def test_the_battery_knows_every_metric() -> None:
     others = {
         "ActivationOutliers",
         "AttentionEntropy",
+        "CodebookUsage",
         "IntrinsicDimension",
         "LatentUnits",
         "LiDAR",
