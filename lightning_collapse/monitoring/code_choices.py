@@ -137,11 +137,13 @@ class CodeChoices:
             return
         n = choice.indices.numel()
         for table in given if output.is_floating_point() else ():
-            fits = table.ndim in (2, 3) and table.is_floating_point() and table.shape[-2] == choice.codes
-            fits = fits and output.numel() == n * table.shape[-1] and output.shape[-1:] == table.shape[-1:]
             known = storage_of(table) in self._tables
-            if fits and self.choice_of(table) is None and (choice.table is None or known):
-                choice.table = table.detach()
+            if (
+                _fits(table, output, choice.codes, n)
+                and self.choice_of(table) is None
+                and (choice.table is None or known)
+            ):
+                choice.table = table.detach() if table.ndim > 1 else table.detach().view(choice.codes, -1)
                 if self.deep and choice.sums is None:
                     _measure(choice)
                 return
@@ -151,10 +153,20 @@ class CodeChoices:
             self._made[storage_of(output)] = choice, output
 
 
+def _fits(table: Tensor, output: Tensor, codes: int, n: int) -> bool:
+    """Whether an output is ``n`` rows of a table, which some libraries flatten first."""
+    if not table.is_floating_point() or table.ndim not in (1, 2, 3):
+        return False
+    if table.ndim == 1:
+        return table.numel() >= 2 * codes and not table.numel() % codes and output.numel() * codes == n * table.numel()
+    width = table.shape[-1]
+    return table.shape[-2] == codes and output.numel() == n * width and output.shape[-1:] == (width,)
+
+
 def _may_be_rows(value: Any, n: int) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
         return False
-    return value.ndim > 1 and n > 0 and value.numel() == n * value.shape[-1]
+    return value.ndim > 1 and n > 0 and value.numel() in (n * value.shape[-1], n * value.shape[1])
 
 
 @torch.no_grad()
@@ -165,7 +177,8 @@ def _measure(choice: Choice) -> None:
         return
     table, indices = table.view(choice.codes, -1), choice.indices.flatten()
     width, n = table.shape[1], len(indices)
-    rows = [x for x in choice.candidates if x.shape[-1] == width and storage_of(x) != storage_of(table)]
+    rows = [x for x in choice.candidates if x.numel() == n * width and storage_of(x) != storage_of(table)]
+    rows = [x if x.shape[-1] == width else x.movedim(1, -1) for x in rows if width in (x.shape[-1], x.shape[1])]
     if not rows:
         return
     near = torch.stack([evenly(x.reshape(n, width), ROWS) for x in rows])

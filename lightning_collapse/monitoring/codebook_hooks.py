@@ -91,6 +91,7 @@ class CodebookHooks(HookOwner):
 
     Attributes:
         deep: Whether the next step is.
+        measures: Whether rows are read in it.
         given: Storages of the tensors of the batch, in a deep step.
         books: Codebooks by name.
 
@@ -114,7 +115,7 @@ class CodebookHooks(HookOwner):
     def __init__(
         self, root: nn.Module, containment: Containment, taps: Sequence[Tap] = (), read: Reader | None = None
     ) -> None:
-        self.deep, self._armed, self._inside = False, False, False
+        self.deep = self.measures = self._armed = self._inside = self._whole = False
         self.given: set[int] = set()
         self.books: dict[str, Book] = {}
         self._root, self._contained, self._reader = root, containment, read
@@ -137,11 +138,11 @@ class CodebookHooks(HookOwner):
         self._armed = armed
         FUNCTION_CALLS.remove(self.choices)
         if armed and self.deep and self._listens and not self._is_fused():
-            self.choices.deep = True
+            self._whole, self.choices.deep = True, self.measures
             self.choices.begin((storage_of(table) for _, table in self._tables()), self.given)
             FUNCTION_CALLS.add(self.choices)
-        elif self.choices.deep:
-            self.choices.deep, self.given = False, set()
+        elif self._whole:
+            self._whole, self.choices.deep, self.given = False, False, set()
             with self._contained("counting codes"):
                 self._settle()
 
@@ -180,7 +181,7 @@ class CodebookHooks(HookOwner):
                 raise ValueError("it must return `(indices, codebook)` or `(indices, number of codes)`: none is known")
             book = self.books.setdefault(key, Book(codes))
             book.count(indices)
-            if self.deep and isinstance(table, Tensor):
+            if self.measures and isinstance(table, Tensor):
                 choice = Choice(module, "", codes, indices.detach(), table=table.detach())
                 if isinstance(rows, Tensor) and rows.numel() == indices.numel() * table.shape[-1] > 0:
                     rows = evenly(rows.detach().reshape(indices.numel(), -1), ROWS)
@@ -191,7 +192,7 @@ class CodebookHooks(HookOwner):
 
     def _around(self, site: _Site, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a method that chooses codes, and count them."""
-        if not self._armed or self.choices.deep or self._inside or is_to_be_ignored():
+        if not self._armed or self._whole or self._inside or is_to_be_ignored():
             return method(*args, **kwargs)
         if site.place is not None:
             output = method(*args, **kwargs)
@@ -245,7 +246,8 @@ class CodebookHooks(HookOwner):
             book = self.books.setdefault(name, Book(choice.codes))
             book.count(choice.indices)
             if site is None:
-                book.measure(choice)
+                if self.measures:
+                    book.measure(choice)
                 self._find(choice, name)
 
     def _size(self, name: str, choice: Choice, site: _Site | None) -> int:

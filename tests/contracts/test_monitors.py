@@ -40,8 +40,20 @@ def make(name, every_n_steps=2):
     return OURS[name](**ARGUMENTS.get(name, {}), **OF_MODEL.get(name, {}), every_n_steps=every_n_steps)
 
 
+class Quantizer(nn.Module):
+    """Vector quantization by gradients alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(0.3 * torch.randn(6, 8))
+
+    def forward(self, rows):
+        found = self.codes[torch.cdist(rows, self.codes).argmin(dim=1)]
+        return rows + (found - rows).detach(), (found - rows.detach()).square().mean()
+
+
 class Model(LightningModule):
-    """Attention, experts, a rectifier and a head: there is something to watch for every monitor."""
+    """Attention, experts, a rectifier, a codebook and a head: there is something to watch for every monitor."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +61,7 @@ class Model(LightningModule):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.body = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU())
         self.gate, self.experts = nn.Linear(8, 4), nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-        self.head = nn.Linear(8, 3)
+        self.quantizer, self.head = Quantizer(), nn.Linear(8, 3)
         self.kept = []
 
     def forward(self, x):
@@ -59,10 +71,12 @@ class Model(LightningModule):
         mixed = torch.stack([expert(features) for expert in self.experts], dim=1)
         features = features + (weight.unsqueeze(2) * mixed.gather(1, chosen.unsqueeze(2).expand(-1, -1, 8))).sum(dim=1)
         self.kept.append(weakref.ref(features))
+        features, self.pull = self.quantizer(features)
         return self.head(features)
 
     def training_step(self, batch, batch_idx):
-        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1]) + self.pull
+        self.pull = None
         if not self.trainer.barebones:
             self.log("loss", loss)
         return loss

@@ -59,8 +59,8 @@ class CodebookMonitor(Monitor):
     Codebooks need no argument: a choice of codes is a search (``argmin``, ``max``, ...) along as many numbers as a
     table has rows that is then looked up by it, whatever the method of whichever module; tables may be parameters,
     buffers of moving averages, or computed from them (SimVQ). Levels of a residual quantizer have curves of their own.
-    What quantizes without a search (FSQ, LFQ), several codebooks stacked in one tensor, and compiled models need to be
-    told what was chosen::
+    Several codebooks stacked in one tensor are counted as one. What quantizes without a search (FSQ, LFQ), without a
+    table, and in compiled models must be told::
 
         def read(fsq, args, output):
             return output[1], fsq.codebook_size
@@ -123,6 +123,7 @@ class CodebookMonitor(Monitor):
         self._hooks: CodebookHooks | None = None
         self._scope: StepScope | None = None
         self._past: dict[str, dict[str, Tensor]] = {}
+        self._resumed = False
 
     @override
     def state(self) -> dict[str, Any]:
@@ -135,6 +136,7 @@ class CodebookMonitor(Monitor):
     def restore(self, state: Mapping[str, Any]) -> None:
         assert self._hooks is not None
         device = self._device
+        self._resumed = bool(state["codes"])
         self._past = {name: {key: x.to(device) for key, x in past.items()} for name, past in state["past"].items()}
         for name, codes in state["codes"].items():
             counts = state["window"].get(name)
@@ -143,7 +145,7 @@ class CodebookMonitor(Monitor):
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         let_hooks_be_seen(pl_module)
-        self._past, self._device = {}, pl_module.device
+        self._past, self._device, self._resumed = {}, pl_module.device, False
         taps = [] if self.layers is None else self.choose_taps(self.layers, [], pl_module)
         self._hooks = CodebookHooks(pl_module, self.contained, taps, self.reader)
         self._scope = StepScope(pl_module)
@@ -166,7 +168,8 @@ class CodebookMonitor(Monitor):
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
         if self._hooks is None or self._scope is None:
             return
-        self._hooks.deep = batches_left == 0
+        self._hooks.measures = batches_left == 0
+        self._hooks.deep = self._hooks.measures or self._resumed  # where codebooks are used is found again
         if self._hooks.deep:
             self._hooks.given = {storage_of(x) for x in tree_leaves(batch) if isinstance(x, Tensor)}
         self._scope.request(self._hooks)
@@ -177,9 +180,10 @@ class CodebookMonitor(Monitor):
         if self._hooks is None:
             return {}
         self._agree()
+        self._resumed = False
         hooks, books = self._hooks, self._hooks.books
         if not books:
-            self.warn_once(f"no codebook was found so far. {_POINT_AT}")
+            self.warn_once(f"no codebook was found, or it did not run before a point. {_POINT_AT}")
             return {}
         tables = {name: hooks.table(name) for name in books}
         widths = {name: 0 if table is None else table.shape[1] for name, table in tables.items()}

@@ -17,7 +17,7 @@ class QuantizationReading(NamedTuple):
     Attributes:
         error: :math:`\sum \lVert z - e \rVert^2 / \sum \lVert z - \bar z \rVert^2`: 0 (codes are the rows) to 1
             (no better than the mean), or above; NaN where all rows are equal.
-        scale: Root mean square of rows over that of their codes, 1 where they fit.
+        scale: Root mean square of rows over that of their codes, 1 where they fit; NaN where all codes are zero.
         n: Rows.
     """
 
@@ -55,7 +55,9 @@ def quantization_reading(sums: Tensor) -> QuantizationReading:
     """
     n, error, z, e = sums[:4].unbind()
     scatter = z - sums[4:].square().sum() / n
-    return QuantizationReading(torch.where(scatter > 1e-12 * z, error / scatter, nan), (z / e).sqrt(), n)
+    return QuantizationReading(
+        torch.where(scatter > 1e-12 * z, error / scatter, nan), torch.where(e > 0, z / e, nan).sqrt(), n
+    )
 
 
 @full_precision
