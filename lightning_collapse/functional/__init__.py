@@ -61,6 +61,7 @@ from lightning_collapse.functional.feature_statistics import (
     relative_spread,
     uniformity,
 )
+from lightning_collapse.functional.gaussian_divergence import gaussian_divergence, whitened_posterior
 from lightning_collapse.functional.geometry_phase import Phase, PhaseTracker
 from lightning_collapse.functional.glasses import StateDistance, glasses, path_sums, state_distance
 from lightning_collapse.functional.gradient_noise import GradientNoise, gradient_coherence, gradient_noise_scale

@@ -8,6 +8,7 @@ from lightning_collapse.layers.ema_vector_quantizer import EMAVectorQuantizer
 from lightning_collapse.layers.etf_classifier import ETFClassifier, simplex_etf
 from lightning_collapse.layers.fed_etf_head import FedETFHead
 from lightning_collapse.layers.head_temperature import HeadTemperature
+from lightning_collapse.layers.inverse_lipschitz import InverseLipschitzDecoder
 from lightning_collapse.layers.layer_scale import LayerScale, ReZero, layer_scale_init
 from lightning_collapse.layers.mv_split import MVSplitResidual
 from lightning_collapse.layers.reparametrized import Reparametrized
@@ -27,6 +28,7 @@ __all__ = [
     "ETFClassifier",
     "FedETFHead",
     "HeadTemperature",
+    "InverseLipschitzDecoder",
     "LayerScale",
     "MVSplitResidual",
     "Quantized",

@@ -9,11 +9,14 @@ from lightning_collapse.losses.corinfomax import CorInfoMax, corinfomax_terms
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
 from lightning_collapse.losses.cw_rgp import CWRGP, cw_rgp_loss
 from lightning_collapse.losses.decorrelation import FeatureDecorrelation, feature_decorrelation_terms
+from lightning_collapse.losses.delta_vae import DeltaVAE, ar1_divergence, committed_rate
 from lightning_collapse.losses.distillation import distillation_loss, feature_distillation_loss
 from lightning_collapse.losses.dot_regression import DotRegression, dot_regression
 from lightning_collapse.losses.effective_rank import EffectiveRankHinge, effective_rank_terms
 from lightning_collapse.losses.entropy_guided_attention import EntropyGuidedAttention
+from lightning_collapse.losses.free_bits import FreeBits, free_bits
 from lightning_collapse.losses.intl import INTL, intl_terms
+from lightning_collapse.losses.kl_balance import KLBalance, kl_balance_terms
 from lightning_collapse.losses.koleo import KoLeo, koleo_loss
 from lightning_collapse.losses.ldreg import LDReg, ldreg_loss
 from lightning_collapse.losses.log_det import LogDetBarrier, log_det_barrier
@@ -45,10 +48,13 @@ __all__ = [
     "CodingRate",
     "CorInfoMax",
     "CovarianceLoss",
+    "DeltaVAE",
     "DotRegression",
     "EffectiveRankHinge",
     "EntropyGuidedAttention",
     "FeatureDecorrelation",
+    "FreeBits",
+    "KLBalance",
     "KoLeo",
     "LDReg",
     "LinearRamp",
@@ -66,9 +72,11 @@ __all__ = [
     "VISReg",
     "VarianceLoss",
     "alignment_loss",
+    "ar1_divergence",
     "balanced_cross_entropy",
     "barlow_twins_terms",
     "coding_rate_loss",
+    "committed_rate",
     "corinfomax_terms",
     "covariance_loss",
     "cw_rgp_loss",
@@ -77,7 +85,9 @@ __all__ = [
     "effective_rank_terms",
     "feature_decorrelation_terms",
     "feature_distillation_loss",
+    "free_bits",
     "intl_terms",
+    "kl_balance_terms",
     "koleo_loss",
     "label_smoothing_terms",
     "ldreg_loss",
