@@ -36,7 +36,6 @@ from lightning_collapse.functional.codebooks import (
     miller_madow,
     missed_hits,
     moved_idle_codes,
-    nearest_codes,
     quantization_reading,
     quantization_sums,
     unseen_mass,

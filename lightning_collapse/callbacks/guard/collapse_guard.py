@@ -86,12 +86,12 @@ class CollapseGuard(Callback):
         dirpath: Where ``"checkpoint"`` and a rollback save; a folder ``guard`` beside the run's logs by default.
         rules: Kinds to judge, a list out of ``activation_outliers``, ``attention_entropy_collapse``,
             ``attention_logit_growth``, ``attention_logit_limit``, ``attention_overload``, ``catastrophic_forgetting``,
-            ``complete_collapse``, ``dimensional_collapse``, ``divergence_ahead``, ``headroom``,
+            ``codebook_collapse``, ``complete_collapse``, ``dimensional_collapse``, ``divergence_ahead``, ``headroom``,
             ``log_partition_growth``, ``loss_explosion``, ``loss_spike``, ``minority_collapse``,
             ``neural_collapse_reached``, ``non_finite``, ``non_finite_origin``, ``non_finite_step``, ``outcome_drop``,
-            ``output_entropy_collapse``, ``partial_collapse``, ``plasticity_loss``, ``prototype_collapse``,
-            ``regression_over_compression``, ``router_collapse``, ``skipped_steps``, ``token_collapse`` and your own;
-            ``None`` for all that monitors draw the curves of.
+            ``output_entropy_collapse``, ``partial_collapse``, ``plasticity_loss``, ``point_collapse``,
+            ``posterior_collapse``, ``prototype_collapse``, ``regression_over_compression``, ``router_collapse``,
+            ``skipped_steps``, ``token_collapse`` and your own; ``None`` for all that monitors draw the curves of.
         task: What the network is trained for; ``None`` to infer it.
         outcome: Name of the logged metric that counts in the end, such as ``"val_acc"``; ``None`` to watch none.
         mode: ``"max"`` if a higher ``outcome`` is better, ``"min"`` if a lower one is.

@@ -19,12 +19,12 @@ from lightning_collapse.functional.codebooks import (
     dead_codes,
     missed_hits,
     moved_idle_codes,
-    nearest_codes,
     quantization_reading,
     unseen_mass,
     usage,
     usage_null,
 )
+from lightning_collapse.functional.vector_quantization import nearest_codes
 from lightning_collapse.monitoring.call_record import storage_of
 from lightning_collapse.monitoring.codebook_hooks import Book, CodebookHooks, Reader
 from lightning_collapse.monitoring.step_scope import StepScope

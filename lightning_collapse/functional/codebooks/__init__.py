@@ -5,7 +5,6 @@ from lightning_collapse.functional.codebooks.drift import (
     churn,
     codebook_motion,
     moved_idle_codes,
-    nearest_codes,
     quantization_reading,
     quantization_sums,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "miller_madow",
     "missed_hits",
     "moved_idle_codes",
-    "nearest_codes",
     "quantization_reading",
     "quantization_sums",
     "unseen_mass",

@@ -60,13 +60,6 @@ def quantization_reading(sums: Tensor) -> QuantizationReading:
     )
 
 
-@full_precision
-def nearest_codes(rows: Tensor, table: Tensor) -> Tensor:
-    """Index of the nearest code by Euclidean distance, ``(N,)`` from rows ``(N, D)`` and codes ``(K, D)``."""
-    distances: Tensor = table.square().sum(dim=1) - 2 * rows @ table.mT
-    return distances.argmin(dim=1)
-
-
 def churn(before: Tensor, now: Tensor) -> Tensor:
     """Share of a fixed set of rows whose code has changed: 0 where codes have settled, near 1 where they were replaced.
 
@@ -97,7 +90,8 @@ def codebook_motion(before: Tensor, now: Tensor, counts: Tensor) -> Tensor:
     """
     length = torch.linalg.vector_norm(before, dim=1).clamp_min(torch.finfo(before.dtype).tiny)
     weight = counts.to(before.dtype)
-    return (torch.linalg.vector_norm(now - before, dim=1) / length * weight).sum() / weight.sum()
+    motion: Tensor = (torch.linalg.vector_norm(now - before, dim=1) / length * weight).sum() / weight.sum()
+    return motion
 
 
 @full_precision
@@ -125,4 +119,5 @@ def moved_idle_codes(before: Tensor, now: Tensor, counts: Tensor) -> Tensor:
     idle = weight < weight.mean() / 20
     moved = torch.linalg.vector_norm(now - before, dim=1)
     spreads = torch.stack([(of - of.mean(dim=0)).square().sum(dim=1).mean().sqrt() for of in (before, now)])
-    return (idle & (moved > spreads.amax() / 2)).sum()
+    count: Tensor = (idle & (moved > spreads.amax() / 2)).sum()
+    return count
