@@ -77,11 +77,9 @@ from lightning_collapse.functional.latent_information import (
     mutual_information,
 )
 from lightning_collapse.functional.latent_units import (
-    gaussian_divergence,
     latent_readings,
     latent_sums,
     unit_kinds,
-    whitened_posterior,
 )
 from lightning_collapse.functional.lidar import Lidar, lidar, lidar_null
 from lightning_collapse.functional.low_pass_gain import low_pass_gain, low_pass_gain_null

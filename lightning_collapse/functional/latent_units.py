@@ -7,6 +7,7 @@ from math import nan
 import torch
 from torch import Tensor
 
+from lightning_collapse.functional.gaussian_divergence import gaussian_divergence
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 
 COLUMNS = ("mean", "mean_square", "variance", "variance_square", "log_variance", "divergence")
@@ -19,58 +20,6 @@ AT_PRIOR = 0.01
 """Divergence in nats below which a unit lies on the prior (ours)."""
 AT_POINT = (1e-4, 1e-2)
 """Bounds of the posterior variance, and of the variance of its mean, below which a unit lies on a point (ours)."""
-
-
-@full_precision
-def gaussian_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    r"""Divergence of every unit's posterior from a standard normal prior, in nats [1].
-
-    .. math:: D_u = \tfrac12 \left(\mu_u^2 + \sigma_u^2 - 1 - \ln \sigma_u^2\right)
-
-    Args:
-        mean: Of the posterior, any shape; for another prior see :func:`whitened_posterior`.
-        log_variance: Of the same shape.
-
-    Returns:
-        Of the same shape, at least ``float32``: 0 on the prior and growing away from it, to a point as well, where it
-        is large and tells nothing of the input.
-
-    References:
-        [1] Kingma & Welling, *Auto-encoding variational Bayes*, ICLR 2014, appendix B. https://arxiv.org/abs/1312.6114
-
-    Example:
-        >>> gaussian_divergence(torch.zeros(3), torch.tensor([1.0, 1e-2, 1e-6]).log())
-        tensor([0.0000, 1.8076, 6.4078])
-    """
-    # a difference of large numbers near 0 would lose what a collapsed unit still has
-    return (mean.square() + torch.expm1(log_variance) - log_variance) / 2
-
-
-@full_precision
-def whitened_posterior(
-    mean: Tensor, log_variance: Tensor, prior_mean: Tensor, prior_log_variance: Tensor
-) -> tuple[Tensor, Tensor]:
-    r"""A posterior seen from its conditional prior :math:`\mathcal N(m, s^2)`, which becomes the standard normal one.
-
-    .. math:: \mu' = (\mu - m) / s, \qquad \ln \sigma'^2 = \ln \sigma^2 - \ln s^2
-
-    The divergence stays what it is, and thresholds that take a unit prior for granted hold.
-
-    Args:
-        mean: Of the posterior, ``(..., U)``.
-        log_variance: Of the same shape.
-        prior_mean: Of the prior of the same rows, or one for all.
-        prior_log_variance: Likewise.
-
-    Returns:
-        Mean and logarithm of the variance, ``(..., U)``.
-
-    Example:
-        >>> mean, log_variance = whitened_posterior(*(torch.tensor([x]) for x in (3.0, 0.0, 1.0, 4.0)))
-        >>> round(mean.item(), 4), log_variance.item()
-        (0.2707, -4.0)
-    """
-    return (mean - prior_mean) * (-prior_log_variance / 2).exp(), log_variance - prior_log_variance
 
 
 def latent_sums(mean: Tensor, log_variance: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
+from lightning_collapse.functional.gaussian_divergence import whitened_posterior
 from lightning_collapse.functional.latent_information import mutual_information
-from lightning_collapse.functional.latent_units import COLUMNS, latent_sums, whitened_posterior
+from lightning_collapse.functional.latent_units import COLUMNS, latent_sums
 from lightning_collapse.monitoring.graph_call import GraphCall, pack, unpack
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.channel_axis import ChannelAxis
