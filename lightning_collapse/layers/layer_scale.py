@@ -45,7 +45,7 @@ class _GainedBranch(Reparametrized):
     """The last linear layer of a residual branch, whose outputs are multiplied by gains."""
 
     adds = ("gain", "columns")
-    converts = "the last linear layers of residual branches"
+    converts = "the last linear layers of residual branches, by their usual names or those in `branches`"
     gain: nn.Parameter
     columns: bool
 
@@ -175,7 +175,8 @@ class ReZero(_GainedBranch):
 
 def _look(name: str, module: nn.Module, start: Any, named: bool) -> Start | str | None:
     if not isinstance(module, nn.Linear) and not is_transposed(module):
-        return None
+        alone = named and next(module.children(), None) is None and next(module.parameters(), None) is not None
+        return f"it is a {type(module).__name__}, and a branch ends in a linear layer. Name that" if alone else None
     return partial(start, columns=is_transposed(module)) if named or _ENDS.search(f".{name}") else None
 
 

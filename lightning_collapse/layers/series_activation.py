@@ -47,7 +47,7 @@ class SeriesActivation(ConvertedModule):
     adds = ("slope", "shift")
     converts = "activation functions that are modules"
     resists = "tokens that become alike with depth"
-    cost = "the activation `n` times"
+    cost = "the activation `terms` times"
     source = "Wang et al. 2023, arXiv 2312.17276"
     slope: nn.Parameter
     shift: nn.Parameter

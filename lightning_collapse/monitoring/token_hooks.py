@@ -36,7 +36,19 @@ from lightning_collapse.utilities.weight_matrices import whole
 
 _PADDING = ("key_padding_mask", "src_key_padding_mask", "tgt_key_padding_mask")
 MEANS = ("relative_residual", "token_cosine", "loudest_token_share", "null_residual", "null_ratio")
-_COLUMNS = ("n", "tokens", "seen", "lost", *MEANS, "mean", "centered", "contracted", "contraction")
+_COLUMNS = (
+    "n",
+    "tokens",
+    "seen",
+    "lost",
+    *MEANS,
+    "mean",
+    "centered",
+    "contracted",
+    "contraction",
+    "entered",
+    "received",
+)
 
 
 class _Writer(NamedTuple):
@@ -244,7 +256,9 @@ class TokenHooks(HookOwner):
         count = moments.n
         offered = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         seen = TokenGroups.of(offered, segments).real.sum()
-        contraction = None
+        contraction = received = count[:0]
+        if before is not None:
+            received = relative_residual(before)
         if before is not None and before.mean.shape == moments.mean.shape:
             contraction = contraction_ratio(moments, before)
         some = count > 1
@@ -259,8 +273,10 @@ class TokenHooks(HookOwner):
             loudest_token_share(moments),
             *(torch.where(some, null, 0) for null in nulls),
             *mode_norms(moments),
-            count[:0] if contraction is None else contraction.isfinite(),
-            count[:0] if contraction is None else contraction,
+            contraction.isfinite(),
+            contraction,
+            received.isfinite(),
+            received,
         ]
         sums = torch.stack([c.to(accumulation_dtype(c.device)).nansum() for c in columns])
         self._sums[name] = self._sums.get(name, 0) + sums
@@ -296,5 +312,5 @@ def _readings(sums: Tensor) -> dict[str, Tensor]:
     of = dict(zip(_COLUMNS, sums, strict=True))
     means = {name: of[name] / of["n"] for name in MEANS}
     counts = {name: of[name] for name in ("n", "tokens", "seen", "lost")}
-    ratio = capped_ratio(of["mean"], of["centered"])
-    return counts | means | {"mean_mode_ratio": ratio, "contraction": of["contraction"] / of["contracted"]}
+    own = {"contraction": of["contraction"] / of["contracted"], "received": of["received"] / of["entered"]}
+    return counts | means | own | {"mean_mode_ratio": capped_ratio(of["mean"], of["centered"])}

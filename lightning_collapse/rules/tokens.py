@@ -21,8 +21,9 @@ class TokenCollapse(Rule):
     the last blocks of a classifier end, whose tokens need to tell one thing. All of these learn: as long as the loss
     has kept nine tenths of what it gained, and falls or has halved, or before the eighth point, it is a notice. Without
     a skip around attention tokens are one from the first step, and all that is learned is how often each target comes;
-    under mean mode screaming the loss returns to where it began. What attention does to causal sequences as a filter is
-    not read at all. The numbers are ours.
+    under mean mode screaming the loss returns to where it began. A block that receives one vector from the first points
+    on is not to blame: its sequences are such by design, or a block before it is named. What attention does to causal
+    sequences as a filter is not read at all. The numbers are ours.
 
     Example:
         >>> values = {"relative_residual": 0.004, "token_cosine": 0.99998}
@@ -35,6 +36,7 @@ class TokenCollapse(Rule):
     says = "The tokens of a sequence are nearly one vector in `{layer}`."
     family = "tokens"
     measures = ("relative_residual", "token_cosine")
+    optional = ("received",)
     follows = (LOSS,)
     lower_is_worse = ("relative_residual",)
     higher_is_worse = ("token_cosine",)
@@ -44,6 +46,8 @@ class TokenCollapse(Rule):
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """The larger of how far the residual, and the angle between tokens, are below their lines."""
+        if baseline.get("received", 1.0) <= SHARE:
+            return 0.0
         residual, cosine = (points[name] for name in self.measures)
         noise = residual.null if residual.null > 0 else 1.0
         gone = spread_gone(residual.value / noise, baseline["relative_residual"] / noise)

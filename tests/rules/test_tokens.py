@@ -6,10 +6,12 @@ from lightning_collapse.rules import TRAINING, Judge
 from lightning_collapse.utilities.points import Point
 
 
-def judged(residuals, losses, cosine=None, null=0.98):
+def judged(residuals, losses, cosine=None, null=0.98, received=None):
     judge = Judge(["token_collapse"])
     for step, (residual, loss) in enumerate(zip(residuals, losses, strict=True)):
         values = {"relative_residual": residual, "token_cosine": 1 - residual**2 if cosine is None else cosine}
+        if received is not None:
+            values["received"] = received[step]
         points = [Point("tokens", "blocks.5", name, step, v, n=32, null=null) for name, v in values.items()]
         judge.update([*points, Point(TRAINING, "", "loss", step, loss)])
     return [(v.kind, v.layer) for v in judge.verdicts], len(judge.notices)
@@ -49,3 +51,9 @@ def test_tokens_of_one_direction_are_one_behind_a_norm_whatever_their_lengths():
 @pytest.mark.parametrize("null", [0.71, float("nan")])
 def test_few_tokens_are_judged_by_what_few_independent_ones_read(null):
     assert judged([0.65] * 20, FLAT, cosine=0.0, null=null) == ([], 0)
+
+
+def test_a_block_that_receives_one_vector_from_the_first_points_on_is_not_to_blame():
+    assert judged([1e-4] * 20, FLAT, received=[0.0] * 20) == ([], 0)
+    assert judged([1e-4] * 20, FLAT, received=[0.07] * 20)[0] == COLLAPSE
+    assert judged([0.9] * 12 + [1e-4] * 8, FLAT, received=[0.9] * 12 + [0.0] * 8)[0] == COLLAPSE

@@ -69,7 +69,13 @@ class AttentionGainMonitor(AttentionMonitor):
             "near 0: tokens become alike",
             _ZHOU,
         ),
-        Curve("low_pass_gain_max", "the same of the head that lets most through", "0 to infinity", "near 0", _ZHOU),
+        Curve(
+            "low_pass_gain_max",
+            "the same of the head and sequence that let most through",
+            "0 to infinity",
+            "near 0",
+            _ZHOU,
+        ),
     )
 
     def __init__(

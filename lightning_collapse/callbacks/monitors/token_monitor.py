@@ -83,6 +83,7 @@ class TokenMonitor(Monitor):
             "far below 1, of a block",
             _DONG,
         ),
+        Curve("received", "`relative_residual` of the stream before a block", "0 to 1", "0 from the start: by design"),
         Curve("mean_gradient", "part of a gradient that moves all tokens alike", "0 to infinity", "growing", _LU),
         Curve("centered_gradient", "part of a gradient that tells tokens apart", "0 to infinity", "near 0", _LU),
         Curve(
@@ -187,11 +188,21 @@ class TokenMonitor(Monitor):
             "centered_gradient": sqrt(1 - share * share),
             "amplification": 1.0,
         }
-        left_out = () if is_block else ("token_cosine", "mean_mode_ratio", "loudest_token_share")
+        left_out = () if is_block else ("token_cosine", "mean_mode_ratio", "loudest_token_share", "received")
         drawn = {c.name: own[c.name] for c in self.declares if c.name in own and c.name not in left_out}
         drawn = {key: value for key, value in drawn.items() if is_block or isfinite(value)}
         return [
-            Point(self.family, name, key, step, value if isfinite(value) else nan, n, nulls.get(key, nan), flag)
+            Point(
+                self.family,
+                name,
+                key,
+                step,
+                value if isfinite(value) else nan,
+                n,
+                nulls.get(key, nan),
+                flag,
+                drawn=key != "received",
+            )
             for key, value in (drawn | {"flag": float(flag)}).items()
         ]
 
