@@ -16,6 +16,7 @@ KINDS = frozenset(
         "attention_logit_limit",
         "attention_overload",
         "catastrophic_forgetting",
+        "codebook_collapse",
         "complete_collapse",
         "dimensional_collapse",
         "headroom",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_collapse.functional.codebooks import quantization_sums
+from lightning_collapse.functional.vector_quantization import nearest_codes
 from lightning_collapse.monitoring.call_record import storage_of
 from lightning_collapse.monitoring.codebooks import FEWEST, SEARCHES, is_index, lookup
 from lightning_collapse.utilities.features import evenly
@@ -101,7 +102,7 @@ class CodeChoices:
             self._search(name, args, kwargs, output)
         looked_up = None if name == "__getitem__" else lookup(name, args, kwargs)
         if looked_up is not None and self.choice_of(looked_up[1]) is None:
-            self.others.add(storage_of(looked_up[0]))
+            self.others |= {storage_of(looked_up[0])} & self._tables  # addresses of others are used again
         elif self._made and isinstance(output, Tensor):
             self._follow([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], output)
 
@@ -171,7 +172,7 @@ def _may_be_rows(value: Any, n: int) -> bool:
 
 @torch.no_grad()
 def _measure(choice: Choice) -> None:
-    """Rows beside their codes, before anything moves these; of several candidates those that are nearest."""
+    """Rows beside their codes, before anything moves these; of several candidates those whose choice it would be."""
     table = choice.table
     if table is None or table.numel() != choice.codes * table.shape[-1]:
         return
@@ -182,8 +183,9 @@ def _measure(choice: Choice) -> None:
     if not rows:
         return
     near = torch.stack([evenly(x.reshape(n, width), ROWS) for x in rows])
-    codes = table.index_select(0, evenly(indices, ROWS).long())
-    sums = torch.stack([quantization_sums(x, codes) for x in near])
-    best = sums[:, 1].argmin()
+    chosen = evenly(indices, ROWS).long()
+    sums = torch.stack([quantization_sums(x, table.index_select(0, chosen)) for x in near])
+    agree = torch.stack([(nearest_codes(x[:PROBE], table) == chosen[:PROBE]).to(sums).mean() for x in near])
+    best = (agree - 1e-3 * sums[:, 1] / (1 + sums[:, 1])).argmax()
     choice.sums = sums.index_select(0, best.view(1))[0]
     choice.probe = near.index_select(0, best.view(1))[0, :PROBE].clone()

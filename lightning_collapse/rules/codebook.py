@@ -14,9 +14,9 @@ class CodebookCollapse(Rule):
     """Few codes are chosen, and most of the others are dead.
 
     For two points half of the codes are dead, each of them 20 hits overdue by its own share so far, and the perplexity
-    is below half of what chance leaves of equally likely codes, and of the largest of the run's first points; or, where
-    it was low from the beginning, below a quarter of chance from the sixteenth point on, since most codebooks begin
-    with a few codes. Nothing is said while it rises: codes are drawn along, or have just been put elsewhere.
+    is below half of what chance leaves of equally likely codes, and of the largest of the run's first points, or below
+    a quarter of chance. Nothing is said before the sixteenth point, since most codebooks begin with a few codes until
+    others are drawn along or put elsewhere, nor while the perplexity rises.
 
     Neither alone is a failure. Skewed data have a low perplexity and rare codes, which are not overdue; later levels of
     a residual quantizer are flatter than the first; and small batches hit few codes, which chance explains. A codebook
@@ -26,7 +26,7 @@ class CodebookCollapse(Rule):
     Example:
         >>> from lightning_collapse.rules import Judge
         >>> judge = Judge(["codebook_collapse"])
-        >>> for step in range(12):
+        >>> for step in range(20):
         ...     values = {"perplexity": max(400 * 0.7**step, 5.0), "dead": min(0.1 * step, 0.9)}
         ...     points = [Point("codebook", "vq", name, step, value, 4096, 480.0) for name, value in values.items()]
         ...     _ = judge.update(points)
@@ -44,7 +44,7 @@ class CodebookCollapse(Rule):
     higher_is_worse = (DEAD,)
     supersedes = ("prototype_collapse",)
     patience = 2
-    share, share_from_birth, dead, least_null, born = 0.5, 0.25, 0.5, 4.0, 16
+    share, share_of_chance, dead, least_null, least_points = 0.5, 0.25, 0.5, 4.0, 16
     advice = (
         "Move codes that no row chooses to where rows are, let all of them move (a matrix before the codebook), lower"
         " its dimension, or return with `Rollback()`."
@@ -52,23 +52,18 @@ class CodebookCollapse(Rule):
     paper = "van den Oord et al., 2017, arXiv 1711.00937; Lancucki et al., 2020, arXiv 2005.08520"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
-        """How far the perplexity is below half of the null and the beginning, or how many codes are dead if less."""
+        """How far the perplexity is below its lines, or how many codes are dead if that is less."""
         used = points[PERPLEXITY]
         if not used.null > self.least_null:
             return 0.0
-        lost = self.share * min(used.null, baseline[PERPLEXITY]) / max(used.value, 1e-300)
-        return min(lost, points[DEAD].value / self.dead)
+        line = max(self.share * min(used.null, baseline[PERPLEXITY]), self.share_of_chance * used.null)
+        return min(line / max(used.value, 1e-300), points[DEAD].value / self.dead)
 
     def weigh(self, evidence: Evidence) -> float:
-        """The severity, or that of a codebook that was never in use; undecided while the perplexity rises."""
-        points, curve = evidence.points, evidence.history.get(PERPLEXITY)
-        severity, used = self.severity(points, evidence.baseline), points[PERPLEXITY]
-        if curve is None or not used.null > self.least_null:
-            return severity
-        if curve.count >= self.born:
-            few = self.share_from_birth * used.null / max(curve.level, 1e-300)
-            severity = max(severity, min(few, points[DEAD].value / self.dead))
-        return min(severity, UNDECIDED) if curve.direction() == "rising" else severity
+        """The severity; undecided at first, and while the perplexity rises."""
+        severity, curve = self.severity(evidence.points, evidence.baseline), evidence.history.get(PERPLEXITY)
+        early = curve is None or curve.count < self.least_points or curve.direction() == "rising"
+        return min(severity, UNDECIDED) if early else severity
 
     def excuse(self, evidence: Evidence) -> str:
         """That nobody trains it."""

@@ -20,7 +20,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from examples.zoo.generative.codebook import VQVAE
+from examples.zoo.generative.quantizer import Codebook
 from lightning_collapse import (
+    CodebookMonitor,
     CollapseGuard,
     CollapseMonitor,
     GradientMonitor,
@@ -141,6 +144,13 @@ ROWS = {
         block=1,
         blocks=30,
         logs=False,
+    ),
+    "codebook": Row(
+        "CodebookMonitor, small VQ-VAE",
+        1.01,
+        lambda: VQVAE(Codebook(restarts=False)),
+        lambda: Endless((torch.rand(64, 1, 8, 8),)),
+        lambda: [CodebookMonitor()],
     ),
     "stability": Row(
         "StabilityMonitor, transformer", 1.005, Transformer, tokens, lambda: [StabilityMonitor()], block=10, blocks=20

@@ -1,4 +1,4 @@
-"""Two processes read the same outliers and updates, which are those of one on all the data."""
+"""Two processes read the same outliers, tokens, codes and updates, which are those of one on all the data."""
 
 import math
 
@@ -9,8 +9,20 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lightning_collapse import ActivationMonitor, TokenMonitor, UpdateMonitor, VariancePropagationMonitor
-from lightning_collapse.functional import activation_outliers, mean_mode_gradient, token_cosine
+from lightning_collapse import (
+    ActivationMonitor,
+    CodebookMonitor,
+    TokenMonitor,
+    UpdateMonitor,
+    VariancePropagationMonitor,
+)
+from lightning_collapse.functional import (
+    activation_outliers,
+    code_counts,
+    code_perplexity,
+    mean_mode_gradient,
+    token_cosine,
+)
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, PointKeeper, Toy, batches
 
@@ -57,6 +69,7 @@ def _check_outliers(rank):
     monitors = ActivationMonitor(layers, 2), VariancePropagationMonitor([*layers, "encoder.*"], 2, first_steps=0)
     found = _fit(rank, Uneven(), DDPStrategy(process_group_backend="gloo"), *monitors)
     _check_tokens(rank)
+    _check_codes(rank)
     shards = [list(batches(4, seed=r))[3][: ROWS[r]] + 10 * r for r in range(2)]
     for layer, rows in (("encoder.0.input", torch.cat(shards)), ("extra", shards[1])):
         expected = activation_outliers(rows)
@@ -105,6 +118,42 @@ def _check_tokens(rank):
         ("mean_gradient", "centered_gradient", "amplification"), mean_mode_gradient(x, 2 * out), strict=True
     ):
         assert found["block.out", name] == pytest.approx(float(value), rel=1e-4), name
+
+
+class Codes(Uneven):
+    """Two codebooks, of which the second is used in the second process only."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = None, None
+        self.tables = nn.ParameterList(torch.randn(6, 4) for _ in range(2))
+
+    def training_step(self, batch, batch_idx):
+        rows, loss = batch[: ROWS[self.global_rank]].view(-1, 4) + self.global_rank, 0.0
+        for table in self.tables[: 1 + self.global_rank]:
+            loss = loss + table[torch.cdist(rows, table).argmin(dim=1)].pow(2).sum()
+        return loss + 0 * sum(table.sum() for table in self.tables)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def _check_codes(rank):
+    torch.manual_seed(0)
+    model = Codes()
+    found = _fit(rank, model, DDPStrategy(process_group_backend="gloo"), CodebookMonitor(every_n_steps=2))
+    shards = [torch.cat([list(batches(4, seed=r))[s][: ROWS[r]] for s in (2, 3)]).view(-1, 4) + r for r in range(2)]
+    for name, steps in (("tables.0", torch.cat(shards)), ("tables.1", shards[1])):
+        table = model.tables[int(name[-1])].detach()
+        counts = code_counts(torch.cdist(steps, table).argmin(dim=1), 6)[:-1]
+        assert found[name, "n"] == len(steps)
+        assert found[name, "perplexity"] == pytest.approx(float(code_perplexity(counts)))
+        own = [(list(batches(4, seed=r))[3][: ROWS[r]]).view(-1, 4) + r for r in range(2)]
+        rows = torch.cat(own) if name == "tables.0" else own[1]
+        rows, codes = rows.double(), table.double()[torch.cdist(rows, table).argmin(dim=1)]
+        error = (rows - codes).pow(2).sum() / (rows - rows.mean(dim=0)).pow(2).sum()
+        assert found[name, "quantization_error"] == pytest.approx(float(error), rel=1e-6)
+        assert (found[name, "motion"], found[name, "churn"]) == (0, 0)
 
 
 def _check_updates(rank):

@@ -6,7 +6,7 @@ GENERATIVE = (
     bottleneck.SPECIMEN,
     conv_vae.SPECIMEN,
     gan.SPECIMEN,
-    codebook.SPECIMEN,
+    *codebook.SPECIMENS,
     denoiser.SPECIMEN,
     *healthy.SPECIMENS,
     *latents.SPECIMENS,

@@ -2,9 +2,10 @@
 
 import torch
 
-from examples.zoo.generative.codebook import VQVAE
+from examples.zoo.generative.codebook import watched
 from examples.zoo.generative.conv_vae import VAE, told
 from examples.zoo.generative.parts import generative
+from examples.zoo.generative.quantizer import Codebook
 from examples.zoo.specimen import Habitat, Specimen
 from lightning_collapse import LatentMonitor
 
@@ -17,10 +18,10 @@ def log_variances(seed: int) -> Habitat:
 
 def one_code_at_first(seed: int) -> Habitat:
     """Codes begin on one side, where a single one is the nearest of all rows; restarts spread them."""
-    model = VQVAE(restarts=True)
+    codebook = Codebook(restarts=True)
     with torch.no_grad():
-        model.codebook.codes.add_(2.0)
-    return generative(model, seed, model.encoder, model.fidelity, model.variety)
+        codebook.codes.add_(2.0)
+    return watched(seed, codebook)
 
 
 SPECIMENS = (
