@@ -104,7 +104,7 @@ class CodeChoices:
         if looked_up is not None and self.choice_of(looked_up[1]) is None:
             self.others |= {storage_of(looked_up[0])} & self._tables  # addresses of others are used again
         elif self._made and isinstance(output, Tensor):
-            self._follow([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], output)
+            self._follow(name, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], output)
 
     def _search(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         searched = args[0] if args else kwargs.get("input")
@@ -121,21 +121,30 @@ class CodeChoices:
 
     def _at(self, codes: int, indices: Tensor) -> Choice | None:
         """The method that runs, and what in it may be the rows."""
-        frame, n = inspect.currentframe(), indices.numel()
+        frame = inspect.currentframe()
         while frame is not None:
             code = frame.f_code
             if code.co_argcount and code.co_varnames[0] == "self" and id(frame.f_locals.get("self")) in self._modules:
                 module = frame.f_locals["self"]
                 if callable(getattr(type(module), code.co_name, None)):
-                    near = [x.detach() for x in frame.f_locals.values() if self.deep and _may_be_rows(x, n)]
+                    near = [x.detach() for x in frame.f_locals.values() if self.deep and _may_be_rows(x)]
                     return Choice(module, code.co_name, codes, indices, near)
             frame = frame.f_back
         return None
 
-    def _follow(self, given: list[Tensor], output: Tensor) -> None:
+    def _join(self, choice: Choice, given: list[Tensor], output: Tensor) -> None:
+        """Take for one choice what was searched a tile of rows at a time."""
+        tiles = [self.choice_of(tile) for tile in given]
+        if all(tile is not None and tile.codes == choice.codes for tile in tiles):
+            choice.indices = output.detach()
+            self.found = [one for one in self.found if one is choice or one not in tiles]
+
+    def _follow(self, name: str, given: list[Tensor], output: Tensor) -> None:
         choice = next((found for x in given if (found := self.choice_of(x)) is not None), None)
         if choice is None:
             return
+        if name == "cat" and choice.table is None and is_index(output):
+            self._join(choice, given, output)
         n = choice.indices.numel()
         for table in given if output.is_floating_point() else ():
             known = storage_of(table) in self._tables
@@ -164,10 +173,8 @@ def _fits(table: Tensor, output: Tensor, codes: int, n: int) -> bool:
     return table.shape[-2] == codes and output.numel() == n * width and output.shape[-1:] == (width,)
 
 
-def _may_be_rows(value: Any, n: int) -> bool:
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
-        return False
-    return value.ndim > 1 and n > 0 and value.numel() in (n * value.shape[-1], n * value.shape[1])
+def _may_be_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided and value.ndim > 1
 
 
 @torch.no_grad()
@@ -180,7 +187,7 @@ def _measure(choice: Choice) -> None:
     width, n = table.shape[1], len(indices)
     rows = [x for x in choice.candidates if x.numel() == n * width and storage_of(x) != storage_of(table)]
     rows = [x if x.shape[-1] == width else x.movedim(1, -1) for x in rows if width in (x.shape[-1], x.shape[1])]
-    if not rows:
+    if not rows or not n:
         return
     near = torch.stack([evenly(x.reshape(n, width), ROWS) for x in rows])
     chosen = evenly(indices, ROWS).long()

@@ -92,6 +92,7 @@ class CodebookHooks(HookOwner):
     Attributes:
         deep: Whether the next step is.
         measures: Whether rows are read in it.
+        inline: Whether the training step itself chooses codes: then every step must be deep for all to be counted.
         given: Storages of the tensors of the batch, in a deep step.
         books: Codebooks by name.
 
@@ -115,7 +116,7 @@ class CodebookHooks(HookOwner):
     def __init__(
         self, root: nn.Module, containment: Containment, taps: Sequence[Tap] = (), read: Reader | None = None
     ) -> None:
-        self.deep = self.measures = self._armed = self._inside = self._whole = False
+        self.deep = self.measures = self.inline = self._armed = self._inside = self._whole = False
         self.given: set[int] = set()
         self.books: dict[str, Book] = {}
         self._root, self._contained, self._reader = root, containment, read
@@ -255,6 +256,9 @@ class CodebookHooks(HookOwner):
 
     def _find(self, choice: Choice, name: str) -> None:
         key = id(choice.module), choice.method
+        if choice.module is self._root and choice.method == "training_step":
+            self.inline = True  # a wrapper around it would not know yet whether the step counts
+            return
         if key not in self._sites:
             self._sites[key] = site = _Site()
             self._unwrap.append(wrap_method(choice.module, choice.method, partial(self._around, site)))

@@ -169,7 +169,8 @@ class CodebookMonitor(Monitor):
         if self._hooks is None or self._scope is None:
             return
         self._hooks.measures = batches_left == 0
-        self._hooks.deep = self._hooks.measures or self._resumed  # where codebooks are used is found again
+        # after a restart it is to be found again where codebooks are used
+        self._hooks.deep = self._hooks.measures or self._hooks.inline or self._resumed
         if self._hooks.deep:
             self._hooks.given = {storage_of(x) for x in tree_leaves(batch) if isinstance(x, Tensor)}
         self._scope.request(self._hooks)
