@@ -24,6 +24,7 @@ class InverseLipschitzDecoder(nn.Module):
     The gradients are written out, so that there is no derivative within the forward pass: it runs without gradients, in
     one compiled graph, and can be differentiated twice. It is computed in at least ``float32``, whatever the autocast,
     since the rounding of half precision breaks the bound for near pairs. Half weights keep it but for their rounding.
+    A training step takes 2 (one layer) to 4 times (two) that of a plain decoder of as many layers and as wide.
 
     Args:
         latent_dim: Units ``K`` of the latent.
@@ -70,13 +71,14 @@ class InverseLipschitzDecoder(nn.Module):
         self.register_buffer("isometry", torch.empty(output_dim, latent_dim))
         self.register_buffer("lipschitz", torch.empty(()))
         self.set_lipschitz(lipschitz)
-        self._fill()
+        self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw weights and isometry anew; also what fills a layer built on the ``meta`` device."""
-        for part in (self.latent, self.output):
-            part.reset_parameters()
-        self._fill()
+        """Draw the isometry anew; also, as that of its parts, what fills a layer built on the ``meta`` device."""
+        self.lipschitz.fill_(self._start)
+        if not self.isometry.is_meta:  # and in single precision: decompositions have no half one
+            self.isometry.copy_(nn.init.orthogonal_(torch.empty_like(self.isometry, dtype=torch.float32)))
 
     @torch.no_grad()
     def set_lipschitz(self, lipschitz: float) -> None:
@@ -90,6 +92,7 @@ class InverseLipschitzDecoder(nn.Module):
         self._start = lipschitz
         self.lipschitz.fill_(lipschitz)
 
+    @full_precision
     def forward(self, latents: Tensor) -> Tensor:
         """Outputs ``(..., D)``, at least ``float32``, of latents ``(..., K)``.
 
@@ -102,19 +105,14 @@ class InverseLipschitzDecoder(nn.Module):
                 f" shape {tuple(latents.shape)}. Pass samples of the posterior, and not its moments."
             )
         root = self.lipschitz.sqrt()
-        outputs: Tensor = self.output(_matmul(self.latent(latents, root), self.isometry.mT), root)
+        points = self.latent(latents, root)
+        outputs: Tensor = self.output(points @ self.isometry.mT.to(points.dtype), root)
         return outputs
 
     def extra_repr(self) -> str:
         """Show the hyperparameters in ``print(model)``."""
         output_dim, latent_dim = self.isometry.shape
         return f"latent_dim={latent_dim}, output_dim={output_dim}, lipschitz={self._start}"
-
-    @torch.no_grad()
-    def _fill(self) -> None:
-        self.lipschitz.fill_(self._start)
-        if not self.isometry.is_meta:  # and in single precision: decompositions have no half one
-            self.isometry.copy_(nn.init.orthogonal_(torch.empty_like(self.isometry, dtype=torch.float32)))
 
 
 class _BrenierMap(nn.Module):
@@ -126,19 +124,14 @@ class _BrenierMap(nn.Module):
         self.raw_links = nn.ParameterList(nn.Parameter(torch.empty(hidden, hidden)) for _ in range(depth - 1))
         self.raw_readout = nn.Parameter(torch.empty(hidden))
         self.bias = nn.Parameter(torch.empty(dim))
-        self._fill()
-
-    def reset_parameters(self) -> None:
-        for layer in self.inputs:
-            layer.reset_parameters()  # type: ignore[operator]
-        self._fill()
+        self.reset_parameters()
 
     def forward(self, x: Tensor, root: Tensor) -> Tensor:
         weights = [parameter for layer in self.inputs for parameter in layer.parameters()]
         return _brenier_map(x, root, self.bias, self.raw_readout, *self.raw_links, *weights)
 
     @torch.no_grad()
-    def _fill(self) -> None:
+    def reset_parameters(self) -> None:
         hidden, dim = len(self.raw_readout), len(self.bias)
         for link in self.raw_links:
             link.fill_(_inverse_softplus(1 / hidden))
@@ -161,11 +154,6 @@ def _brenier_map(x: Tensor, root: Tensor, bias: Tensor, raw_readout: Tensor, *re
         slope = (slope @ functional.softplus(links[k])) * raw[k].sigmoid()
         result = result + slope @ weights[k]
     return result
-
-
-@full_precision
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    return left @ right
 
 
 def _inverse_softplus(value: float) -> float:
