@@ -5,7 +5,6 @@ Run: ``python examples/latents/vae.py`` (five minutes on one core; with ``--quic
 
 import argparse
 import logging
-import math
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_collapse import AntiCollapseMixin
 from lightning_collapse.demo import load_digits
-from lightning_collapse.functional import effective_rank
+from lightning_collapse.functional import effective_rank, mutual_information
 from lightning_collapse.layers import InverseLipschitzDecoder
 from lightning_collapse.losses import AntiCollapseLoss, DeltaVAE, FreeBits, LinearRamp, LinearWarmup
 from lightning_collapse.spectral import singular_values
@@ -125,15 +124,6 @@ def photographs(per_cell: int = 400, size: int = 8) -> Images:
     return standardized(*parts)
 
 
-def information(mean: Tensor, log_variance: Tensor) -> float:
-    """Mutual information of images and one sample of each latent, each image's own posterior among those of all."""
-    samples = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    posteriors = torch.distributions.Normal(mean, (log_variance / 2).exp())
-    logs: Tensor = posteriors.log_prob(samples.unsqueeze(1)).sum(dim=2).double()  # type: ignore[no-untyped-call]
-    own, every = logs.diagonal().mean(), logs.logsumexp(dim=1).mean()
-    return own.item() - every.item() + math.log(len(mean))
-
-
 def neighbours(train: Tensor, test: Tensor, images: Images) -> float:
     """Accuracy of the majority of the nearest training rows."""
     near = torch.cdist(test, train).topk(NEIGHBOURS, largest=False).indices
@@ -146,13 +136,15 @@ def read(model: VAE, images: Images) -> Reading:
     """Measure on held-out images."""
     moments, known = model.encoder(images.test), model.encoder(images.train)[:, :UNITS]
     mean, log_variance = moments.chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    samples = mean + (log_variance / 2).exp() * noise
     divergence = model.regularizers["divergence"][1]
     plain = divergence if isinstance(divergence, DeltaVAE) else FreeBits(floor=0.0)
     left = (model.decoder(mean) - images.test).square().sum() / images.test.square().sum()
     return Reading(
         (mean.var(dim=0) > 0.01).sum().item(),
         plain(moments).item(),
-        information(mean, log_variance),
+        mutual_information(mean, log_variance, samples)[0].item(),
         effective_rank(singular_values(mean.double())).item(),
         1 - left.item(),
         neighbours(known, mean, images),

@@ -76,11 +76,7 @@ from lightning_collapse.functional.latent_information import (
     linear_vae_divergence,
     mutual_information,
 )
-from lightning_collapse.functional.latent_units import (
-    latent_readings,
-    latent_sums,
-    unit_kinds,
-)
+from lightning_collapse.functional.latent_units import latent_readings, latent_sums, unit_kinds
 from lightning_collapse.functional.lidar import Lidar, lidar, lidar_null
 from lightning_collapse.functional.low_pass_gain import low_pass_gain, low_pass_gain_null
 from lightning_collapse.functional.marchenko_pastur import MarchenkoPasturFit, marchenko_pastur_fit
@@ -113,12 +109,7 @@ from lightning_collapse.functional.neural_collapse import (
     vci,
 )
 from lightning_collapse.functional.non_finite import Cause, absolute_maximum, extremes, producer_cause
-from lightning_collapse.functional.output_entropy import (
-    OutputRows,
-    advantage_covariance,
-    entropy_change,
-    output_rows,
-)
+from lightning_collapse.functional.output_entropy import OutputRows, advantage_covariance, entropy_change, output_rows
 from lightning_collapse.functional.plasticity import dead_fraction, dormant_fraction
 from lightning_collapse.functional.power_law import PowerLaw, power_law_alpha, power_law_null
 from lightning_collapse.functional.pq_index import pq_index
