@@ -52,6 +52,7 @@ class LatentHooks(HookOwner):
         armed: Whether to add up now.
         mask: Padding mask ``(N, L)`` of the running batch.
         found: Names of the taps that have returned a posterior so far.
+        left_out: Names of those that have failed, of which a warning has told.
 
     Example:
         >>> net = nn.ModuleDict({"mu": nn.Linear(4, 2), "logvar": nn.Linear(4, 2)})
@@ -76,7 +77,7 @@ class LatentHooks(HookOwner):
         self.names = [pair.name for pair in pairs] + [tap.name for tap in taps if told]
         self._contained, self._reader, self._told = containment, read, told
         self._armed = False
-        self._failed: set[str] = set()
+        self.left_out: set[str] = set()
         self._hooks: list[ModuleHook] = []
         self.begin()
         for pair in pairs:
@@ -141,7 +142,7 @@ class LatentHooks(HookOwner):
         return [
             own
             for own in self.names
-            if own not in self._failed and not any(name == own or name.startswith(f"{own}.") for name in names)
+            if own not in self.left_out and not any(name == own or name.startswith(f"{own}.") for name in names)
         ]
 
     def remove(self) -> None:
@@ -153,13 +154,13 @@ class LatentHooks(HookOwner):
 
     def capture(self, name: str, take: Callable[[Any], None], value: Any) -> None:
         """Take what a module has returned; for hooks."""
-        if not self._armed or name in self._failed or is_to_be_ignored():
+        if not self._armed or name in self.left_out or is_to_be_ignored():
             return
         try:
             with torch.no_grad():
                 take(value)
         except Exception as error:
-            self._failed.add(name)
+            self.left_out.add(name)
             self._contained.catch(f"reading the latent of `{name}`", "it is left out from now on", error)
 
     def _take_half(self, name: str, axis: ChannelAxis, factor: float, value: Any) -> None:

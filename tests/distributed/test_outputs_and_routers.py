@@ -1,5 +1,7 @@
 """Two processes with batches of unlike size draw one set of curves of the rows of both."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -7,8 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_collapse import OutputMonitor, RouterMonitor
-from lightning_collapse.functional import advantage_covariance, output_rows
+from lightning_collapse import LatentMonitor, OutputMonitor, RouterMonitor
+from lightning_collapse.functional import advantage_covariance, latent_readings, latent_sums, output_rows
 from lightning_collapse.functional.routing import routing_readings, routing_sums
 from lightning_collapse.metrics import OutputEntropy, RouterLoad
 from tests.distributed.launch import on_two_processes
@@ -60,7 +62,8 @@ def _fit(rank, callbacks):
 
 def _check(rank):
     outputs = OutputMonitor(every_n_steps=2, labels="actions", advantages="gains", lens=["experts.0"])
-    watched, keeper = _fit(rank, [outputs, RouterMonitor(every_n_steps=2, batches=1)])
+    latents = LatentMonitor(["gate"], read=lambda scores: scores.chunk(2, dim=1), every_n_steps=2)
+    watched, keeper = _fit(rank, [outputs, RouterMonitor(every_n_steps=2, batches=1), latents])
     everyone = _everyone((repr(keeper.points), watched.seen))
     assert everyone[0][0] == everyone[1][0]
     for step in (0, 1, 3):
@@ -76,6 +79,10 @@ def _check(rank):
         assert found["policy/head/covariance_top"] == pytest.approx(covariance.quantile(0.9998).item(), rel=1e-4)
         share = (covariance > 0).double().mean().item()
         assert found["policy/head/covariance_positive"] == pytest.approx(share)
+        latent = latent_readings(latent_sums(*scores.chunk(2, dim=1)))
+        for name in ("kl", "information_ceiling", "active_units", "mixed", "n"):
+            assert found[f"latent/gate/{name}"] == pytest.approx(latent[name].item(), rel=1e-9)
+        assert found["latent/gate/information_limit"] == pytest.approx(math.log(sum(SIZES)))
         expected = routing_readings(routing_sums(scores, chosen))
         for name in ("load_cv2", "effective_experts", "balance_loss", "z", "n"):
             assert found[f"router/gate/{name}"] == pytest.approx(expected[name].item(), rel=1e-6)

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_collapse import OutputMonitor, RouterMonitor
+from lightning_collapse import LatentMonitor, OutputMonitor, RouterMonitor
 from tests.toys import PointKeeper, fit
 
 
@@ -44,6 +44,7 @@ def watch(compiled):
     torch._dynamo.reset()
     model, keeper = Model(compiled), PointKeeper()
     monitors = [OutputMonitor(head="net.1", every_n_steps=2), RouterMonitor(every_n_steps=2)]
+    monitors += [LatentMonitor(["net.1"], read=lambda output: (output[:, :2], output[:, 2:4]), every_n_steps=2)]
     loader = DataLoader(torch.randn(96, 8, generator=torch.Generator().manual_seed(0)), batch_size=16)
     fit(model, [*monitors, keeper], loader)
     return model, {(point.key, point.step): point.value for point in keeper.points}

@@ -191,7 +191,7 @@ class LatentMonitor(Monitor):
                 self._hooks.keep(self._hooks.found)
             for name in self._hooks.missing(names):
                 self.warn_once(f"the latent `{name}` did not run before every point; it has no curves there.")
-        if not names:
+        if not names and self._hooks is not None and not self._hooks.left_out:
             self._warn_of_none()
         found = {name: {kind: value for (of, kind), value in numbers.items() if of == name} for name in names}
         return [point for name, own in found.items() for point in self._points_of(name, step, own)]
