@@ -56,12 +56,10 @@ def mutual_information(
     densities = -(distances.clamp_min(0) + log_variance.sum(dim=1) + mean.shape[1] * log(2 * pi)) / 2
     densities = densities.masked_fill(~kept, -torch.inf)
     own = densities.diagonal()
-    rest = densities.masked_fill(torch.eye(len(mean), dtype=torch.bool, device=mean.device), -torch.inf)
-    found = []
-    for others, number in ((densities, count), (rest, count - 1)):
-        each = own - others.logsumexp(dim=1) + number.log()
-        found.append(torch.where(count > 1, each.masked_fill(~kept, 0).sum() / count, torch.nan))
-    return found[0], found[1]
+    others = densities.masked_fill(torch.eye(len(mean), dtype=torch.bool, device=mean.device), -torch.inf).logsumexp(1)
+    each = torch.stack([own - torch.logaddexp(others, own) + count.log(), own - others + (count - 1).log()])
+    lower, upper = torch.where(count > 1, each.masked_fill(~kept, 0).sum(dim=1) / count, torch.nan).unbind()
+    return lower, upper
 
 
 @full_precision

@@ -97,17 +97,15 @@ def latent_readings(sums: Tensor) -> dict[str, Tensor]:
     active, passive, mixed = unit_kinds(variance, (variance_square - variance.square()).clamp_min(0))
     at_point = (variance < AT_POINT[0]) & (spread < AT_POINT[1])
     kl = divergence.sum()
-    shares = {"active": active, "passive": passive, "mixed": mixed, "at_prior": divergence < AT_PRIOR}
+    kinds = torch.stack([active, passive, mixed, divergence < AT_PRIOR, at_point, spread > ACTIVE_VARIANCE])
+    shares = (kinds.to(sums.dtype).mean(dim=1) + 0 * kl).unbind()  # NaN without a row
     return {
         "kl": kl,
         "information_ceiling": ceiling.sum(),
         "prior_mismatch": (kl - ceiling.sum()).clamp_min(0),
         "largest_ceiling": ceiling.amax(),
-        "active_units": torch.where(n > 0, (spread > ACTIVE_VARIANCE).sum().to(sums), nan),
-        **{
-            name: torch.where(n > 0, units.to(sums.dtype).mean(), nan)
-            for name, units in {**shares, "at_point": at_point}.items()
-        },
+        "active_units": shares[5] * len(mean),
+        **dict(zip(("active", "passive", "mixed", "at_prior", "at_point"), shares[:5], strict=True)),
         "mean_share": mean_square.sum() / 2 / kl.clamp_min(torch.finfo(sums.dtype).tiny),
         "log_variance": log_variance.mean(),
         "mean_variance": spread.mean(),

@@ -30,7 +30,7 @@ from lightning_collapse.utilities.modules import Tap, hooks_ignored, is_to_be_ig
 
 Reader = Callable[[Any], Any]
 """From what a module returns to a posterior, see :func:`~lightning_collapse.utilities.gaussian_latents.as_latents`."""
-ROWS = 256
+ROWS = 64
 """Posteriors of all processes that the mutual information is estimated from, at most."""
 
 
@@ -38,7 +38,7 @@ class LatentHooks(HookOwner):
     """Forward hooks that add up what posteriors come to while ``armed``, and cost one ``if`` while not.
 
     Every call counts, except activation checkpointing's recomputation in the backward pass; every token and every place
-    of a map is a row. Kept are sums of every unit, and a copy of at most 256 rows for the mutual information. Nothing
+    of a map is a row. Kept are sums of every unit, and a copy of at most 64 rows for the mutual information. Nothing
     waits for the device, and no random number is drawn from the training's generators.
 
     Args:

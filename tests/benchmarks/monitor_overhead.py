@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from examples.zoo.generative.codebook import VQVAE
+from examples.zoo.generative.latents import VAE
 from examples.zoo.generative.quantizer import Codebook
 from lightning_collapse import (
     CodebookMonitor,
@@ -28,6 +29,7 @@ from lightning_collapse import (
     CollapseMonitor,
     GradientMonitor,
     IntrinsicDimensionMonitor,
+    LatentMonitor,
     NeuralCollapseMonitor,
     RegressionCollapseMonitor,
     SpectralAlignmentMonitor,
@@ -151,6 +153,16 @@ ROWS = {
         lambda: VQVAE(Codebook(restarts=False)),
         lambda: Endless((torch.rand(64, 1, 8, 8),)),
         lambda: [CodebookMonitor()],
+    ),
+    "latents": Row(
+        "LatentMonitor at every step, VAE 784-400-20: a fiftieth of what is above 1 at its default cadence",
+        1.5,
+        lambda: VAE(hidden=(400,), inputs=784),
+        lambda: Endless((torch.rand(128, 784),)),
+        lambda: [LatentMonitor(every_n_steps=1)],
+        block=1,
+        blocks=100,
+        logs=False,
     ),
     "stability": Row(
         "StabilityMonitor, transformer", 1.005, Transformer, tokens, lambda: [StabilityMonitor()], block=10, blocks=20

@@ -18,6 +18,7 @@ class VAE(Learner):
         hidden: Widths of the layers of the encoder.
         reduction: Of the error over pixels and images: ``"sum"`` is the negative log-likelihood, ``"mean"`` is not.
         warm_up: Steps in which the weight of the divergence rises to one.
+        inputs: Pixels.
     """
 
     def __init__(
@@ -26,12 +27,13 @@ class VAE(Learner):
         hidden: tuple[int, ...] = (128,),
         reduction: str = "sum",
         warm_up: int = 0,
+        inputs: int = 64,
     ) -> None:
         super().__init__(rate=1e-3)
         self.reduction, self.warm_up = reduction, warm_up
-        self.encoder = nn.Sequential(mlp(64, *hidden), nn.ReLU())
+        self.encoder = nn.Sequential(mlp(inputs, *hidden), nn.ReLU())
         self.fc_mu, self.fc_logvar = nn.Linear(hidden[-1], units), nn.Linear(hidden[-1], units)
-        self.decoder = nn.Sequential(nn.Linear(units, 128), nn.ReLU(), nn.Linear(128, 64))
+        self.decoder = nn.Sequential(nn.Linear(units, 128), nn.ReLU(), nn.Linear(128, inputs))
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of pixels, and divergence."""

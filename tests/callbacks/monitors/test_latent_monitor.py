@@ -190,12 +190,12 @@ def test_estimates_of_information_agree_with_a_channel_and_know_their_limit():
         net.fc_logvar.weight.zero_()
         for layer in (net.fc_mu, net.fc_logvar):
             layer.bias.zero_()
-    found = watch(net, loader=data(256, 256))
+    found = watch(net, loader=data(128, 128))
     truth = 1.5 * math.log(2)  # three units with as much signal as noise
-    assert found["fc_mu", "information_lower"] == pytest.approx(truth, abs=0.2)
-    assert found["fc_mu", "information_upper"] == pytest.approx(truth, abs=0.2)
+    assert found["fc_mu", "information_lower"] == pytest.approx(truth, abs=0.3)
+    assert found["fc_mu", "information_upper"] == pytest.approx(truth, abs=0.3)
     assert found["fc_mu", "information_ceiling"] == pytest.approx(truth, abs=0.2)
-    assert found["fc_mu", "information_limit"] == pytest.approx(math.log(256))
+    assert found["fc_mu", "information_limit"] == pytest.approx(math.log(64))
 
 
 def test_where_there_is_no_latent_and_where_it_cannot_be_told():
