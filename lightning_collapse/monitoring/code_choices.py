@@ -194,5 +194,7 @@ def _measure(choice: Choice) -> None:
     sums = torch.stack([quantization_sums(x, table.index_select(0, chosen)) for x in near])
     agree = torch.stack([(nearest_codes(x[:PROBE], table) == chosen[:PROBE]).to(sums).mean() for x in near])
     best = (agree - 1e-3 * sums[:, 1] / (1 + sums[:, 1])).argmax()
-    choice.sums = sums.index_select(0, best.view(1))[0]
+    # codes that are compared after a matrix or a normalization are not the ones in the table
+    is_theirs = agree.index_select(0, best.view(1)) > 0.9
+    choice.sums = torch.where(is_theirs, sums.index_select(0, best.view(1))[0], torch.nan)
     choice.probe = near.index_select(0, best.view(1))[0, :PROBE].clone()

@@ -6,7 +6,7 @@ from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Evidence
 from lightning_collapse.utilities.points import Point
 
-PERPLEXITY, DEAD, MOTION = "perplexity", "dead", "motion"
+PERPLEXITY, DEAD, MOTION, ERROR = "perplexity", "dead", "motion", "quantization_error"
 
 
 @register_rule
@@ -38,7 +38,7 @@ class CodebookCollapse(Rule):
     says = "Nearly all rows choose the same few codes of `{layer}`; most codes are dead."
     family = "codebook"
     measures = (PERPLEXITY, DEAD)
-    optional = (MOTION,)
+    optional = (MOTION, ERROR)
     follows = (PERPLEXITY,)
     lower_is_worse = (PERPLEXITY,)
     higher_is_worse = (DEAD,)
@@ -66,9 +66,10 @@ class CodebookCollapse(Rule):
         return min(severity, UNDECIDED) if early else severity
 
     def excuse(self, evidence: Evidence) -> str:
-        """That nobody trains it."""
+        """That nobody trains it: it stands still, and is what rows are compared with, not behind a matrix."""
         motion = evidence.points.get(MOTION)
-        return "its codes do not move, and this is no failure of the training" if motion and motion.value == 0 else ""
+        still = motion is not None and motion.value == 0 and ERROR in evidence.points
+        return "its codes do not move, and this is no failure of the training" if still else ""
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Perplexity, null and beginning, and the dead codes."""

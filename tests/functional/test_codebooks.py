@@ -15,7 +15,6 @@ from lightning_collapse.functional import (
     dead_codes,
     miller_madow,
     missed_hits,
-    moved_idle_codes,
     nearest_codes,
     quantization_reading,
     quantization_sums,
@@ -23,6 +22,7 @@ from lightning_collapse.functional import (
     usage,
     usage_null,
 )
+from lightning_collapse.functional.codebooks import moved_idle_codes
 
 
 def draw(n, p, seed=0):

@@ -65,7 +65,8 @@ def test_collapse_from_the_start_and_later_on():
 
 
 def test_a_codebook_that_nobody_trains_is_a_notice():
-    judge = told([first(8)] * 30, motion=0.0)
+    judge = told([first(8)] * 30, motion=0.0, quantization_error=0.5)
     assert judge.verdicts == []
     assert [notice.kind for notice in judge.notices] == ["codebook_collapse"]
-    assert told([first(8)] * 30, motion=0.01).verdicts
+    assert told([first(8)] * 30, motion=0.01, quantization_error=0.5).verdicts
+    assert told([first(8)] * 30, motion=0.0).verdicts  # frozen behind a matrix that is trained

@@ -54,7 +54,8 @@ class CodebookMonitor(Monitor):
     A point rests on all training batches since the last one, counted on the device; the null of ``usage`` and
     ``perplexity`` is what so many rows leave of equally likely codes. A code is dead, and not rare, where it is 20 hits
     overdue by its own share so far. ``churn`` is read from rows of the last point: which are nearest to another code
-    now. Errors and scales are those of the batch that ends in the point.
+    now. Errors and scales are those of the batch that ends in the point, and
+    are left out where rows are compared with something else than the table, such as its rows after a matrix.
 
     Codebooks need no argument: a choice of codes is a search (``argmin``, ``max``, ...) along as many numbers as a
     table has rows that is then looked up by it, whatever the method of whichever module; tables may be parameters,
