@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,6 +34,8 @@ from lightning_collapse.utilities.weight_matrices import whole
 Reader = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 """From a module, the arguments of its call and what it returned to indices, or to these, codes ``(K, D)`` or their
 number, and rows ``(N, D)``."""
+AT_ONCE = 16
+"""Calls whose indices are kept to be counted together: a few kernels for each take longer than a copy."""
 _NUMBERS = ("codebook_size", "num_embeddings", "n_embed", "n_e", "num_codes", "vocab_size")
 
 
@@ -43,7 +45,8 @@ class Book:
 
     Attributes:
         codes: How many there are.
-        counts: Choices since the last point and, last, indices that were no code; ``None`` before the first.
+        counts: Choices since the last point and, last, indices that were no code, without those still to be counted.
+        waiting: Indices of the last calls.
         table: The codes, where they are no tensor of the model: of its last step that ends in a point.
         sums: See :func:`~lightning_collapse.functional.codebooks.quantization_sums`, likewise.
         probe: Rows of that step.
@@ -51,13 +54,28 @@ class Book:
 
     codes: int
     counts: Tensor | None = None
+    waiting: list[Tensor] = field(default_factory=list)
     table: Tensor | None = None
     sums: Tensor | None = None
     probe: Tensor | None = None
 
     def count(self, indices: Tensor) -> None:
         """Add choices."""
-        counts = code_counts(indices, self.codes)
+        if not is_index(indices):
+            self._add(code_counts(indices, self.codes))
+            return
+        self.waiting.append(indices.detach().flatten().clone())  # others may go on in place
+        if len(self.waiting) >= AT_ONCE:
+            self.total()
+
+    def total(self) -> Tensor | None:
+        """All choices since the last point; ``None`` without any."""
+        if self.waiting:
+            self._add(code_counts(torch.cat(self.waiting), self.codes))
+            self.waiting = []
+        return self.counts
+
+    def _add(self, counts: Tensor) -> None:
         self.counts = counts if self.counts is None else self.counts + counts
 
     def measure(self, choice: Choice) -> None:
@@ -108,7 +126,7 @@ class CodebookHooks(HookOwner):
         >>> hooks.deep = hooks.armed = True
         >>> _ = net(torch.eye(8)[:2])
         >>> hooks.armed = False
-        >>> hooks.books["codes"].counts.tolist()
+        >>> hooks.books["codes"].total().tolist()
         [1, 1, 0, 0, 0, 0, 0, 0, 0]
         >>> hooks.remove()
     """
@@ -122,6 +140,8 @@ class CodebookHooks(HookOwner):
         self._root, self._contained, self._reader = root, containment, read
         self._listens = read is None and not is_compiled(root)
         self.choices = CodeChoices(root.modules() if self._listens else (), self._fail)
+        self._names: dict[int, str] = {}
+        self._rows: set[int] = set()
         self._sites: dict[tuple[int, str], _Site] = {}
         self._unwrap: list[Callable[[], None]] = []
         self._hooks: list[ModuleHook] = []
@@ -140,24 +160,27 @@ class CodebookHooks(HookOwner):
         FUNCTION_CALLS.remove(self.choices)
         if armed and self.deep and self._listens and not self._is_fused():
             self._whole, self.choices.deep = True, self.measures
-            self.choices.begin((storage_of(table) for _, table in self._tables()), self.given)
+            known = self._tables()
+            self._names = {storage_of(table): name for name, table in known.items()}
+            self._rows = {table.shape[-2] for table in known.values()}
+            self.choices.begin(self._names, self.given)
             FUNCTION_CALLS.add(self.choices)
         elif self._whole:
             self._whole, self.choices.deep, self.given = False, False, set()
             with self._contained("counting codes"):
                 self._settle()
 
-    def table(self, name: str) -> Tensor | None:
-        """The codes ``(K, D)``, as they are now; of sharded ones collective."""
-        found = next((tensor for key, tensor in self._tables() if key == name), None)
-        found = whole(found) if found is not None else self.books[name].table
-        if found is None or found.ndim not in (2, 3) or found.numel() != self.books[name].codes * found.shape[-1]:
-            return None
-        return found.detach().reshape(self.books[name].codes, -1)
+    def tables(self) -> dict[str, tuple[Tensor, bool]]:
+        """Codes ``(K, D)`` as they are now, and whether they are a tensor of the model and not made from others.
 
-    def is_stored(self, name: str) -> bool:
-        """Whether the codes are a tensor of the model, and not made from others."""
-        return any(key == name for key, _ in self._tables())
+        Of sharded ones it is collective. Codebooks that are not known, or stacked ones, are left out.
+        """
+        stored, found = self._tables(), {}
+        for name, book in self.books.items():
+            table = whole(stored[name]) if name in stored else book.table
+            if table is not None and table.ndim in (2, 3) and table.numel() == book.codes * table.shape[-1]:
+                found[name] = table.detach().reshape(book.codes, -1), name in stored
+        return found
 
     def remove(self) -> None:
         """Stop listening; may be called twice."""
@@ -231,17 +254,15 @@ class CodebookHooks(HookOwner):
 
     def _settle(self, site: _Site | None = None) -> None:
         """Count what was chosen, in a deep step also in codebooks that were not known."""
-        names = {storage_of(table): name for name, table in self._tables()}
-        rows = {table.shape[-2] for _, table in self._tables()}
         for choice in self.choices.pop():
             name, address = None, 0 if choice.table is None else storage_of(choice.table)
-            if choice.table is None:
-                known = self._sites.get((id(choice.module), choice.method), _Site()).books
-                name = next(iter(known)) if len(known) == 1 else None
-            elif address in names:
-                name = names[address]
-            elif choice.codes in rows and choice.table.numel() == choice.codes * choice.table.shape[-1]:
-                name = self._name_of(choice.module)
+            known = self._sites.get((id(choice.module), choice.method), _Site()).books
+            if address in self._names:
+                name = self._names[address]
+            elif len(known) == 1:  # what made its table, or puts another tensor into its place
+                name = next(iter(known))
+            elif (table := choice.table) is not None and choice.codes in self._rows:
+                name = self._name_of(choice.module) if table.numel() == choice.codes * table.shape[-1] else None
             if name is None or address in self.choices.others or choice.codes != self._size(name, choice, site):
                 continue
             book = self.books.setdefault(name, Book(choice.codes))
@@ -266,11 +287,13 @@ class CodebookHooks(HookOwner):
             self._sites[key].books.add(name)
             self._sites[key].place = None
 
-    def _tables(self) -> Iterator[tuple[str, Tensor]]:
-        for named in (self._root.named_parameters(), self._root.named_buffers()):
-            for name, tensor in named:
-                if tensor.ndim in (2, 3) and tensor.shape[-2] >= FEWEST and tensor.is_floating_point():
-                    yield curve_name(clean_name(name).removesuffix(".weight")), tensor
+    def _tables(self) -> dict[str, Tensor]:
+        named = [*self._root.named_parameters(), *self._root.named_buffers()]
+        return {
+            curve_name(clean_name(name).removesuffix(".weight")): tensor
+            for name, tensor in named
+            if tensor.ndim in (2, 3) and tensor.shape[-2] >= FEWEST and tensor.is_floating_point()
+        }
 
     def _name_of(self, module: nn.Module) -> str:
         return curve_name(next(clean_name(name) for name, each in self._root.named_modules() if each is module))

@@ -129,7 +129,7 @@ class CodebookMonitor(Monitor):
     @override
     def state(self) -> dict[str, Any]:
         books = {} if self._hooks is None else self._hooks.books
-        counts = {name: book.counts for name, book in books.items() if book.counts is not None}
+        counts = {name: total for name, book in books.items() if (total := book.total()) is not None}
         window = counts if world_size() == 1 else {}  # a checkpoint holds what one process has seen
         return {"past": self._past, "codes": {name: book.codes for name, book in books.items()}, "window": window}
 
@@ -187,7 +187,8 @@ class CodebookMonitor(Monitor):
         if not books:
             self.warn_once(f"no codebook was found, or it did not run before a point. {_POINT_AT}")
             return {}
-        tables = {name: hooks.table(name) for name in books}
+        known = hooks.tables()
+        tables = {name: known[name][0] if name in known else None for name in books}
         widths = {name: 0 if table is None else table.shape[1] for name, table in tables.items()}
         if world_size() > 1:
             every = from_all_processes(widths)
@@ -200,7 +201,9 @@ class CodebookMonitor(Monitor):
         for name, of, row in zip(books, sums, moved, strict=True):
             changed, compared, *_ = of[(first := books[name].codes + 1) :]
             found = self._usage(name, counts[name]) | {"churn": changed / compared}
-            found |= {"motion": row[1] / row[0], "resets": row[2] / row[0]}
+            found |= {"motion": row[1] / row[0]}
+            if name in known and known[name][1]:
+                found["resets"] = row[2] / row[0]
             error, scale, _ = quantization_reading(of[first + 2 :])
             found |= {"quantization_error": error, "encoder_scale": scale}
             readings |= {(name, key): value for key, value in found.items()}
@@ -243,8 +246,8 @@ class CodebookMonitor(Monitor):
         book, past = self._hooks.books[name], self._past.get(name, {})
         dtype = accumulation_dtype(self._device)
         own = torch.zeros(book.codes + 7 + width, dtype=dtype, device=self._device)
-        if book.counts is not None:
-            own[: book.codes + 1] = book.counts
+        if (counts := book.total()) is not None:
+            own[: book.codes + 1] = counts
         probe = past.get("probe")
         if table is not None and probe is not None and probe.shape[1] == table.shape[1]:
             own[book.codes + 1] = (nearest_codes(probe, table) != past["nearest"]).sum()
@@ -260,7 +263,6 @@ class CodebookMonitor(Monitor):
         if table is None or before is None or before.shape != table.shape:
             return torch.zeros(3, dtype=accumulation_dtype(self._device), device=self._device)
         motion, resets = codebook_motion(before, table, counts), moved_idle_codes(before, table, past["counts"])
-        resets = resets if self._hooks is not None and self._hooks.is_stored(name) else resets * nan
         return torch.stack([torch.ones_like(motion), motion, resets]).to(accumulation_dtype(self._device))
 
     def _usage(self, name: str, counts: Tensor) -> dict[str, Tensor]:
