@@ -36,6 +36,10 @@ def latent_sums(mean: Tensor, log_variance: Tensor, counted: Tensor | None = Non
 
     Raises:
         ValueError: If shapes do not fit, or there is no unit.
+
+    Example:
+        >>> latent_sums(torch.zeros(3, 1), torch.zeros(3, 1))[:5]
+        tensor([3., 0., 0., 0., 3.], dtype=torch.float64)
     """
     if mean.ndim != 2 or mean.shape != log_variance.shape or not mean.shape[1]:
         raise ValueError(

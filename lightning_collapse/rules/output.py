@@ -146,6 +146,11 @@ class LogPartitionGrowth(DetectorRule):
     log V. Its growth (:class:`~lightning_collapse.rules.Growth`, a budget of one false alarm in a hundred runs) was
     noticed in none of them, and in one of three with such a head that explode. That output logits diverge late in
     training is the finding of Chowdhery et al. (2022, arXiv 2204.02311) and Wortsman et al. (2023, arXiv 2309.14322).
+
+    Example:
+        >>> rule = LogPartitionGrowth()
+        >>> rule.applies_to("head", "language model"), rule.informative
+        (True, True)
     """
 
     kind = "log_partition_growth"

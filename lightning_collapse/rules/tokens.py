@@ -21,8 +21,8 @@ class TokenCollapse(Rule):
     the last blocks of a classifier end, whose tokens need to tell one thing. All of these learn: as long as the loss
     has kept nine tenths of what it gained, and falls or has halved, or before the eighth point, it is a notice. Without
     a skip around attention tokens are one from the first step, and all that is learned is how often each target comes;
-    under mean mode screaming the loss returns to where it began. A block that receives one vector from the first points
-    on is not to blame: its sequences are such by design, or a block before it is named. What attention does to causal
+    under mean mode screaming the loss returns to where it began. Blocks that receive one vector before the first of
+    them, from the first points on, are not to blame: their sequences are such by design. What attention does to causal
     sequences as a filter is not read at all. The numbers are ours.
 
     Example:

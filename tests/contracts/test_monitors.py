@@ -45,7 +45,7 @@ class Quantizer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.codes = nn.Parameter(0.3 * torch.randn(6, 8))
+        self.codes = nn.Parameter(0.05 * torch.randn(6, 8))  # so near that more than one is chosen
 
     def forward(self, rows):
         found = self.codes[torch.cdist(rows, self.codes).argmin(dim=1)]

@@ -53,7 +53,7 @@ def test_few_tokens_are_judged_by_what_few_independent_ones_read(null):
     assert judged([0.65] * 20, FLAT, cosine=0.0, null=null) == ([], 0)
 
 
-def test_a_block_that_receives_one_vector_from_the_first_points_on_is_not_to_blame():
+def test_blocks_that_receive_one_vector_from_the_first_points_on_are_not_to_blame():
     assert judged([1e-4] * 20, FLAT, received=[0.0] * 20) == ([], 0)
     assert judged([1e-4] * 20, FLAT, received=[0.07] * 20)[0] == COLLAPSE
     assert judged([0.9] * 12 + [1e-4] * 8, FLAT, received=[0.9] * 12 + [0.0] * 8)[0] == COLLAPSE

@@ -83,7 +83,12 @@ class TokenMonitor(Monitor):
             "far below 1, of a block",
             _DONG,
         ),
-        Curve("received", "`relative_residual` of the stream before a block", "0 to 1", "0 from the start: by design"),
+        Curve(
+            "received",
+            "`relative_residual` of the stream before the first block",
+            "0 to 1",
+            "0 from the start: by design",
+        ),
         Curve("mean_gradient", "part of a gradient that moves all tokens alike", "0 to infinity", "growing", _LU),
         Curve("centered_gradient", "part of a gradient that tells tokens apart", "0 to infinity", "near 0", _LU),
         Curve(
@@ -166,6 +171,9 @@ class TokenMonitor(Monitor):
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
         names = dict.fromkeys(name for name, _ in numbers)
         found = {name: {key: value for (of, key), value in numbers.items() if of == name} for name in names}
+        received = dict[str, float]()  # by a stack of blocks: what its first one does, which is by design
+        for name in (name for name in found if name in self._blocks):
+            found[name]["received"] = received.setdefault(name.rpartition(".")[0], found[name]["received"])
         return [point for name, own in found.items() for point in self._points_of(name, step, own)]
 
     def _points_of(self, name: str, step: int, own: Mapping[str, float]) -> list[Point]:

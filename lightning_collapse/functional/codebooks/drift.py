@@ -27,14 +27,19 @@ class QuantizationReading(NamedTuple):
 
 
 def quantization_sums(rows: Tensor, codes: Tensor) -> Tensor:
-    """What adds up over batches and processes, for :func:`quantization_reading`.
+    r"""What adds up over batches and processes, for :func:`quantization_reading`.
 
     Args:
         rows: What the encoder returned, ``(N, D)``. Rows with NaN or infinity are left out.
         codes: The code of each, ``(N, D)``.
 
     Returns:
-        Shape ``(4 + D,)``, double precision where there is any.
+        Shape ``(4 + D,)``, double precision where there is any: rows, and the sums of :math:`\lVert z - e \rVert^2`,
+        :math:`\lVert z \rVert^2`, :math:`\lVert e \rVert^2` and :math:`z`.
+
+    Example:
+        >>> quantization_sums(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [3.0]]))
+        tensor([ 2.,  1., 10.,  9.,  4.], dtype=torch.float64)
     """
     dtype = accumulation_dtype(rows.device)
     kept = (rows.isfinite() & codes.isfinite()).all(dim=1, keepdim=True)
