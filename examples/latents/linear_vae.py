@@ -125,13 +125,14 @@ def main() -> None:
     """Train all, and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer steps, to show that it runs")
-    steps = 200 if parser.parse_args().quick else 6000
-    eigenvalues = torch.tensor(EIGENVALUES, dtype=torch.float64)
+    steps = 60 if parser.parse_args().quick else 6000
+    eigenvalues, off = torch.tensor(EIGENVALUES, dtype=torch.float64), 0.0
     print("| weight x variance | divergences, trained | predicted | active units | predicted | information ceiling |")
     print("|---|---|---|---|---|---|")
     for noise in NOISES:
         trained, found = linear_vae(noise, steps)
         expected = linear_vae_divergence(eigenvalues / noise)
+        off = max(off, float((trained - expected).abs().max()))
         active = int((1 - noise / eigenvalues > 0.01).sum())
         cells = [", ".join(f"{abs(value):.4f}" for value in values) for values in (trained.tolist(), expected.tolist())]
         ceiling = found["information_ceiling"].item()
@@ -141,9 +142,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for level, w1, u2, kl in zip(LEVELS, *hierarchical_vaes(LEVELS, steps), strict=True):
         first, second = predicted(level)
+        off = max(off, abs(w1 - first), abs(u2 - second))
         left = "both" if first and second else "lower" if first else "upper, of noise alone" if second else "none"
         setting = ", ".join(f"{value:g}" for value in level)
         print(f"| {setting} | {w1:.4f} | {first:.4f} | {u2:.4f} | {second:.4f} | {abs(kl):.4f} | {left} |")
+    print(f"\nAfter {steps} steps nothing is further than {off:.1g} from its closed form.")
 
 
 if __name__ == "__main__":

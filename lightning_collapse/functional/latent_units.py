@@ -38,8 +38,8 @@ def latent_sums(mean: Tensor, log_variance: Tensor, counted: Tensor | None = Non
         ValueError: If shapes do not fit, or there is no unit.
 
     Example:
-        >>> latent_sums(torch.zeros(3, 1), torch.zeros(3, 1))[:5]
-        tensor([3., 0., 0., 0., 3.], dtype=torch.float64)
+        >>> latent_sums(torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1)).tolist()
+        [2.0, 0.0, 4.0, 10.0, 2.0, 2.0, 0.0, 5.0]
     """
     if mean.ndim != 2 or mean.shape != log_variance.shape or not mean.shape[1]:
         raise ValueError(

@@ -41,13 +41,14 @@ def make(name, every_n_steps=2):
 
 
 class Quantizer(nn.Module):
-    """Vector quantization by gradients alone."""
+    """Vector quantization by gradients alone, of rows about their mean, so that more than one code is chosen."""
 
     def __init__(self):
         super().__init__()
-        self.codes = nn.Parameter(0.05 * torch.randn(6, 8))  # so near that more than one is chosen
+        self.codes = nn.Parameter(0.02 * torch.randn(6, 8))
 
     def forward(self, rows):
+        rows = rows - rows.mean(dim=0)
         found = self.codes[torch.cdist(rows, self.codes).argmin(dim=1)]
         return rows + (found - rows).detach(), (found - rows.detach()).square().mean()
 

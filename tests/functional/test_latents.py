@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from examples.latents.linear_vae import EIGENVALUES, LEVELS, hierarchical_vaes, linear_vae, predicted
 from lightning_collapse.functional import (
     conditional_spectrum,
     gaussian_divergence,
@@ -160,3 +161,14 @@ def test_a_condition_leaves_the_eigenvalues_that_training_would_show():
     assert linear_vae_divergence(values).tolist() == pytest.approx([0.736, 0.3565, 0, 0], abs=1e-3)
     x[3] = math.nan
     assert conditional_spectrum(x, y).isnan().all()
+
+
+def test_training_ends_where_the_closed_forms_of_one_level_and_of_two_say():
+    trained, found = linear_vae(0.5, 1500)
+    ratios = torch.tensor(EIGENVALUES, dtype=torch.float64) / 0.5
+    assert torch.allclose(trained, linear_vae_divergence(ratios), rtol=1e-3, atol=1e-4)
+    assert found["active_units"] == 2
+    levels = [level for level in LEVELS if level not in LEVELS[1:3]]  # those take four times as long
+    weights = zip(*(values.tolist() for values in hierarchical_vaes(levels, 1200)[:2]), strict=True)
+    for level, found_weights in zip(levels, weights, strict=True):
+        assert found_weights == pytest.approx(predicted(level), rel=1e-3, abs=1e-3), level

@@ -97,10 +97,7 @@ class LatentMonitor(Monitor):
         Curve("information_lower", "mutual information, low estimate", "about 0 to its limit", "near 0", _POOLE),
         Curve("information_upper", "mutual information, high estimate", "about 0 to infinity", "near 0", _POOLE),
         Curve(
-            "information_limit",
-            "log of the rows behind both: within 1 of it the low one is no use",
-            "0 to 4.9",
-            "does not tell",
+            "information_limit", "log of the rows behind both: near it these are no use", "0 to 4.2", "does not tell"
         ),
         Curve("active_units", "units whose mean varies by more than 0.01", "0 to units", "0", _BURDA),
         Curve("active", "share of units of a small, steady variance", "0 to 1", "0", _BONHEME),
