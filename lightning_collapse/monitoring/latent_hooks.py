@@ -23,7 +23,7 @@ from lightning_collapse.utilities.distributed import (
     from_all_processes,
     world_size,
 )
-from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly
+from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly, find_features
 from lightning_collapse.utilities.gaussian_latents import Gaussian, Latent, LatentPair, as_latents, find_posterior
 from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
 from lightning_collapse.utilities.modules import Tap, hooks_ignored, is_to_be_ignored
@@ -188,6 +188,8 @@ class LatentHooks(HookOwner):
                 if any(posterior.mean is seen for seen in self._seen):  # what a module inside has returned already
                     return
                 self._seen.append(posterior.mean)
+        whole = find_features(value)  # of which a reader takes halves
+        axis = axis if whole is None or whole.is_nested else axis.of_parts(whole)
         for group, latent in found.items():
             self.found += [] if tap.name in self.found else [tap.name]
             self._add(f"{tap.name}.{group}" if group else tap.name, axis, latent)

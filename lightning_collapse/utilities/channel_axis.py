@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Literal
 
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class ChannelAxis:
     """
 
     def __init__(self, module: nn.Module, side: Literal["output", "input"] = "output") -> None:
+        self._known: bool | None = None
         self._conventional = is_channels_first(module, side)
         layers = list(innermost(module))
         self._convolves = any(_is_first(layer) for layer in layers)
@@ -50,6 +52,8 @@ class ChannelAxis:
 
     def is_first(self, maps: Tensor) -> bool:
         """Whether ``maps``, of three or more dimensions, are ``(N, C, *)``; three dimensions may be tokens instead."""
+        if self._known is not None and maps.ndim > 3:
+            return self._known
         of_first, of_last = maps.shape[1] == self._width, maps.shape[-1] == self._width
         if of_first != of_last:
             return of_first
@@ -58,6 +62,19 @@ class ChannelAxis:
         if self._first or of_first:
             return self._first or self._convolves
         return not _looks_last(maps)
+
+    def of_parts(self, maps: Tensor) -> ChannelAxis:
+        """The axis of what was cut out of these maps, and has other sizes: it is where theirs is.
+
+        Example:
+            >>> import torch
+            >>> maps = nn.Conv2d(3, 8, 1)(torch.zeros(2, 3, 8, 8))
+            >>> ChannelAxis(nn.Conv2d(3, 8, 1)).of_parts(maps).is_first(maps[:, :4])
+            True
+        """
+        parts = copy(self)
+        parts._known = self.is_first(maps) if maps.ndim > 3 else None
+        return parts
 
     def is_doubtful(self, maps: Tensor) -> bool:
         """Whether :meth:`is_first` had to guess: no layer tells, and the maps are not square."""

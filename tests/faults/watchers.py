@@ -81,6 +81,11 @@ def _monitor(rng: random.Random, name: str) -> Watcher:
     return name, {key: value for key, value in arguments.items() if value is not None}
 
 
+def _codes(module: Any, args: Any, output: Any) -> Any:
+    """As if the largest entry were the code that was chosen; of most outputs it fails."""
+    return output.argmax(dim=-1), output.shape[-1]
+
+
 def build(watchers: tuple[Watcher, ...], case: Case, mapping: bool) -> list[Callback]:
     """New callbacks, the counting reader last."""
     made: list[Callback] = []
@@ -96,6 +101,8 @@ def build(watchers: tuple[Watcher, ...], case: Case, mapping: bool) -> list[Call
             (case.folder / "file").write_text("a file where a folder is expected")
             does = [_ignore if each == "ignores" else each for each in arguments["action"] if each != "nowhere"]
             arguments["action"] = does
+        if name == "CodebookMonitor" and "layers" in arguments:
+            arguments["read"] = _codes
         if name in MONITORS:
             made.append(make(name, **arguments))
         else:
