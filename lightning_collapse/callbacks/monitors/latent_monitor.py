@@ -51,8 +51,9 @@ class LatentMonitor(Monitor):
     of a map counts as one. Posteriors are found by themselves: two layers side by side that are called ``mu`` and
     ``logvar``, or the like, or what a module returns under such names, in a dict, a dataclass, a ``ModelOutput`` or a
     tuple whose ``return`` has them, or a ``torch.distributions.Normal``, or an object with ``mean`` and ``logvar``, as
-    diffusers has it. Decoders, policies and priors, by their names, are left out, and models whose modules are compiled
-    are searched for layers side by side alone.
+    diffusers has it, if a module's ``forward`` returns it: of ``vae.encode(x).latent_dist`` name the layer before it
+    (``layers=["vae.quant_conv"]``) and ``read``. Decoders, policies and priors, by their names, are left out, and
+    models whose modules are compiled are searched for layers side by side alone.
 
     Others are told what to read; a dict makes one group of curves of every key, for hierarchical models, and a pair of
     posterior and prior is for conditional ones::

@@ -178,6 +178,27 @@ def test_maps_and_padded_tokens_are_read_by_place():
     assert found["fc_mu", "information_limit"] == pytest.approx(math.log(3))
 
 
+def test_units_of_half_a_map_are_where_the_channels_of_all_of_it_are():
+    class Conv(Net):
+        def __init__(self):
+            super().__init__(nn.Conv2d(1, 8, 1), ())
+
+        def training_step(self, batch, batch_idx):
+            self.maps = self.encoder(batch.view(-1, 1, 8, 8))
+            return self.maps.square().mean()
+
+    net = Conv()  # as wide as it has channels
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    found = watch(
+        net,
+        LatentMonitor(["encoder"], lambda maps: maps.chunk(2, dim=1), every_n_steps=1),
+        loader=DataLoader([x, x], batch_size=None),
+    )
+    mean, log_variance = net.maps.detach().chunk(2, dim=1)
+    assert found["encoder", "n"] == 5 * 64
+    assert_reads(found, "encoder", *(half.movedim(1, -1).reshape(-1, 4) for half in (mean, log_variance)))
+
+
 def test_estimates_of_information_agree_with_a_channel_and_know_their_limit():
     class Channel(Net):
         def training_step(self, batch, batch_idx):
