@@ -123,8 +123,10 @@ class FrameHistory:
         else:
             bad, called = flags.bad_gradients(), [call.name for call in before[-1].frame.calls] if before else []
             last = max(bad, key=lambda name: max((i for i, c in enumerate(called) if c == _owner(name)), default=-1))
-            words = f"the loss is finite, and {len(bad)} of {len(flags.parameters)} gradients of weights are not"
-            words += f", that of `{clean_name(last)}` first"
+            words = (
+                f"the loss is finite, and gradients of weights are not: of {len(flags.parameters)} that are looked at"
+            )
+            words += f" {len(bad)}, that of `{clean_name(last)}` first"
             origin = Origin(step, Cause.BACKWARD, STEP, words, phase=2)
         more = "repeats such a step at once and names the module" if origin.cause != Cause.DATA else "shows where"
         origin.words += f"{seen}{told}. `FirstNonFinite(replay=True)` {more}"

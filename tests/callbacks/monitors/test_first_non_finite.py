@@ -162,8 +162,8 @@ def test_without_replay_it_is_said_what_is_known(fault, model, said):
     _, keeper = run(fault, every_n_steps=4, model=model)
     words = {
         "data": "made by `batch`: data; the batch holds it already",
-        "sqrt at 0": "made by `training_step`: backward; the loss is finite, and 10 of 14 gradients of weights are not,"
-        " that of `layers.4.weight` first",
+        "sqrt at 0": "made by `training_step`: backward; the loss is finite, and gradients of weights are not:"
+        " of 6 that are looked at 5, that of `layers.4.weight` first",
     }
     cause = {"data": Cause.DATA, "sqrt at 0": Cause.BACKWARD}.get(fault, Cause.UNSEEN)
     assert causes(keeper) == {"batch" if fault == "data" else "training_step": (cause, AT)}
