@@ -35,7 +35,7 @@ class EMAVectorQuantizer(VectorQuantizer):
     call it equally often; an all-reduce of ``K * (D + 1)`` numbers, with restarts of about twice as many.
 
     Args:
-        codes: As of :class:`~lightning_collapse.layers.VectorQuantizer`, and so are the next three.
+        codes: How many; this and the next three are as of ``VectorQuantizer``.
         dim: Width ``D``.
         estimator: How the gradient passes the choice.
         commitment: Weight of the loss.

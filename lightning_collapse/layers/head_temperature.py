@@ -21,7 +21,7 @@ class HeadTemperature(nn.Module):
         temperature: What all begin with.
 
     Attributes:
-        temperature: :math:`\tau`, shape ``(H,)``. Give it no weight decay.
+        temperature: τ, shape ``(H,)``. Give it no weight decay.
 
     Raises:
         ValueError: If ``heads`` is no positive integer, or ``temperature`` is not positive.

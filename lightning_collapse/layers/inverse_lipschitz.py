@@ -11,7 +11,7 @@ from lightning_collapse.utilities.arguments import require_finite, require_posit
 
 
 class InverseLipschitzDecoder(nn.Module):
-    r"""A decoder that cannot ignore its latent, since :math:`\|f(z) - f(z')\| \ge L\, \|z - z'\|` for all pairs.
+    r"""A decoder that cannot ignore its latent: two outputs are at least L times as far apart as their latents.
 
     .. math:: f = B_2 \circ E \circ B_1, \qquad B_i(x) = \nabla g_i(x) + \sqrt L\, x + c_i
 
@@ -31,10 +31,10 @@ class InverseLipschitzDecoder(nn.Module):
         output_dim: Width ``D`` of the output, ``K`` or more.
         hidden: Width of the convex networks.
         depth: How many layers they have.
-        lipschitz: :math:`L`, in units of the output per unit of the latent.
+        lipschitz: L, in units of the output per unit of the latent.
 
     Attributes:
-        lipschitz: Buffer with :math:`L`, saved with the model; see :meth:`set_lipschitz`.
+        lipschitz: Buffer with L, saved with the model; ``set_lipschitz`` changes it.
 
     Raises:
         ValueError: If an argument is out of range, or the output is narrower than the latent.

@@ -44,8 +44,8 @@ class VectorQuantizer(nn.Module):
         codes: Number ``K`` of codes.
         dim: Width ``D``.
         estimator: How the gradient passes the choice: as it is, or by
-            :func:`~lightning_collapse.functional.rotation_trick`.
-        commitment: Of :func:`~lightning_collapse.functional.quantization_loss`, what moves the features.
+            ``functional.rotation_trick``.
+        commitment: Of ``functional.quantization_loss``, what moves the features.
         codebook_weight: What moves the codes.
 
     Attributes:

@@ -79,7 +79,7 @@ def committed_rate(steps: int, correlation: float = 0.9) -> float:
 
 @register_loss
 class DeltaVAE(AntiCollapseLoss):
-    r"""The divergence of a VAE's posteriors from an AR(1) prior, see :func:`ar1_divergence`, in place of the usual one.
+    r"""The divergence of a VAE's posteriors from an AR(1) prior, ``ar1_divergence``, in place of the usual one.
 
     No encoder without correlation between units can make it less than :func:`committed_rate` times the channels, so
     the posteriors cannot collapse to the prior. That rate is what the posterior is narrower than the prior: whether the
@@ -88,7 +88,7 @@ class DeltaVAE(AntiCollapseLoss):
     beta-VAE, a number or a schedule.
 
     Args:
-        correlation: :math:`a` of a step with the one before; ours, since the authors choose a rate.
+        correlation: Of a step with the one before, a; ours, since the authors choose a rate.
         channels: How many units a step has. Units are steps one after the other, ``(n, C)`` flattened.
 
     Raises:

@@ -48,7 +48,7 @@ class EntropyGuidedAttention(nn.Module):
         margin: Half the width γ of the band without a penalty; the authors' choice by default.
         form: Which of the three; the first is ours.
         reduction: ``"mean"``, or ``"sum"`` for the mean times the number of its rows, as released.
-        hinge: Square how far :math:`|\delta|` is outside of the band, which does not jump at its edge; ours.
+        hinge: Square how far the deviation is outside of the band, which does not jump at its edge; ours.
 
     Attributes:
         thresholds: :math:`\theta`, shape ``(layers, H)``, 0.5 before :meth:`calibrate_`. Give them no weight decay.

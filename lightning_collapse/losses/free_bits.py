@@ -25,7 +25,7 @@ def free_bits(divergence: Tensor, floor: float = 0.25) -> Tensor:
 
     Args:
         divergence: In nats, of every row and group of units, shape ``(N, G)``: a group is a unit, a channel or a level.
-        floor: :math:`\lambda` in nats per group; that of the authors' code by default. With 0 it is the plain sum.
+        floor: λ, in nats per group; that of the authors' code by default. With 0 it is the plain sum.
 
     Returns:
         Scalar, at least ``float32``, ``floor * G`` or more.
@@ -71,7 +71,7 @@ class FreeBits(AntiCollapseLoss):
     :func:`~lightning_collapse.functional.whitened_posterior` returns.
 
     Args:
-        floor: :math:`\lambda` in nats per group; that of the authors' code by default, who tried 0.125 to 8.
+        floor: λ, in nats per group; that of the authors' code by default, who tried 0.125 to 8.
         group_size: How many neighbouring units a group has. The authors' are channels: of ``(N, 2 * C, H, W)`` pass
             ``flatten(1)`` and ``H * W``.
 

@@ -52,8 +52,8 @@ class KLBalance(AntiCollapseLoss):
     gradient of the plain divergence, and twice its value. Terms ``prior`` and ``posterior``.
 
     Args:
-        prior: Coefficient :math:`\alpha` of the prior's side; the authors' by default. Dreamer V3 has 0.5 and 0.1.
-        posterior: Coefficient :math:`1 - \alpha` of the posteriors' side.
+        prior: Coefficient α of the prior's side; the authors' by default. Dreamer V3 has 0.5 and 0.1.
+        posterior: Coefficient 1 - α of the posteriors' side.
 
     Raises:
         ValueError: If a coefficient is not finite.

@@ -25,6 +25,7 @@ HELPERS: dict[str, set[str]] = {
         "scale_of",
         "visibility",
     },
+    "functional/codebooks/drift.py": {"moved_idle_codes"},
     "functional/gradient_noise.py": {"noise_ratio"},
     "functional/intrinsic_dimension.py": {"local_dimension_of_distances", "two_nn_of_distances"},
     "functional/isotropic_null.py": {"marchenko_pastur_quantiles"},

@@ -34,7 +34,7 @@ SHOWN = [
     for package in (callbacks, layers, losses, penalties)
     for name in package.__all__
     if inspect.isclass(kind := getattr(package, name)) and issubclass(kind, Callback | nn.Module | Penalty)
-    if not inspect.isabstract(kind) and kind is not AntiCollapseLoss
+    if not inspect.isabstract(kind) and kind is not AntiCollapseLoss and not issubclass(kind, layers.ConvertedModule)
 ]
 SHOWN += [Rollback, SkipStep, SwitchOn, LinearRamp, LinearWarmup]
 CONFIG = """

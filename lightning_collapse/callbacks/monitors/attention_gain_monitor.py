@@ -45,7 +45,7 @@ class AttentionGainMonitor(AttentionMonitor):
     Args:
         layers: As in ``AttentionEntropyMonitor``.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
-        detail: As in :class:`~lightning_collapse.Monitor`; there is nothing to leave away.
+        detail: As for every monitor; here it leaves nothing away.
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, on a pattern
