@@ -1,6 +1,6 @@
 """What announces a loss explosion, and what saves the run? A small GPT on English text, driven into failure five ways.
 
-Run: ``python examples/loss_explosion.py`` (half an hour on one core; with ``--quick`` two short runs).
+Run: ``python examples/loss_explosion.py`` (an hour on one core; with ``--quick`` two short runs).
 """
 
 import argparse
@@ -278,7 +278,7 @@ def rescues(runs: dict[tuple[str, str, int], Trace]) -> str:
 
 
 def main(
-    steps: int = 800, seeds: int = 5, first_seed: int = 3, saved_seeds: int = 1, courses: Sequence[str] = tuple(COURSES)
+    steps: int = 800, seeds: int = 5, first_seed: int = 3, saved_seeds: int = 3, courses: Sequence[str] = tuple(COURSES)
 ) -> None:
     """Train all runs and print both tables."""
     for name in ("lightning.pytorch", "lightning_collapse"):

@@ -116,18 +116,9 @@ class FrameHistory:
         told = f"; by now {weights}" if weights else ""
         if has_batch and not any(_holds_bad_batch(reading) for reading in before):
             origin = Origin(step, Cause.DATA, BATCH, "the batch holds it already, as none before it did", 0, 0)
-        elif has_loss:
-            words = "that step was not looked at: its forward pass made it, "
-            words += "from weights whose gradients were finite" if flags.has_gradients else "or the update before"
-            origin = Origin(step, Cause.UNSEEN, STEP, words, phase=0)
         else:
-            bad, called = flags.bad_gradients(), [call.name for call in before[-1].frame.calls] if before else []
-            last = max(bad, key=lambda name: max((i for i, c in enumerate(called) if c == _owner(name)), default=-1))
-            words = (
-                f"the loss is finite, and gradients of weights are not: of {len(flags.parameters)} that are looked at"
-            )
-            words += f" {len(bad)}, that of `{clean_name(last)}` first"
-            origin = Origin(step, Cause.BACKWARD, STEP, words, phase=2)
+            words = "that step was not looked at: " + (_of_loss(flags) if has_loss else _of_gradients(flags, before))
+            origin = Origin(step, Cause.UNSEEN, STEP, words, phase=0 if has_loss else 2)
         more = "repeats such a step at once and names the module" if origin.cause != Cause.DATA else "shows where"
         origin.words += f"{seen}{told}. `FirstNonFinite(replay=True)` {more}"
         if before:
@@ -138,6 +129,21 @@ class FrameHistory:
 def _owner(name: str) -> str:
     """The module of a parameter, as calls are named."""
     return clean_name(name.rpartition(".")[0])
+
+
+def _of_loss(flags: StepFlags) -> str:
+    known = "from weights whose gradients were finite" if flags.has_gradients else "or the update before"
+    return f"its forward pass made it, {known}"
+
+
+def _of_gradients(flags: StepFlags, before: list[Reading]) -> str:
+    """Of a finite loss: the forward pass may hold NaN that the loss leaves out."""
+    called = [call.name for call in before[-1].frame.calls] if before else []
+    places = {name: i for i, name in enumerate(called)}
+    bad = flags.bad_gradients()
+    first = clean_name(max(bad, key=lambda name: places.get(_owner(name), -1)))
+    count = f"{len(bad)} of {len(flags.parameters)} that are looked at"
+    return f"its loss is finite, and gradients of weights are not, {count}, that of `{first}` first"
 
 
 def _holds_bad_batch(reading: Reading) -> bool:
