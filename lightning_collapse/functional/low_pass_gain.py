@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_one_of
 
 STEPS = 20
 _WIDEST = 1.0  # beyond this spread single weights are heavy-tailed, and no law for their norm holds
@@ -13,7 +16,9 @@ _WIDEST = 1.0  # beyond this spread single weights are heavy-tailed, and no law 
 
 @torch.no_grad()
 @full_precision
-def low_pass_gain(weights: Tensor, counts: Tensor | None = None, steps: int = STEPS) -> Tensor:
+def low_pass_gain(
+    weights: Tensor, counts: Tensor | None = None, steps: int = STEPS, center: Literal["queries", "keys"] = "queries"
+) -> Tensor:
     r"""Spectral norm of an attention map without the mean over its queries.
 
     .. math:: g = \|(I - J) A\|_2, \quad J = \tfrac1n \mathbf 1 \mathbf 1^\top
@@ -30,13 +35,18 @@ def low_pass_gain(weights: Tensor, counts: Tensor | None = None, steps: int = ST
         weights: Maps, shape ``(..., n, n)``, rows that sum to one.
         counts: Boolean, broadcasts to ``(..., n)``: tokens that count, as queries and as keys; all by default.
         steps: Of the iteration, two matrix-vector products each.
+        center: ``"keys"`` reads :math:`\|A (I - J)\|_2` instead, the gain :math:`\mu` of mean-mode diagnosis [2], which
+            is nearly the same of bidirectional maps, and does not center what leaves.
 
     Returns:
         Shape ``(...)``, 0 (all queries look alike) or more; NaN where the map holds NaN or infinity.
 
+    Raises:
+        ValueError: If ``weights`` are not square, or ``center`` is another word.
+
     References:
         Zhou et al., *Length-Induced Embedding Collapse in PLM-based Models*, ACL 2025.
-        https://arxiv.org/abs/2410.24200
+        https://arxiv.org/abs/2410.24200; [2] Lu, *Mean mode screaming*, 2026, https://arxiv.org/abs/2605.06169.
 
     Example:
         >>> low_pass_gain(torch.eye(4)), low_pass_gain(torch.ones(4, 4) / 4)
@@ -44,11 +54,13 @@ def low_pass_gain(weights: Tensor, counts: Tensor | None = None, steps: int = ST
     """
     if weights.ndim < 2 or weights.shape[-1] != weights.shape[-2]:
         raise ValueError(f"`weights` must be square maps (..., n, n), got {tuple(weights.shape)}.")
+    require_one_of(("queries", "keys"), center=center)
     counted = torch.ones_like(weights[..., 0, :]) if counts is None else counts.to(weights).expand(weights.shape[:-1])
     rows = counted.unsqueeze(-1)
     if counts is not None:
         weights = weights.where((rows * rows.mT) > 0, 0.0)  # a factor would keep the NaN of padding
     number = rows.sum(dim=-2, keepdim=True).clamp_min(1)
+    weights = weights if center == "queries" else weights.mT  # of A (I - J) the transpose has the same norm
     # a fixed start with all frequencies in it: no random number is drawn
     start = torch.arange(weights.shape[-1], device=weights.device, dtype=weights.dtype)
     vector = (start.square() * 1.7 + 0.3).cos().unsqueeze(-1).expand(*weights.shape[:-1], 1) * rows

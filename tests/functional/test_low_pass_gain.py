@@ -62,3 +62,16 @@ def test_half_precision_is_read_in_single_and_nothing_is_drawn_from_the_random_s
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, low_pass_gain(weights.float()), rtol=1e-6, atol=0)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_centered_keys_are_another_norm_of_causal_maps_and_nearly_the_same_of_others():
+    causal = torch.ones(32, 32, dtype=torch.float64).tril()
+    causal = causal / causal.sum(dim=1, keepdim=True)
+    maps = torch.randn(32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    center = torch.eye(32, dtype=torch.float64) - 1 / 32
+    for weights in (causal, maps):
+        found = low_pass_gain(weights, steps=400, center="keys").item()
+        assert found == pytest.approx(torch.linalg.matrix_norm(weights @ center, 2).item(), rel=1e-6)
+    assert low_pass_gain(causal, center="keys").item() == pytest.approx(1.35, abs=0.005)
+    with pytest.raises(ValueError, match=r"`center` must be one of .*, got 'rows'"):
+        low_pass_gain(causal, center="rows")
