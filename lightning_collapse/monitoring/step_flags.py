@@ -54,49 +54,51 @@ class StepFlags:
         self.parameters = dict(known[i * (len(known) - 1) // (_WATCHED - 1)] for i in range(_WATCHED) if known)
         wide = any(parameter.dtype is torch.float64 for parameter in self.parameters.values())
         self._none = torch.zeros((), device=device, dtype=torch.float64 if wide else torch.float32)
+        self._no_sums = self._none.repeat(len(self.parameters))
         self.clear()
 
     def clear(self) -> None:
         """Begin anew."""
-        self._losses: list[Tensor] = []
-        self._batches: list[tuple[int, Tensor]] = []
-        self._sums: list[tuple[int, Tensor]] = []
         self._steps: list[int] = []
+        self._losses: list[Tensor] = []
+        self._batches: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._batch = self._none
         self.latest: Tensor | None = None
         self.has_gradients = False
-        self._folded = torch.tensor([0.0, inf, inf, inf], device=self._device, dtype=self._dtype)
-        self._bad_sums: Tensor | None = None
+        self._folded = torch.stack([self._none, *[self._none + inf] * 3]).to(self._dtype)
+        self._is_bad = torch.zeros(len(self.parameters), dtype=torch.bool, device=self._device)
 
     def note(self, step: int, loss: Tensor) -> None:
         """Take note of the loss of a step, without its graph."""
+        if len(self._losses) >= _FOLD:
+            self._fold()
         value = loss.detach()
         if value.ndim or value.untyped_storage().nbytes() > value.element_size():
             value = value.sum()  # of a vector; and a view would keep what it is a view of
         self.latest = value
-        self._losses.append(value)
         self._steps.append(step)
-        if len(self._losses) >= _FOLD:
-            self._fold()
+        self._losses.append(value)
+        self._batches.append(self._batch)
+        self._sums.append(self._no_sums)
+        self._batch = self._none
 
+    @torch.no_grad()
     def note_batch(self, batch: Any) -> None:
         """Take note of the batch of the loss that comes next: minus infinity in it is a mask."""
-        for tensor in tree_leaves(batch):
-            values = readable(tensor) if isinstance(tensor, Tensor) else None
-            if values is not None:
-                self._batches.append((len(self._steps), extremes(values)[1]))
-        if len(self._batches) >= _FOLD:
-            self._fold()
+        found = [readable(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        largest = [extremes(values)[1] for values in found if values is not None]
+        self._batch = largest[0] if len(largest) == 1 else self._stacked([*largest, self._none]).amax()
 
+    @torch.no_grad()
     def note_gradients(self) -> None:
         """Take note of the gradients that parameters have, after the latest loss; a sum that overflows counts too."""
         found = [parameter.grad for parameter in self.parameters.values()]
         own = [self._none if x is None or x.is_sparse else local_part(x.detach()) for x in found]
-        if self._steps and own:
+        if self._sums and own:
             self.has_gradients = True
-            sums = [
-                x.sum(dtype=self._none.dtype).to(self._device) for x in own
-            ]  # half the cost of norms, less overflow
-            self._sums.append((len(self._steps) - 1, torch.stack(sums)))
+            # half the cost of norms, and overflows later
+            self._sums[-1] = torch.stack([x.sum(dtype=self._none.dtype).to(self._device) for x in own])
 
     def read(self) -> Tensor:
         """How many losses were not finite, and the places of the first loss, gradient and batch; on the device."""
@@ -109,33 +111,23 @@ class StepFlags:
 
     def bad_gradients(self) -> list[str]:
         """The parameters whose gradients were not finite, where some first were not. Waits for the device."""
-        bad = [] if self._bad_sums is None else self._bad_sums.tolist()
-        return [name for name, is_bad in zip(self.parameters, bad, strict=bool(bad)) if is_bad]
+        return [name for name, is_bad in zip(self.parameters, self._is_bad.tolist(), strict=True) if is_bad]
 
     @torch.no_grad()
     def _fold(self) -> None:
-        count, loss, gradient, batch = self._folded.unbind()
-        if self._losses:
-            bad = ~self._stacked(self._losses).isfinite()
-            start = len(self._steps) - len(self._losses)
-            loss, count = torch.minimum(loss, self._first(bad, range(start, len(self._steps)))), count + bad.sum()
-        if self._sums:
-            places, sums = zip(*self._sums, strict=True)
-            rows = ~torch.stack(sums).isfinite()
-            first = self._first(rows.any(dim=1), places)
-            known = rows.new_zeros(rows.shape[1]) if self._bad_sums is None else self._bad_sums
-            self._bad_sums = torch.where(first < gradient, rows[rows.any(dim=1).to(torch.uint8).argmax()], known)
-            gradient = torch.minimum(gradient, first)
-        if self._batches:
-            places, largest = zip(*self._batches, strict=True)
-            batch = torch.minimum(batch, self._first(~(self._stacked(largest) < inf), places))
-        self._folded = torch.stack([count, loss, gradient, batch])
-        self._losses, self._sums, self._batches = [], [], []
+        if not self._losses:
+            return
+        end = len(self._steps)
+        places = torch.arange(end - len(self._losses), end, device=self._device, dtype=self._dtype)
+        rows = ~torch.stack(self._sums).isfinite()
+        bad = [~self._stacked(self._losses).isfinite(), rows.any(dim=1), ~(self._stacked(self._batches) < inf)]
+        firsts = torch.stack([torch.where(one, places, inf).min() for one in bad])
+        row = rows.index_select(0, bad[1].to(torch.uint8).argmax().view(1))[0]
+        self._is_bad = torch.where(firsts[1] < self._folded[2], row, self._is_bad)
+        self._folded = torch.cat([self._folded[:1] + bad[0].sum(), torch.minimum(self._folded[1:], firsts)])
+        self._losses, self._batches, self._sums = [], [], []
 
     def _stacked(self, values: Sequence[Tensor]) -> Tensor:
         if len({(value.device, value.dtype) for value in values}) == 1:  # sooner than one by one
             return torch.stack(list(values)).to(self._device, self._dtype)
         return torch.stack([value.to(self._device, self._dtype) for value in values])
-
-    def _first(self, bad: Tensor, places: Sequence[int]) -> Tensor:
-        return torch.where(bad, torch.tensor(places, device=self._device, dtype=self._dtype), inf).min()
