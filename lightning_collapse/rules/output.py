@@ -143,7 +143,7 @@ class LogPartitionGrowth(DetectorRule):
     """The log-partition of the logits grows faster than it did, by a detector: a notice, and no failure.
 
     Without a z-loss nothing keeps it near 0, and no level is a failure: 12 of 32 healthy runs of the zoo reach twice
-    log V. Its growth (:class:`~lightning_collapse.rules.Growth`, a budget of one false alarm in a hundred runs) was
+    log V. Its growth (``rules.Growth``, a budget of one false alarm in a hundred runs) was
     noticed in none of them, and in one of three with such a head that explode. That output logits diverge late in
     training is the finding of Chowdhery et al. (2022, arXiv 2204.02311) and Wortsman et al. (2023, arXiv 2309.14322).
 
