@@ -68,6 +68,8 @@ def conditional_spectrum(condition: Tensor, target: Tensor, noise: float = 1.0) 
 
     .. math:: \operatorname{eig}\left(\Sigma_{yy} - \Sigma_{yx} \Sigma_{xx}^{+} \Sigma_{xy}\right) / \text{noise}
 
+    On demand, and not for a training step: it waits for the device.
+
     As many units stay active as values exceed one, with the divergences of :func:`linear_vae_divergence`: a good
     condition collapses the latent of a model of which nothing is wrong.
 

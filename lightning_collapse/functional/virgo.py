@@ -74,6 +74,8 @@ def virgo_variances(
 def virgo_(weights: Sequence[Tensor], variances: Tensor) -> None:
     """Draw the weights of the layers anew, uniformly with the given variances, see :func:`virgo_variances`.
 
+    Before training: it waits for the device once.
+
     Args:
         weights: One for each layer, changed in place.
         variances: Shape ``(L,)``.

@@ -128,6 +128,11 @@ class HookOwner:
         for hook in self._hooks:
             hook.attach()
 
+    def remove(self) -> None:
+        """Take the hooks off for good; may be called twice."""
+        self.pause()
+        self._hooks = ()
+
 
 class _Asked:
     """What a module is asked by copies, in place of its class."""

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
+from lightning_collapse.callbacks.monitors.hooked_monitor import HookedMonitor
+from lightning_collapse.callbacks.monitors.monitor import Detail, Name
 from lightning_collapse.functional.assignment import assignment_null
 from lightning_collapse.functional.codebooks import (
     code_perplexity,
@@ -31,7 +32,6 @@ from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.distributed import all_reduce_sum, from_all_processes, world_size
-from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import is_compiled, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.private_torch import tree_leaves
@@ -44,7 +44,7 @@ _POINT_AT = (
 )
 
 
-class CodebookMonitor(Monitor):
+class CodebookMonitor(HookedMonitor[CodebookHooks]):
     """Log how many codes of a vector quantizer are in use, which of the others are dead, and how far codes move.
 
     **Logged metrics**, ``codebook/{layer}/...``, to every logger and to ``trainer.callback_metrics``:
@@ -121,8 +121,6 @@ class CodebookMonitor(Monitor):
                 f" them, got {read!r} and layers={layers!r}. Without both codebooks are found."
             )
         self.layers, self.reader = layers, read
-        self._hooks: CodebookHooks | None = None
-        self._scope: StepScope | None = None
         self._past: dict[str, dict[str, Tensor]] = {}
         self._resumed = False
 
@@ -152,18 +150,6 @@ class CodebookMonitor(Monitor):
         self._scope = StepScope(pl_module)
         if self.reader is None and is_compiled(pl_module):
             self.warn_once(f"no codebook is found in a compiled model. {_POINT_AT}")
-
-    @property
-    @override
-    def listeners(self) -> list[HookOwner]:
-        return [] if self._hooks is None else [self._hooks]
-
-    @override
-    def stop(self) -> None:
-        for owner in (self._hooks, self._scope):
-            if owner is not None:
-                owner.remove()
-        self._hooks = self._scope = None
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:

@@ -12,14 +12,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
+from lightning_collapse.callbacks.monitors.hooked_monitor import HookedMonitor
+from lightning_collapse.callbacks.monitors.monitor import Detail, Name
 from lightning_collapse.functional.latent_units import COLUMNS, latent_readings
 from lightning_collapse.monitoring.latent_hooks import LatentHooks, Reader
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.gaussian_latents import latent_pairs
-from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.module_tree import clean_name
 from lightning_collapse.utilities.modules import Tap, curve_name, is_compiled, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -36,7 +36,7 @@ LOOKS_POSITIVE = 0.3
 """Mean log-variance of every unit of a fresh network above which it is taken for a standard deviation."""
 
 
-class LatentMonitor(Monitor):
+class LatentMonitor(HookedMonitor[LatentHooks]):
     """Log how much of the input a Gaussian latent holds, and which units hold none: on the prior, or on a point.
 
     **Logged metrics**, ``latent/{layer}/...``, to every logger and to ``trainer.callback_metrics``:
@@ -129,8 +129,6 @@ class LatentMonitor(Monitor):
                 f" layers={layers!r}."
             )
         self.layers, self.reader = layers, read
-        self._hooks: LatentHooks | None = None
-        self._scope: StepScope | None = None
         self._searches = False
         self._unclear: list[str] = []
 
@@ -155,18 +153,6 @@ class LatentMonitor(Monitor):
         self._scope = StepScope(pl_module)
         if not pairs and not taps:
             self._warn_of_none()
-
-    @property
-    @override
-    def listeners(self) -> list[HookOwner]:
-        return [] if self._hooks is None else [self._hooks]
-
-    @override
-    def stop(self) -> None:
-        for owner in (self._hooks, self._scope):
-            if owner is not None:
-                owner.remove()
-        self._hooks = self._scope = None
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
-from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
+from lightning_collapse.callbacks.monitors.hooked_monitor import HookedMonitor
+from lightning_collapse.callbacks.monitors.monitor import Detail, Name
 from lightning_collapse.functional.routing import (
     SUMS,
     dead_experts_null,
@@ -30,7 +31,6 @@ from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.features import padding_mask
-from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.module_tree import own_weight
 from lightning_collapse.utilities.modules import curve_name, find_modules, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -50,7 +50,7 @@ _POINT_AT = (
 )
 
 
-class RouterMonitor(Monitor):
+class RouterMonitor(HookedMonitor[RouterHooks]):
     """Log how a mixture of experts spreads tokens over its experts, and how its router scores them.
 
     **Logged metrics**, ``router/{layer}/...``, to every logger and to ``trainer.callback_metrics``:
@@ -163,8 +163,6 @@ class RouterMonitor(Monitor):
         if batches < 1:
             raise ValueError(f"`batches` must be at least 1, got {batches}.")
         self.layers, self.reader, self.batches = layers, read, batches
-        self._hooks: RouterHooks | None = None
-        self._scope: StepScope | None = None
         self._reader: LossReader | None = None
         self._routers: list[Router] = []
         self._root: LightningModule | None = None
@@ -202,17 +200,12 @@ class RouterMonitor(Monitor):
         self._scope = StepScope(pl_module)
         self._reader = None if routers else reader_of(pl_module, self.contained)
 
-    @property
-    @override
-    def listeners(self) -> list[HookOwner]:
-        return [] if self._hooks is None else [self._hooks]
-
     @override
     def stop(self) -> None:
-        for owner in (self._hooks, self._scope, self._reader):
-            if owner is not None:
-                owner.remove()
-        self._hooks = self._scope = self._reader = self._root = None
+        super().stop()
+        if self._reader is not None:
+            self._reader.remove()
+        self._reader = self._root = None
         self._routers = []
 
     @override

@@ -11,12 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
+from lightning_collapse.callbacks.monitors.hooked_monitor import HookedMonitor
+from lightning_collapse.callbacks.monitors.monitor import Detail, Name
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.monitoring.token_hooks import TokenHooks
 from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.features import padding_mask
-from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
@@ -25,7 +25,7 @@ from lightning_collapse.utilities.transformer_blocks import make_block, transfor
 _DONG, _LU = "Dong et al., ICML 2021, arXiv 2103.03404", "Lu 2026, arXiv 2605.06169"
 
 
-class TokenMonitor(Monitor):
+class TokenMonitor(HookedMonitor[TokenHooks]):
     r"""Log how alike the tokens of a sequence are over the depth of a transformer, and what makes them so.
 
     **Logged metrics**, ``tokens/{layer}/...``, to every logger and to ``trainer.callback_metrics``:
@@ -116,11 +116,6 @@ class TokenMonitor(Monitor):
             raise ValueError(f"`segments` is a key of the batch, or None for `position_ids`, got {segments!r}.")
         self.layers = layers
         self.segments = segments
-        self._forget()
-
-    def _forget(self) -> None:
-        self._hooks: TokenHooks | None = None
-        self._scope: StepScope | None = None
         self._blocks: set[str] = set()
 
     @override
@@ -133,18 +128,6 @@ class TokenMonitor(Monitor):
         self._scope = StepScope(pl_module)
         self._hooks = TokenHooks(blocks, self.contained)
         self._blocks = {block.name for block in blocks}
-
-    @property
-    @override
-    def listeners(self) -> list[HookOwner]:
-        return [] if self._hooks is None else [self._hooks]
-
-    @override
-    def stop(self) -> None:
-        for owner in (self._hooks, self._scope):
-            if owner is not None:
-                owner.remove()
-        self._forget()
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
