@@ -304,7 +304,8 @@ class _TokenHook(TapHook):
 
 def _writer(block: str, tap: Tap) -> _Writer:
     weight = own_weight(tap.module)
-    plain = isinstance(weight, Tensor) and weight.ndim == 2 and weight.requires_grad
+    # of a weight that is computed from others (a converted layer) there is no gradient to read
+    plain = isinstance(weight, Tensor) and weight.ndim == 2 and weight.requires_grad and weight.is_leaf
     return _Writer(block, weight if plain else None, plain and getattr(tap.module, "nf", None) == weight.shape[1])
 
 

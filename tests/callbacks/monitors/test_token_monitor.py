@@ -1,6 +1,7 @@
 """Every sequence of a step counts as it is, without its padding, and gradients are those that the training has."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lightning_collapse.functional import (
     token_cosine,
     token_moments,
 )
+from lightning_collapse.layers import SigmaReparam
 from lightning_collapse.utilities.points import Flag
 from tests.toys import PointKeeper, fit
 
@@ -141,6 +143,18 @@ def test_a_gradient_scaler_changes_no_part():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     assert parts() == pytest.approx(parts(plugins=[MixedPrecision("16-mixed", "cpu", scaler)]), rel=0.02)
     assert len(parts()) == 3
+
+
+def test_weights_that_are_computed_from_others_have_no_parts_of_a_gradient():
+    net, keeper = Net(), PointKeeper()
+    SigmaReparam.convert_(net, include=["blocks.1"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(net, [TokenMonitor(every_n_steps=1), keeper], data(3))
+    assert not [str(each.message) for each in said if "not a leaf" in str(each.message)]  # nothing asks for theirs
+    assert math.isfinite(keeper.curve("tokens/blocks.1.down/relative_residual")[-1].value)
+    assert not keeper.curve("tokens/blocks.1.down/mean_gradient")
+    assert keeper.curve("tokens/blocks.0.down/mean_gradient")
 
 
 @pytest.mark.parametrize("key", ["position_ids", "document"])
