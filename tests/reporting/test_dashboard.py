@@ -91,7 +91,7 @@ def test_tensorboard_serves_every_chart_over_http(tmp_path):
             url = next(found[0] for line in server.stderr if (found := re.search(r"http://\S+:\d+/", line)))
             layout, served = ask(f"{url}data/plugin/custom_scalars")
         finally:
-            server.terminate()
+            server.kill()  # it may wait for its own threads otherwise
     titles = [category["title"] for category in layout["category"]]
     assert titles == [
         "Collapse",
@@ -111,7 +111,7 @@ def ask(url):
     """The layout and the tags per chart, as TensorBoard's page asks its server for them."""
 
     def get(path, **query):
-        with urlopen(f"{url}/{path}?{urlencode(query)}") as response:
+        with urlopen(f"{url}/{path}?{urlencode(query)}", timeout=30) as response:
             return json.load(response)
 
     served, deadline = {}, time.monotonic() + 30
