@@ -13,6 +13,7 @@ PACKAGES = [
     *["callbacks", "functional", "layers", "losses", "metrics", "mixins", "monitoring", "optimizers", "penalties"],
 ]
 PACKAGES += ["reporting", "rules", "spectral", "utilities"]
+PACKAGES += ["functional.factors", "functional.manifolds", "functional.tail_learning"]
 MODULES = [import_module(f"lightning_collapse.{package}".rstrip(".")) for package in PACKAGES]
 HOME: dict[int, str] = {}
 for module in MODULES:  # a name that several packages export is described by the first

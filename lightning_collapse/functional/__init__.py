@@ -1,5 +1,8 @@
 """Functional measures: pure functions, tensors in, tensors out."""
 
+from lightning_collapse.functional import factors as factors
+from lightning_collapse.functional import manifolds as manifolds
+from lightning_collapse.functional import tail_learning as tail_learning
 from lightning_collapse.functional.activation_outliers import (
     ActivationOutliers,
     activation_outliers,
@@ -89,6 +92,8 @@ from lightning_collapse.functional.neural_collapse import (
     cdnv,
     etf_error,
     etf_error_floor,
+    fisher_discriminant_null,
+    fisher_discriminant_ratio,
     gnc2,
     gof_error,
     minority_cosine,
@@ -268,6 +273,8 @@ __all__ = [
     "extremes",
     "feature_std",
     "feature_std_floor",
+    "fisher_discriminant_null",
+    "fisher_discriminant_ratio",
     "forgetting",
     "forward_transfer",
     "gaussian_divergence",

@@ -2,12 +2,16 @@
 
 from lightning_collapse.metrics.activation_outliers import ActivationOutliers
 from lightning_collapse.metrics.attention_entropy import AttentionEntropy
+from lightning_collapse.metrics.class_loss import ClassLoss
 from lightning_collapse.metrics.codebook_usage import CodebookUsage
+from lightning_collapse.metrics.contributing_samples import ContributingSamples
 from lightning_collapse.metrics.intrinsic_dimension import IntrinsicDimension
 from lightning_collapse.metrics.latent_units import LatentUnits
 from lightning_collapse.metrics.lidar import LiDAR
+from lightning_collapse.metrics.linear_probe import LinearProbe
 from lightning_collapse.metrics.nearest_center import NearestClassCenterAgreement
 from lightning_collapse.metrics.neural_collapse import NeuralCollapse
+from lightning_collapse.metrics.nuisance_shares import NuisanceShares
 from lightning_collapse.metrics.output_entropy import OutputEntropy
 from lightning_collapse.metrics.rank import (
     AlphaReQ,
@@ -33,17 +37,21 @@ __all__ = [
     "ActivationOutliers",
     "AlphaReQ",
     "AttentionEntropy",
+    "ClassLoss",
     "CodebookUsage",
     "ConditionNumber",
+    "ContributingSamples",
     "EffectiveRank",
     "EigenvalueEffectiveRank",
     "IntrinsicDimension",
     "Isotropy",
     "LatentUnits",
     "LiDAR",
+    "LinearProbe",
     "NESum",
     "NearestClassCenterAgreement",
     "NeuralCollapse",
+    "NuisanceShares",
     "NumericalRank",
     "OutputEntropy",
     "ParticipationRatio",

@@ -10,6 +10,7 @@ from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.layer_points import read_points
 from lightning_collapse.monitoring.loss_graph import read_loss
 from lightning_collapse.monitoring.loss_use import LossUse
+from lightning_collapse.monitoring.neco import NecoReading, PrincipalSubspace, neco, principal_subspace
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.monitoring.step_signals import StepSignals
 from lightning_collapse.monitoring.training_flops import TrainingFlops
@@ -22,10 +23,14 @@ __all__ = [
     "FeatureHooks",
     "FeatureWindow",
     "LossUse",
+    "NecoReading",
+    "PrincipalSubspace",
     "StepScope",
     "StepSignals",
     "TrainingFlops",
     "attention_maps",
+    "neco",
+    "principal_subspace",
     "read_loss",
     "read_points",
 ]

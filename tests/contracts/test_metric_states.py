@@ -30,15 +30,25 @@ CASES: dict[str, tuple[Callable[..., Metric], Callable[[int], tuple[Tensor, ...]
         lambda: metrics.AttentionEntropy(2),
         lambda seed: (rows(seed, N, 2, 5, D), rows(seed + 99, N, 2, 5, D)),
     ),
+    "ClassLoss": (lambda: metrics.ClassLoss(C), lambda seed: (rows(seed, N), classes(seed))),
     "CodebookUsage": (lambda: metrics.CodebookUsage(D), lambda seed: (classes(seed),)),
+    "ContributingSamples": (lambda: metrics.ContributingSamples(), lambda seed: (rows(seed, N, C), classes(seed))),
     "IntrinsicDimension": (lambda: metrics.IntrinsicDimension(capacity=20, k=3), lambda seed: (rows(seed, N, D),)),
     "LatentUnits": (lambda: metrics.LatentUnits(D), lambda seed: (rows(seed, N, D), rows(seed + 99, N, D))),
     "LiDAR": (lambda: metrics.LiDAR(D), lambda seed: tuple(rows(seed + 99 * i, N, D) for i in range(3))),
+    "LinearProbe": (
+        lambda: metrics.LinearProbe(2, {"factor": C}),
+        lambda seed: (rows(seed, N, 2), classes(seed).unsqueeze(1), torch.arange(N) % 3 == 0),
+    ),
     "NearestClassCenterAgreement": (
         lambda: metrics.NearestClassCenterAgreement(rows(7, C, D), torch.ones(C)),
         lambda seed: (rows(seed, N, D), rows(seed + 99, N, C)),
     ),
     "NeuralCollapse": (lambda: metrics.NeuralCollapse(C, D), lambda seed: (rows(seed, N, D), classes(seed))),
+    "NuisanceShares": (
+        lambda: metrics.NuisanceShares(C, C, D),
+        lambda seed: (rows(seed, N, D), classes(seed), classes(seed + 99)),
+    ),
     "OutputEntropy": (lambda: metrics.OutputEntropy(D), lambda seed: (rows(seed, N, D), classes(seed))),
     "RegressionCollapse": (
         lambda: metrics.RegressionCollapse(D, 2),

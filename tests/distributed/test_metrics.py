@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from lightning_collapse.metrics import ClassLoss, ContributingSamples, LinearProbe, NuisanceShares
 from lightning_collapse.monitoring.evaluate import evaluate
 from lightning_collapse.monitoring.feature_buffer import LayerFeatures
 from lightning_collapse.spectral import GaussianSketch, Moments, reduce_moments
@@ -80,6 +81,19 @@ def hooks_ignored(expected: int) -> Tensor | str:
     return torch.stack([found.n, found.seen.to(found.n), found.top.to(found.n)])
 
 
+def labelled(*ranks: int) -> dict[str, Tensor]:
+    """Metrics of labelled rows, whose batches differ in size between processes."""
+    metrics = [ClassLoss(3), ContributingSamples(), LinearProbe(DIM, {"factor": 3}), NuisanceShares(3, 2, DIM)]
+    for rank in ranks:
+        rows = torch.cat([rows for rows, _ in batches("uneven", rank)])
+        index = torch.arange(len(rows))
+        y = (index * (rank + 2) + rank) % 3
+        inputs = (rows[:, 0] - 1000, y), (rows[:, :3], y), (rows, y.unsqueeze(1), index % 2 == 0), (rows, y, index % 2)
+        for metric, arguments in zip(metrics, inputs, strict=True):
+            metric.update(*arguments)
+    return {f"{type(metric).__name__}.{name}": v for metric in metrics for name, v in metric.compute().items()}
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # a process that saw nothing is told so by torchmetrics
@@ -98,6 +112,7 @@ def worker(rank: int, folder: str) -> None:
         result["reduce_moments", case] = [reduced.states() for reduced in reduce_moments([narrow, moments])]
     stepwise = METRICS["ParticipationRatio"](DIM, dist_sync_on_step=True)
     result["step"] = [stepwise(rows[:5]) for rows, _ in batches("uneven", rank)[:1]] + [stepwise.compute()]
+    result["labelled"] = labelled(rank)
     result["sketch"] = GaussianSketch(9, 4).matrix
     result["hooks_ignored"] = {expected: hooks_ignored(expected) for expected in (DIM - 1, DIM + 1)}
     torch.save(result, f"{folder}/{rank}.pt")
@@ -183,6 +198,13 @@ def test_sync_on_step(ranks: list[dict[Any, Any]]) -> None:
     for result in ranks:
         for value in result["step"]:
             close(value, expected.compute())
+
+
+def test_metrics_of_labelled_rows(ranks: list[dict[Any, Any]]) -> None:
+    expected = labelled(*range(RANKS))
+    assert not any(expected[f"LinearProbe.{name}"].isnan() for name in ("factor", "null"))
+    for result in ranks:
+        torch.testing.assert_close(result["labelled"], expected, rtol=1e-8, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("expected", [DIM - 1, DIM + 1], ids=["by rows", "by moments"])

@@ -1,6 +1,7 @@
 """Neural collapse: NC1 to NC5, their generalizations, and collapse of rare classes."""
 
 from lightning_collapse.functional.neural_collapse.cdnv import Cdnv, cdnv
+from lightning_collapse.functional.neural_collapse.fisher import fisher_discriminant_null, fisher_discriminant_ratio
 from lightning_collapse.functional.neural_collapse.gnc2 import LogKernel, gnc2
 from lightning_collapse.functional.neural_collapse.gof import (
     OrthogonalFrame,
@@ -29,6 +30,8 @@ __all__ = [
     "cdnv",
     "etf_error",
     "etf_error_floor",
+    "fisher_discriminant_null",
+    "fisher_discriminant_ratio",
     "gnc2",
     "gof_error",
     "minority_cosine",
