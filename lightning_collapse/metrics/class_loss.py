@@ -78,7 +78,7 @@ class ClassLoss(SumsMetric):
                 f"`labels` must be integers of the shape of `losses`, {tuple(losses.shape)}, got {labels.dtype} of"
                 f" {tuple(labels.shape)}. Compute the loss with `reduction='none'`."
             )
-        losses, labels = losses.flatten().to(self.sums), labels.flatten().long()
+        losses, labels = losses.flatten().to(self.sums.dtype), labels.flatten().long()
         counted = (labels >= 0) & (labels < self.sums.shape[1]) & ~losses.isnan()
         rows = torch.stack([torch.where(counted, losses, 0.0), counted.to(losses)])
         self.sums = self.sums.index_add(1, torch.where(counted, labels, 0), rows)

@@ -86,10 +86,13 @@ class LinearProbe(StatisticsMetric[SplitMoments]):
 
     def update(self, features: Tensor, factors: Tensor, held_out: Tensor | bool = False) -> None:
         """Add rows ``(N, dim)``, their labels ``(N, F)``, and which of them are held out."""
-        if features.ndim != 2 or features.shape[1] != self.dim or factors.shape != (len(features), len(self.factors)):
+        fits = (
+            features.ndim == 2 and features.shape[1] == self.dim and factors.shape == (len(features), len(self.factors))
+        )
+        if not fits or factors.is_floating_point():
             raise ValueError(
-                f"`features` and `factors` must have shapes (N, {self.dim}) and (N, {len(self.factors)}), got"
-                f" {tuple(features.shape)} and {tuple(factors.shape)}."
+                f"`features` and integer `factors` must have shapes (N, {self.dim}) and (N, {len(self.factors)}), got"
+                f" {tuple(features.shape)} and {factors.dtype} of {tuple(factors.shape)}."
             )
         sizes = torch.tensor(list(self.factors.values()), device=factors.device)
         known = ((factors >= 0) & (factors < sizes)).all(dim=1)

@@ -54,6 +54,7 @@ class NuisanceShares(StatisticsMetric[ClassMoments]):
 
     def update(self, features: Tensor, classes: Tensor, domains: Tensor) -> None:
         """Add rows ``(N, dim)``, their classes ``(N,)`` and their domains ``(N,)``."""
+        classes = classes.to(torch.promote_types(classes.dtype, torch.int64))  # small integers would overflow
         known = (classes >= 0) & (classes < self.num_classes) & (domains >= 0) & (domains < self.num_domains)
         self.moments().update(features, torch.where(known, classes * self.num_domains + domains, -1))
 

@@ -15,6 +15,7 @@ from lightning_collapse.monitoring.feature_hooks import FeatureHooks
 from lightning_collapse.spectral.eigenvalues import eigenvectors
 from lightning_collapse.spectral.moments import Moments
 from lightning_collapse.utilities.arguments import require_whole
+from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
 from lightning_collapse.utilities.modules import find_taps
 from lightning_collapse.utilities.preserved_state import preserved_state
@@ -115,12 +116,12 @@ def neco(
         loader = batches_of(loader)
         with rewound(loader):
             for batch in loader:
-                hooks.armed = True
+                hooks.armed, hooks.mask = True, padding_mask(batch)
                 inputs(model, batch)
                 hooks.armed = False
                 if (captured := hooks.pop().get(taps[0].name)) is None:
                     raise ValueError(f"`layer` {layer!r} returned no features on a batch. Choose one that runs.")
-                yield captured.rows
+                yield captured.rows[captured.mask]
 
     def scores(loader: Loader) -> Tensor:
         found = [neco_score((x - space.mean) * space.scale, space.components) for x in rows(loader)]

@@ -103,7 +103,7 @@ def test_nuisance_shares_are_those_of_nested_regressions() -> None:
     x = rows(11, len(y), 5) + rows(12, 3, 5)[y] + 2 * rows(13, 4, 5)[domain] + rows(14, 12, 5)[4 * y + domain] + 1e6
     metric = NuisanceShares(3, 4, 5)
     for part in torch.arange(len(y)).split(17):
-        metric.update(x[part], y[part], domain[part])
+        metric.update(x[part], y[part].to(torch.uint8), domain[part])
     metric.update(x[:2] + 99, torch.tensor([0, 3]), torch.tensor([-1, 0]))  # in no cell
     found = metric.compute()
     shares = [found[name].item() for name in ("between_class", "between_domain", "interaction", "residual")]
@@ -192,5 +192,5 @@ def test_bad_arguments() -> None:
     for factors in ({}, {"n": 2}, {"color": 1}):
         with pytest.raises(ValueError, match="`factors` must give names"):
             LinearProbe(2, factors)
-    with pytest.raises(ValueError, match="`features` and `factors` must have shapes"):
+    with pytest.raises(ValueError, match="`features` and integer `factors` must have shapes"):
         LinearProbe(2, {"color": 2}).update(torch.ones(3, 2), torch.ones(3, dtype=torch.int64))

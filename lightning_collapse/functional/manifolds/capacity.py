@@ -79,7 +79,7 @@ def manifold_geometry(offsets: Tensor, directions: int = 200, iterations: int = 
     weights, energy = _project(cone, t, iterations)
     total = weights.sum(dim=1, keepdim=True)
     farthest = points[(t[:, :dim] @ points.T).argmax(dim=1)]
-    opposed = total <= 1e-9
+    opposed = total == 0
     anchors = torch.where(opposed, farthest, (weights / torch.where(opposed, 1.0, total)) @ points)
     share = energy.mean()
     radius = (anchors - anchors.mean(dim=0)).square().sum(dim=1).mean().sqrt()
@@ -135,10 +135,10 @@ def _project(cone: Tensor, t: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     step = 1 / torch.linalg.matrix_norm(gram.nan_to_num(0.0), 2)
     weights, ahead, momentum = torch.zeros_like(target), torch.zeros_like(target), 1.0
     for _ in range(iterations):
-        moved = torch.addmm(target, ahead, gram, beta=float(1), alpha=-1).mul_(step).add_(ahead).clamp_min_(0)
+        moved = torch.addmm(target, ahead, gram, alpha=-1).mul_(step).add_(ahead).clamp_min_(0)
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = torch.lerp(weights, moved, 1 + (momentum - 1) / following)
         weights, momentum = moved, following
     # right to second order in what the solver leaves
     energy = (weights * torch.addmm(2 * target, weights, gram, alpha=-1)).sum(dim=1)
-    return weights / lengths, energy.clamp_min(0) if bool(gram.isfinite().all()) else energy * torch.nan
+    return weights / lengths, energy.clamp_min(0)
