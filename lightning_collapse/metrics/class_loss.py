@@ -30,6 +30,7 @@ class ClassLoss(SumsMetric):
             here.
         edges: Of the bins, see :func:`~lightning_collapse.functional.tail_learning.loss_by_frequency`.
         per_class: As there: ``False`` weighs tokens alike.
+        dtype: What the sums are kept in; choose ``torch.float32`` on a device that has no ``float64``.
         kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Attributes:
@@ -58,13 +59,14 @@ class ClassLoss(SumsMetric):
         frequencies: Tensor | None = None,
         edges: Sequence[float] = SHOTS,
         per_class: bool = True,
+        dtype: torch.dtype = torch.float64,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         require_whole(1, num_classes=num_classes)
         self.edges, self.per_class = tuple(edges), per_class
         self.register_buffer("frequencies", frequencies, persistent=False)
-        zeros = torch.zeros(2, num_classes, dtype=torch.float64)
+        zeros = torch.zeros(2, num_classes, dtype=dtype)
         self.add_state("sums", zeros, dist_reduce_fx="sum")
         loss_by_frequency(
             zeros[0], zeros[1], zeros[0] if frequencies is None else frequencies, edges

@@ -25,6 +25,7 @@ class ContributingSamples(SumsMetric):
     As input to ``update``: ``logits`` and ``labels`` as there. As output of ``compute``: the dictionary it returns.
 
     Args:
+        dtype: What the sums are kept in; choose ``torch.float32`` on a device that has no ``float64``.
         kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Attributes:
@@ -46,9 +47,9 @@ class ContributingSamples(SumsMetric):
 
     sums: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        zeros = torch.zeros(SUMS + 2 * PER_OCTAVE * OCTAVES, dtype=torch.float64)
+        zeros = torch.zeros(SUMS + 2 * PER_OCTAVE * OCTAVES, dtype=dtype)
         self.add_state("sums", zeros, dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:

@@ -54,6 +54,7 @@ class LinearProbe(StatisticsMetric[SplitMoments]):
         dim: Number of features ``D``.
         factors: Number of classes of each factor, by name.
         ridge: As there.
+        dtype: What the sums are kept in; choose ``torch.float32`` on a device that has no ``float64``.
         kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Raises:
@@ -72,7 +73,14 @@ class LinearProbe(StatisticsMetric[SplitMoments]):
     higher_is_better = True
     sizes = ("dim", "factors")
 
-    def __init__(self, dim: int, factors: Mapping[str, int], ridge: float = 1e-3, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dim: int,
+        factors: Mapping[str, int],
+        ridge: float = 1e-3,
+        dtype: torch.dtype = torch.float64,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         require_whole(1, dim=dim)
         require_not_negative(ridge=ridge)
@@ -82,7 +90,7 @@ class LinearProbe(StatisticsMetric[SplitMoments]):
             )
         self.dim, self.factors, self.ridge = dim, dict(factors), ridge
         width = dim + sum(factors.values())
-        self._begin(SplitMoments(*(Moments(width, dtype=torch.float64) for _ in range(2))))
+        self._begin(SplitMoments(*(Moments(width, dtype=dtype) for _ in range(2))))
 
     def update(self, features: Tensor, factors: Tensor, held_out: Tensor | bool = False) -> None:
         """Add rows ``(N, dim)``, their labels ``(N, F)``, and which of them are held out."""
@@ -98,9 +106,9 @@ class LinearProbe(StatisticsMetric[SplitMoments]):
         known = ((factors >= 0) & (factors < sizes)).all(dim=1)
         safe = torch.where(known.unsqueeze(1), factors, 0).long()
         columns = [one_hot(safe[:, i], size) for i, size in enumerate(self.factors.values())]
-        rows = torch.cat([features.detach().double(), *columns], dim=1)
-        held = torch.as_tensor(held_out, device=known.device).expand(len(known))
         moments = self.moments()
+        rows = torch.cat([features.detach().to(moments.train.shift.dtype), *columns], dim=1)
+        held = torch.as_tensor(held_out, device=known.device).expand(len(known))
         moments.train.update(rows, known & ~held)
         moments.held_out.update(rows, known & held)
         self._set(moments)

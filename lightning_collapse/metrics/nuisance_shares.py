@@ -29,6 +29,7 @@ class NuisanceShares(StatisticsMetric[ClassMoments]):
         num_classes: Number of classes.
         num_domains: Number of domains, or values of another nuisance factor.
         dim: Number of features.
+        dtype: What the sums are kept in; choose ``torch.float32`` on a device that has no ``float64``.
         kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Raises:
@@ -46,11 +47,13 @@ class NuisanceShares(StatisticsMetric[ClassMoments]):
     higher_is_better: bool | None = None
     sizes = ("num_classes", "num_domains", "dim")
 
-    def __init__(self, num_classes: int, num_domains: int, dim: int, **kwargs: Any) -> None:
+    def __init__(
+        self, num_classes: int, num_domains: int, dim: int, dtype: torch.dtype = torch.float64, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         require_whole(1, num_classes=num_classes, num_domains=num_domains, dim=dim)
         self.num_classes, self.num_domains, self.dim = num_classes, num_domains, dim
-        self._begin(ClassMoments(num_classes * num_domains, dim, scatter=False, dtype=torch.float64))
+        self._begin(ClassMoments(num_classes * num_domains, dim, scatter=False, dtype=dtype))
 
     def update(self, features: Tensor, classes: Tensor, domains: Tensor) -> None:
         """Add rows ``(N, dim)``, their classes ``(N,)`` and their domains ``(N,)``."""

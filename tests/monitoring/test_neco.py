@@ -41,19 +41,28 @@ def test_scores_are_those_of_standardized_features() -> None:
     assert (found.dims, found.explained.item()) == (4, pytest.approx(values[-4:].sum() / values.sum(), rel=1e-5))
 
 
-def test_inputs_in_the_subspace_score_one_and_others_zero() -> None:
-    line, across = torch.randn(40, 2), torch.randn(20, 2)
-    nothing = torch.zeros(40, 2)
-    nothing[0] = 1e-3  # the other features vary a little, or they would be dropped
-    inside = torch.cat([line, nothing], dim=1)
-    outside = torch.cat([torch.zeros(20, 2) + line.mean(dim=0), across], dim=1)
+def test_inputs_along_the_subspace_score_one_and_others_zero() -> None:
+    factor = torch.linspace(-1, 1, 40).unsqueeze(1)
+    inside, outside = factor.expand(40, 3), torch.tensor([[1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
     net = nn.Sequential(nn.Identity(), nn.Flatten())
-    found = neco(net, "1", loader(inside[1:]), loader(outside), loader(inside), dims=4)
-    assert found.explained == pytest.approx(1.0)
-    assert found.id_scores == pytest.approx(1.0, rel=1e-5)  # as many directions as features tell nothing
+    found = neco(net, "1", loader(inside), loader(outside), dims=1)
+    assert found.explained.item() == pytest.approx(1.0, rel=1e-6)
+    assert found.id_scores.tolist() == pytest.approx([1.0] * 40, rel=1e-6)
+    assert found.ood_scores.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert found.auroc == 1
+    everything = neco(net, "1", loader(inside + torch.randn(40, 3)), loader(outside))
+    assert everything.dims == 3
+    assert everything.ood_scores.tolist() == pytest.approx([1.0, 1.0], rel=1e-5)  # they tell nothing then
+
+
+def test_bad_arguments_leave_no_hook() -> None:
+    net, rows = nn.Sequential(nn.Linear(3, 3), nn.Flatten()), torch.ones(4, 3)
     with pytest.raises(ValueError, match="matches no submodule"):
-        neco(net, "2", loader(inside), loader(outside))
+        neco(net, "2", [rows], [rows])
     with pytest.raises(ValueError, match="`dims` must be an integer of at least 1"):
-        neco(net, "1", loader(inside), loader(outside), dims=0)
+        neco(net, "1", [rows], [rows], dims=0)
     with pytest.raises(ValueError, match="must hold a batch"):
-        neco(net, "1", [], loader(outside))
+        neco(net, "1", [], [rows])
+    with pytest.raises(ValueError, match="`layer` '1' returned no features"):
+        neco(net, "1", [rows], [rows], inputs=lambda module, batch: module[0](batch))
+    assert not any(module._forward_hooks for module in net.modules())

@@ -142,8 +142,9 @@ def neco_score(
 
     Args:
         features: Shape ``(N, D)``.
-        components: Orthonormal principal directions of the training features in columns, shape ``(D, K)``; public code
-            takes as many as explain 90 % of the variance.
+        components: Orthonormal principal directions of the training features in columns, shape ``(D, K)``: of
+            standardized features 100 in the authors' code, 128 in ports, and elsewhere as many as explain 90 % of the
+            variance. :func:`~lightning_collapse.monitoring.neco` finds them.
         mean: :math:`\mu`, the mean of the training features, shape ``(D,)``; zero by default.
         max_logit: Largest logit of each feature, shape ``(N,)``: multiplies the score, as published for transformers.
 
