@@ -107,6 +107,13 @@ def neco(
 
     References:
         Ben Ammar et al., *NECO*, ICLR 2024. https://arxiv.org/abs/2310.06823
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 1))
+        >>> known, strange = torch.tensor([[1.0, 1.0], [-1.0, -1.0]]), torch.tensor([[1.0, -1.0]])
+        >>> reading = neco(model, "1:input", [known], [strange], dims=1)
+        >>> reading.auroc, reading.dims
+        (tensor(1.), 1)
     """
     require_whole(1, dims=dims)
     taps = find_taps(model, [layer])
