@@ -5,10 +5,13 @@ from lightning_collapse.losses.balanced_softmax import BalancedSoftmax, balanced
 from lightning_collapse.losses.barlow_twins import BarlowTwins, barlow_twins_terms
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
 from lightning_collapse.losses.coding_rate import CodingRate, coding_rate_loss
+from lightning_collapse.losses.consistency import flip_consistency, interpolation_consistency
 from lightning_collapse.losses.corinfomax import CorInfoMax, corinfomax_terms
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
 from lightning_collapse.losses.cw_rgp import CWRGP, cw_rgp_loss
+from lightning_collapse.losses.dcca import DCCA, canonical_correlations, dcca_loss
 from lightning_collapse.losses.decorrelation import FeatureDecorrelation, feature_decorrelation_terms
+from lightning_collapse.losses.deep_svdd import DeepSVDD, svdd_scores
 from lightning_collapse.losses.delta_vae import DeltaVAE, ar1_divergence, committed_rate
 from lightning_collapse.losses.distillation import distillation_loss, feature_distillation_loss
 from lightning_collapse.losses.dot_regression import DotRegression, dot_regression
@@ -23,10 +26,16 @@ from lightning_collapse.losses.log_det import LogDetBarrier, log_det_barrier
 from lightning_collapse.losses.long_tail_collapse import LongTailCollapse, long_tail_collapse_terms
 from lightning_collapse.losses.max_sup import MaxSup, label_smoothing_terms, max_suppression
 from lightning_collapse.losses.mmcr import MMCR, mmcr_terms
+from lightning_collapse.losses.pair_weights import PairWeights
 from lightning_collapse.losses.schedule import LinearRamp, LinearWarmup
+from lightning_collapse.losses.sdc import SDC, beta_cosines, hash_code_readings, sdc_terms
 from lightning_collapse.losses.sigreg import SIGReg, sigreg_loss
 from lightning_collapse.losses.spectral_decoupling import SpectralDecoupling, spectral_decoupling
 from lightning_collapse.losses.spectral_transformation import SpectralTransformation, spectral_transformation_terms
+from lightning_collapse.losses.token_relations import (
+    TokenRelationDistillation,
+    token_relation_terms,
+)
 from lightning_collapse.losses.tregs import TREGS, tregs_terms
 from lightning_collapse.losses.uniformity import Uniformity, uniformity_loss
 from lightning_collapse.losses.variance import VarianceLoss, variance_loss
@@ -37,8 +46,10 @@ from lightning_collapse.losses.wmse import WMSE, wmse_loss
 
 __all__ = [
     "CWRGP",
+    "DCCA",
     "INTL",
     "MMCR",
+    "SDC",
     "TREGS",
     "WMSE",
     "Alignment",
@@ -48,6 +59,7 @@ __all__ = [
     "CodingRate",
     "CorInfoMax",
     "CovarianceLoss",
+    "DeepSVDD",
     "DeltaVAE",
     "DotRegression",
     "EffectiveRankHinge",
@@ -62,9 +74,11 @@ __all__ = [
     "LogDetBarrier",
     "LongTailCollapse",
     "MaxSup",
+    "PairWeights",
     "SIGReg",
     "SpectralDecoupling",
     "SpectralTransformation",
+    "TokenRelationDistillation",
     "TooFewRowsError",
     "Uniformity",
     "VCReg",
@@ -75,17 +89,23 @@ __all__ = [
     "ar1_divergence",
     "balanced_cross_entropy",
     "barlow_twins_terms",
+    "beta_cosines",
+    "canonical_correlations",
     "coding_rate_loss",
     "committed_rate",
     "corinfomax_terms",
     "covariance_loss",
     "cw_rgp_loss",
+    "dcca_loss",
     "distillation_loss",
     "dot_regression",
     "effective_rank_terms",
     "feature_decorrelation_terms",
     "feature_distillation_loss",
+    "flip_consistency",
     "free_bits",
+    "hash_code_readings",
+    "interpolation_consistency",
     "intl_terms",
     "kl_balance_terms",
     "koleo_loss",
@@ -95,9 +115,12 @@ __all__ = [
     "long_tail_collapse_terms",
     "max_suppression",
     "mmcr_terms",
+    "sdc_terms",
     "sigreg_loss",
     "spectral_decoupling",
     "spectral_transformation_terms",
+    "svdd_scores",
+    "token_relation_terms",
     "tregs_terms",
     "uniformity_loss",
     "variance_loss",

@@ -1,16 +1,15 @@
 """MMCR (maximum manifold capacity representations): centroids of views span many directions evenly."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_collapse.losses.base import AntiCollapseLoss
+from lightning_collapse.losses.support.nuclear_norm import nuclear_norm
 from lightning_collapse.losses.support.rows import require_rows, unit_rows
 from lightning_collapse.losses.support.statistics import stack_views
 from lightning_collapse.spectral.precision import full_precision
-from lightning_collapse.utilities.differentiable_once import differentiable_once
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, all_reduce_sum_with_grad
 from lightning_collapse.utilities.registry import register_loss
 
@@ -48,30 +47,7 @@ def mmcr_terms(first: Tensor, second: Tensor) -> dict[str, Tensor]:
     count = total[1].detach()
     require_rows("mmcr_terms", 1, count, n)
     centroids, _ = all_gather_rows_with_grad((a + b) / 2)
-    nuclear: Tensor = _NuclearNorm.apply(centroids)  # type: ignore[no-untyped-call]
-    return {"centroid": -nuclear, "local": total[0] / count}
-
-
-class _NuclearNorm(torch.autograd.Function):
-    r"""Sum of singular values, and its subgradient :math:`U V^\top`: finite everywhere, no gap is divided by.
-
-    Where singular values vanish, the vectors that LAPACK completes the basis with make it a subgradient that still
-    pulls rows apart.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> Tensor:
-        finite = matrix.isfinite().all()
-        # the solver raises on what is not finite; the loss and its gradient still tell of it
-        u, singular_values, vh = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)
-        ctx.save_for_backward(torch.where(finite, u @ vh, torch.nan))
-        return torch.where(finite, singular_values.sum(), torch.nan)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        subgradient: Tensor = ctx.saved_tensors[0] * grads[0]
-        return subgradient
+    return {"centroid": -nuclear_norm(centroids), "local": total[0] / count}
 
 
 @register_loss

@@ -87,6 +87,7 @@ TWICE: list[tuple[str, dict[str, Any]]] = [
     ("Alignment", {}),
     ("Alignment", {"alpha": 3.0}),
     ("BarlowTwins", {}),
+    ("DeepSVDD", {}),
     ("DeltaVAE", {}),
     ("EffectiveRankHinge", {}),
     ("EffectiveRankHinge", {"momentum": 0.5}),
