@@ -38,7 +38,7 @@ def interpolation_consistency(
             processes.
 
     References:
-        Liu et al., *Combating Mode Collapse in GANs via Manifold Entropy Estimation*, AAAI 2023.
+        Liu et al., *Combating Mode Collapse in GANs via Manifold Entropy Estimation*, 2022.
         https://arxiv.org/abs/2208.12055, code at https://github.com/HaozheLiu-ST/MEE.
 
     Example:
@@ -86,7 +86,7 @@ def flip_consistency(network: Callable[[Tensor], Tensor], images: Tensor, noise:
         ValueError: If the images are no maps, or the network returns no matrix; if there is no row over all processes.
 
     References:
-        Liu et al., AAAI 2023. https://arxiv.org/abs/2208.12055, code at https://github.com/HaozheLiu-ST/MEE.
+        Liu et al., 2022. https://arxiv.org/abs/2208.12055, code at https://github.com/HaozheLiu-ST/MEE.
 
     Example:
         >>> pooled = flip_consistency(lambda images: images.mean(dim=(2, 3)), torch.rand(4, 3, 8, 8))

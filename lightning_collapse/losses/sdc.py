@@ -14,30 +14,26 @@ from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, all_reduce_sum_with_grad
 
-TERMS = 200  # of the continued fraction: enough to 1e-12 for concentrations up to 1000
-
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@lru_cache(maxsize=8)
 def beta_cosines(pairs: int, concentration: float = 5.0) -> Tensor:
     r"""Quantiles of a symmetric beta law on the cosines from -1 to 1, at :math:`(2 i - 1) / (2 P)`.
 
-    On the host in ``float64``, by bisection of the continued fraction of the incomplete beta function; kept for the
-    sizes of batch that were asked for last, so do not write to it.
+    On the host in ``float64``, once for each number of pairs: the last eight are kept.
 
     Args:
         pairs: How many, P.
-        concentration: Both parameters of the law: its standard deviation is :math:`1 / \sqrt{2 a + 1}`, and that of
-            random codes of K bits :math:`1 / \sqrt K`, so that codes can spread as far up to :math:`(K - 1) / 2`.
+        concentration: Both parameters of the law. Its standard deviation is :math:`1 / \sqrt{2 a + 1}`, and that of
+            random codes of K bits :math:`1 / \sqrt K`: do not go above :math:`(K - 1) / 2`.
 
     Returns:
         Shape ``(pairs,)``, ascending and symmetric, on the host.
 
     Raises:
-        ValueError: If an argument is not positive.
+        ValueError: If an argument is negative, or ``concentration`` is 0.
 
     References:
-        Ng et al., BMVC 2023. https://arxiv.org/abs/2302.07669; the fraction: DLMF 8.17.22.
+        Ng et al., BMVC 2023. https://arxiv.org/abs/2302.07669
 
     Example:
         >>> beta_cosines(4, concentration=1.0)  # uniform
@@ -45,20 +41,25 @@ def beta_cosines(pairs: int, concentration: float = 5.0) -> Tensor:
     """
     require_whole(0, pairs=pairs)
     require_positive(concentration=concentration)
-    wanted = (2 * torch.arange(1, pairs // 2 + 1, dtype=torch.float64, device="cpu") - 1) / (2 * pairs or 1)
+    lower = _lower_half(pairs, concentration)
+    return torch.cat([lower, lower.new_zeros(pairs % 2), -lower.flip(0)])
+
+
+@lru_cache(maxsize=8)
+def _lower_half(pairs: int, a: float) -> Tensor:
+    wanted = (2 * torch.arange(1, pairs // 2 + 1, dtype=torch.float64, device="cpu") - 1) / max(1, 2 * pairs)
     low, high = torch.zeros_like(wanted), torch.full_like(wanted, 0.5)
-    for _ in range(60):
+    for _ in range(52):
         middle = (low + high) / 2
-        below = _share_below(middle, concentration) < wanted
+        below = _share_below(middle, a) < wanted
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    half = low + high - 1
-    return torch.cat([half, half.new_zeros(pairs % 2), -half.flip(0)])
+    return low + high - 1
 
 
 def _share_below(x: Tensor, a: float) -> Tensor:
-    """The symmetric incomplete beta function for ``x`` up to a half."""
+    """The symmetric incomplete beta function for ``x`` up to a half, by its continued fraction (DLMF 8.17.22)."""
     fraction = torch.ones_like(x)
-    for i in range(TERMS, 0, -1):
+    for i in range(40 + 4 * math.isqrt(math.ceil(a)), 0, -1):
         m = i // 2
         step = -(a + m) * (2 * a + m) / ((a + i - 1) * (a + i)) if i % 2 else m * (a - m) / ((a + i - 1) * (a + i))
         fraction = 1 + step * x / fraction

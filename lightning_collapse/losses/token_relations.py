@@ -77,9 +77,9 @@ class TokenRelationDistillation(nn.Module):
         \operatorname{softmax}\tfrac{Q K^\top}{\sqrt{D}}\Big) + \text{the same of } V V^\top
 
     the mean over samples, heads and tokens. Plot what equal tokens would read beside it, see
-    :func:`token_relation_terms`. As published the teacher is a masked autoencoder, the layer its last (of 12) or the 18th of 24, and the
-    student's last block, without drop path, has the teacher's number of heads. It costs two maps of all tokens, of that
-    layer alone. Six tensors, ``loss(q, k, v, teacher_q, teacher_k, teacher_v)``, also through the mixin.
+    :func:`token_relation_terms`. As published the teacher is a masked autoencoder, the layer its last of 12 or the 18th
+    of 24, and the student's last block, without drop path, has the teacher's number of heads. It costs two maps of all
+    tokens, of that layer alone. Six tensors, ``loss(q, k, v, teacher_q, teacher_k, teacher_v)``, also by the mixin.
 
     Args:
         query_key: Coefficient of the relations of queries to keys; published value.

@@ -32,6 +32,7 @@ from lightning_collapse.utilities.distributed import (
 )
 from lightning_collapse.utilities.registry import LOSSES
 from tests.distributed.launch import spawn
+from tests.distributed.unlabelled_losses import ROWS, pair_weights, readings
 from tests.integration.siamese import Siamese, fit, weights
 from tests.losses.cases import CASES as FACTS
 
@@ -246,6 +247,7 @@ def worker(rank: int, folder: str) -> None:
     result["messages"] = {name: messages(name) for name in LOSSES}
     result["second"] = {name: second_derivative(name, splits(rank, FACTS[name].split[-1][0])) for name in LOSSES}
     result["guided"] = {form: guided(form, splits(rank, 6)) for form in ("normalized", "paper", "code")}
+    result["unlabelled"] = readings(splits(rank, ROWS)), pair_weights(splits(rank, ROWS))
     floors = EffectiveRankHinge(), LogDetBarrier()
     result["collapsed"] = [gradient_at_collapse(loss, splits(rank, 12)) for loss in floors]
     result["few"] = {rows: few_rows(rank, rows) for rows in [(1, 0), (0, 1), (0, 0), (1, 1), (0, 2)]}
@@ -374,6 +376,18 @@ def test_equal_rows_are_told_apart_as_in_one_process(ranks: list[dict[str, Any]]
 def test_entropy_guidance_is_that_of_one_process(form: str, ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
         torch.testing.assert_close(result["guided"][form], guided(form, slice(None)))
+
+
+def test_losses_without_labels_are_those_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    expected, weights = readings(slice(None)), pair_weights(slice(None))
+    drawn = [result["unlabelled"][0].pop("drawn") for result in ranks]
+    assert torch.equal(*drawn)
+    assert expected.pop("drawn").isfinite().all()
+    assert (weights[0] < 1).tolist() == [i == 3 for i in range(ROWS)]
+    for result in ranks:
+        found, found_weights = result["unlabelled"]
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found_weights, weights)
 
 
 def test_without_a_process_group() -> None:
