@@ -28,7 +28,7 @@ from lightning_collapse.losses.max_sup import MaxSup, label_smoothing_terms, max
 from lightning_collapse.losses.mmcr import MMCR, mmcr_terms
 from lightning_collapse.losses.pair_weights import PairWeights
 from lightning_collapse.losses.schedule import LinearRamp, LinearWarmup
-from lightning_collapse.losses.sdc import SDC, beta_cosines, hash_code_readings, sdc_terms
+from lightning_collapse.losses.sdc import SDC, hash_code_readings, sdc_terms
 from lightning_collapse.losses.sigreg import SIGReg, sigreg_loss
 from lightning_collapse.losses.spectral_decoupling import SpectralDecoupling, spectral_decoupling
 from lightning_collapse.losses.spectral_transformation import SpectralTransformation, spectral_transformation_terms
@@ -89,7 +89,6 @@ __all__ = [
     "ar1_divergence",
     "balanced_cross_entropy",
     "barlow_twins_terms",
-    "beta_cosines",
     "canonical_correlations",
     "coding_rate_loss",
     "committed_rate",

@@ -175,8 +175,10 @@ class DeepSVDD(AntiCollapseLoss):
         return math.nan
 
     def at_perfection(self, rows: int, dim: int) -> float:
-        """Features of unit variance about a center that is their mean."""
-        return self.coefficients["distance"] * dim * (rows - 1) / rows
+        """The minimum, with all features of one spread about a center that is their mean."""
+        pull, push = self.coefficients["distance"] * (rows - 1) / rows, self.coefficients["variance"]
+        spread = max(math.sqrt(EPS), min(1.0, push / (2 * pull))) if pull > 0 else 1.0
+        return dim * (pull * (spread**2 - EPS) + push * (1 - spread))
 
     def at_collapse(self, rows: int, dim: int) -> float:
         """All rows at the center: nothing but the hinge."""

@@ -11,7 +11,7 @@ from lightning_collapse.losses.support.rows import require_rows, unit_rows
 from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.losses.support.whitening import SCOPES, Scope
 from lightning_collapse.spectral.precision import full_precision
-from lightning_collapse.utilities.arguments import require_one_of, require_positive, require_whole
+from lightning_collapse.utilities.arguments import require_one_of, require_positive
 from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, all_reduce_sum_with_grad
 
 
@@ -19,28 +19,12 @@ from lightning_collapse.utilities.distributed import all_gather_rows_with_grad, 
 def beta_cosines(pairs: int, concentration: float = 5.0) -> Tensor:
     r"""Quantiles of a symmetric beta law on the cosines from -1 to 1, at :math:`(2 i - 1) / (2 P)`.
 
-    On the host in ``float64``, once for each number of pairs: the last eight are kept.
-
-    Args:
-        pairs: How many, P.
-        concentration: Both parameters of the law. Its standard deviation is :math:`1 / \sqrt{2 a + 1}`, and that of
-            random codes of K bits :math:`1 / \sqrt K`: do not go above :math:`(K - 1) / 2`.
-
-    Returns:
-        Shape ``(pairs,)``, ascending and symmetric, on the host.
-
-    Raises:
-        ValueError: If an argument is negative, or ``concentration`` is 0.
-
-    References:
-        Ng et al., BMVC 2023. https://arxiv.org/abs/2302.07669
+    Shape ``(pairs,)``, ascending and symmetric, on the host in ``float64``; the last eight sizes are kept.
 
     Example:
         >>> beta_cosines(4, concentration=1.0)  # uniform
         tensor([-0.7500, -0.2500,  0.2500,  0.7500], dtype=torch.float64)
     """
-    require_whole(0, pairs=pairs)
-    require_positive(concentration=concentration)
     lower = _lower_half(pairs, concentration)
     return torch.cat([lower, lower.new_zeros(pairs % 2), -lower.flip(0)])
 
@@ -78,9 +62,9 @@ def sdc_terms(
     Args:
         features: What the codes are made of, shape ``(N, D)``; constants, which get no gradient.
         codes: Before the sign is taken, shape ``(N, K)``.
-        concentration: Of the beta law that cosines are to follow.
+        concentration: As in :class:`SDC`, like those that follow.
         orthogonal: Whether targets below 0 are raised to 0.
-        scope: Whether pairs are made of the rows of each process, or of those of all together.
+        scope: Whose rows make pairs.
 
     Returns:
         Scalars ``similarity`` and ``quantization``, at least ``float32``, between 0 and 2.
@@ -95,6 +79,7 @@ def sdc_terms(
         {'similarity': 0.25, 'quantization': 0.0}
     """
     require_one_of(SCOPES, scope=scope)
+    require_positive(concentration=concentration)
     (features,), (codes,) = separate_views("sdc_terms", features=features), separate_views("sdc_terms", codes=codes)
     here, width = len(codes), codes.shape[1]
     if len(features) != here:
@@ -161,7 +146,7 @@ class SDC(AntiCollapseLoss):
         \operatorname{sign} v_j)\big)
 
     Rows of the first half of a batch and of the second are the :math:`P` pairs, in the order of the cosines of their
-    features; :math:`q_i` are quantiles of a beta law, see :func:`beta_cosines`. Terms ``similarity`` and
+    features; :math:`q_i` are quantiles of a beta law, at :math:`(2 i - 1) / 2 P`. Terms ``similarity`` and
     ``quantization``. It takes two matrices, features and codes, ``SDC()(features, codes)``, and gives gradients to the
     codes alone: for the mixin, since one layer does not return both. An odd last row counts nothing.
 
@@ -170,7 +155,8 @@ class SDC(AntiCollapseLoss):
     Args:
         similarity: Coefficient of the similarities.
         quantization: Coefficient of the quantization.
-        concentration: Both parameters of the beta law.
+        concentration: Both parameters of the beta law, whose standard deviation is :math:`1 / \sqrt{2 a + 1}`. Random
+            codes of K bits have :math:`1 / \sqrt K`: do not go above :math:`(K - 1) / 2`.
         orthogonal: Whether targets below 0 are raised to 0.
         scope: ``"rank"``, as published: every process has pairs of its own. ``"global"``: the value and gradient of one
             process on the concatenated batch, for one exchange of all rows.

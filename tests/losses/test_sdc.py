@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from lightning_collapse.losses import SDC, TooFewRowsError, beta_cosines, hash_code_readings, sdc_terms
+from lightning_collapse.losses import SDC, TooFewRowsError, hash_code_readings, sdc_terms
+from lightning_collapse.losses.sdc import beta_cosines
 
 
 @pytest.mark.parametrize("concentration", [0.5, 5.0, 31.5, 200.0])

@@ -21,7 +21,8 @@ CASES = {
     "DeepSVDD": Case(
         naive_deep_svdd,
         active=far_from_zero,
-        perfect=lambda views: [(15 / 16) ** 0.5 * z + 3 for z in whitened(views)],
+        # of variance s^2 with 15/16 s^2 - sqrt(s^2 + 1e-4) at its least
+        perfect=lambda views: [(15 / 16 * ((8 / 15) ** 2 - 1e-4)) ** 0.5 * z + 3 for z in whitened(views)],
         shift=False,  # of means that are near zero
         messages=4,
         weight=None,
