@@ -1,14 +1,20 @@
 """Weights of bad pairs: what the authors' bookkeeping gives, the normalized form, warm-up, gaps, checkpoints."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_collapse.losses import PairWeights
+from lightning_collapse import AntiCollapseMixin
+from lightning_collapse.losses import SDC, PairWeights
+from tests.toys import QUIET
 
 SAMPLES, EPOCHS = 40, 6
 
@@ -119,3 +125,49 @@ def test_misuse_is_refused() -> None:
         PairWeights(0, 0)
     with pytest.raises(ValueError, match="`high` must not be negative, got -1"):
         PairWeights(4, 0, high=-1.0)
+
+
+class Paired(AntiCollapseMixin, LightningModule):
+    """Pairs with a bad one among them, and hash codes of one view, in a fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.hash = nn.Linear(6, 4), nn.Linear(4, 8)
+        self.pairs = PairWeights(SAMPLES, 1)
+        self.set_regularizers({"sdc": (0.1, SDC())})
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, index = batch
+        first, second = self.net(x), self.net(x + 0.1)
+        apart = (first - second).square().sum(dim=1) + 9.0 * (index == 3)
+        sdc = self.anti_collapse_loss(first, self.hash(first))
+        return (self.pairs(apart, index) * apart).mean() + sdc
+
+    def on_train_epoch_end(self) -> None:
+        self.pairs.end_epoch()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_in_a_fit_that_is_resumed(tmp_path: Path) -> None:
+    rows = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(rows, torch.arange(SAMPLES)), batch_size=8)
+
+    def fit(epochs: int, **kwargs: Any) -> tuple[Paired, Trainer]:
+        with torch.random.fork_rng(devices=[]):
+            model, trainer = Paired(), Trainer(**{**QUIET, "max_epochs": epochs, "log_every_n_steps": 1})
+            trainer.fit(model, data, **kwargs)
+        return model, trainer
+
+    whole, trainer = fit(3)
+    assert {"regularizer/sdc/similarity", "regularizer/sdc/quantization"} <= set(trainer.callback_metrics)
+    assert whole.pairs.ended.item() == 3
+    weights = whole.eval().pairs(torch.full((SAMPLES,), 9.0), torch.arange(SAMPLES))
+    assert (weights < 1).nonzero().flatten().tolist() == [3]
+    _, trainer = fit(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(3, ckpt_path=tmp_path / "half.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
