@@ -27,6 +27,7 @@ CASES = {
         perfect=lambda views: [(15 / 16) ** 0.5 * z for z in whitened(views)],  # of unit variance
         rtol=1e-10,
         split=((60, 12), (40, 6)),  # more rows than features: of fewer all correlations are 1
+        shapes={"dual": (6, 10), "primal": (12, 5)},
         exact=ANY,
         toy=ANY,
         doors=ANY,
