@@ -1,5 +1,7 @@
 """Lightning callbacks: one line in a ``Trainer``."""
 
+from lightning_collapse.callbacks.constraints.constraint import Constraint
+from lightning_collapse.callbacks.constraints.max_norm import MaxNorm
 from lightning_collapse.callbacks.continual.continual_metrics import ContinualMetrics
 from lightning_collapse.callbacks.continual.fit_tasks import fit_tasks
 from lightning_collapse.callbacks.continual.forgetting_monitor import ForgettingMonitor
@@ -51,6 +53,7 @@ __all__ = [
     "CodebookMonitor",
     "CollapseGuard",
     "CollapseMonitor",
+    "Constraint",
     "ContinualMetrics",
     "Distillation",
     "FirstNonFinite",
@@ -59,6 +62,7 @@ __all__ = [
     "GradientMonitor",
     "IntrinsicDimensionMonitor",
     "LatentMonitor",
+    "MaxNorm",
     "Monitor",
     "NeuralCollapseMonitor",
     "OutputMonitor",

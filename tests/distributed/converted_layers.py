@@ -8,12 +8,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_collapse import SigmaReparamUpdate
+from lightning_collapse import MaxNorm, SigmaReparamUpdate
 from lightning_collapse.layers import ConversionError, EMAVectorQuantizer, SigmaReparam
 from lightning_collapse.utilities.registry import LAYERS
+from lightning_collapse.utilities.weight_matrices import whole
 from tests.layers.cases import CASES
 from tests.toys import QUIET, Toy, batches
 
@@ -76,6 +77,49 @@ def check_sharded_fit(rank):
         assert torch.equal(everyone[0][key], everyone[1][key])
         torch.testing.assert_close(everyone[rank][key], vector, rtol=0, atol=1e-5)
         assert (vector - before[key]).abs().max() > 1e-4
+
+
+class Longer(Toy):
+    """Rows grow at every step; sharded if there is a mesh."""
+
+    def configure_model(self):
+        if self._device_mesh is not None:
+            fully_shard(self.encoder, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.head, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return -super().training_step(batch, batch_idx)
+
+
+def check_constrained_fit():
+    """Shards of rows, and of what rows are made of, are projected as whole weights are."""
+    torch.manual_seed(0)
+    alone = Longer()
+    sharded = copy.deepcopy(alone)
+    options = {**QUIET, "logger": False, "use_distributed_sampler": False}
+    strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
+    constraint = MaxNorm()
+    Trainer(**options, devices=2, strategy=strategy, callbacks=[constraint]).fit(sharded, batches())
+    radii = {n: lengths.min() + 0.1 * (lengths.max() - lengths.min()) for n, lengths in row_lengths(alone).items()}
+    found = constraint.state_dict()["radii"]
+    assert found.keys() == radii.keys()
+    for name, lengths in row_lengths(sharded).items():
+        torch.testing.assert_close(found[name], radii[name])
+        assert lengths.max() <= radii[name] * (1 + 1e-6)
+        assert lengths.min() > 0.9 * radii[name]
+    mesh, weight = init_device_mesh("cpu", (2,)), alone.head.weight.detach()
+    for dim in (0, 1):
+        part = distribute_tensor(weight.clone(), mesh, [Shard(dim)])
+        constraint._dims["head"] = (1,)
+        constraint._radii["head"] = torch.tensor(0.2)
+        constraint.apply("head", part)
+        assert part.placements == (Shard(dim),)
+        torch.testing.assert_close(part.full_tensor(), 0.2 * nn.functional.normalize(weight))
+
+
+def row_lengths(model):
+    layers = {"encoder.0": model.encoder[0], "encoder.2": model.encoder[2], "head": model.head}
+    return {name: whole(layer.weight).norm(dim=1) for name, layer in layers.items()}
 
 
 def running_means(choose, wrap=lambda net: net):

@@ -11,6 +11,7 @@ from lightning_collapse import AttentionLogitMonitor, QKClip
 from lightning_collapse.functional import logit_bound, logit_extremes
 from tests.attention import GPT, HEADS, LENGTH, Encoder, tokens
 from tests.distributed.converted_layers import (
+    check_constrained_fit,
     check_running_means,
     check_sharded_and_wrapped,
     check_sharded_fit,
@@ -75,6 +76,7 @@ def _check(rank, alone):
         _fit(rank, Sharded(), [QKClip()], sharded)
     check_sharded_and_wrapped()
     check_sharded_fit(rank)
+    check_constrained_fit()
     check_running_means(rank, alone)
 
 

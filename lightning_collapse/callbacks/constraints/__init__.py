@@ -1,0 +1,1 @@
+"""Constraints: what is done to weights right after each step of the optimizer that has moved them."""
