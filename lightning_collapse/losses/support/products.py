@@ -1,4 +1,4 @@
-"""Matrix products and log-determinants whose gradients, too, are in full precision and need no eigenvectors."""
+"""Log-determinants whose gradients, too, are in full precision and need no eigenvectors; products besides."""
 
 from typing import Any
 
@@ -6,31 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.spectral.product import product as product
 from lightning_collapse.utilities.differentiable_once import differentiable_once
-
-
-@full_precision
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, with autocast off in the forward *and* in the backward pass.
-
-    A loss is often differentiated where autocast is on, and autograd's own backward pass of a product then runs in
-    half precision, whatever the forward pass did.
-
-    Args:
-        left: Shape ``(..., n, k)``.
-        right: Shape ``(..., k, m)``, with the same leading dimensions.
-
-    Returns:
-        Shape ``(..., n, m)``.
-
-    Example:
-        >>> product(torch.eye(2), torch.ones(2, 1)).squeeze()
-        tensor([1., 1.])
-    """
-    if right is left:  # Dynamo does not trace a function of the same tensor twice
-        right = right.clone()
-    result: Tensor = _Product.apply(left, right)  # type: ignore[no-untyped-call]
-    return result
 
 
 def logdet(matrix: Tensor) -> Tensor:
@@ -44,18 +21,6 @@ def logdet(matrix: Tensor) -> Tensor:
     """
     result: Tensor = _LogDet.apply(matrix)  # type: ignore[no-untyped-call]
     return result
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(left, right)
-        return left @ right
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        left, right = ctx.saved_tensors
-        return product(grads[0], right.mT), product(left.mT, grads[0])
 
 
 class _LogDet(torch.autograd.Function):
