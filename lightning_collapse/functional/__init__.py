@@ -65,6 +65,7 @@ from lightning_collapse.functional.feature_statistics import (
 from lightning_collapse.functional.gaussian_divergence import gaussian_divergence, whitened_posterior
 from lightning_collapse.functional.geometry_phase import Phase, PhaseTracker
 from lightning_collapse.functional.glasses import StateDistance, glasses, path_sums, state_distance
+from lightning_collapse.functional.gradient_alignment import align_gradients
 from lightning_collapse.functional.gradient_noise import GradientNoise, gradient_coherence, gradient_noise_scale
 from lightning_collapse.functional.intrinsic_dimension import (
     LocalIntrinsicDimension,
@@ -231,6 +232,7 @@ __all__ = [
     "adam_rms_null",
     "adam_rms_ratio",
     "advantage_covariance",
+    "align_gradients",
     "alignment",
     "alpha_req",
     "alpha_req_fit",

@@ -1,10 +1,10 @@
 """Fixed simplex-ETF classifier: its rows are the simplex that neural collapse would end in, and are not learned."""
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.layers.fixed_classifier import FixedClassifier
+from lightning_collapse.layers.normalized_features import on_the_sphere
 
 
 def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> Tensor:
@@ -48,7 +48,7 @@ def simplex_etf(num_classes: int, dim: int, seed: int = 0) -> Tensor:
     return rows
 
 
-class ETFClassifier(nn.Module):
+class ETFClassifier(FixedClassifier):
     r"""Logits of a fixed simplex: the cosine of a feature with the prototype of each class.
 
     .. math:: z = M h / \|h\|
@@ -82,37 +82,17 @@ class ETFClassifier(nn.Module):
         True
     """
 
-    constants = ("weight",)  # of a loss that holds the classifier
-    weight: Tensor
-
     def __init__(self, dim: int, num_classes: int, seed: int = 0) -> None:
-        super().__init__()
-        self.seed = seed
-        weight = simplex_etf(num_classes, dim, seed)
-        self.register_buffer("weight", weight.to(torch.get_default_device(), torch.get_default_dtype()))
+        super().__init__(dim, num_classes, seed)
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Fill in the prototypes, where the layer was built on the ``meta`` device."""
-        num_classes, dim = self.weight.shape
-        self.weight.copy_(simplex_etf(num_classes, dim, self.seed))
+    def prototypes(self) -> Tensor:
+        """See ``simplex_etf``."""
+        return simplex_etf(self.num_classes, self.dim, self.seed)
 
     def embed(self, features: Tensor) -> Tensor:
         """Features ``(..., D)`` on the unit sphere, at least ``float32``; zero stays zero, and has no gradient."""
-        return _on_the_sphere(features)
+        return on_the_sphere(features)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits ``(..., C)`` of features ``(..., D)``, from -1 to 1, in the dtype of the layer."""
-        return functional.linear(self.embed(features).to(self.weight.dtype), self.weight)
-
-    def extra_repr(self) -> str:
-        """Show the sizes in ``print(model)``."""
-        classes, dim = self.weight.shape
-        return f"dim={dim}, num_classes={classes}"
-
-
-@full_precision
-def _on_the_sphere(features: Tensor) -> Tensor:
-    lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    empty = lengths == 0  # and not what is no number
-    return torch.where(empty, 0.0, features / torch.where(empty, 1.0, lengths))
+        return super().forward(self.embed(features))

@@ -18,11 +18,13 @@ from lightning_collapse.losses.dot_regression import DotRegression, dot_regressi
 from lightning_collapse.losses.effective_rank import EffectiveRankHinge, effective_rank_terms
 from lightning_collapse.losses.entropy_guided_attention import EntropyGuidedAttention
 from lightning_collapse.losses.free_bits import FreeBits, free_bits
+from lightning_collapse.losses.ha_frame import HAFrameLoss
 from lightning_collapse.losses.intl import INTL, intl_terms
 from lightning_collapse.losses.kl_balance import KLBalance, kl_balance_terms
 from lightning_collapse.losses.koleo import KoLeo, koleo_loss
 from lightning_collapse.losses.ldreg import LDReg, ldreg_loss
 from lightning_collapse.losses.log_det import LogDetBarrier, log_det_barrier
+from lightning_collapse.losses.logit_distillation import logit_distillation_loss
 from lightning_collapse.losses.long_tail_collapse import LongTailCollapse, long_tail_collapse_terms
 from lightning_collapse.losses.max_sup import MaxSup, label_smoothing_terms, max_suppression
 from lightning_collapse.losses.mmcr import MMCR, mmcr_terms
@@ -39,6 +41,7 @@ from lightning_collapse.losses.token_relations import (
 from lightning_collapse.losses.tregs import TREGS, tregs_terms
 from lightning_collapse.losses.uniformity import Uniformity, uniformity_loss
 from lightning_collapse.losses.variance import VarianceLoss, variance_loss
+from lightning_collapse.losses.vbll import VBLL
 from lightning_collapse.losses.vcreg import VCReg, vcreg_terms
 from lightning_collapse.losses.vicreg import VICReg, vicreg_terms
 from lightning_collapse.losses.visreg import VISReg, visreg_terms
@@ -51,6 +54,7 @@ __all__ = [
     "MMCR",
     "SDC",
     "TREGS",
+    "VBLL",
     "WMSE",
     "Alignment",
     "AntiCollapseLoss",
@@ -66,6 +70,7 @@ __all__ = [
     "EntropyGuidedAttention",
     "FeatureDecorrelation",
     "FreeBits",
+    "HAFrameLoss",
     "KLBalance",
     "KoLeo",
     "LDReg",
@@ -111,6 +116,7 @@ __all__ = [
     "label_smoothing_terms",
     "ldreg_loss",
     "log_det_barrier",
+    "logit_distillation_loss",
     "long_tail_collapse_terms",
     "max_suppression",
     "mmcr_terms",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_collapse.losses.base import AntiCollapseLoss
-from lightning_collapse.losses.support.labels import count_classes, named_rows
+from lightning_collapse.losses.support.labels import count_classes, named_rows, require_fixed
 from lightning_collapse.losses.support.rows import mean_of_rows
 from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
@@ -105,12 +105,7 @@ class DotRegression(AntiCollapseLoss):
 
     def __init__(self, classifier: nn.Module, lengths: Lengths = "equal") -> None:
         super().__init__()
-        weight = getattr(classifier, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.requires_grad:
-            raise ValueError(
-                f"`classifier` must have a fixed `weight` of shape (C, D), got {type(classifier).__name__}. Use"
-                " `ETFClassifier`."
-            )
+        require_fixed(classifier, "ETFClassifier")
         require_one_of(LENGTHS, lengths=lengths)
         self.classifier = classifier
         self.lengths: Lengths = lengths

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lightning_collapse import losses
-from lightning_collapse.layers import ETFClassifier
+from lightning_collapse.layers import ETFClassifier, HAFrameClassifier, VBLLClassifier
 from lightning_collapse.losses import (
+    VBLL,
     AntiCollapseLoss,
     BalancedSoftmax,
     DotRegression,
+    HAFrameLoss,
     LongTailCollapse,
     TooFewRowsError,
     label_smoothing_terms,
@@ -54,6 +56,12 @@ def long_tail() -> LongTailCollapse:
     means = torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(1))
     loss.means.data.copy_(means)
     return loss
+
+
+def variational(covariance: str = "diagonal") -> VBLL:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return VBLL(VBLLClassifier(DIM, CLASSES, covariance), train_rows=100)
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -102,6 +110,38 @@ def naive_balanced(z: np.ndarray, y: np.ndarray, loss: Any) -> float:
     return float(np.mean(values))
 
 
+def naive_frame(h: np.ndarray, y: np.ndarray, loss: Any) -> float:
+    w = loss.classifier.weight.double().numpy()
+    values = []
+    for row, label in zip(h, y, strict=True):
+        if 0 <= label < CLASSES:
+            cosines = w @ row / np.linalg.norm(row)
+            error = sum((cosines[c] - w[label] @ w[c]) ** 2 for c in range(CLASSES))
+            values.append(-0.6 * np.log(softmax(w @ row)[label]) + 0.4 * error)
+    return float(np.mean(values))
+
+
+def naive_variational(h: np.ndarray, y: np.ndarray, loss: Any) -> float:
+    """Written with whole covariances, and the divergence as torch knows it."""
+    head = loss.head
+    mean, diagonal, noise = (p.detach().double() for p in (head.mean, head.log_diagonal.exp(), head.log_noise.exp()))
+    factor = torch.diag_embed(diagonal)
+    if head.below is not None:
+        factor = factor + head.below.detach().double().tril(-1)
+    posterior = torch.distributions.MultivariateNormal(mean, scale_tril=factor)
+    prior = torch.distributions.MultivariateNormal(torch.zeros(DIM).double(), 2 / DIM * torch.eye(DIM).double())
+    divergence = torch.distributions.kl_divergence(posterior, prior).sum().item()
+    covariances, variances = (factor @ factor.mT).numpy(), noise.square().numpy()
+    wishart = (CLASSES + 2) / 2 * np.log(1 / variances).sum() - 0.5 * (1 / variances).sum()
+    values = []
+    for row, label in zip(h, y, strict=True):
+        if 0 <= label < CLASSES:
+            logits = mean.numpy() @ row
+            v = np.array([row @ covariances[k] @ row + variances[k] for k in range(CLASSES)])
+            values.append(logits[label] - np.log(np.exp(logits + v / 2).sum()))
+    return float(-np.mean(values) + (divergence - wishart) / 100)
+
+
 def naive_smoothing(z: np.ndarray, y: np.ndarray, loss: Any) -> float:
     values = []
     for row, label in zip(z, y, strict=True):
@@ -137,8 +177,14 @@ CASES = {
     "DotRegression-batch": Case(
         lambda: DotRegression(ETFClassifier(DIM, CLASSES), "batch"), naive_dot_regression, DIM, 2, detached=True
     ),
+    "HAFrameLoss": Case(
+        lambda: HAFrameLoss(HAFrameClassifier((torch.arange(4.0) - torch.arange(4.0)[:, None]).abs(), DIM)),
+        naive_frame,
+        DIM,
+    ),
     "LabelSmoothing": Case(LabelSmoothing, naive_smoothing, CLASSES),
     "LongTailCollapse": Case(long_tail, naive_long_tail, DIM, 2),
+    "VBLL": Case(variational, naive_variational, DIM),
 }
 every_loss = pytest.mark.parametrize("name", CASES)
 every_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -300,6 +346,14 @@ def test_bad_arguments() -> None:
     for classifier in (torch.nn.Linear(8, 3), torch.nn.ReLU()):
         with pytest.raises(ValueError, match=r"must have a fixed `weight` of shape .* Use `ETFClassifier`"):
             DotRegression(classifier)
+    with pytest.raises(ValueError, match=r"must have a fixed `weight` of shape .* Use `HAFrameClassifier`"):
+        HAFrameLoss(torch.nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"`mixing` must be between 0 and 1, got 1\.5"):
+        HAFrameLoss(ETFClassifier(8, 3), mixing=1.5)
+    with pytest.raises(ValueError, match="`head` must be a `VBLLClassifier` or a `VBLLRegression`, got Linear"):
+        VBLL(torch.nn.Linear(8, 3), 10)
+    with pytest.raises(ValueError, match="`train_rows` must be an integer of at least 1, got 0"):
+        VBLL(VBLLClassifier(8, 3), 0)
     for counts in ([3.0], [1.0, -1.0], [0.0, 0.0], [1.0, math.nan], [1.0, math.inf]):
         with pytest.raises(ValueError, match="`class_counts` must hold the sizes of two classes or more"):
             BalancedSoftmax(counts)
@@ -319,7 +373,9 @@ def test_it_prints_its_arguments(name: str) -> None:
         "BalancedSoftmax": "class_counts=[40.0, 10.0, 5.0, 1.0]",
         "DotRegression": "lengths='equal'",
         "DotRegression-batch": "lengths='batch'",
+        "HAFrameLoss": "mixing=0.4",
         "LongTailCollapse": "num_classes=4, dim=6, within=0.01, between=0.1",
+        "VBLL": "train_rows=100",
     }
     assert expected.get(name, "") in repr(CASES[name].make())
 
@@ -333,6 +389,27 @@ def test_ends_of_dot_regression() -> None:
         assert loss(point, labels).item() == pytest.approx(loss.value_at_collapse, rel=1e-6)
     balanced = DotRegression(classifier, "batch")  # balanced classes: the same
     torch.testing.assert_close(balanced(point, labels), loss(point, labels))
+
+
+def test_ends_of_the_frame() -> None:
+    loss = CASES["HAFrameLoss"].make().double()
+    aligned = loss.terms(50 * loss.classifier.weight, torch.arange(CLASSES))
+    assert aligned["cosines"].item() == pytest.approx(0, abs=1e-12)
+    zeros = loss(torch.zeros(CLASSES, DIM).double(), torch.arange(CLASSES))
+    assert zeros.item() == pytest.approx(loss.value_at_collapse, rel=1e-6)
+
+
+def test_dense_covariances_are_the_reference() -> None:
+    loss = variational("dense").double()
+    with torch.no_grad():
+        loss.head.below.normal_(0, 0.3)
+    features = rows("VBLL")
+    expected = naive_variational(features.numpy(), LABELS.numpy(), loss)
+    assert loss(features, LABELS).item() == pytest.approx(expected, rel=1e-9)
+    head = loss.head
+    factor = head.below.tril(-1) + head.log_diagonal.exp().diag_embed()
+    expected = torch.stack([(features @ (f @ f.T) * features).sum(dim=1) for f in factor], dim=1)
+    torch.testing.assert_close(head.variance(features), expected + (2 * head.log_noise).exp())
 
 
 @pytest.mark.parametrize("classes", [3, 10])

@@ -1,7 +1,7 @@
 """Class labels as losses take them: which rows they name a class of, and how many of each there are."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_collapse.utilities.distributed import all_reduce_sum
 
@@ -33,6 +33,19 @@ def named_rows(function: str, features: Tensor, labels: Tensor, num_classes: int
     labels = labels.long()
     named = (labels >= 0) & (labels < num_classes)
     return torch.where(named, labels, 0), named
+
+
+def require_fixed(classifier: nn.Module, use: str) -> None:
+    """Refuse a classifier without a fixed ``weight``, and say which one to ``use``.
+
+    Raises:
+        ValueError: If there is no such matrix, or it is learned.
+    """
+    weight = getattr(classifier, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.requires_grad:
+        raise ValueError(
+            f"`classifier` must have a fixed `weight` of shape (C, D), got {type(classifier).__name__}. Use `{use}`."
+        )
 
 
 def count_classes(labels: Tensor, named: Tensor, num_classes: int, like: Tensor) -> Tensor:
