@@ -17,6 +17,13 @@ class FixedClassifier(nn.Module):
 
     Attributes:
         weight: The prototypes, shape ``(C, D)``.
+
+    Example:
+        >>> class Axes(FixedClassifier):
+        ...     def prototypes(self):
+        ...         return torch.eye(self.num_classes, self.dim, dtype=torch.float64)
+        >>> Axes(dim=3, num_classes=2)(torch.tensor([[5.0, 6.0, 7.0]]))
+        tensor([[5., 6.]])
     """
 
     constants = ("weight",)  # of a loss that holds the classifier
