@@ -78,7 +78,7 @@ class CosineClassifier(nn.Linear):
     Args:
         dim: Width ``D`` of the features.
         num_classes: Number of classes ``C``, at least 2.
-        scale: What ``s`` starts from; ``required_scale(num_classes, probability)`` by default.
+        scale: What ``s`` starts from; ``required_scale(num_classes, probability)`` by default, and 1 at least.
         learn_scale: Whether it is trained; else it is a buffer.
         probability: What features on their prototypes are to reach.
 

@@ -8,8 +8,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_collapse.layers import DirectPredictor, ETFClassifier, FedETFHead
-from lightning_collapse.losses import BalancedSoftmax, DotRegression, LongTailCollapse
+from lightning_collapse.callbacks import MaxNorm
+from lightning_collapse.functional import align_gradients
+from lightning_collapse.layers import (
+    CosineClassifier,
+    DirectPredictor,
+    ETFClassifier,
+    FedETFHead,
+    NestedDropout,
+    VBLLClassifier,
+)
+from lightning_collapse.losses import VBLL, BalancedSoftmax, DotRegression, HAFrameLoss, LongTailCollapse
 from lightning_collapse.spectral import neighbors
 from lightning_collapse.utilities.registry import LOSSES
 from tests.losses.cases import CASES
@@ -56,7 +65,13 @@ def test_neighbours_on_an_accelerator() -> None:
 
 @pytest.mark.parametrize(
     "loss",
-    [BalancedSoftmax([3, 2, 1]), LongTailCollapse(3, 3), DotRegression(ETFClassifier(3, 3), lengths="batch")],
+    [
+        BalancedSoftmax([3, 2, 1]),
+        LongTailCollapse(3, 3),
+        DotRegression(ETFClassifier(3, 3), lengths="batch"),
+        HAFrameLoss(ETFClassifier(3, 3)),
+        VBLL(VBLLClassifier(3, 3, "dense"), 10),
+    ],
 )
 def test_losses_with_labels(loss: nn.Module) -> None:
     features, labels = torch.randn(6, 3, requires_grad=True), torch.tensor([0, 1, 2, -100, 1, 1])
@@ -64,10 +79,28 @@ def test_losses_with_labels(loss: nn.Module) -> None:
         loss(features, labels).backward()
 
 
-@pytest.mark.parametrize("layer", [ETFClassifier(4, 3), FedETFHead(4, 3), DirectPredictor(4, "direct_copy")])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ETFClassifier(4, 3),
+        FedETFHead(4, 3),
+        DirectPredictor(4, "direct_copy"),
+        CosineClassifier(4, 3),
+        NestedDropout(4, sigma=2.0),
+    ],
+)
 def test_layers(layer: nn.Module) -> None:
     features = torch.randn(6, 4, requires_grad=True)
     with NoWait():
         layer(features).sum().backward()
         if isinstance(layer, DirectPredictor):
             layer.update(features)
+
+
+def test_projections() -> None:
+    model, constraint = nn.Sequential(nn.Linear(4, 3)), MaxNorm(0.1)
+    weights = dict(constraint.choose(model))
+    constraint._radii = {"0": torch.tensor(0.1)}
+    with NoWait(), torch.no_grad():
+        constraint.apply("0", weights["0"])
+        align_gradients([weights["0"]], [-weights["0"]])
