@@ -6,6 +6,7 @@ from lightning_collapse.losses.barlow_twins import BarlowTwins, barlow_twins_ter
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
 from lightning_collapse.losses.coding_rate import CodingRate, coding_rate_loss
 from lightning_collapse.losses.consistency import flip_consistency, interpolation_consistency
+from lightning_collapse.losses.conr import ConR, conr_loss
 from lightning_collapse.losses.corinfomax import CorInfoMax, corinfomax_terms
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
 from lightning_collapse.losses.cw_rgp import CWRGP, cw_rgp_loss
@@ -19,6 +20,7 @@ from lightning_collapse.losses.effective_rank import EffectiveRankHinge, effecti
 from lightning_collapse.losses.entropy_guided_attention import EntropyGuidedAttention
 from lightning_collapse.losses.free_bits import FreeBits, free_bits
 from lightning_collapse.losses.ha_frame import HAFrameLoss
+from lightning_collapse.losses.info_nce import InfoNCE, info_nce_loss
 from lightning_collapse.losses.intl import INTL, intl_terms
 from lightning_collapse.losses.kl_balance import KLBalance, kl_balance_terms
 from lightning_collapse.losses.koleo import KoLeo, koleo_loss
@@ -27,6 +29,7 @@ from lightning_collapse.losses.log_det import LogDetBarrier, log_det_barrier
 from lightning_collapse.losses.logit_distillation import logit_distillation_loss
 from lightning_collapse.losses.long_tail_collapse import LongTailCollapse, long_tail_collapse_terms
 from lightning_collapse.losses.max_sup import MaxSup, label_smoothing_terms, max_suppression
+from lightning_collapse.losses.midpoint_mixup import midpoint_mixup, mixup_cross_entropy
 from lightning_collapse.losses.mmcr import MMCR, mmcr_terms
 from lightning_collapse.losses.pair_weights import PairWeights
 from lightning_collapse.losses.schedule import LinearRamp, LinearWarmup
@@ -38,7 +41,10 @@ from lightning_collapse.losses.token_relations import (
     TokenRelationDistillation,
     token_relation_terms,
 )
+from lightning_collapse.losses.spread import SpreadLoss, spread_terms
+from lightning_collapse.losses.sup_con import SupCon, sup_con_terms
 from lightning_collapse.losses.tregs import TREGS, tregs_terms
+from lightning_collapse.losses.triplet import BatchHardTriplet, batch_hard_triplet
 from lightning_collapse.losses.uniformity import Uniformity, uniformity_loss
 from lightning_collapse.losses.variance import VarianceLoss, variance_loss
 from lightning_collapse.losses.vbll import VBLL
@@ -48,21 +54,17 @@ from lightning_collapse.losses.visreg import VISReg, visreg_terms
 from lightning_collapse.losses.wmse import WMSE, wmse_loss
 
 __all__ = [
-    "CWRGP",
-    "DCCA",
-    "INTL",
-    "MMCR",
-    "SDC",
-    "TREGS",
-    "VBLL",
-    "WMSE",
     "Alignment",
     "AntiCollapseLoss",
     "BalancedSoftmax",
     "BarlowTwins",
+    "BatchHardTriplet",
+    "CWRGP",
     "CodingRate",
+    "ConR",
     "CorInfoMax",
     "CovarianceLoss",
+    "DCCA",
     "DeepSVDD",
     "DeltaVAE",
     "DotRegression",
@@ -71,6 +73,8 @@ __all__ = [
     "FeatureDecorrelation",
     "FreeBits",
     "HAFrameLoss",
+    "INTL",
+    "InfoNCE",
     "KLBalance",
     "KoLeo",
     "LDReg",
@@ -78,25 +82,34 @@ __all__ = [
     "LinearWarmup",
     "LogDetBarrier",
     "LongTailCollapse",
+    "MMCR",
     "MaxSup",
     "PairWeights",
+    "SDC",
     "SIGReg",
     "SpectralDecoupling",
     "SpectralTransformation",
+    "SpreadLoss",
+    "SupCon",
+    "TREGS",
     "TokenRelationDistillation",
     "TooFewRowsError",
     "Uniformity",
+    "VBLL",
     "VCReg",
     "VICReg",
     "VISReg",
     "VarianceLoss",
+    "WMSE",
     "alignment_loss",
     "ar1_divergence",
     "balanced_cross_entropy",
     "barlow_twins_terms",
+    "batch_hard_triplet",
     "canonical_correlations",
     "coding_rate_loss",
     "committed_rate",
+    "conr_loss",
     "corinfomax_terms",
     "covariance_loss",
     "cw_rgp_loss",
@@ -109,6 +122,7 @@ __all__ = [
     "flip_consistency",
     "free_bits",
     "hash_code_readings",
+    "info_nce_loss",
     "interpolation_consistency",
     "intl_terms",
     "kl_balance_terms",
@@ -119,11 +133,15 @@ __all__ = [
     "logit_distillation_loss",
     "long_tail_collapse_terms",
     "max_suppression",
+    "midpoint_mixup",
+    "mixup_cross_entropy",
     "mmcr_terms",
     "sdc_terms",
     "sigreg_loss",
     "spectral_decoupling",
     "spectral_transformation_terms",
+    "spread_terms",
+    "sup_con_terms",
     "svdd_scores",
     "token_relation_terms",
     "tregs_terms",

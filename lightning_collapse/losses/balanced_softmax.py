@@ -77,7 +77,7 @@ class BalancedSoftmax(AntiCollapseLoss):
     """
 
     source = "Ren et al., NeurIPS 2020, arXiv 2007.10740"
-    takes_labels = True
+    takes_labels = "classes"
     constants = ("class_counts",)
     class_counts: Tensor
 

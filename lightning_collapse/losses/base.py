@@ -1,10 +1,14 @@
 """Anti-collapse loss, the base class: named terms, their coefficients, and the values they take at both ends."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from lightning_collapse.utilities.arguments import require_finite
+
+TakesLabels = Literal["classes", "targets"] | None
+"""What the labels of a loss are."""
 
 
 class TooFewRowsError(ValueError):
@@ -30,8 +34,9 @@ class AntiCollapseLoss(nn.Module):
 
     Attributes:
         views: How many feature matrices it takes: 1, or 2 for a pair of augmented views.
-        takes_labels: Whether the class of each row, shape ``(N,)``, is its last argument. Such a loss can have
-            parameters, and is for :class:`~lightning_collapse.AntiCollapseMixin`: a layer returns no labels.
+        takes_labels: What its last argument holds of each row, shape ``(N,)``: ``"classes"``, integers, or
+            ``"targets"``, numbers; ``None`` if it takes no labels. Row ``i`` of both views is of label ``i``. One that
+            has parameters is for :class:`~lightning_collapse.AntiCollapseMixin`.
         source: Authors, year, identifier, and which form it is, for the tables.
         constants: Names of buffers that the arguments decide. All others are what the loss remembers: the state of
             :class:`~lightning_collapse.Regularizer` and the checkpoints of
@@ -49,7 +54,7 @@ class AntiCollapseLoss(nn.Module):
     """
 
     views: ClassVar[Literal[1, 2]] = 1
-    takes_labels: ClassVar[bool] = False
+    takes_labels: ClassVar[TakesLabels] = None
     source: ClassVar[str] = ""
     constants: ClassVar[tuple[str, ...]] = ()
 
@@ -79,7 +84,7 @@ class AntiCollapseLoss(nn.Module):
         Raises:
             ValueError: If there are more or fewer arguments than :attr:`views` and :attr:`takes_labels` say.
         """
-        if len(views) != self.views + self.takes_labels:
+        if len(views) != self.views + bool(self.takes_labels):
             wanted = f"{self.views} feature matrices" + (" and their labels" if self.takes_labels else "")
             raise ValueError(f"`{type(self).__name__}` takes {wanted}, got {len(views)}.")
         return self.combine(self.terms(*views))
@@ -88,6 +93,17 @@ class AntiCollapseLoss(nn.Module):
         """Weighted sum of what :meth:`terms` returned."""
         first, *rest = (coefficient * terms[name] for name, coefficient in self.coefficients.items())
         return sum(rest, start=first)
+
+    def remark(self, values: Mapping[str, float]) -> str | None:
+        """What there is to say, once, of terms that were read for the curves; called at logging steps.
+
+        Args:
+            values: The unweighted terms by name, on the host, the same on every process.
+
+        Returns:
+            A warning, or ``None`` for nothing.
+        """
+        return None
 
     @property
     def value_at_perfection(self) -> float:

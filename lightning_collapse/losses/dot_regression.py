@@ -101,7 +101,7 @@ class DotRegression(AntiCollapseLoss):
     """
 
     source = "Yang et al., NeurIPS 2022, arXiv 2203.09081"
-    takes_labels = True
+    takes_labels = "classes"
 
     def __init__(self, classifier: nn.Module, lengths: Lengths = "equal") -> None:
         super().__init__()

@@ -91,7 +91,7 @@ class LongTailCollapse(AntiCollapseLoss):
     """
 
     source = "Liu et al., AISTATS 2023, arXiv 2302.12453; its class means are trained with the model"
-    takes_labels = True
+    takes_labels = "classes"
 
     def __init__(self, num_classes: int, dim: int, within: float = 0.01, between: float = 0.1) -> None:
         super().__init__()

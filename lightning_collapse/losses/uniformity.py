@@ -140,7 +140,7 @@ class Uniformity(AntiCollapseLoss):
         """A regular simplex of ``rows`` points where it fits, else the value of the uniform law on the sphere."""
         if rows <= dim + 1:
             return -2 * self.t * rows / (rows - 1)
-        return _sphere(dim, self.t)
+        return sphere_potential(dim, self.t)
 
     @property
     def value_at_collapse(self) -> float:
@@ -152,7 +152,7 @@ class Uniformity(AntiCollapseLoss):
         return f"t={self.t}"
 
 
-def _sphere(dim: int, t: float) -> float:
+def sphere_potential(dim: int, t: float) -> float:
     r"""Value on the uniform law on the sphere, as the series of :math:`{}_0F_1(; D / 2; t^2)` less :math:`2 t`."""
     term = total = 1.0
     k = 0

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_collapse.losses.base import TooFewRowsError, evaluate, nothing
+from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.schedule import Weight, require_weight, weighted
 from lightning_collapse.losses.support.state import OneStep, recall, remembered
 from lightning_collapse.mixins.bases import check_order
@@ -76,7 +76,7 @@ class AntiCollapseMixin:
             regularizers: A loss by name, or a pair of a weight and a loss. A weight is a number or a function of the
                 step such as :class:`~lightning_collapse.losses.LinearWarmup`. Any module that maps feature matrices to
                 a scalar will do; it takes one matrix, or as many as its attribute ``views`` says, and then the labels
-                if its attribute ``takes_labels`` is true.
+                if its attribute ``takes_labels`` is set.
 
         Raises:
             ValueError: If it is no mapping, an entry is neither, a weight is not finite, or the name of a loss that has
@@ -112,17 +112,21 @@ class AntiCollapseMixin:
         if len(trained):
             self.trained_regularizers = trained
 
-    def anti_collapse_loss(self, *views: Tensor, names: Sequence[str] | None = None) -> Tensor:
+    def anti_collapse_loss(
+        self, *views: Tensor, names: Sequence[str] | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Weighted sum of the regularizers; add it to the loss.
 
         Collective: every process must call it. Call it once per step and name, the last call is what the curves show.
         While the module is in evaluation mode, as in ``validation_step``, so are they, and remember nothing.
 
         Args:
-            views: Feature matrices of shape ``(N, D)``: one, or the two views of the same samples. An integer tensor
-                ``(N,)`` behind them is the labels, ``anti_collapse_loss(logits, labels)``; only regularizers that take
-                labels see it.
+            views: Feature matrices of shape ``(N, D)``: one, or the two views of the same samples. One more behind
+                them is the labels, ``anti_collapse_loss(logits, labels)``, if a regularizer takes some, or if it holds
+                integers, as no view does.
             names: Which regularizers; all by default. For regularizers that look at different features.
+            labels: Of the rows, shape ``(N,)``, by name: classes or targets. Only regularizers that take labels see
+                them.
 
         Returns:
             Scalar, at least ``float32``. A regularizer that meets fewer than two rows, over all processes, is left out
@@ -132,17 +136,17 @@ class AntiCollapseMixin:
             MisconfigurationException: If there are no regularizers, or if one takes another number of views, or labels
                 that are not there.
         """
-        views, labels = _split_labels(views)
+        views, given = _split_labels(views, labels, self._named(names))
         added: list[Tensor] = []
         curves: dict[Curve, Tensor] = {}
-        for name, (weight, loss) in self._chosen(names, len(views), bool(labels)).items():
+        for name, (weight, loss) in self._chosen(names, len(views), bool(given)).items():
             _follow(loss, views[0])
             awake = _awake(loss, self)
             _hold(self, name, loss)
             try:
-                value, terms = evaluate(loss, (*views, *labels) if _takes_labels(loss) else views)
+                value, terms = evaluate(loss, (*views, *given) if _takes_labels(loss) else views)
             except TooFewRowsError as error:
-                _warn_once(self, name, str(error))
+                _warn_once(self, name, f"The regularizer {name!r} was left out of a step: {error}")
                 continue
             finally:
                 for module in awake:
@@ -169,7 +173,7 @@ class AntiCollapseMixin:
         for name, (_, loss) in getattr(self, "regularizers", {}).items():
             recall(loss, states.get(name, {}))
 
-    def _chosen(self, names: Sequence[str] | None, n_views: int, labelled: bool) -> dict[str, tuple[Weight, nn.Module]]:
+    def _named(self, names: Sequence[str] | None) -> dict[str, tuple[Weight, nn.Module]]:
         regularizers: dict[str, tuple[Weight, nn.Module]] | None = getattr(self, "regularizers", None)
         if regularizers is None:
             raise MisconfigurationException(
@@ -178,7 +182,10 @@ class AntiCollapseMixin:
             )
         if isinstance(names, str) or not set(names or ()) <= set(regularizers):
             raise MisconfigurationException(f"`names` must be a list out of {sorted(regularizers)}, got {names!r}.")
-        chosen = regularizers if names is None else {name: regularizers[name] for name in names}
+        return regularizers if names is None else {name: regularizers[name] for name in names}
+
+    def _chosen(self, names: Sequence[str] | None, n_views: int, labelled: bool) -> dict[str, tuple[Weight, nn.Module]]:
+        chosen = self._named(names)
         for name, (_, loss) in chosen.items():
             wanted = getattr(loss, "views", 1)
             if wanted != n_views:
@@ -189,22 +196,30 @@ class AntiCollapseMixin:
                 )
             if _takes_labels(loss) and not labelled:
                 raise MisconfigurationException(
-                    f"The regularizer {name!r} ({type(loss).__name__}) takes labels. Pass the integer class of each row"
+                    f"The regularizer {name!r} ({type(loss).__name__}) takes labels. Pass the {_what(loss)} of each row"
                     " behind the features: `anti_collapse_loss(features, labels)`."
                 )
         return chosen
 
 
-def _split_labels(views: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Feature matrices, and the labels behind them if there are any."""
+def _split_labels(
+    views: tuple[Tensor, ...], labels: Tensor | None, chosen: Mapping[str, tuple[Weight, nn.Module]]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Feature matrices, and the labels by name or behind them if there are any."""
+    if labels is not None:
+        return views, (labels,)
+    declared = any(_takes_labels(loss) and len(views) == getattr(loss, "views", 1) + 1 for _, loss in chosen.values())
     # a view may be none: the attention map of a layer that made none, of which the loss will tell
-    if len(views) > 1 and isinstance(views[-1], Tensor) and not views[-1].is_floating_point():
-        return views[:-1], views[-1:]
-    return views, ()
+    integers = len(views) > 1 and isinstance(views[-1], Tensor) and not views[-1].is_floating_point()
+    return (views[:-1], views[-1:]) if declared or integers else (views, ())
 
 
 def _takes_labels(loss: nn.Module) -> bool:
-    return bool(getattr(loss, "takes_labels", False))
+    return bool(getattr(loss, "takes_labels", None))
+
+
+def _what(loss: nn.Module) -> str:
+    return "target" if getattr(loss, "takes_labels", None) == "targets" else "integer class"
 
 
 # Dynamo can trace neither a trainer nor a warning, and would compile a schedule's weight anew at every step.
@@ -224,9 +239,19 @@ def _publish(pl_module: Any, curves: dict[Curve, Tensor]) -> None:
     contained = vars(pl_module).setdefault("_collapse_containment", Containment("AntiCollapseMixin"))
     with contained("publishing its curves", "they may have gaps"):
         if terms_are_due(trainer):
-            publish_terms(trainer, pl_module, curves)
+            _remark(pl_module, publish_terms(trainer, pl_module, curves))
         else:
             offer_terms(trainer, curves)
+
+
+def _remark(pl_module: Any, numbers: dict[Curve, float]) -> None:
+    """Let every loss look at what its curves show."""
+    for name in {owner for _, owner, _ in numbers}:
+        _, loss = pl_module.regularizers[name]
+        values = {term: number for (_, owner, term), number in numbers.items() if owner == name}
+        remark = loss.remark(values) if isinstance(loss, AntiCollapseLoss) else None
+        if remark is not None:
+            _warn_once(pl_module, f"{name}: remark", f"`regularizer/{name}`: {remark}")
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -239,11 +264,11 @@ def _hold(pl_module: Any, name: str, loss: nn.Module) -> None:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _warn_once(pl_module: Any, name: str, message: str) -> None:
+def _warn_once(pl_module: Any, kind: str, message: str) -> None:
     warned = vars(pl_module).setdefault("_warned_regularizers", set())
-    if name not in warned:
-        warned.add(name)
-        rank_zero_warn(f"The regularizer {name!r} was left out of a step: {message}")
+    if kind not in warned:
+        warned.add(kind)
+        rank_zero_warn(message)
 
 
 def _awake(loss: nn.Module, pl_module: Any) -> list[nn.Module]:

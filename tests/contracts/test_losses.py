@@ -94,6 +94,7 @@ TWICE: list[tuple[str, dict[str, Any]]] = [
     ("FreeBits", {}),
     ("INTL", {}),
     ("INTL", {"axis": "features"}),
+    ("InfoNCE", {}),
     ("KoLeo", {}),
     ("LogDetBarrier", {}),
     ("LogDetBarrier", {"momentum": 0.5}),

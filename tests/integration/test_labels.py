@@ -1,25 +1,31 @@
-"""Regularizers that take labels, through the mixin in real fits."""
+"""Regularizers that take labels, through both doors in real fits."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_collapse import AntiCollapseMixin, Regularizer
 from lightning_collapse.layers import ETFClassifier, FedETFHead
 from lightning_collapse.losses import (
     BalancedSoftmax,
+    BatchHardTriplet,
+    ConR,
     DotRegression,
     LongTailCollapse,
     MaxSup,
     SpectralDecoupling,
+    SpreadLoss,
+    SupCon,
     VICReg,
 )
-from tests.integration.siamese import fit, weights
+from tests.integration.siamese import Memory, fit, weights
 
 
 class Rare(AntiCollapseMixin, LightningModule):
@@ -112,8 +118,201 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"'vicreg' \(VICReg\) takes 2 view\(s\), got 1"):
         Rare(vicreg=VICReg()).anti_collapse_loss(z, y)
     assert Rare(vicreg=VICReg()).anti_collapse_loss(z, z, y) == VICReg()(z, z)
-    with pytest.raises(ValueError, match=r"LongTailCollapse takes labels, and a layer returns none. Call `self.anti"):
-        Regularizer(LongTailCollapse(3, 4), layer="encoder")
+    with pytest.raises(MisconfigurationException, match=r"trainable parameters of LongTailCollapse.*AntiCollapseMixin"):
+        fit(Plain, Regularizer(LongTailCollapse(3, 8), layer="encoder"))
+    with pytest.raises(ValueError, match=r"`labels` must be a function .* got <.*> for VICReg. Drop it"):
+        Regularizer(VICReg(), layer="encoder", labels=lambda batch: batch)
+    with pytest.raises(ValueError, match=r"`labels` must be a function .* got 3 for SupCon"):
+        Regularizer(SupCon(), layer="encoder", labels=3)
+    with pytest.raises(MisconfigurationException, match=r"'conr' \(ConR\) takes labels. Pass the target of each row"):
+        Rare(conr=ConR(nn.Linear(4, 1))).anti_collapse_loss(z, z)
+
+
+class Plain(LightningModule):
+    """Pulls everything to the origin; how it calls its layer is for a loss of one view, of two, or of tokens."""
+
+    kind = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(16, 8), nn.Linear(8, 1)
+
+    def call(self, batch: Tensor) -> tuple[Tensor, ...]:
+        if self.kind == 2:
+            return self.encoder(batch), self.encoder(batch.flip(1))
+        return (self.encoder(batch.unflatten(0, (-1, 4)) if self.kind == 3 else batch),)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return sum(features.square().mean() for features in self.call(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class PlainViews(Plain):
+    kind = 2
+
+
+class PlainTokens(Plain):
+    kind = 3
+
+
+class Mixed(AntiCollapseMixin, Plain):
+    """The same through the other door, its labels from ``read``."""
+
+    def __init__(self, kind: int, loss: nn.Module, read: Any) -> None:
+        super().__init__()
+        self.kind, self.read = kind, read
+        self.set_regularizers({"it": (0.1, loss)})
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        features = [view.flatten(0, -2) for view in self.call(batch)]
+        total = sum(view.square().mean() for view in features)
+        return total + self.anti_collapse_loss(*features, self.read(batch).flatten())
+
+
+def classes(batch: Tensor) -> Tensor:
+    return (batch[:, 0] > 0).long() + (batch[:, 0] > 1).long()
+
+
+def tokens(batch: Tensor) -> Tensor:
+    return classes(batch).unflatten(0, (-1, 4))
+
+
+def targets(batch: Tensor) -> Tensor:
+    return batch[:, 1]
+
+
+def mean(rows: Tensor) -> Tensor:
+    return rows.mean(dim=1)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("plain", "make", "read"),
+    [
+        (PlainViews, SupCon, classes),
+        (PlainViews, SpreadLoss, classes),
+        (PlainViews, lambda: ConR(mean), targets),
+        (Plain, BatchHardTriplet, classes),
+        (PlainTokens, BatchHardTriplet, tokens),
+        (Plain, lambda: BalancedSoftmax([1] * 8), classes),
+    ],
+)
+def test_doors_are_bit_equal(plain: type[Plain], make: Any, read: Any, precision: str) -> None:
+    callback, log, _ = fit(
+        plain, Regularizer(make(), layer="encoder", weight=0.1, name="it", labels=read), precision=precision
+    )
+    mixin, mixin_log, _ = fit(lambda: Mixed(plain.kind, make(), read), precision=precision)
+    without, _, _ = fit(plain, precision=precision)
+    if plain is PlainTokens:  # whose gradients meet before and behind what flattens them
+        torch.testing.assert_close(weights(callback), weights(mixin), rtol=1e-2, atol=1e-3)
+    else:
+        assert torch.equal(weights(callback), weights(mixin))
+        assert log.rows == mixin_log.rows
+    assert not torch.equal(weights(callback), weights(without))
+    assert {f"regularizer/it/{term}" for term in make().coefficients} < set(log.rows[-1][1])
+
+
+def labels_or_none(batch: Tensor) -> Any:
+    labels_or_none.calls += 1
+    found = classes(batch)
+    return {3: None, 4: found[:5], 5: found.float()}.get(labels_or_none.calls, found)
+
+
+def test_steps_without_labels_that_fit_are_left_out_with_one_warning() -> None:
+    labels_or_none.calls = 0
+    regularizer = Regularizer(SupCon(), layer="encoder", labels=labels_or_none)
+    with pytest.warns(UserWarning, match=r"needs labels: `labels` returned None. Pass `labels=") as caught:
+        _, logger, _ = fit(PlainViews, regularizer, batches=6)
+    assert sum("needs labels" in str(w.message) for w in caught) == 1
+    steps = [step for step, row in logger.rows if "regularizer/supcon/value" in row]
+    assert steps == [0, 1, 5]
+
+
+def fails(batch: Tensor) -> Tensor:
+    raise KeyError("y")
+
+
+@pytest.mark.parametrize(
+    ("read", "match"),
+    [
+        (None, r"needs labels: the batch has none where they are looked for. Pass `labels=lambda batch"),
+        (lambda batch: batch[:3, 0].long(), r"needs labels: `labels` of `Regularizer` must have shape \(16,\).*\(3,\)"),
+        (targets, r"needs labels: .* must be integers, got torch.float32"),
+        (fails, r"needs labels: `labels` raised KeyError\('y'\)"),
+    ],
+)
+def test_labels_that_do_not_fit_the_first_step_are_refused(read: Any, match: str) -> None:
+    with pytest.raises(MisconfigurationException, match=match):
+        fit(PlainViews, Regularizer(SupCon(), layer="encoder", labels=read))
+
+
+def test_labels_are_found_in_the_batch_and_stay_beside_their_rows() -> None:
+    """Half of the rows are not finite: the rest is a batch of its own."""
+
+    class Broken(PlainViews):
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            rows = batch[0].masked_fill((torch.arange(len(batch[0])) % 2 == 0).unsqueeze(1), torch.nan)
+            return 0 * super().training_step(rows).nan_to_num()
+
+    class Kept(PlainViews):
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return 0 * super().training_step(batch[0][1::2])
+
+    def last(make: Any, read: Any) -> float:
+        seed_everything(0, verbose=False)
+        rows = torch.randn(64, 16)
+        data, model, logger = TensorDataset(rows, classes(rows)), make(), Memory()
+        model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.0)
+        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        regularizer = Regularizer(SupCon(), layer="encoder", labels=read)
+        Trainer(max_epochs=1, log_every_n_steps=1, logger=logger, callbacks=[regularizer], **quiet).fit(
+            model, DataLoader(data, batch_size=16)
+        )
+        return logger.rows[-1][1]["regularizer/supcon/supervised"]
+
+    with pytest.warns(UserWarning, match="rows of the layer are NaN or infinite"):
+        found = last(Broken, None)
+    assert found == pytest.approx(last(Kept, lambda batch: batch[1][1::2]), rel=1e-6)
+
+
+def test_both_views_in_one_call() -> None:
+    class Stacked(Plain):
+        def training_step(self, batch: Tensor) -> Tensor:
+            return self.encoder(torch.cat([batch, batch.flip(1)])).square().mean()
+
+    def trained(read: Any) -> Tensor:
+        return weights(fit(Stacked, Regularizer(SupCon(), layer="encoder", chunk=2, labels=read))[0])
+
+    assert torch.equal(trained(classes), trained(lambda batch: classes(batch).repeat(2)))
+
+
+class Collapsed(Plain):
+    def call(self, batch: Tensor) -> tuple[Tensor, ...]:
+        return (self.encoder(0 * batch),)
+
+
+@pytest.mark.parametrize("door", ["callback", "mixin"])
+def test_a_triplet_loss_that_stays_at_collapse_is_told_once(door: str) -> None:
+    def run(make: Any, *callbacks: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(make, *callbacks, batches=8)
+        return [str(w.message) for w in caught if "stays within 1 %" in str(w.message)]
+
+    class MixedCollapsed(Mixed):
+        call = Collapsed.call
+
+    def told(apart: bool) -> list[str]:
+        loss = BatchHardTriplet(0.3)
+        if door == "callback":
+            return run(Plain if apart else Collapsed, Regularizer(loss, layer="encoder", name="it", labels=classes))
+        return run(lambda: (Mixed if apart else MixedCollapsed)(1, loss, classes))
+
+    (message,) = told(apart=False)
+    assert message.startswith("`regularizer/it`: the loss stays within 1 % of 0.3, its value where all rows are equal")
+    assert not told(apart=True)
 
 
 def test_no_rows_are_left_out_with_one_warning() -> None:

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lightning_collapse.losses import (
 )
 from lightning_collapse.utilities.registry import LOSSES
 from tests.distributed.launch import spawn
+from tests.losses.contrasts import CONTRASTS
 
 CLASSES, DIM, ROWS = 4, 6, 17
 SIZES = [40, 10, 5, 1]
@@ -39,7 +40,7 @@ COUNTED = (LABELS >= 0) & (LABELS < CLASSES)
 class LabelSmoothing(AntiCollapseLoss):
     """The parts of label smoothing as a loss."""
 
-    takes_labels = True
+    takes_labels = "classes"
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,6 +163,9 @@ class Case:
         width: Columns of its input.
         messages: All-reduces of a forward pass.
         detached: Whether part of what depends on the input carries no gradient, so that gradcheck does not apply.
+        views: How many it takes.
+        labels: Of the rows.
+        counted: Which rows count.
     """
 
     make: Callable[[], AntiCollapseLoss]
@@ -169,6 +173,13 @@ class Case:
     width: int
     messages: int = 1
     detached: bool = False
+    views: int = 1
+    labels: Tensor = field(default_factory=lambda: LABELS)
+    counted: Tensor = field(default_factory=lambda: COUNTED)
+
+    @property
+    def targets(self) -> bool:
+        return self.labels.is_floating_point()
 
 
 CASES = {
@@ -185,7 +196,12 @@ CASES = {
     "LabelSmoothing": Case(LabelSmoothing, naive_smoothing, CLASSES),
     "LongTailCollapse": Case(long_tail, naive_long_tail, DIM, 2),
     "VBLL": Case(variational, naive_variational, DIM),
+    **{
+        name: Case(make, reference, DIM, messages, views=views, labels=labels, counted=counted)
+        for name, (make, reference, messages, views, labels, counted) in CONTRASTS.items()
+    },
 }
+TWO = [name for name, case in CASES.items() if case.views == 2]
 every_loss = pytest.mark.parametrize("name", CASES)
 every_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
@@ -195,12 +211,18 @@ def rows(name: str, dtype: torch.dtype = torch.float64, scale: float = 0.5) -> T
     return (scale * torch.randn(ROWS, CASES[name].width, generator=generator, dtype=torch.float64)).to(dtype)
 
 
-def evaluate(name: str, features: Tensor, labels: Tensor = LABELS) -> tuple[Tensor, list[Tensor]]:
+def inputs(name: str, dtype: torch.dtype = torch.float64, scale: float = 0.5) -> list[Tensor]:
+    """One view, or two that are near each other."""
+    view = rows(name, torch.float64, scale)
+    return [(view + 0.7 * scale * i * view.roll(1, 0)).to(dtype) for i in range(CASES[name].views)]
+
+
+def evaluate(name: str, features: list[Tensor], labels: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """Loss, and its gradients with respect to the features and to its own parameters."""
-    loss, leaf = CASES[name].make(), features.detach().clone().requires_grad_()
-    value = loss(leaf, labels)
+    loss, leaves = CASES[name].make(), [view.detach().clone().requires_grad_() for view in features]
+    value = loss(*leaves, CASES[name].labels if labels is None else labels)
     value.backward()
-    return value.detach(), [leaf.grad, *(p.grad for p in loss.parameters())]
+    return value.detach(), [z.grad for z in (*leaves, *loss.parameters())]
 
 
 def test_every_loss_is_in_one_battery() -> None:
@@ -214,31 +236,37 @@ def test_every_loss_is_in_one_battery() -> None:
 @every_loss
 def test_value_is_the_reference(name: str) -> None:
     case = CASES[name]
-    expected = case.reference(rows(name).numpy(), LABELS.numpy(), case.make())
+    views = inputs(name)
+    expected = case.reference(*(view.numpy() for view in views), case.labels.numpy(), case.make())
     loss = case.make().double()
-    assert loss(rows(name), LABELS).item() == pytest.approx(expected, rel=1e-6)  # classifiers are made in `float32`
-    assert case.make()(rows(name, torch.float32), LABELS.int()).item() == pytest.approx(expected, rel=1e-5)
+    assert loss(*views, case.labels).item() == pytest.approx(expected, rel=1e-6)  # classifiers are made in `float32`
+    narrow = case.labels.float() if case.targets else case.labels.int()
+    assert case.make()(*inputs(name, torch.float32), narrow).item() == pytest.approx(expected, rel=1e-5)
 
 
 @every_loss
 def test_loss_is_the_weighted_sum_of_its_terms(name: str) -> None:
-    loss = CASES[name].make()
-    terms = loss.terms(rows(name), LABELS)
+    loss, everything = CASES[name].make(), (*inputs(name), CASES[name].labels)
+    terms = loss.terms(*everything)
     assert list(terms) == list(loss.coefficients)
     assert all(term.ndim == 0 for term in terms.values())
     expected = sum(loss.coefficients[key] * term.item() for key, term in terms.items())
-    assert loss(rows(name), LABELS).item() == pytest.approx(expected, rel=1e-6)
+    assert loss(*everything).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.detached])
 def test_gradcheck(name: str) -> None:
     loss = CASES[name].make().double()
-    names = [key for key, _ in loss.named_parameters()]
+    names, case = [key for key, _ in loss.named_parameters()], CASES[name]
 
-    def value(features: Tensor, *parameters: Tensor) -> Tensor:
-        return functional_call(loss, dict(zip(names, parameters, strict=True)), (features, LABELS))
+    def value(*leaves: Tensor) -> Tensor:
+        views, parameters = leaves[: case.views], leaves[case.views :]
+        return functional_call(loss, dict(zip(names, parameters, strict=True)), (*views, case.labels))
 
-    leaves = [rows(name).requires_grad_(), *(p.detach().clone().requires_grad_() for p in loss.parameters())]
+    leaves = [
+        *(view.requires_grad_() for view in inputs(name)),
+        *(p.detach().clone().requires_grad_() for p in loss.parameters()),
+    ]
     assert torch.autograd.gradcheck(value, leaves)
     assert torch.autograd.gradgradcheck(value, leaves)
 
@@ -265,35 +293,39 @@ def test_gradient_of_dot_regression_pulls_along_the_prototype(lengths: str) -> N
 
 @every_loss
 def test_gradient_reaches_every_row_that_counts(name: str) -> None:
-    _, (grad, *_) = evaluate(name, rows(name))
-    assert (grad[COUNTED].norm(dim=1) > 1e-6).all()
-    assert (grad[~COUNTED] == 0).all()
+    case, (_, grads) = CASES[name], evaluate(name, inputs(name))
+    for grad in grads[: case.views]:
+        assert (grad[case.counted].norm(dim=1) > 1e-6).all()
+        assert (grad[~case.counted] == 0).all()
 
 
 @every_loss
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e-6, 1e-30])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_finite_on_constant_batches(name: str, value: float, dtype: torch.dtype) -> None:
-    for labels in (LABELS, torch.full((ROWS,), -100), torch.zeros(ROWS, dtype=torch.int64)):
-        loss, grads = evaluate(name, torch.full((ROWS, CASES[name].width), value, dtype=dtype), labels)
+    case = CASES[name]
+    nameless = torch.full((ROWS,), torch.nan) if case.targets else torch.full((ROWS,), -100)
+    for labels in (case.labels, nameless, torch.zeros_like(case.labels)):
+        loss, grads = evaluate(name, [torch.full((ROWS, case.width), value, dtype=dtype)] * case.views, labels)
         assert loss.isfinite()
         assert all(grad.isfinite().all() for grad in grads)
 
 
 @every_loss
 def test_tiny_batch(name: str) -> None:
-    loss, grads = evaluate(name, rows(name)[:1], LABELS[:1])
+    labels = CASES[name].labels
+    loss, grads = evaluate(name, [view[:1] for view in inputs(name)], labels[:1])
     assert loss.isfinite()
     assert all(grad.isfinite().all() for grad in grads)
     with pytest.raises(TooFewRowsError, match="at least 1 row over all processes, got 0"):
-        evaluate(name, rows(name)[:0], LABELS[:0])
+        evaluate(name, [view[:0] for view in inputs(name)], labels[:0])
 
 
 @every_loss
 @every_half
 def test_half_precision_with_and_without_autocast(name: str, dtype: torch.dtype) -> None:
-    features = rows(name, dtype)
-    exact, _ = evaluate(name, features.double())
+    features = inputs(name, dtype)
+    exact, _ = evaluate(name, [view.double() for view in features])
     off, grads_off = evaluate(name, features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         on, grads_on = evaluate(name, features)  # also the backward pass under autocast
@@ -305,37 +337,43 @@ def test_half_precision_with_and_without_autocast(name: str, dtype: torch.dtype)
 
 @every_loss
 def test_large_half_features_stay_finite(name: str) -> None:
-    loss, grads = evaluate(name, rows(name, torch.float16, scale=16.0))
+    loss, grads = evaluate(name, inputs(name, torch.float16, scale=16.0))
     assert loss.isfinite()
     assert all(grad.isfinite().all() for grad in grads)
 
 
 @every_loss
 def test_compiles_without_a_graph_break(name: str) -> None:
-    leaf = rows(name, torch.float32).requires_grad_()
-    expected, grads = evaluate(name, leaf)
+    leaves, labels = [view.requires_grad_() for view in inputs(name, torch.float32)], CASES[name].labels
+    expected, grads = evaluate(name, leaves)
     loss = CASES[name].make()
-    torch.compile(lambda z, y: loss(z, y), backend="aot_eager", fullgraph=True)(leaf, LABELS).backward()
-    for found, grad in zip([leaf.grad, *(p.grad for p in loss.parameters())], grads, strict=True):
+    torch.compiler.reset()  # Dynamo counts how often it compiled this line
+    torch.compile(lambda *z: loss(*z), backend="aot_eager", fullgraph=True)(*leaves, labels).backward()
+    for found, grad in zip([z.grad for z in (*leaves, *loss.parameters())], grads, strict=True):
         torch.testing.assert_close(found, grad)
-    torch.testing.assert_close(loss(leaf, LABELS).detach(), expected)
+    torch.testing.assert_close(loss(*leaves, labels).detach(), expected)
 
 
 @every_loss
 def test_bad_input(name: str) -> None:
-    loss, good = CASES[name].make(), rows(name)
+    case, good = CASES[name], inputs(name)
+    loss, labels = case.make(), case.labels
     with pytest.raises(ValueError, match=r"must be floating point of shape \(N, D\), got .* \(1, 17, \d\). Flatten"):
-        loss(good.unsqueeze(0), LABELS)
+        loss(*(view.unsqueeze(0) for view in good), labels)
     with pytest.raises(ValueError, match=r"must have shape \(17,\), one per row, got \(3,\)"):
-        loss(good, LABELS[:3])
-    for wrong in (LABELS.float(), LABELS > 0):
-        with pytest.raises(ValueError, match=rf"must be integers, got {wrong.dtype}. Mixed or soft targets"):
-            loss(good, wrong)
-    with pytest.raises(ValueError, match="takes 1 feature matrices and their labels, got 1"):
-        loss(good)
-    if name != "LabelSmoothing":  # which takes any number of classes
+        loss(*good, labels[:3])
+    kind = "real numbers" if case.targets else "integers"
+    for wrong in (labels + 0j, labels > 0) if case.targets else (labels.float(), labels > 0):
+        with pytest.raises(ValueError, match=rf"must be {kind}, got {wrong.dtype}."):
+            loss(*good, wrong)
+    with pytest.raises(ValueError, match=f"takes {case.views} feature matrices and their labels, got {case.views}"):
+        loss(*good)
+    if name in TWO:
+        with pytest.raises(ValueError, match="must have one shape"):
+            loss(good[0], good[1][:, :2], labels)
+    elif name in ("LongTailCollapse", "BalancedSoftmax"):  # others take any number of classes
         with pytest.raises(ValueError, match=r"as wide as|a column for each"):
-            loss(good[:, :2], LABELS)
+            loss(good[0][:, :2], labels)
 
 
 def test_bad_arguments() -> None:
@@ -376,6 +414,10 @@ def test_it_prints_its_arguments(name: str) -> None:
         "HAFrameLoss": "mixing=0.4",
         "LongTailCollapse": "num_classes=4, dim=6, within=0.01, between=0.1",
         "VBLL": "train_rows=100",
+        "SupCon-joint": "temperature=0.5, beta=0.25, form='in'",
+        "SpreadLoss": "temperature=0.5, attract=0.25, spread=0.75",
+        "BatchHardTriplet-margin": "margin=0.7",
+        "ConR": "weight=4.0, window=1.0, temperature=0.07, slope=0.01",
     }
     assert expected.get(name, "") in repr(CASES[name].make())
 
@@ -485,7 +527,7 @@ def weight_and_loss(name: str) -> tuple[AntiCollapseLoss, Tensor]:
 def value_and_gradient(name: str, part: slice) -> tuple[Tensor, Tensor]:
     """Loss on a part of the batch, and the gradient of a layer before it and of its own parameters in one vector."""
     loss, weight = weight_and_loss(name)
-    value = loss(rows(name, torch.float32)[part] @ weight, LABELS[part])
+    value = loss(*(view[part] @ weight for view in inputs(name, torch.float32)), CASES[name].labels[part])
     value.backward()
     return value.detach(), torch.cat([p.grad.flatten() for p in (weight, *loss.parameters())])
 
@@ -496,7 +538,7 @@ def messages(name: str) -> int:
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: sent.append(1) or all_reduce(*args, **kwargs)
     try:
-        CASES[name].make()(rows(name), LABELS)
+        CASES[name].make()(*inputs(name), CASES[name].labels)
     finally:
         dist.all_reduce = all_reduce
     return len(sent)
@@ -514,7 +556,7 @@ def worker(rank: int, folder: str) -> None:
             result[f"{name}-{first}"] = value, grad / 2
         result[f"{name}-messages"] = messages(name)
         with pytest.raises(TooFewRowsError, match="at least 1 row over all processes, got 0"):
-            CASES[name].make()(rows(name)[:0], LABELS[:0])
+            CASES[name].make()(*(view[:0] for view in inputs(name)), CASES[name].labels[:0])
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

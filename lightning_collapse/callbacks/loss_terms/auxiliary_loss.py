@@ -82,6 +82,9 @@ class AuxiliaryLoss(Callback, ABC):
     def term(self, trainer: Trainer, batch: Any) -> Tensor | None:
         """What to add to the loss, from what was captured in the step on ``batch``; ``None`` for nothing."""
 
+    def published(self, values: dict[str, float]) -> None:
+        """Look at what the curves show at a logging step, terms by name, which is on the host anyway."""
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -118,8 +121,9 @@ class AuxiliaryLoss(Callback, ABC):
                 self._warn_of_nonfinite(first)
             if due:
                 quiet = () if self._finite.expected else ("nonfinite_rows",)
-                publish_terms(trainer, pl_module, self._curves, unless_zero=quiet)
+                numbers = publish_terms(trainer, pl_module, self._curves, unless_zero=quiet)
                 self._finite.restart()
+                self.published({term: number for (_, _, term), number in numbers.items()})
             else:
                 offer_terms(trainer, self._curves)
         self._curves = {}

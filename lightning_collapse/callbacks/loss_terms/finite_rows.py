@@ -35,15 +35,18 @@ class FiniteRows:
         """Count from 0 again."""
         self.left_out = torch.zeros_like(self.left_out)
 
-    def select(self, views: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def select(
+        self, views: Sequence[Tensor], labels: Sequence[Tensor] = ()
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Rows that are finite in every view. Collective.
 
         Args:
             views: Matrices of shape ``(N, D)``, of one length.
+            labels: Of the rows, ``(N,)`` each; they go with their rows.
 
         Returns:
-            The rows that count, and, 0-dimensional, whether the loss of them does; ``None`` if it does for sure. Where
-            it does not they are zero and take no gradient.
+            The rows that count, labels behind them, and, 0-dimensional, whether the loss of them does; ``None`` if it
+            does for sure. Where it does not they are zero and take no gradient.
         """
         # a sum is not finite where any of its terms is not; that it overflows is beyond all features
         sums = [v.detach().sum(dim=1, dtype=torch.promote_types(v.dtype, torch.float32)) for v in views]
@@ -51,6 +54,7 @@ class FiniteRows:
         count = all_reduce_sum((~finite).sum())
         self.left_out = self.left_out.to(count.device) + count
         if self.expected:
-            return (tuple(views) if finite.all() else tuple(view[finite] for view in views)), None
+            rows = (*views, *labels)
+            return (rows if finite.all() else tuple(row[finite] for row in rows)), None
         counts = count == 0
-        return tuple(torch.where(counts, view, 0.0) for view in views), counts
+        return (*(torch.where(counts, view, 0.0) for view in views), *labels), counts

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss, one_name
-from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
+from lightning_collapse.callbacks.loss_terms.row_labels import row_labels
+from lightning_collapse.losses.base import AntiCollapseLoss, TakesLabels, TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.support.state import OneStep, keep, recall, remembered
 from lightning_collapse.utilities.features import sample_count
 from lightning_collapse.utilities.hooks import ModuleHook
@@ -34,9 +35,12 @@ class Regularizer(AuxiliaryLoss):
     of an accumulated step the last one is shown. ``trainer.callback_metrics`` has what is shown of every step, for
     early stopping at the end of any epoch.
 
-    Rows that are not finite, in any view, are left out. To know them the host waits for the device: until the first
-    step or a logging step has shown that there are any, a step that has some goes without the term instead. All
-    processes decide alike.
+    A loss that takes labels gets those of the batch, one per row: of a sample, or of a token ``(N, L)``. A step whose
+    batch has none that fit goes without the term.
+
+    Rows that are not finite, in any view, are left out, with their labels. To know them the host waits for the device:
+    until the first step or a logging step has shown that there are any, a step that has some goes without the term
+    instead. All processes decide alike.
 
     Calls of the layer without gradient are not views: under ``torch.no_grad``, in validation, inside reentrant
     activation checkpointing, and recomputation during the backward pass. In data-parallel training every process must
@@ -51,13 +55,17 @@ class Regularizer(AuxiliaryLoss):
         chunk: 2 if one call of the layer holds both views, the first in the first half of the batch. With 1 the layer
             is called once per view.
         name: Name of the curves; by default that of the loss class without ``Loss``, in lower case.
+        labels: For a loss that takes labels, a function from the batch to them. By default the second element of
+            ``(x, y)``, or what is under ``"targets"``, ``"labels"`` or ``"y"``; those of a causal language model are
+            moved to the tokens that predict them.
         on: The older name of ``layer``, which YAML 1.1 reads as a boolean.
 
     Raises:
-        ValueError: If an argument is of another type, ``chunk`` does not fit the loss, or the loss takes labels.
+        ValueError: If an argument is of another type, ``chunk`` does not fit the loss, or ``labels`` is given for one
+            that takes none.
         MisconfigurationException: At the start of the fit, if the module optimizes by hand, the loss has trainable
             parameters, the layer is not found or the name is taken; at the first training step, if the layer did not
-            run as often as the loss has views.
+            run as often as the loss has views, or the batch has no labels that fit its rows.
 
     Example::
 
@@ -75,6 +83,7 @@ class Regularizer(AuxiliaryLoss):
         chunk: Literal[1, 2] = 1,
         name: str | None = None,
         *,
+        labels: Callable[[Any], Any] | None = None,
         on: str | None = None,
     ) -> None:
         layer = one_name(layer, on)
@@ -89,14 +98,16 @@ class Regularizer(AuxiliaryLoss):
                 f"`chunk` must be 1, or the number of views of the loss: {type(loss).__name__} takes {self._views},"
                 f" got chunk={chunk}."
             )
-        if getattr(loss, "takes_labels", False):
+        self._labels: TakesLabels = getattr(loss, "takes_labels", None)
+        if labels is not None and not (self._labels and callable(labels)):
             raise ValueError(
-                f"{type(loss).__name__} takes labels, and a layer returns none. Call `self.anti_collapse_loss(features,"
-                " labels)` of `AntiCollapseMixin` in `training_step`."
+                f"`labels` must be a function from the batch, for a loss that takes labels, got {labels!r} for"
+                f" {type(loss).__name__}. Drop it, or pass `labels=lambda batch: batch[1]`."
             )
         super().__init__(layer, weight, name or type(loss).__name__.removesuffix("Loss").lower())
         self.loss = loss
         self.chunk = chunk
+        self.labels = labels
         self._rows: list[Tensor | None] = []
         self._one_step: OneStep | None = None
         self._before: dict[str, Tensor | None] = {}  # what the loss remembered before the latest step
@@ -139,8 +150,10 @@ class Regularizer(AuxiliaryLoss):
         present = self.captured()
         if problem is None:
             views = tuple(present[0].chunk(self.chunk)) if self.chunk > 1 else tuple(present)
+            problem, labels = self._labels_of(trainer, batch, views[0])
+        if problem is None:
             self._remember(views[0])
-            return self._evaluate(trainer, views)
+            return self._evaluate(trainer, views, labels)
         if self._no_rows is None:
             raise MisconfigurationException(problem)
         self.warn_once("skipped", f"{problem} Steps like this one go without the term.")
@@ -150,7 +163,9 @@ class Regularizer(AuxiliaryLoss):
             self._finite.select([no_rows])
             return zero
         # this process has no rows, but the others may have, and wait for it in their sums
-        return zero + self._evaluate(trainer, (no_rows,) * self._views)
+        kind = torch.float32 if self._labels == "targets" else torch.long
+        labels = (no_rows.new_empty(0, dtype=kind),) if self._labels else ()
+        return zero + self._evaluate(trainer, (no_rows,) * self._views, labels)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -175,8 +190,14 @@ class Regularizer(AuxiliaryLoss):
             self._rows.append(self.rows_of(output))
             self._samples = 0 if self._rows[-1] is None else sample_count(output)
 
-    def _evaluate(self, trainer: Trainer, views: tuple[Tensor, ...]) -> Tensor:
-        rows, counts = self._finite.select(views)
+    @override
+    def published(self, values: dict[str, float]) -> None:
+        remark = self.loss.remark(values) if isinstance(self.loss, AntiCollapseLoss) else None
+        if remark is not None:
+            self.warn_once("remark", f"`regularizer/{self.name}`: {remark}")
+
+    def _evaluate(self, trainer: Trainer, views: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
+        rows, counts = self._finite.select(views, labels)
         state = self._before = {} if counts is None else remembered(self.loss)
         try:
             value, terms = evaluate(self.loss, rows)
@@ -188,6 +209,17 @@ class Regularizer(AuxiliaryLoss):
         keep(self.loss, state, counts)
         value, *others = (torch.where(counts, t, torch.zeros_like(t)) for t in (value, *terms.values()))
         return self.add(trainer, value, dict(zip(terms, others, strict=True)))
+
+    def _labels_of(self, trainer: Trainer, batch: Any, view: Tensor) -> tuple[str | None, tuple[Tensor, ...]]:
+        """Why there are no labels for the rows of a view, or the labels, if the loss takes them."""
+        if not self._labels:
+            return None, ()
+        try:
+            module = trainer.lightning_module
+            return None, (row_labels(self.labels, batch, view, self._labels, self.chunk, module),)
+        except Exception as error:  # of a function that is the user's
+            why = str(error) if isinstance(error, ValueError) else f"`labels` raised {error!r:.200}"
+            return f"`Regularizer({type(self.loss).__name__}(), layer={self.layer!r})` needs labels: {why}.", ()
 
     def _remember(self, view: Tensor) -> None:
         """Keep an empty matrix like this one, for steps in which this process has no rows."""

@@ -1,19 +1,43 @@
-"""Class labels as losses take them: which rows they name a class of, and how many of each there are."""
+"""Labels as losses take them: which rows they name a class of, how many of each there are, and those of others."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from lightning_collapse.utilities.distributed import all_reduce_sum
+from lightning_collapse.losses.base import TakesLabels
+from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 
 
-def named_rows(function: str, features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def require_labels(owner: str, labels: Tensor, rows: int, kind: TakesLabels) -> None:
+    """Check labels of rows.
+
+    Args:
+        owner: What to call the owner of the argument in messages.
+        labels: What is to be labels.
+        rows: How many rows there are.
+        kind: What they are to be: of classes integers, of targets numbers that are ordered.
+
+    Raises:
+        ValueError: If they have another shape or type.
+    """
+    if labels.shape != (rows,):
+        raise ValueError(f"`labels` of `{owner}` must have shape ({rows},), one per row, got {tuple(labels.shape)}.")
+    if labels.is_complex() or labels.dtype == torch.bool or (labels.is_floating_point() and kind != "targets"):
+        wanted = "real numbers" if kind == "targets" else "integers"
+        told = "Mixed or soft targets name no class." * (kind != "targets")
+        raise ValueError(f"`labels` of `{owner}` must be {wanted}, got {labels.dtype}. {told}".rstrip())
+
+
+def named_rows(
+    function: str, features: Tensor, labels: Tensor, num_classes: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Check labels, and tell the rows whose label names a class.
 
     Args:
         function: What to call the caller in messages.
         features: Features or logits, checked already, shape ``(N, D)``.
         labels: Class of each row, shape ``(N,)``, any integer dtype.
-        num_classes: Number of classes ``C``.
+        num_classes: Number of classes ``C``; any if ``None``.
 
     Returns:
         Labels in ``0 .. C - 1``, ``(N,)``, and which of them were so before, boolean ``(N,)``: others, such as -100,
@@ -22,16 +46,9 @@ def named_rows(function: str, features: Tensor, labels: Tensor, num_classes: int
     Raises:
         ValueError: If the labels are not integers of shape ``(N,)``.
     """
-    if labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"`labels` of `{function}` must have shape ({len(features)},), one per row, got {tuple(labels.shape)}."
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"`labels` of `{function}` must be integers, got {labels.dtype}. Mixed or soft targets name no class."
-        )
+    require_labels(function, labels, len(features), "classes")
     labels = labels.long()
-    named = (labels >= 0) & (labels < num_classes)
+    named = labels >= 0 if num_classes is None else (labels >= 0) & (labels < num_classes)
     return torch.where(named, labels, 0), named
 
 
@@ -54,3 +71,20 @@ def count_classes(labels: Tensor, named: Tensor, num_classes: int, like: Tensor)
     Collective: every process must call it; one all-reduce of ``C`` numbers.
     """
     return all_reduce_sum(like.new_zeros(num_classes).index_add_(0, labels, named.to(like.dtype)))
+
+
+def gather_classes(labels: Tensor, named: Tensor, first: int, total: int) -> Tensor:
+    """Labels of the rows of all processes, ``(M,)``, and -1 where one names no class.
+
+    Collective: every process must call it; one all-reduce of ``M`` numbers.
+
+    Args:
+        labels: Of the rows of this process, ``(N,)``.
+        named: Which of them name a class, boolean ``(N,)``.
+        first: Where the rows of this process begin among all.
+        total: How many rows all processes have, ``M``.
+    """
+    labels = labels.masked_fill(~named, -1)
+    if world_size() == 1:
+        return labels
+    return all_reduce_sum(pad(labels, (first, total - first - len(labels))))

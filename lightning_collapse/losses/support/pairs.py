@@ -15,16 +15,17 @@ def gather_rows(function: str, rows: Tensor, least: int = 2) -> tuple[Tensor, in
 
     Args:
         function: What to call the caller in messages.
-        rows: Shape ``(N, D)``; ``N`` may differ between processes.
+        rows: Shape ``(..., N, D)``; ``N`` may differ between processes.
         least: How many rows the caller needs.
 
     Raises:
         TooFewRowsError: If there are fewer than ``least`` rows over all processes.
     """
     everything, first = all_gather_rows_with_grad(rows)
-    if len(everything) < least:
+    count, here = everything.shape[-2], rows.shape[-2]
+    if count < least:
         raise TooFewRowsError(
-            f"`{function}` needs at least {least} rows over all processes, got {len(everything)} ({len(rows)} here)."
+            f"`{function}` needs at least {least} row{'s' * (least > 1)} over all processes, got {count} ({here} here)."
             " Use a larger batch, or `drop_last=True` in the DataLoader."
         )
     return everything, first
