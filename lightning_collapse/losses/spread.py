@@ -10,7 +10,7 @@ from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.contrast import masked_logsumexp, masked_mean
 from lightning_collapse.losses.support.labels import gather_classes, named_rows
 from lightning_collapse.losses.support.pairs import gather_rows
-from lightning_collapse.losses.support.products import product
+from lightning_collapse.losses.support.products import inner_products
 from lightning_collapse.losses.support.rows import mean_of_rows
 from lightning_collapse.losses.support.statistics import separate_views
 from lightning_collapse.spectral.precision import full_precision
@@ -59,7 +59,7 @@ def spread_terms(first: Tensor, second: Tensor, labels: Tensor, temperature: flo
     first, second = (torch.where(named.unsqueeze(1), view, 0.0) for view in (first, second))
     everything, begin = gather_rows("spread_terms", first, least=1)
     keys = gather_classes(labels, named, begin, len(everything))
-    logits = product(second, everything.T) / temperature
+    logits = inner_products(second, everything) / temperature
     same = (labels.unsqueeze(1) == keys) & named.unsqueeze(1)
     negatives = masked_logsumexp(logits, ~same & (keys >= 0) & named.unsqueeze(1))
     attract = masked_mean(softplus(negatives.unsqueeze(1) - logits, threshold=LINEAR), same)

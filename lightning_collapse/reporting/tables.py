@@ -118,7 +118,8 @@ def losses() -> Table:
             ends = (_end(loss.value_at_perfection, loss.at_perfection), _end(loss.value_at_collapse, loss.at_collapse))
             rows.append((name, str(loss.views), ", ".join(loss.coefficients), *ends, loss.source))
     with_labels = {cls.__name__: cls for cls in _subclasses(AntiCollapseLoss) if cls.takes_labels and cls.source}
-    rows += [(name, "1, with labels", "", "", "", cls.source) for name, cls in sorted(with_labels.items())]
+    for name, cls in sorted(with_labels.items()):
+        rows.append((name, f"{cls.views}, with {cls.takes_labels}", "", "", "", cls.source))
     return Table(("loss", "views", "terms", "at perfection", "at collapse", "source"), tuple(rows))
 
 

@@ -18,7 +18,17 @@ from lightning_collapse.layers import (
     NestedDropout,
     VBLLClassifier,
 )
-from lightning_collapse.losses import VBLL, BalancedSoftmax, DotRegression, HAFrameLoss, LongTailCollapse
+from lightning_collapse.losses import (
+    VBLL,
+    BalancedSoftmax,
+    BatchHardTriplet,
+    ConR,
+    DotRegression,
+    HAFrameLoss,
+    LongTailCollapse,
+    SpreadLoss,
+    SupCon,
+)
 from lightning_collapse.spectral import neighbors
 from lightning_collapse.utilities.registry import LOSSES
 from tests.losses.cases import CASES
@@ -71,12 +81,14 @@ def test_neighbours_on_an_accelerator() -> None:
         DotRegression(ETFClassifier(3, 3), lengths="batch"),
         HAFrameLoss(ETFClassifier(3, 3)),
         VBLL(VBLLClassifier(3, 3, "dense"), 10),
+        *(SupCon(), SpreadLoss(), BatchHardTriplet(), ConR(nn.Linear(3, 1))),
     ],
 )
 def test_losses_with_labels(loss: nn.Module) -> None:
-    features, labels = torch.randn(6, 3, requires_grad=True), torch.tensor([0, 1, 2, -100, 1, 1])
+    labels = torch.tensor([0, 1, 2, -100, 1, 1])
+    features = [torch.randn(6, 3, requires_grad=True) for _ in range(loss.views)]
     with NoWait():
-        loss(features, labels).backward()
+        loss(*features, labels).backward()
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_ends_of_losses_have_a_star_where_they_depend_on_the_shape():
     rows = {row[0]: row for row in TABLES["losses"]().rows}
     assert rows["VICReg"][3:5] == ("0", "24.75")
     assert rows["BarlowTwins"][3:5] == ("0", "7*")
-    assert rows["DotRegression"][1] == "1, with labels"
+    assert rows["DotRegression"][1] == "1, with classes"
     for name, cls in LOSSES.items():
         loss = cls()
         for cell, of_shape in zip(rows[name][3:5], (loss.at_perfection, loss.at_collapse), strict=True):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.losses.support.pairs import gather_rows
-from lightning_collapse.losses.support.products import product
+from lightning_collapse.losses.support.products import inner_products
 from lightning_collapse.losses.support.rows import unit_rows
 
 
@@ -53,7 +53,7 @@ def contrast(function: str, views: Tensor, temperature: float, extra: Tensor | N
         units = torch.cat([units, extra.detach().to(units.dtype)], dim=2)
     everything, first = gather_rows(function, units, least)
     n, m = units.shape[1], everything.shape[1]
-    logits = product(units[..., :dim].flatten(0, 1), everything[..., :dim].flatten(0, 1).T) / temperature
+    logits = inner_products(units[..., :dim].flatten(0, 1), everything[..., :dim].flatten(0, 1)) / temperature
     own = torch.arange(first, first + n, device=views.device)
     anchors = torch.cat([own, own + m])
     others = anchors.unsqueeze(1) != torch.arange(2 * m, device=views.device)

@@ -10,6 +10,24 @@ from lightning_collapse.spectral.product import product as product
 from lightning_collapse.utilities.differentiable_once import differentiable_once
 
 
+@full_precision
+def inner_products(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.mT``, as :func:`product`; both gradients lie in memory as the rows do.
+
+    A gradient that lies otherwise is summed over rows in another order, and so rounded otherwise, according to which
+    of several comes first.
+
+    Args:
+        left: Shape ``(..., n, k)``.
+        right: Shape ``(..., m, k)``, with the same leading dimensions.
+
+    Returns:
+        Shape ``(..., n, m)``.
+    """
+    result: Tensor = _InnerProducts.apply(left, right)  # type: ignore[no-untyped-call]
+    return result
+
+
 def logdet(matrix: Tensor) -> Tensor:
     """Logarithm of the determinant of positive definite matrices, from their Cholesky factor; no wait for the device.
 
@@ -21,6 +39,18 @@ def logdet(matrix: Tensor) -> Tensor:
     """
     result: Tensor = _LogDet.apply(matrix)  # type: ignore[no-untyped-call]
     return result
+
+
+class _InnerProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return left @ right.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        return product(grads[0], right), product(grads[0].mT, left)
 
 
 class _LogDet(torch.autograd.Function):
