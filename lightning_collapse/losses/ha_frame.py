@@ -44,7 +44,7 @@ class HAFrameLoss(AntiCollapseLoss):
     """
 
     source = "Liang & Davis, ICCV 2023, arXiv 2303.05689; of features, with a fixed frame"
-    takes_labels = True
+    takes_labels = "classes"
 
     def __init__(self, classifier: nn.Module, mixing: float = 0.4) -> None:
         super().__init__()

@@ -82,7 +82,8 @@ class InfoNCE(AntiCollapseLoss):
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:
         """``{"info_nce": info_nce_loss(first, second)}`` for views of shape ``(N, D)``."""
-        return {"info_nce": info_nce_loss(*views, self.temperature)}
+        first, second = views
+        return {"info_nce": info_nce_loss(first, second, self.temperature)}
 
     @property
     def value_at_perfection(self) -> float:

@@ -108,7 +108,8 @@ class SpreadLoss(AntiCollapseLoss):
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:
         """See :func:`spread_terms`; views of shape ``(N, D)`` and labels ``(N,)``."""
-        return spread_terms(*views, temperature=self.temperature)
+        first, second, labels = views
+        return spread_terms(first, second, labels, self.temperature)
 
     @property
     def value_at_collapse(self) -> float:

@@ -124,7 +124,8 @@ class SupCon(AntiCollapseLoss):
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:
         """See :func:`sup_con_terms`; views of shape ``(N, D)`` and labels ``(N,)``."""
-        return sup_con_terms(*views, temperature=self.temperature, form=self.form)
+        first, second, labels = views
+        return sup_con_terms(first, second, labels, self.temperature, self.form)
 
     @property
     def value_at_collapse(self) -> float:

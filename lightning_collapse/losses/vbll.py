@@ -44,7 +44,7 @@ class VBLL(AntiCollapseLoss):
     """
 
     source = "Harrison et al., ICLR 2024, arXiv 2404.11599; of features, with a variational head"
-    takes_labels = True
+    takes_labels = "classes"
 
     def __init__(self, head: nn.Module, train_rows: int) -> None:
         super().__init__()
