@@ -15,4 +15,6 @@ def naive_info_nce(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-CASES = {"InfoNCE": Case(naive_info_nce, perfect=simplex, shift=False, messages=3)}
+# compares all rows with all: there is no cheaper side
+SHAPES = {"few": (6, 10), "many": (12, 5)}
+CASES = {"InfoNCE": Case(naive_info_nce, perfect=simplex, shift=False, messages=3, shapes=SHAPES)}
