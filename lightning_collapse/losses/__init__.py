@@ -5,8 +5,8 @@ from lightning_collapse.losses.balanced_softmax import BalancedSoftmax, balanced
 from lightning_collapse.losses.barlow_twins import BarlowTwins, barlow_twins_terms
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError
 from lightning_collapse.losses.coding_rate import CodingRate, coding_rate_loss
-from lightning_collapse.losses.consistency import flip_consistency, interpolation_consistency
 from lightning_collapse.losses.conr import ConR, conr_loss
+from lightning_collapse.losses.consistency import flip_consistency, interpolation_consistency
 from lightning_collapse.losses.corinfomax import CorInfoMax, corinfomax_terms
 from lightning_collapse.losses.covariance import CovarianceLoss, covariance_loss
 from lightning_collapse.losses.cw_rgp import CWRGP, cw_rgp_loss
@@ -37,12 +37,12 @@ from lightning_collapse.losses.sdc import SDC, hash_code_readings, sdc_terms
 from lightning_collapse.losses.sigreg import SIGReg, sigreg_loss
 from lightning_collapse.losses.spectral_decoupling import SpectralDecoupling, spectral_decoupling
 from lightning_collapse.losses.spectral_transformation import SpectralTransformation, spectral_transformation_terms
+from lightning_collapse.losses.spread import SpreadLoss, spread_terms
+from lightning_collapse.losses.sup_con import SupCon, sup_con_terms
 from lightning_collapse.losses.token_relations import (
     TokenRelationDistillation,
     token_relation_terms,
 )
-from lightning_collapse.losses.spread import SpreadLoss, spread_terms
-from lightning_collapse.losses.sup_con import SupCon, sup_con_terms
 from lightning_collapse.losses.tregs import TREGS, tregs_terms
 from lightning_collapse.losses.triplet import BatchHardTriplet, batch_hard_triplet
 from lightning_collapse.losses.uniformity import Uniformity, uniformity_loss
@@ -54,17 +54,23 @@ from lightning_collapse.losses.visreg import VISReg, visreg_terms
 from lightning_collapse.losses.wmse import WMSE, wmse_loss
 
 __all__ = [
+    "CWRGP",
+    "DCCA",
+    "INTL",
+    "MMCR",
+    "SDC",
+    "TREGS",
+    "VBLL",
+    "WMSE",
     "Alignment",
     "AntiCollapseLoss",
     "BalancedSoftmax",
     "BarlowTwins",
     "BatchHardTriplet",
-    "CWRGP",
     "CodingRate",
     "ConR",
     "CorInfoMax",
     "CovarianceLoss",
-    "DCCA",
     "DeepSVDD",
     "DeltaVAE",
     "DotRegression",
@@ -73,7 +79,6 @@ __all__ = [
     "FeatureDecorrelation",
     "FreeBits",
     "HAFrameLoss",
-    "INTL",
     "InfoNCE",
     "KLBalance",
     "KoLeo",
@@ -82,25 +87,20 @@ __all__ = [
     "LinearWarmup",
     "LogDetBarrier",
     "LongTailCollapse",
-    "MMCR",
     "MaxSup",
     "PairWeights",
-    "SDC",
     "SIGReg",
     "SpectralDecoupling",
     "SpectralTransformation",
     "SpreadLoss",
     "SupCon",
-    "TREGS",
     "TokenRelationDistillation",
     "TooFewRowsError",
     "Uniformity",
-    "VBLL",
     "VCReg",
     "VICReg",
     "VISReg",
     "VarianceLoss",
-    "WMSE",
     "alignment_loss",
     "ar1_divergence",
     "balanced_cross_entropy",

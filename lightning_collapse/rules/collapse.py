@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import LOSS, RECALL, falls, learns
+from lightning_collapse.rules.progress import LOSS, RECALL, falls, learns, learns_in_turn, may_begin
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
@@ -17,9 +17,6 @@ LENGTHS = 0.25
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
 """Ranks of eigenvalues and singular values that are near one, where noise itself reads more than the second; a rank
 that began near one must be this many times as near."""
-IN_TURN = ("classification", "multi-label", "language model")
-"""Tasks in which healthy networks learn one direction after the other; so do unknown ones whose outputs follow labels,
-such as detection."""
 
 
 def directions_gone(points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
@@ -54,7 +51,9 @@ class CompleteCollapse(Rule):
     features is a hundredth of that at the beginning. Before the eighth point, and while the network learns, a tenth is
     not enough, nor is anything above a thousandth where rows were within a tenth of each other at the beginning:
     healthy layers fall as low for a while, and codebooks begin with one code. It learns while the loss falls, and a
-    joint embedding, whose loss falls as it collapses, while one view finds the other better and better.
+    joint embedding, whose loss falls as it collapses, while one view finds the other better and better. Nor is anything
+    said of the last layers of a classifier or a language model that has not begun to learn more than frequencies, for
+    seven tenths of the run or 64 points: healthy transformers lie on such a plateau, and leave it all at once.
 
     Ranks cannot see this: they do not change when a representation shrinks. Rows that point one way are equal to every
     loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the directions, unless
@@ -99,7 +98,11 @@ class CompleteCollapse(Rule):
     def weigh(self, evidence: Evidence) -> float:
         """The severity; of a network that goes on learning only a hundredth counts, from birth only a thousandth."""
         points, severity = evidence.points, self.severity(evidence.points, evidence.baseline)
-        if points["feature_std"].flag == Flag.CONSTANT or not learns(evidence):
+        if points["feature_std"].flag == Flag.CONSTANT:
+            return severity
+        if may_begin(evidence):
+            return min(severity, UNDECIDED)
+        if not learns(evidence):
             return severity
         names = ("relative_spread",) if on_a_ray(points) else ("relative_spread", "direction_spread")
         spreads = [points[name].value for name in names if name in points]
@@ -136,7 +139,8 @@ class DimensionalCollapse(Rule):
     classifier) and falls at the start of healthy runs, the one of singular values is lifted by rounding noise. Where
     two views are seen a fall is left to :class:`PartialCollapse`, since healthy joint embeddings fall as low and
     recover. Nor is anything said of a classifier or a language model while its loss falls: it learns the loudest
-    difference first, and the others after it. Or all rows lie on a ray: one direction by the lines of
+    difference first, and the others after it; nor of its last layers on its first plateau, see
+    :class:`CompleteCollapse`. Or all rows lie on a ray: one direction by the lines of
     :class:`CompleteCollapse`, and lengths that vary by more than a quarter. Layers where noise itself reads a handful
     are not judged: there is too little to lose. Nor are the outputs that the loss compares with targets, nor what holds
     little by design, such as the embedding of a time.
@@ -173,8 +177,7 @@ class DimensionalCollapse(Rule):
 
     def weigh(self, evidence: Evidence) -> float:
         """The severity; a fall is left to :class:`PartialCollapse` where there are views, and birth is no failure."""
-        task = evidence.task
-        if (task.name in IN_TURN or (not task.name and task.outputs)) and falls(evidence):
+        if may_begin(evidence) or (learns_in_turn(evidence) and falls(evidence)):
             return min(self.severity(evidence.points, evidence.baseline), UNDECIDED)
         few, lost = self._few(evidence.points, evidence.baseline), self._lost(evidence.points, evidence.baseline)
         if evidence.baseline[self.measures[0]] <= RANK_LINES[0] and learns(evidence):

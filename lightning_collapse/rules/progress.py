@@ -8,6 +8,11 @@ SURE, PROGRESS = 8, 0.05
 """Points from which on the loss tells whether the network learns, and by how much it falls then."""
 RETREAT = 0.1
 """What share of all it has gained a loss must lose for harm."""
+IN_TURN = ("classification", "multi-label", "language model")
+"""Tasks in which healthy networks learn one direction after the other; so do unknown ones whose outputs follow labels,
+such as detection."""
+SHARE, MANY = 0.7, 64
+"""Share of the planned points, and points, after which a network that has not begun to tell its inputs apart is ill."""
 
 UNHARMED = "the loss has come to no harm, and as long as that is so this is no failure"
 """What excuses a rule whose findings alone are no failure."""
@@ -31,6 +36,26 @@ def falls(evidence: Evidence) -> bool:
     """Whether the loss is below its beginning and still falls; too few points are no excuse here."""
     loss = evidence.history.get(LOSS)
     return loss is not None and loss.level < loss.first and loss.drop > PROGRESS
+
+
+def learns_in_turn(evidence: Evidence) -> bool:
+    """Whether the task is one of :data:`IN_TURN`."""
+    task = evidence.task
+    return task.name in IN_TURN or (not task.name and bool(task.outputs))
+
+
+def may_begin(evidence: Evidence) -> bool:
+    """Whether this may be the plateau on which such a network first knows no more than how frequent labels are.
+
+    Its last features are as good as equal then, for dozens of points, and healthy transformers leave it all at once. It
+    is none after seven tenths of the planned points, nor after the 64th, nor if the loss has risen again.
+    """
+    loss = evidence.history.get(LOSS)
+    if loss is None or not learns_in_turn(evidence) or evidence.layer not in evidence.task.last:
+        return False
+    if loss.count >= min(SHARE * (evidence.planned or MANY), MANY):
+        return False
+    return loss.level <= loss.lowest + max(RETREAT * (loss.first - loss.lowest), PROGRESS * abs(loss.first))
 
 
 def is_harmed(evidence: Evidence) -> bool:

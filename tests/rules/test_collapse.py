@@ -114,6 +114,28 @@ def test_a_classifier_may_learn_one_direction_after_the_other(ranks):
     assert found(FALLING, Task("regression")) == found(FALLING, ANY) == found(FALLING, SELF) == [BEGINNING]
 
 
+CLASSES = Task("classification", last=frozenset({"z"}))
+KINDS = {
+    "complete_collapse": {"relative_spread": HUNDREDTH, "direction_spread": HUNDREDTH},
+    "dimensional_collapse": {"eigenvalue_effective_rank": 1.1, "effective_rank": 1.5},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_classifier_that_has_not_begun_to_learn_has_a_while(kind):
+    def judge(loss, task=CLASSES):
+        return sinces(run(KINDS[kind], loss, task, n=100, kind=kind))
+
+    [since] = judge(lambda step: 1 + 0.03 * (step % 2))  # batches differ
+    assert since >= 40
+    [since] = judge(lambda step: 4.6 - min(step, 3) / 3)  # as far as frequencies of tokens go, and no further
+    assert since >= 40
+    [since] = judge(lambda step: 1.0 if step < 20 else 1.4)  # it has got worse
+    assert since <= 30
+    [early] = judge(FLAT, Task("classification", last=frozenset({"head"})))  # layers before the last ones do not wait
+    assert early <= SURE
+
+
 def test_severities_of_the_two_lines_are_ordered():
     kept = [[], [], []]
     for value, judgements in zip((2 * TENTH, TENTH, HUNDREDTH), kept, strict=True):
