@@ -6,7 +6,7 @@ there, so that the same code runs everywhere.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,18 +60,25 @@ class Waiting(TorchDispatchMode):
 def watched(device: str) -> Iterator[Found]:
     """Fills a record with what waits inside; on a GPU the first wait raises there, and is recorded too."""
     found = Found()
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
     try:
-        with Waiting(found):
+        with no_wait() if device == "cuda" else nullcontext(), Waiting(found):
             yield found
     except RuntimeError as error:
         if "synchronizing" not in str(error):
             raise
         found.waits.append(str(error))
+
+
+@contextmanager
+def no_wait() -> Iterator[None]:
+    """Whoever waits for a GPU inside raises; that this is a prototype, which torch says once, is no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
     finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class Between(Callback):
