@@ -24,6 +24,7 @@ from lightning_collapse.callbacks.monitors.attention_gain_monitor import Attenti
 from lightning_collapse.callbacks.monitors.attention_logit_monitor import AttentionLogitMonitor
 from lightning_collapse.callbacks.monitors.codebook_monitor import CodebookMonitor
 from lightning_collapse.callbacks.monitors.collapse_monitor import CollapseMonitor
+from lightning_collapse.callbacks.monitors.drift_monitor import DriftMonitor
 from lightning_collapse.callbacks.monitors.first_non_finite import FirstNonFinite
 from lightning_collapse.callbacks.monitors.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.monitors.gradient_monitor import GradientMonitor
@@ -56,6 +57,7 @@ __all__ = [
     "Constraint",
     "ContinualMetrics",
     "Distillation",
+    "DriftMonitor",
     "FirstNonFinite",
     "ForgettingMonitor",
     "GeometryPhaseMonitor",

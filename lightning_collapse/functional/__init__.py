@@ -3,6 +3,7 @@
 from lightning_collapse.functional import factors as factors
 from lightning_collapse.functional import manifolds as manifolds
 from lightning_collapse.functional import tail_learning as tail_learning
+from lightning_collapse.functional import drift
 from lightning_collapse.functional.activation_outliers import (
     ActivationOutliers,
     activation_outliers,
@@ -259,6 +260,7 @@ __all__ = [
     "dead_fraction",
     "direction_spread",
     "dormant_fraction",
+    "drift",
     "effective_experts_null",
     "effective_keys",
     "effective_rank",

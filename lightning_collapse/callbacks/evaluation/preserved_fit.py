@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
+from torch import nn
 
 from lightning_collapse.utilities.distributed import max_over_processes, world_size
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
@@ -21,7 +22,7 @@ _END = object()
 
 
 @contextmanager
-def preserved_fit(trainer: Trainer, pl_module: LightningModule, gradients: bool = False) -> Iterator[None]:
+def preserved_fit(trainer: Trainer, pl_module: nn.Module, gradients: bool = False) -> Iterator[None]:
     """A pass over data in the middle of a fit: :func:`preserved_state`, while the trainer says that it validates.
 
     Optimizers that keep other weights for training than for use (those with ``train()`` and ``eval()``, such as
