@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from lightning_collapse import (
     ActivationMonitor,
     CodebookMonitor,
+    DriftMonitor,
     TokenMonitor,
     UpdateMonitor,
     VariancePropagationMonitor,
@@ -20,9 +21,11 @@ from lightning_collapse.functional import (
     activation_outliers,
     code_counts,
     code_perplexity,
+    drift,
     mean_mode_gradient,
     token_cosine,
 )
+from lightning_collapse.monitoring.feature_drift import DriftReference
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, PointKeeper, Toy, batches
 
@@ -70,6 +73,7 @@ def _check_outliers(rank):
     found = _fit(rank, Uneven(), DDPStrategy(process_group_backend="gloo"), *monitors)
     _check_tokens(rank)
     _check_codes(rank)
+    _check_drift(rank)
     shards = [list(batches(4, seed=r))[3][: ROWS[r]] + 10 * r for r in range(2)]
     for layer, rows in (("encoder.0.input", torch.cat(shards)), ("extra", shards[1])):
         expected = activation_outliers(rows)
@@ -118,6 +122,38 @@ def _check_tokens(rank):
         ("mean_gradient", "centered_gradient", "amplification"), mean_mode_gradient(x, 2 * out), strict=True
     ):
         assert found["block.out", name] == pytest.approx(float(value), rel=1e-4), name
+
+
+class Answers(Uneven):
+    """Can be called."""
+
+    def forward(self, batch):
+        return self.head(self.encoder(batch + 10 * self.global_rank))
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[: ROWS[self.global_rank]]).pow(2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def _check_drift(rank):
+    torch.manual_seed(0)
+    model, start = Answers(), Answers()
+    start.load_state_dict(model.state_dict())
+    every = [next(iter(batches(1, seed=5 + r)))[: ROWS[r]] for r in range(2)]
+    monitor = DriftMonitor(["encoder.0"], [every[rank]], every_n_steps=4)
+    strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)
+    found = _fit(rank, model, strategy, monitor)
+    x = torch.cat([every[0], every[1] + 10])
+    with torch.no_grad():
+        before, now = (net.encoder[0](x) for net in (start, model))
+        answers = [net.head(net.encoder(x)) for net in (start, model)]
+    assert found["encoder.0", "n"] == sum(ROWS)
+    expected = DriftReference(before, paired=True).compare(now).readings
+    for name in ("w1", "ks", "mmd2", "psi", "cka"):
+        assert found["encoder.0", name] == pytest.approx(expected[name].item(), rel=1e-3, abs=1e-6), name
+    assert found["output", "output_kl"] == pytest.approx(drift.output_kl(*answers).item(), rel=1e-3)
 
 
 class Codes(Uneven):

@@ -103,7 +103,7 @@ def counterparts(reference: nn.Module, taps: Sequence[Tap], pl_module: nn.Module
     there = {clean_name(name): module for name, module in reversed(list(reference.named_modules()))}
     if lost := [name for tap in taps if (name := names[id(tap.module)]) not in there]:
         raise MisconfigurationException(
-            f"{call}: it has no layer `{lost[0]}`. Pass a copy of the model: `deepcopy(model)`."
+            f"{call} has no layer `{lost[0]}`. Pass a copy of the model: `deepcopy(model)`."
         )
     found = [Tap(tap.name, there[names[id(tap.module)]], tap.side) for tap in taps]
     for tap, other in zip(taps, found, strict=True):

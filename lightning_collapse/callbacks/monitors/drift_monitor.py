@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from math import isfinite, nan
+from math import nan
 from typing import Any, Literal
 
 import torch
@@ -26,10 +26,10 @@ from lightning_collapse.callbacks.evaluation.feature_pass import (
 )
 from lightning_collapse.callbacks.evaluation.preserved_fit import batches_on_device
 from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
-from lightning_collapse.functional.drift import equilibrium, ks_p_value, output_kl, spent_level
+from lightning_collapse.functional.drift import ks_p_value, output_kl
+from lightning_collapse.monitoring.drift_course import DriftCourse
 from lightning_collapse.monitoring.feature_drift import DIRECTIONS, DriftReference
 from lightning_collapse.monitoring.feature_window import FeatureWindow
-from lightning_collapse.rules.detector import Detector
 from lightning_collapse.utilities.arguments import check_layers, require_positive
 from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_sum, max_over_processes
 from lightning_collapse.utilities.hooks import HookOwner
@@ -41,8 +41,6 @@ from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.trainer import planned_steps
 
 LEAST_ROWS, PROBE_BATCHES, SELDOM = 16, 8, 10
-FIRST_FIT, LONGEST_FIT = 50, 200
-FITTED = ("level", "error", "half_life", "bounded")
 _OPEN = "0 to infinity"
 
 
@@ -144,9 +142,7 @@ class DriftMonitor(Monitor):
         self._outputs: Tensor | None = None
         self._previous: dict[str, Tensor] = {}
         self._before: dict[str, int] = {}
-        self._history: dict[str, list[float]] = {}
-        self._detectors: dict[str, Detector] = {}
-        self._tests: dict[str, int] = {}
+        self._courses: dict[str, DriftCourse] = {}
         self._fingerprint = 0.0
         self._batch: Any = None
 
@@ -156,6 +152,7 @@ class DriftMonitor(Monitor):
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget()
         self._taps = self.choose_taps(self.layers, default_taps(pl_module), pl_module)
         self._device = pl_module.device
         self._planned = (planned_steps(trainer) or 0) // max(self.cadence(trainer), 1) or None
@@ -191,7 +188,8 @@ class DriftMonitor(Monitor):
         for one in (self._pass, self._reference_pass):
             if one is not None:
                 one.hooks.remove()
-        self._forget()
+        self._pass = self._reference_pass = self._batch = None
+        self._taps = []
 
     @property
     @override
@@ -202,6 +200,11 @@ class DriftMonitor(Monitor):
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
         super().before_batch(trainer, batch, batches_left)
         self._batch = batch if self.compared_with == "module" else None
+
+    @override
+    def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
+        super().after_batch(trainer, pl_module, batches_left)
+        self._batch = None if batches_left else self._batch
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
@@ -234,8 +237,8 @@ class DriftMonitor(Monitor):
         outputs, before = now.pop(OUTPUT, None), self._outputs
         readings: dict[Name, Tensor] = {}
         for name, rows in now.items():
-            there = self._references.get(name)
-            readings |= self._compare(name, rows, len(rows) if there is None else max(len(there.rows), len(rows)))
+            there = [len(self._references[name].rows)] if name in self._references else []
+            readings |= self._compare(name, rows, max([len(rows), *there]))
         if outputs is not None and before is not None and outputs.shape == before.shape and len(outputs):
             readings[OUTPUT, "output_kl"] = output_kl(before, outputs)
         return readings
@@ -310,7 +313,7 @@ class DriftMonitor(Monitor):
         n, reference = int(own.get("n", 0)), self._references.get(name)
         drawn = ("mmd2", "w1", "ks", "psi", "cka", "overlap", "rate")
         values = {key: own.get(key, nan) for key in drawn}
-        values |= self._decide(name, step, own, n) | self._settle(name, values["w1"])
+        values |= self._decide(name, step, own, n)
         error = {"mmd2": own.get("mmd2_deviation", nan), "level": values.pop("error")}
         nulls = {} if "w1" not in own or reference is None else reference.nulls(n, self._before.get(name, 0))
         flag = _flag(n, int(own.get("seen", 0)), "constant" in own)
@@ -323,30 +326,19 @@ class DriftMonitor(Monitor):
         ]
 
     def _decide(self, name: str, step: int, own: Mapping[str, float], n: int) -> dict[str, float]:
-        """Whether the law is another one, and whether the rate has jumped."""
-        if name not in self._detectors:
-            self._detectors[name] = Detector(self._planned, max(len(self._taps), 1), self.level)
-        detector, before = self._detectors[name], self._detectors[name].statistic
-        jump = detector.update(step, own.get("rate", nan))
-        if jump >= 1 > before:
-            rank_zero_info(f"`DriftMonitor`: `{name}` drifts faster since step {detector.since}, seen at {step}.")
-        changed = nan
+        """Whether the law is another one, whether the rate has jumped, and where the distance settles."""
+        course = self._courses.setdefault(name, self._new_course())
+        jump, new = course.jump(step, own.get("rate", nan))
+        if new:
+            rank_zero_info(f"`DriftMonitor`: `{name}` drifts faster since step {course.since}, seen at {step}.")
+        found = {"changed": nan, "jump": jump if "rate" in own else nan} | course.settle(own.get("w1", nan))
         if "ks_largest" in own and self.compared_with == "start":
-            self._tests[name] = self._tests.get(name, 0) + 1
-            p = ks_p_value(own["ks_largest"], len(self._references[name].rows), n, DIRECTIONS)
-            changed = float(p <= spent_level(self.level, self._tests[name]))
-        return {"changed": changed, "jump": jump if "rate" in own else nan}
+            kept = len(self._references[name].rows)
+            found["changed"] = course.changed(ks_p_value(own["ks_largest"], kept, n, DIRECTIONS))
+        return found
 
-    def _settle(self, name: str, distance: float) -> dict[str, float]:
-        """The equilibrium of the later half of the points, of 50 to 200."""
-        history = self._history.setdefault(name, [])
-        if isfinite(distance):
-            history.append(distance)
-            del history[: -2 * LONGEST_FIT]
-        if len(history) < FIRST_FIT:
-            return dict.fromkeys(FITTED, nan)
-        fitted = equilibrium(torch.tensor(history[-max(FIRST_FIT, len(history) // 2) :], dtype=torch.float64))
-        return {key: float(getattr(fitted, key)) for key in FITTED}
+    def _new_course(self) -> DriftCourse:
+        return DriftCourse(self._planned, max(len(self._taps), 1), self.level)
 
     @override
     def state(self) -> dict[str, Any]:
@@ -355,9 +347,7 @@ class DriftMonitor(Monitor):
             "references": {name: reference.rows for name, reference in kept.items()},
             "outputs": None if self.compared_with == "module" else self._outputs,
             "previous": dict(self._previous),
-            "history": {name: list(values) for name, values in self._history.items()},
-            "detectors": {name: detector.state_dict() for name, detector in self._detectors.items()},
-            "tests": dict(self._tests),
+            "courses": {name: course.state_dict() for name, course in self._courses.items()},
             "fingerprint": self._fingerprint,
         }
 
@@ -370,11 +360,9 @@ class DriftMonitor(Monitor):
             self._references = {n: DriftReference(kept.to(device), paired) for n, kept in state["references"].items()}
             self._outputs = None if state["outputs"] is None else state["outputs"].to(device)
         self._previous = {name: kept.to(device) for name, kept in state["previous"].items()}
-        self._history = {name: list(values) for name, values in state["history"].items()}
-        self._tests = dict(state["tests"])
-        for name, kept in state["detectors"].items():
-            self._detectors[name] = Detector(self._planned, max(len(self._taps), 1), self.level)
-            self._detectors[name].load_state_dict(kept)
+        for name, kept in state["courses"].items():
+            self._courses[name] = self._new_course()
+            self._courses[name].load_state_dict(kept)
 
     def _warn_if_constant(self, name: str) -> None:
         if self._references[name].constant:

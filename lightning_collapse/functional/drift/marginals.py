@@ -98,5 +98,5 @@ def wasserstein1_null(n: int, m: int, deviation: float = 1.0) -> float:
 def _difference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """All values in order, and between each and the next the difference of the distribution functions."""
     values = torch.cat([x, y], dim=-1).sort(dim=-1).values
-    f, g = (torch.searchsorted(of.contiguous(), values, right=True) / of.shape[-1] for of in (x, y))
+    f, g = (torch.searchsorted(of.contiguous(), values, right=True).to(of.dtype) / of.shape[-1] for of in (x, y))
     return values, (f - g).abs()
