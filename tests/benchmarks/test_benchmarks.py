@@ -8,6 +8,7 @@ import torch
 from tests.benchmarks import (
     attention_entropy,
     continual,
+    drift_false_alarms,
     every_step,
     false_alarms,
     first_non_finite,
@@ -18,6 +19,7 @@ from tests.benchmarks import (
     vicreg_covariance,
     weight_spectrum,
 )
+from tests.benchmarks.false_alarms import interval
 
 
 def _continual(monkeypatch):
@@ -60,6 +62,13 @@ def _false_alarms(monkeypatch):
     false_alarms.main()
 
 
+def _drift_false_alarms(monkeypatch):
+    for name, alarms, trials in drift_false_alarms.rows(quick=True):
+        low, _ = interval(alarms, trials)
+        assert low <= drift_false_alarms.LEVEL, name
+        print(name)
+
+
 def _first_non_finite(monkeypatch):
     monkeypatch.setattr(first_non_finite, "BLOCKS", 2)
     monkeypatch.setattr(first_non_finite, "STEPS", 8)
@@ -80,6 +89,7 @@ def _weight_spectrum(monkeypatch):
 BENCHMARKS = {
     "attention_entropy": _attention_entropy,
     "continual": _continual,
+    "drift_false_alarms": _drift_false_alarms,
     "every_step": _every_step,
     "false_alarms": _false_alarms,
     "first_non_finite": _first_non_finite,
