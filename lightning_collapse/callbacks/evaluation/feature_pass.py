@@ -15,7 +15,7 @@ from lightning_collapse.monitoring.feature_hooks import FeatureHooks
 from lightning_collapse.spectral.sketch import GaussianSketch
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import all_gather_rows, max_over_processes, world_size
-from lightning_collapse.utilities.features import as_rows, evenly, padding_mask
+from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly, padding_mask
 from lightning_collapse.utilities.modules import Tap, clean_name
 from lightning_collapse.utilities.targets import call_on
 
@@ -59,16 +59,18 @@ class FeaturePass:
                 for batch, counts in batches:
                     hooks.armed, hooks.mask = True, padding_mask(batch)
                     with trainer.precision_plugin.forward_context():
-                        outputs = as_rows(call_on(module, batch))
+                        returned = call_on(module, batch)
                     hooks.armed = False
                     captured = hooks.pop()
                     if not counts:
                         continue
+                    outputs, real = as_rows(returned), as_row_mask(returned, padding_mask(batch))
                     # a row that is padding is none, in both networks
                     for name, of_layer in captured.items():
                         found[name].append(self._narrow(of_layer.rows[of_layer.mask]))
                     if outputs is not None and outputs.shape[1] > 1:
-                        found[OUTPUT].append(evenly(outputs.detach().float(), _outputs_kept(outputs)))
+                        outputs = outputs.detach().float() if real is None else outputs.detach().float()[real]
+                        found[OUTPUT].append(evenly(outputs, _outputs_kept(outputs)))
         except Exception as error:  # of the user's batches or model: what is only watched goes on
             problem = f"{type(error).__name__}: {error}"
         finally:

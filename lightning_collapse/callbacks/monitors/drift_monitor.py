@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from math import nan
@@ -30,6 +30,7 @@ from lightning_collapse.functional.drift import ks_p_value, output_kl
 from lightning_collapse.monitoring.drift_course import DriftCourse
 from lightning_collapse.monitoring.feature_drift import DIRECTIONS, DriftReference
 from lightning_collapse.monitoring.feature_window import FeatureWindow
+from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.arguments import check_layers, require_positive
 from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_sum, max_over_processes
 from lightning_collapse.utilities.hooks import HookOwner
@@ -69,7 +70,7 @@ class DriftMonitor(Monitor):
             ``default_taps``.
         reference: ``"start"``; or batches (a ``DataLoader`` in a fixed order, or a function that returns one), of which
             eight at most are read at the start and at every point; or a module with the same layers, which is moved to
-            the device of the model and called on the batch that ends in a point.
+            the device of the model and called on the batch that ends in a point (other inputs every time: no ``rate``).
         every_n_steps: Optimizer steps between two points. ``None`` is ten times ``Trainer(log_every_n_steps)``.
         level: Allowed false alarms of a run.
         kl_bound: Divergence of the outputs, in nats, above which a warning is given, once; ``None`` for none.
@@ -115,23 +116,24 @@ class DriftMonitor(Monitor):
     ) -> None:
         super().__init__(every_n_steps, detail)
         check_layers(layers, "the default layers")
-        known = not isinstance(reference, str | Mapping) and (isinstance(reference, Iterable) or callable(reference))
-        if reference != "start" and not known:
+        starts = isinstance(reference, str) and reference == "start"
+        known = not isinstance(reference, str | Mapping | Iterator | Tensor)
+        if not starts and not (known and (isinstance(reference, Iterable) or callable(reference))):
             raise ValueError(
                 "`reference` takes 'start', a frozen module, an iterable of batches or a function without arguments"
-                f" that returns one, got {reference!r}."
+                f" that returns one, and no iterator, which is read once only; got {reference!r}."
             )
         if not 0 < level < 1:
             raise ValueError(f"`level` must be between 0 and 1, got {level}.")
         if kl_bound is not None:
             require_positive(kl_bound=kl_bound)
-            if reference == "start":
+            if starts:
                 raise ValueError(
                     "`kl_bound` compares outputs on the same inputs: pass a module or batches as `reference`."
                 )
         self.layers, self.reference, self.level, self.kl_bound = layers, reference, level, kl_bound
         is_module = isinstance(reference, nn.Module)
-        self.compared_with = "start" if reference == "start" else "module" if is_module else "batches"
+        self.compared_with = "start" if starts else "module" if is_module else "batches"
         self._forget()
 
     def _forget(self) -> None:
@@ -154,7 +156,7 @@ class DriftMonitor(Monitor):
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget()
         self._taps = self.choose_taps(self.layers, default_taps(pl_module), pl_module)
-        self._device = pl_module.device
+        self._device, self._sharing = pl_module.device, max(len(self._taps), 1)
         self._planned = (planned_steps(trainer) or 0) // max(self.cadence(trainer), 1) or None
         if self.compared_with == "start":
             choose = partial(default_taps, pl_module) if self.layers is None else None
@@ -249,21 +251,22 @@ class DriftMonitor(Monitor):
 
     def _probe(self, trainer: Trainer, pl_module: LightningModule, own: FeaturePass) -> None:
         """Take the reference from the first pass over the batches, and refuse those that none can be taken from."""
-        call, seen = "`DriftMonitor(reference=...)`", list[float]()
+        call, device, seen = "`DriftMonitor(reference=...)`", pl_module.device, list[Tensor]()
+        dtype = accumulation_dtype(device)
 
         def watched() -> Iterable[tuple[Any, bool]]:
             for batch, counts in self._batches(trainer, pl_module):
-                tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-                seen.append(sum(float(leaf.double().nan_to_num().sum()) for leaf in tensors) if counts else 0.0)
+                leaves = [leaf.to(dtype) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and counts]
+                seen.append(sum((leaf.nan_to_num().sum() for leaf in leaves), torch.zeros((), dtype=dtype).to(device)))
                 yield batch, counts
 
         try:
-            rows = own.run(trainer, pl_module, watched(), pl_module.device)
+            rows = own.run(trainer, pl_module, watched(), device)
         except RuntimeError as error:
             raise MisconfigurationException(f"{call}: the pass over its batches failed: {error}") from error
-        if not max_over_processes([len(seen)], pl_module.device)[0]:
+        if not max_over_processes([len(seen)], device)[0]:
             raise MisconfigurationException(f"{call}: there is no batch in it. Pass batches as the training has them.")
-        self._fingerprint = float(all_reduce_sum(torch.tensor(sum(seen), dtype=torch.float32)).item()) if seen else 0.0
+        self._fingerprint = float(all_reduce_sum(sum(seen, torch.zeros((), dtype=dtype).to(device))))
         self._outputs = rows.pop(OUTPUT, None)
         if not any(len(found) >= LEAST_ROWS for found in rows.values()):
             most = max((len(found) for found in rows.values()), default=0)
@@ -338,7 +341,7 @@ class DriftMonitor(Monitor):
         return found
 
     def _new_course(self) -> DriftCourse:
-        return DriftCourse(self._planned, max(len(self._taps), 1), self.level)
+        return DriftCourse(self._planned, self._sharing, self.level)
 
     @override
     def state(self) -> dict[str, Any]:

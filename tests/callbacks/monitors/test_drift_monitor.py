@@ -133,7 +133,7 @@ def test_a_resumed_run_has_the_reference_of_the_first(tmp_path):
 
 
 def test_bad_references_are_refused():
-    for bad in ("end", 3, {"x": torch.ones(2)}):
+    for bad in ("end", 3, {"x": torch.ones(2)}, iter([torch.ones(2)]), torch.ones(2, 2)):
         with pytest.raises(ValueError, match=r"`reference` takes 'start'.* got"):
             DriftMonitor(reference=bad)
     with pytest.raises(ValueError, match="`kl_bound` compares outputs"):
@@ -189,7 +189,7 @@ def test_outputs_that_leave_the_reference_are_told_once():
     assert sum("divergence" in str(w.message) for w in said) == 1
 
 
-def test_a_jump_of_the_rate_is_found_and_a_walk_is_not_bounded():
+def test_a_jump_of_the_rate_is_found_and_what_goes_on_growing_is_not_bounded():
     noise = torch.randn(300, generator=torch.Generator().manual_seed(0)).tolist()
     course, alarms = DriftCourse(300, 1, 0.01), []
     for step, x in enumerate(noise):
@@ -201,8 +201,7 @@ def test_a_jump_of_the_rate_is_found_and_a_walk_is_not_bounded():
     assert 190 <= alarms[0][1] < 200
     assert settled["bounded"] == 1
     assert settled["level"] == pytest.approx(1, abs=4 * settled["error"])
-    walk, total = DriftCourse(300, 1, 0.01), 10.0
-    for x in noise:
-        total += x
-        settled = walk.settle(total)
+    growing = DriftCourse(300, 1, 0.01)
+    for step, x in enumerate(noise):
+        settled = growing.settle(step + x)
     assert settled["bounded"] == 0
