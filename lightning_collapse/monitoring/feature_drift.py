@@ -43,7 +43,7 @@ class DriftReference:
 
     Example:
         >>> import torch
-        >>> rows = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
+        >>> rows = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
         >>> found = DriftReference(rows, paired=True).compare(rows + 1.0).readings
         >>> round(found["cka"].item(), 3), round(found["overlap"].item(), 3), found["w1"].item() > 0.3
         (1.0, 1.0, True)
