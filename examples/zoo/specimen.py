@@ -34,6 +34,7 @@ KINDS = frozenset(
         "prototype_collapse",
         "regression_over_compression",
         "router_collapse",
+        "state_collapse",
         "token_collapse",
     }
 )

@@ -39,6 +39,7 @@ from lightning_collapse.callbacks.monitors.router_monitor import RouterMonitor
 from lightning_collapse.callbacks.monitors.scalar_monitor import ScalarMonitor
 from lightning_collapse.callbacks.monitors.spectral_alignment_monitor import SpectralAlignmentMonitor
 from lightning_collapse.callbacks.monitors.stability_monitor import StabilityMonitor
+from lightning_collapse.callbacks.monitors.state_monitor import StateMonitor
 from lightning_collapse.callbacks.monitors.token_monitor import TokenMonitor
 from lightning_collapse.callbacks.monitors.update_monitor import UpdateMonitor
 from lightning_collapse.callbacks.monitors.variance_propagation_monitor import VariancePropagationMonitor
@@ -80,6 +81,7 @@ __all__ = [
     "SkipStep",
     "SpectralAlignmentMonitor",
     "StabilityMonitor",
+    "StateMonitor",
     "SwitchOn",
     "TaskAware",
     "TaskBoundary",

@@ -4,6 +4,7 @@ from lightning_collapse.functional import factors as factors
 from lightning_collapse.functional import manifolds as manifolds
 from lightning_collapse.functional import tail_learning as tail_learning
 from lightning_collapse.functional import drift
+from lightning_collapse.functional import states
 from lightning_collapse.functional.activation_outliers import (
     ActivationOutliers,
     activation_outliers,
@@ -377,6 +378,7 @@ __all__ = [
     "stability_edge",
     "stable_rank",
     "state_distance",
+    "states",
     "svd_entropy",
     "swallowed_fraction",
     "token_cosine",

@@ -22,6 +22,7 @@ from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
 from lightning_collapse.rules.router import RouterCollapse
 from lightning_collapse.rules.stability import DivergenceAhead, LossSpike, NonFiniteStep, SkippedSteps
+from lightning_collapse.rules.states import StateCollapse
 from lightning_collapse.rules.step_stream import Step, StepStream
 from lightning_collapse.rules.task import TASKS, Task
 from lightning_collapse.rules.tokens import TokenCollapse
@@ -73,6 +74,7 @@ __all__ = [
     "RouterCollapse",
     "Rule",
     "SkippedSteps",
+    "StateCollapse",
     "Step",
     "StepStream",
     "Task",

@@ -32,7 +32,14 @@ def halves(output):
     return output[..., :1], output[..., 1:2]
 
 
-OF_MODEL = {"LatentMonitor": {"layers": ["head"], "read": halves}}
+def tokens(module, args, output):
+    return output
+
+
+OF_MODEL = {
+    "LatentMonitor": {"layers": ["head"], "read": halves},
+    "StateMonitor": {"layers": ["embed"], "read": tokens},
+}
 """Arguments that the model of this battery needs."""
 
 
