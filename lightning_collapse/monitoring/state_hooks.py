@@ -119,17 +119,25 @@ class StateHooks(HookOwner):
             joined[name] = Trajectory(states, means, max(call.length for call in alike))
         return joined
 
+    def has_failed(self, name: str) -> bool:
+        """Whether a warning has told already why nothing comes from a reader."""
+        return _place(self.readers[name]) in self._contained.failed
+
     def capture(self, key: StateReader, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
         """Read a call; for hooks."""
         if self._armed and not is_to_be_ignored():
             self._add(key, lambda: key.take(module, args, value))
 
     def _add(self, reader: StateReader, take: Callable[[], dict[str, Trajectory]]) -> None:
-        with self._contained(f"reading the states of `{reader.names[0]}`", "what fails is left out"), torch.no_grad():
+        with self._contained(_place(reader), "what fails is left out"), torch.no_grad():
             for name, seen in take().items():
                 calls = self._found.setdefault(name, [])
                 if len(calls) < _CALLS:
                     calls.append(seen)
+
+
+def _place(reader: StateReader) -> str:
+    return f"reading the states of `{reader.names[0]}`"
 
 
 def _reader_of(name: str, module: Any) -> StateReader | None:

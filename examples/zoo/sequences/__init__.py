@@ -2,6 +2,7 @@
 
 from . import (
     adapters,
+    beyond_length,
     decaying_states,
     divergence,
     experts,
@@ -22,6 +23,7 @@ from . import (
 
 SPECIMENS = (
     *adapters.SPECIMENS,
+    *beyond_length.SPECIMENS,
     *decaying_states.SPECIMENS,
     *divergence.SPECIMENS,
     *experts.SPECIMENS,

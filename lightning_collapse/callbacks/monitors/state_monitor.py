@@ -193,7 +193,8 @@ class StateMonitor(HookedMonitor[StateHooks]):
             n, seen = int(found.pop("n", 0)), found.pop("seen", 0)
             flag = Flag.NOT_CALLED if not seen else Flag.NONFINITE if n < seen else Flag.OK
             if name not in names:
-                self.warn_once(f"the states of `{name}` were not read before every point. {_POINT_AT}")
+                if not self._hooks.has_failed(name):
+                    self.warn_once(f"the layer `{name}` did not run before every point. {_POINT_AT}")
                 continue
             if found.get("conditioning", 0.0) > UNRELIABLE:
                 flag = max(flag, Flag.UNCONVERGED)
