@@ -93,7 +93,7 @@ def test_nothing_is_left_at_the_forgetting_horizon():
     steps = math.ceil(forgetting_horizon(time_constants(values), conditioning, left=0.05))
     assert torch.linalg.matrix_norm(torch.linalg.matrix_power(matrix, steps), 2) <= 0.05
     assert forgetting_horizon(time_constants(torch.tensor([0.5])), left=0.25).item() == pytest.approx(2)
-    with pytest.raises(ValueError, match="`left` .* got 1"):
+    with pytest.raises(ValueError, match=r"`left` .* got 1"):
         forgetting_horizon(torch.ones(1), left=1)
 
 
