@@ -9,10 +9,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_collapse import LatentMonitor, OutputMonitor, RouterMonitor
+from lightning_collapse import LatentMonitor, OutputMonitor, RouterMonitor, StateMonitor
 from lightning_collapse.functional import advantage_covariance, latent_readings, latent_sums, output_rows
 from lightning_collapse.functional.routing import routing_readings, routing_sums
+from lightning_collapse.functional.states import state_statistics
 from lightning_collapse.metrics import OutputEntropy, RouterLoad
+from lightning_collapse.utilities.features import evenly
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, MemoryLogger, PointKeeper, weights
 
@@ -26,6 +28,7 @@ class Model(LightningModule):
         super().__init__()
         self.gate, self.experts = nn.Linear(6, 4), nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
         self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 7)
+        self.gru = nn.GRU(6, 6, batch_first=True)  # over rows, as many as the process has
         self.seen = []
 
     def training_step(self, batch, batch_idx):
@@ -34,6 +37,7 @@ class Model(LightningModule):
         weight, chosen = scores.softmax(-1).topk(2, dim=-1)
         outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
         x = x + (weight.unsqueeze(2) * outputs.gather(1, chosen.unsqueeze(2).expand(-1, -1, 6))).sum(dim=1)
+        x = x + self.gru(x.unsqueeze(0))[0][0]
         self.actions = batch[: len(x), :1].mul(3).long().remainder(7).squeeze(1)
         logits = self.head(self.norm(x))
         self.gains = x.detach().sum(dim=1)
@@ -60,15 +64,25 @@ def _fit(rank, callbacks):
     return model, keeper
 
 
+def _halves(module, args, output):
+    return output.view(-1, 2, 2)
+
+
 def _check(rank):
     outputs = OutputMonitor(every_n_steps=2, labels="actions", advantages="gains", lens=["experts.0"])
     latents = LatentMonitor(["gate"], read=lambda scores: scores.chunk(2, dim=1), every_n_steps=2)
-    watched, keeper = _fit(rank, [outputs, RouterMonitor(every_n_steps=2, batches=1), latents])
+    states = [StateMonitor(every_n_steps=2), StateMonitor(["gate"], read=_halves, every_n_steps=1)]
+    watched, keeper = _fit(rank, [outputs, RouterMonitor(every_n_steps=2, batches=1), latents, *states])
     everyone = _everyone((repr(keeper.points), watched.seen))
     assert everyone[0][0] == everyone[1][0]
     for step in (0, 1, 3):
         scores, chosen, logits, actions, gains = (torch.cat([seen[step][i] for _, seen in everyone]) for i in range(5))
         found = {point.key: point.value for point in keeper.points if point.step == step}
+        assert found["state/gru/n"] == 2
+        assert found["state/gru/memory_longest"] > 0
+        counted = torch.cat([scores[:5], evenly(scores[5:], 8)]).view(-1, 2, 1, 1, 2)
+        assert found["state/gate/n"] == 5 + 8
+        assert found["state/gate/rms"] == pytest.approx(state_statistics(counted).rms[0].item(), rel=1e-6)
         rows = output_rows(logits.double(), actions)
         assert found["output/head/n"] == sum(SIZES)
         assert found["output/head/entropy"] == pytest.approx(rows.entropy.mean().item(), rel=1e-6)

@@ -30,9 +30,8 @@ class Counter(Learner):
         super().__init__(1e-3, decay)
         self.tokens, self.head = nn.Embedding(4, 16), nn.Linear(WIDTH, 4)
         self.rnn = nn.RNN(16, WIDTH, nonlinearity="relu", batch_first=True)
-        nn.init.eye_(self.rnn.weight_hh_l0)
         with torch.no_grad():
-            self.rnn.weight_hh_l0.mul_(scale)
+            self.rnn.get_parameter("weight_hh_l0").copy_(scale * torch.eye(WIDTH))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(N, C)``."""

@@ -186,9 +186,11 @@ class StateMonitor(HookedMonitor[StateHooks]):
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
-        points = []
+        points: list[Point] = []
+        if self._hooks is None:
+            return points
         names = {name for name, _ in numbers}
-        for name in [] if self._hooks is None else self._hooks.readers:
+        for name in self._hooks.readers:
             found = {key: value for (of, key), value in numbers.items() if of == name}
             n, seen = int(found.pop("n", 0)), found.pop("seen", 0)
             flag = Flag.NOT_CALLED if not seen else Flag.NONFINITE if n < seen else Flag.OK
