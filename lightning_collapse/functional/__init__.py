@@ -401,3 +401,5 @@ __all__ = [
     "windowed_plasticity",
     "worst_case_accuracy",
 ]
+
+from lightning_collapse.functional import states  # tables show measures in the order of their import

@@ -121,7 +121,7 @@ class RecurrentReader(StateReader):
             outputs = []
             for i in range(first, first + directions):
                 turned = rows.flip(1) if i > first else rows
-                weights, start = self._weights(i), [start[:, i] for start in starts]
+                weights, start = _weights(self.module, self._ends[i]), [start[:, i] for start in starts]
                 found[self.names[i]], output = run(self.module.mode, weights, turned, start)
                 outputs.append(output.flip(1) if i > first else output)
             rows = torch.cat(outputs, dim=2)
@@ -129,12 +129,7 @@ class RecurrentReader(StateReader):
 
     def modes(self, name: str, means: Tensor) -> Modes:
         """The Jacobian at the mean input and state."""
-        return cell_modes(self.module.mode, self._weights(self.names.index(name)), means)
-
-    def _weights(self, i: int) -> list[Tensor]:
-        names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.module.bias else [])]
-        names += ["weight_hr"] if self.module.proj_size else []
-        return [precise(getattr(self.module, name + self._ends[i])) for name in names]
+        return cell_modes(self.module.mode, _weights(self.module, self._ends[self.names.index(name)]), means)
 
 
 class CellReader(StateReader):
@@ -175,15 +170,17 @@ class CellReader(StateReader):
         inputs, self._inputs = self._inputs, []
         if not inputs:
             return {}
-        return {self.names[0]: run(self._mode, self._weights(), torch.stack(inputs, dim=1), self._start)[0]}
+        return {self.names[0]: run(self._mode, _weights(self.module), torch.stack(inputs, dim=1), self._start)[0]}
 
     def modes(self, name: str, means: Tensor) -> Modes:
         """The Jacobian at the mean input and state."""
-        return cell_modes(self._mode, self._weights(), means)
+        return cell_modes(self._mode, _weights(self.module), means)
 
-    def _weights(self) -> list[Tensor]:
-        names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.module.bias else [])]
-        return [precise(getattr(self.module, name)) for name in names]
+
+def _weights(module: Any, end: str = "") -> list[Tensor]:
+    names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if module.bias else [])]
+    names += ["weight_hr"] if getattr(module, "proj_size", 0) else []
+    return [precise(getattr(module, name + end)) for name in names]
 
 
 def run(mode: str, weights: list[Tensor], rows: Tensor, start: Sequence[Tensor]) -> tuple[Trajectory, Tensor]:

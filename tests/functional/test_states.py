@@ -9,7 +9,6 @@ from torch import nn
 from lightning_collapse.functional.states import (
     cell_step,
     eigenmodes,
-    eigenvector_conditioning,
     forgetting_horizon,
     head_growth,
     memory_share,
@@ -40,7 +39,7 @@ def test_eigenvectors_of_hippo_are_as_ill_conditioned_as_published(n, conditioni
 
 
 def test_where_eigenvectors_are_noise_it_shows():
-    assert eigenvector_conditioning(hippo(24)[0]) > UNRELIABLE
+    assert eigenmodes(hippo(24)[0]).conditioning > UNRELIABLE
 
 
 def test_the_normal_part_of_hippo_has_orthogonal_eigenvectors_and_one_time_constant():

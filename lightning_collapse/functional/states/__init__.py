@@ -3,7 +3,6 @@
 from lightning_collapse.functional.states.eigenmodes import (
     Eigenmodes,
     eigenmodes,
-    eigenvector_conditioning,
     transient_growth,
 )
 from lightning_collapse.functional.states.scan import scan_states
@@ -17,7 +16,6 @@ __all__ = [
     "StateStatistics",
     "cell_step",
     "eigenmodes",
-    "eigenvector_conditioning",
     "forgetting_horizon",
     "head_growth",
     "memory_share",

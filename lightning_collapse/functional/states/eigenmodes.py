@@ -58,16 +58,6 @@ def eigenmodes(matrix: Tensor) -> Eigenmodes:
     return Eigenmodes(values, torch.where(finite, spread[..., 0] / spread[..., -1], torch.nan))
 
 
-def eigenvector_conditioning(matrix: Tensor) -> Tensor:
-    """The conditioning of :func:`eigenmodes` alone, shape ``(...)``.
-
-    Example:
-        >>> eigenvector_conditioning(torch.eye(3))
-        tensor(1., dtype=torch.float64)
-    """
-    return eigenmodes(matrix).conditioning
-
-
 @torch.no_grad()
 @full_precision
 def transient_growth(matrix: Tensor, powers: Sequence[int] = (1, 4, 16), steps: int = STEPS) -> Tensor:

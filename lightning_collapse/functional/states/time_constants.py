@@ -65,7 +65,7 @@ def forgetting_horizon(constants: Tensor, conditioning: float | Tensor = 1.0, le
 
     Args:
         constants: Of :func:`time_constants`, shape ``(..., K)``.
-        conditioning: :math:`\kappa`, see :func:`eigenvector_conditioning`.
+        conditioning: :math:`\kappa`, see :func:`eigenmodes`.
         left: The share :math:`\epsilon`, between 0 and 1.
 
     Returns:
