@@ -16,11 +16,11 @@ class StateCollapse(Rule):
     """The state of a head explodes when the sequence goes on beyond the training length, or has died.
 
     It explodes if its variance at twice the training length is a hundred times that at the length; a head that adds up
-    whatever it reads makes four of it. It is dead if its root mean square is a thousandth of the largest that the
-    smallest head had at the beginning, and as long as the loss has kept nine tenths of what it gained that is a notice:
-    channels that a network has no use for may fall silent. An explosion has no such excuse, since the loss of the
-    training length cannot know what comes after it. That a few heads explode so, and that no average over heads shows
-    it, is reported by Chen et al. (2024, arXiv 2410.07145); the numbers are ours.
+    whatever it reads makes four of it. It is dead if its root mean square is a tenth of the largest that the smallest
+    head had at the beginning, and as long as the loss has kept nine tenths of what it gained that is a notice: channels
+    that a network has no use for may fall silent. An explosion has no such excuse, since the loss of the training
+    length cannot know what comes after it. That a few heads explode so, and that no average over heads shows it, is
+    reported by Chen et al. (2024, arXiv 2410.07145); the numbers are ours.
 
     Example:
         >>> values = {"growth": 9.2, "rms": 3.0, "smallest_rms": 0.5}
@@ -30,13 +30,13 @@ class StateCollapse(Rule):
     """
 
     kind = "state_collapse"
-    says = "The state of `{layer}` cannot go on beyond the training length."
+    says = "The state of `{layer}` has died, or explodes beyond the training length."
     family = "state"
     measures = (GROWTH, RMS, SMALLEST)
     follows = (LOSS,)
     higher_is_worse = (GROWTH,)
     lower_is_worse = (SMALLEST,)
-    explosion, death = log(100), 1e-3
+    explosion, death = log(100), 0.1
     advice = (
         "Train on longer sequences than the state can hold, so that it learns to forget, bound the recurrent weight, or"
         " return with `Rollback()`."
@@ -44,7 +44,7 @@ class StateCollapse(Rule):
     paper = "Chen et al., 2024, arXiv 2410.07145"
 
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
-        """The growth over that of a hundredfold variance, or a thousandth of the baseline over the smallest head."""
+        """The growth over that of a hundredfold variance, or a tenth of the baseline over the smallest head."""
         dead = self.death * baseline[SMALLEST] / max(points[SMALLEST].value, 1e-300)
         return max(points[GROWTH].value / self.explosion, dead)
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from examples.zoo.material import Learner, accuracy
 from examples.zoo.specimen import Habitat, Specimen
-from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor
+from lightning_collapse import CollapseMonitor, SpectralAlignmentMonitor, StateMonitor
 
 from .drawn import drawn, held_out_rows
 
@@ -40,7 +40,7 @@ def reader(seed: int, decay: float) -> Habitat:
     """The most frequent of four tokens."""
     model = Reader(decay)
     tokens, labels = held_out_rows(votes, seed)
-    monitors = [CollapseMonitor(), SpectralAlignmentMonitor()]
+    monitors = [CollapseMonitor(), SpectralAlignmentMonitor(), StateMonitor()]
     loaders = [drawn(votes, seed)]
     return Habitat(model, loaders, monitors, 600, model.lstm, lambda: accuracy(model, tokens, labels), every=10)
 
@@ -54,7 +54,7 @@ SPECIMENS = (
         setting="decay",
         healthy=0.01,
         sick=20.0,
-        claims=("dimensional_collapse",),
+        claims=("dimensional_collapse", "state_collapse"),
         family="recurrent",
     ),
 )
