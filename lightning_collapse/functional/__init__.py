@@ -1,10 +1,6 @@
 """Functional measures: pure functions, tensors in, tensors out."""
 
-from lightning_collapse.functional import factors as factors
-from lightning_collapse.functional import manifolds as manifolds
-from lightning_collapse.functional import tail_learning as tail_learning
-from lightning_collapse.functional import drift
-from lightning_collapse.functional import states
+from lightning_collapse.functional import drift, factors, manifolds, states, tail_learning
 from lightning_collapse.functional.activation_outliers import (
     ActivationOutliers,
     activation_outliers,
@@ -276,6 +272,7 @@ __all__ = [
     "expected_majority_fraction",
     "expected_under_isotropy",
     "extremes",
+    "factors",
     "feature_std",
     "feature_std_floor",
     "fisher_discriminant_null",
@@ -313,6 +310,7 @@ __all__ = [
     "low_pass_gain",
     "low_pass_gain_null",
     "majority_fraction",
+    "manifolds",
     "marchenko_pastur_fit",
     "max_load_null",
     "mean_cosine",
@@ -381,6 +379,7 @@ __all__ = [
     "states",
     "svd_entropy",
     "swallowed_fraction",
+    "tail_learning",
     "token_cosine",
     "token_cosine_null_std",
     "token_moments",
@@ -401,5 +400,3 @@ __all__ = [
     "windowed_plasticity",
     "worst_case_accuracy",
 ]
-
-from lightning_collapse.functional import states  # tables show measures in the order of their import
