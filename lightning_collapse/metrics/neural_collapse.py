@@ -10,14 +10,21 @@ from torch import Tensor
 
 from lightning_collapse.functional.neural_collapse.cdnv import over_pairs
 from lightning_collapse.functional.neural_collapse.class_means import centered_means, rounding_variance
+from lightning_collapse.functional.neural_collapse.gnc2 import log_kernel
+from lightning_collapse.functional.neural_collapse.gof import gof_error, norm_count_slope
 from lightning_collapse.functional.neural_collapse.minority import minority_cosine, minority_norm
 from lightning_collapse.functional.neural_collapse.nc1 import within_over_between
 from lightning_collapse.functional.neural_collapse.nc2 import angle_error, frame_distance, norm_variation
-from lightning_collapse.functional.neural_collapse.nc3 import bias_collapse, duality_distance
+from lightning_collapse.functional.neural_collapse.nc3 import bias_collapse, cosine_variance, duality_distance
 from lightning_collapse.functional.neural_collapse.vci import vci
 from lightning_collapse.metrics.sums import StatisticsMetric
 from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.spectral.precision import full_precision
+
+EXACT = 5000
+"""Classes up to which all pairs are taken."""
+PAIRS = 100_000
+"""Random pairs of more classes."""
 
 
 class NeuralCollapse(StatisticsMetric[ClassMoments]):
@@ -27,6 +34,7 @@ class NeuralCollapse(StatisticsMetric[ClassMoments]):
     samples arrive, and ``compute`` gives every process the measures of the rows of all of them, by all-reduces of the
     statistics; a class may be missing on any process, or on all. Rows with NaN or infinity and rows whose label names
     no class are left out and counted. Feed it features in eval mode, of clean, unmixed data.
+    Of more than 5,000 classes with rows 100,000 random pairs are taken instead of all, the same in every call.
 
     As input to ``update``:
 
@@ -48,9 +56,16 @@ class NeuralCollapse(StatisticsMetric[ClassMoments]):
     - ``bias_collapse``: :func:`~lightning_collapse.functional.bias_collapse`, falls to 0; NaN without ``weight``.
     - ``cdnv``, ``cdnv_median``: :func:`~lightning_collapse.functional.cdnv`, fall to 0.
     - ``vci``: :func:`~lightning_collapse.functional.vci`, falls to 0; also for ``n <= dim + 1`` rows whatever they are.
+    - ``log_cdnv``: Mean over pairs of the logarithm of CDNV (not the logarithm of the mean), falls; minus infinity if
+      two classes have no variance, so also two of one row each: see ``min_count``.
+    - ``gnc2``: The variance of :func:`~lightning_collapse.functional.gnc2`, falls to 0.
+    - ``unc3``: :func:`~lightning_collapse.functional.unc3`, falls to 0; NaN without ``weight``.
     - ``minority_cosine``, ``minority_norm``: :func:`~lightning_collapse.functional.minority_cosine` and
-      :func:`~lightning_collapse.functional.minority_norm` of the rows of ``weight``; NaN without it, and where the
-      largest class has at most twice the rows of the smallest.
+      :func:`~lightning_collapse.functional.minority_norm` of the rows of ``weight``; NaN without it.
+    - ``gof_error``: :func:`~lightning_collapse.functional.gof_error` of the class means, falls to 0.
+    - ``norm_count_slope``, ``norm_count_slope_means``: :func:`~lightning_collapse.functional.norm_count_slope` of the
+      rows of ``weight`` (NaN without it) and of the class means. These five are NaN where the largest class has at most
+      twice the rows of the smallest.
     - ``n``, ``classes``: Rows, and classes with at least ``min_count`` of them, that the others are of.
     - ``missing``, ``rare``: Classes left out: without rows, and with fewer.
     - ``rank``: Rank of the between-class covariance that ``nc1`` inverts, at most ``classes - 1``.
@@ -123,57 +138,101 @@ class NeuralCollapse(StatisticsMetric[ClassMoments]):
 
 
 def measures(
-    moments: ClassMoments,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    min_count: int = 1,
-    seen: Tensor | None = None,
+    moments: ClassMoments, weight: Tensor | None = None, bias: Tensor | None = None, min_count: int = 1
 ) -> dict[str, Tensor]:
-    """What :class:`NeuralCollapse` computes, from statistics with scatter.
+    """What :class:`NeuralCollapse` computes, from statistics with scatter."""
+    size, count = len(moments.count), moments.count
+    center = moments.global_mean()
+    found = {"bias_collapse": count.new_full((), nan)}
+    if weight is not None:
+        found["bias_collapse"] = bias_collapse(weight.to(center), bias, center)
+    if size > EXACT:  # what is not there takes no part in any pair
+        kept = (count > 0).nonzero().flatten()
+        moments, weight = moments.select(kept), None if weight is None else weight[kept]
+    found |= of_classes(moments, weight, min_count)
+    found |= of_imbalance(moments, min_count, moments.count, weight, moments.count)
+    present = (moments.count > 0).sum().to(count)
+    return found | {"missing": size - present, "rare": present - found["classes"]}
 
-    Minorities are the classes that are so in ``seen``, rows per class, by default those that are kept.
+
+def of_classes(
+    moments: ClassMoments, weight: Tensor | None, min_count: int = 1, steady: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The measures of the classes that have at least ``min_count`` rows.
+
+    Args:
+        moments: Statistics with scatter, of ``C`` classes.
+        weight: Of the classifier, a row for each of these, shape ``(C, D)``.
+        min_count: See above.
+        steady: As in :func:`~lightning_collapse.functional.neural_collapse.nc1.within_over_between`.
     """
     counts = torch.where(moments.count >= min_count, moments.count, 0.0)
     within = within_covariance(moments, counts)
-    found = of_means(moments, within, counts, weight, bias)
-    found["vci"] = vci(moments.means, within, counts, resolution=moments.resolution)
-    for name, measure in {"minority_cosine": minority_cosine, "minority_norm": minority_norm}.items():
-        found[name] = torch.full_like(found["n"], nan)
-        if weight is not None:
-            found[name] = measure(weight.to(counts), counts if seen is None else seen)
-    present = (moments.count > 0).sum().to(counts)
-    return found | {"missing": len(counts) - present, "rare": present - found["classes"]}
+    found = of_means(moments, within, counts, weight, steady)
+    return found | {"vci": vci(moments.means, within, counts, resolution=moments.resolution)}
+
+
+def of_imbalance(
+    moments: ClassMoments, min_count: int, sizes: Tensor, weight: Tensor | None, seen: Tensor
+) -> dict[str, Tensor]:
+    """The measures that are NaN unless the largest class has more than twice the rows of the smallest.
+
+    Args:
+        moments: Statistics of ``C`` classes.
+        min_count: Rows that one of these must have.
+        sizes: How large they are, ``(C,)``: rows so far, which may be more than the statistics hold.
+        weight: Rows of the classifier, ``(S, D)``.
+        seen: How large the classes of these are, ``(S,)``; 0 for those that do not count.
+    """
+    counts, undefined = torch.where(moments.count >= min_count, sizes, 0.0), sizes.new_full((), nan)
+    found = dict.fromkeys(("minority_cosine", "minority_norm", "norm_count_slope"), undefined)
+    if weight is not None:
+        rows = weight.to(counts)
+        found = {"minority_cosine": minority_cosine(rows, seen), "minority_norm": minority_norm(rows, seen)}
+        found["norm_count_slope"] = norm_count_slope(rows, seen)
+    found["norm_count_slope_means"] = norm_count_slope(moments.means, counts)
+    found["gof_error"] = gof_error(moments.means, counts, sample=_sample(counts))
+    uneven = seen.amax() > 2 * torch.where(seen > 0, seen, torch.inf).amin()
+    return {name: torch.where(uneven, value, nan) for name, value in found.items()}
+
+
+def _sample(counts: Tensor) -> int | None:
+    """How many random pairs of so many classes are taken, if not all."""
+    return PAIRS if len(counts) > EXACT else None
 
 
 @full_precision
 def of_means(
-    moments: ClassMoments, within: Tensor, counts: Tensor, weight: Tensor | None, bias: Tensor | None
+    moments: ClassMoments, within: Tensor, counts: Tensor, weight: Tensor | None, steady: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The measures of class means: NC1 to NC3, bias collapse and CDNV, with what they are of.
+    """The measures of class means: NC1 to NC3, GNC2, UNC3 and CDNV, with what they are of.
 
     Args:
         moments: Class means and variances.
         within: Covariance within the classes that count, shape ``(D, D)``.
         counts: Rows per class, shape ``(C,)``; 0 leaves a class out.
         weight: Of the classifier, shape ``(C, D)``.
-        bias: Of the classifier, shape ``(C,)``.
+        steady: As in :func:`of_classes`.
     """
     # the public functions each center the means anew, which takes them half of their time
     means = moments.means
     part, n, undefined = centered_means(means, counts), counts.sum(), means.new_full((), nan)
-    trace, rank = within_over_between(part, within, rounding_variance(means, within, counts, moments.resolution))
+    rounding = rounding_variance(means, within, counts, moments.resolution)
+    trace, rank = within_over_between(part, within, rounding, steady)
+    sample = _sample(counts)
     variances = torch.where(part.present, moments.within_traces / counts.clamp_min(1), 0.0)
-    pairs = over_pairs(part, variances, torch.zeros_like(variances))
-    center = torch.where(part.present.unsqueeze(1), means, 0.0).sum(dim=0) / part.classes
+    pairs = over_pairs(part, variances, torch.zeros_like(variances), sample=sample)
     return {
         "nc1": trace / part.classes,
         "nc2_equinorm": norm_variation(part),
-        "nc2_equiangular": angle_error(part),
+        "nc2_equiangular": angle_error(part, sample=sample),
         "nc2_etf": frame_distance(part.rows, part.rows, part.present),
         "nc3": undefined if weight is None else duality_distance(part, weight).square(),
-        "bias_collapse": undefined if weight is None else bias_collapse(weight.to(center), bias, center),
+        "gnc2": log_kernel(part, sample=sample).variance,
+        "unc3": undefined if weight is None else cosine_variance(part, weight),
         "cdnv": pairs.mean,
         "cdnv_median": pairs.median,
+        "log_cdnv": pairs.mean_log,
         "n": n,
         "classes": part.classes.to(n),
         "rank": rank,
@@ -182,6 +241,6 @@ def of_means(
 
 def within_covariance(moments: ClassMoments, counts: Tensor) -> Tensor:
     """The pooled scatter as a covariance ``(D, D)``: of classes left out its size is taken off, its shape cannot be."""
-    traces = moments.within_traces
-    kept, everything = torch.where(counts > 0, traces, 0.0).sum(), traces.sum()
-    return torch.where(everything > 0, kept / everything, 1.0) / counts.sum() * moments.within_scatter
+    scatter = moments.within_scatter
+    kept, everything = torch.where(counts > 0, moments.within_traces, 0.0).sum(), scatter.trace()
+    return torch.where(everything > 0, kept / everything, 1.0) / counts.sum() * scatter

@@ -15,6 +15,8 @@ from lightning_collapse.utilities.distributed import all_reduce_sum
 CLASS_STATES = ("count", "shift", "total", "square", "second", "rounding", "ignored", "invalid", "nonfinite")
 SUMS = ("count", "total", "square", "second", "rounding", "ignored", "invalid", "nonfinite")
 
+PER_CLASS = ("count", "shift", "total", "square")
+
 
 class ClassMoments:
     r"""Sufficient statistics of a stream of labelled features, accumulated about an anchor per class.
@@ -44,7 +46,8 @@ class ClassMoments:
         total: Sums of anchored rows, ``(C, D)``.
         square: Sums of their squared norms, ``(C,)``.
         second: Sum of their outer products over all classes, ``(D, D)``; ``(0, 0)`` without ``scatter``.
-        rounding: Sum over rows of the square of their dtype's ``eps``, 0-dimensional: what narrow features cannot tell.
+        rounding: Sum over rows of the square of the ``eps`` of the narrowest dtype that holds their batch, 0-dimensional:
+            what narrow features cannot tell, cast to a wider dtype or not.
         ignored: Rows with label ``ignore_index``, 0-dimensional.
         invalid: Rows with any other label outside ``0 .. C - 1``, 0-dimensional.
         nonfinite: Rows of a class that were left out for a NaN or an infinity, 0-dimensional.
@@ -120,10 +123,10 @@ class ClassMoments:
             )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"`labels` must be integers, got {labels.dtype}. Mixed or soft targets name no class.")
-        self._update(features.detach(), labels, torch.finfo(features.dtype).eps)
+        self._update(features.detach(), labels, relative_rounding(features.detach()))
 
     @full_precision
-    def _update(self, features: Tensor, labels: Tensor, eps: float) -> None:
+    def _update(self, features: Tensor, labels: Tensor, eps: float | Tensor) -> None:
         labels = labels.long()
         ignored = labels == self.ignore_index
         named = ~ignored & (labels >= 0) & (labels < len(self.count))
@@ -191,13 +194,20 @@ class ClassMoments:
         reduced = {name: piece.view_as(part) for name, piece, part in zip(names, pieces, parts, strict=True)}
         return self.from_states(reduced | {"count": count, "shift": moved.shift}, self.ignore_index)
 
+    def select(self, classes: Tensor) -> ClassMoments:
+        """Those of some classes ``(K,)``, in this order; what is about all classes together stays as it is."""
+        states = self.states()
+        for name in PER_CLASS:
+            states[name] = states[name][classes]
+        return self.from_states(states, self.ignore_index)
+
     def grow(self, num_classes: int) -> ClassMoments:
         """The same statistics with room for more classes; itself if there is room already."""
         more = num_classes - len(self.count)
         if more <= 0:
             return self
         states = self.states()
-        for name in ("count", "shift", "total", "square"):
+        for name in PER_CLASS:
             state = states[name]
             states[name] = torch.cat([state, state.new_zeros(more, *state.shape[1:])])
         return self.from_states(states, self.ignore_index)
@@ -220,7 +230,7 @@ class ClassMoments:
 
     @property
     def resolution(self) -> Tensor:
-        """Relative rounding of the features, 0-dimensional: the ``eps`` of their dtype, a mean if they had several."""
+        """Relative rounding of the features, 0-dimensional: the ``eps`` of a dtype that holds them, a mean of several."""
         return (self.rounding / self.count.sum().clamp_min(1)).sqrt()
 
     @property
@@ -234,3 +244,21 @@ class ClassMoments:
             return self.second
         scaled = self.total / self.count.clamp_min(1).sqrt().unsqueeze(1)
         return torch.addmm(self.second, scaled.T, scaled, alpha=-1)
+
+
+def relative_rounding(features: Tensor) -> float | Tensor:
+    """The ``eps`` of the narrowest dtype that holds all numbers: of what a model in ``bfloat16`` made, that, cast or not.
+
+    Example:
+        >>> relative_rounding(torch.tensor([[0.1, 0.3]]).bfloat16().float())
+        tensor(0.0078)
+    """
+    eps = torch.finfo(features.dtype).eps
+    if features.dtype not in (torch.float32, torch.float64):
+        return eps
+    found: Tensor | float = eps
+    for narrow in (torch.float32, torch.float16, torch.bfloat16):
+        if torch.finfo(narrow).eps > eps:
+            held = (features == features.to(narrow).to(features.dtype)) | features.isnan()
+            found = torch.where(held.all(), torch.finfo(narrow).eps, found)
+    return found

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.neural_collapse.class_means import CenteredMeans, centered_means, pair_tiles
+from lightning_collapse.functional.neural_collapse.class_means import CenteredMeans, centered_means, pair_blocks
 from lightning_collapse.spectral.precision import full_precision
 
 SHIFT = 12  # bits of the significand dropped in the histogram of pairs: 11 stay
@@ -35,7 +35,12 @@ class Cdnv(NamedTuple):
 
 @full_precision
 def cdnv(
-    means: Tensor, variances: Tensor, counts: Tensor | None = None, debiased: bool = False, tile: int = 1024
+    means: Tensor,
+    variances: Tensor,
+    counts: Tensor | None = None,
+    debiased: bool = False,
+    tile: int = 1024,
+    sample: int | None = None,
 ) -> Cdnv:
     r"""Class-distance normalized variance.
 
@@ -56,6 +61,7 @@ def cdnv(
         debiased: See above.
         tile: Pairs are taken in blocks of ``tile * tile``, so that thousands of classes need no ``C x C`` matrix. The
             median of more than ``tile`` classes is right to one part in 4000.
+        sample: Number of random pairs to take instead of all, the same in every call: for classes by the thousand.
 
     Returns:
         The means, 0 (collapsed) to infinity, NaN for no resolved pair, and counts; at least ``float32``.
@@ -84,25 +90,27 @@ def cdnv(
         n = counts.to(rows)
         variances = variances * n / (n - 1).clamp_min(1)
         noise = variances / n.clamp_min(1)
-    found = over_pairs(CenteredMeans(rows, present, classes), variances, noise, tile)
+    found = over_pairs(CenteredMeans(rows, present, classes), variances, noise, tile, sample)
     return found._replace(mean=found.mean.to(dtype), median=found.median.to(dtype), mean_log=found.mean_log.to(dtype))
 
 
-def over_pairs(part: CenteredMeans, variances: Tensor, noise: Tensor, tile: int = 1024) -> Cdnv:
+def over_pairs(
+    part: CenteredMeans, variances: Tensor, noise: Tensor, tile: int = 1024, sample: int | None = None
+) -> Cdnv:
     """:func:`cdnv` of class means that are centered already, with what is to be subtracted for each class."""
     rows, present, _ = part
     square = rows.square().sum(dim=1)
     total, total_log = rows.new_zeros(2).unbind()
     pairs, unresolved = torch.zeros(2, dtype=torch.int64, device=rows.device).unbind()
-    several = len(rows) > tile
+    several = len(rows) > tile and sample is None
     histogram = torch.zeros(1 << (31 - SHIFT), dtype=torch.int64, device=rows.device) if several else None
     median = rows.new_full((), nan)
-    for a, b, pair in pair_tiles(present, tile):
-        scale = square[a].unsqueeze(1) + square[b]
-        distance = scale - 2 * rows[a] @ rows[b].T - (noise[a].unsqueeze(1) + noise[b])
+    for block in pair_blocks(present, tile, sample):
+        pair, scale = block.pairs, block.sums(square)
+        distance = scale - 2 * block.products(rows) - block.sums(noise)
         apart = distance > 16 * torch.finfo(rows.dtype).eps * scale
         apart |= distance.isnan()  # a bad number is not a coincidence
-        value = (variances[a].unsqueeze(1) + variances[b]) / (2 * torch.where(apart, distance, 1.0))
+        value = block.sums(variances) / (2 * torch.where(apart, distance, 1.0))
         total = total + torch.where(pair & apart, value, 0.0).sum()
         total_log = total_log + torch.where(pair & apart, value.log(), 0.0).sum()
         pairs, unresolved = pairs + pair.sum(), unresolved + (pair & ~apart).sum()

@@ -1,4 +1,4 @@
-"""Class means about their center, missing classes and tiles of pairs: what the measures of neural collapse share."""
+"""Class means about their center, missing classes and blocks of pairs: what the measures of neural collapse share."""
 
 from __future__ import annotations
 
@@ -90,17 +90,55 @@ def unit(rows: Tensor) -> Tensor:
     return rows / norms
 
 
-def pair_tiles(present: Tensor, tile: int) -> Iterator[tuple[slice, slice, Tensor]]:
+class PairBlock(NamedTuple):
+    """Some pairs of rows: all of two ranges of rows as a matrix, or single ones as a vector.
+
+    Attributes:
+        first: Rows on one side, a range or indices.
+        second: Rows on the other side.
+        pairs: Which elements are pairs of different present classes, boolean.
+    """
+
+    first: slice | Tensor
+    second: slice | Tensor
+    pairs: Tensor
+
+    def products(self, rows: Tensor) -> Tensor:
+        """Inner products of rows ``(C, D)``."""
+        if self.pairs.ndim == 1:
+            return (rows[self.first] * rows[self.second]).sum(dim=1)
+        return rows[self.first] @ rows[self.second].T
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums of numbers of the classes, ``(C,)``."""
+        first = values[self.first]
+        return (first if self.pairs.ndim == 1 else first.unsqueeze(1)) + values[self.second]
+
+
+def pair_blocks(present: Tensor, tile: int, sample: int | None = None) -> Iterator[PairBlock]:
     """All pairs of different present classes, each once, as blocks of at most ``tile`` by ``tile``.
 
-    Yields:
-        Rows and columns of the block, and which of its elements are such a pair, boolean.
+    Or ``sample`` of them, ordered ones at random with repeats: the same on every process and in every call, without a
+    number of anybody's random state.
     """
+    if sample is not None:
+        yield _random_pairs(present, sample)
+        return
     index = torch.arange(len(present), device=present.device)
     for i in range(0, len(present), tile):
         for j in range(i, len(present), tile):
             a, b = slice(i, i + tile), slice(j, j + tile)
-            yield a, b, present[a].unsqueeze(1) & present[b] & (index[a].unsqueeze(1) < index[b])
+            yield PairBlock(a, b, present[a].unsqueeze(1) & present[b] & (index[a].unsqueeze(1) < index[b]))
+
+
+def _random_pairs(present: Tensor, sample: int) -> PairBlock:
+    draws = torch.rand(2, sample, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, other = draws.to(present.device, accumulation_dtype(present.device))
+    classes = present.sum()
+    a = (first * classes).long()
+    b = (a + 1 + (other * (classes - 1)).long()) % classes.clamp_min(1)
+    order = torch.argsort(present.long(), descending=True, stable=True)  # those that are there come first
+    return PairBlock(order[a.clamp_max(len(order) - 1)], order[b], (classes > 1).expand(sample))
 
 
 def in_input_precision(fn: Callable[P, Tensor]) -> Callable[P, Tensor]:

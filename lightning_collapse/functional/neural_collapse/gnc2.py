@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.neural_collapse.class_means import centered_means, pair_tiles, unit
+from lightning_collapse.functional.neural_collapse.class_means import CenteredMeans, centered_means, pair_blocks, unit
 from lightning_collapse.spectral.precision import full_precision
 
 
@@ -25,7 +25,13 @@ class LogKernel(NamedTuple):
 
 
 @full_precision
-def gnc2(means: Tensor, counts: Tensor | None = None, global_mean: Tensor | None = None, tile: int = 1024) -> LogKernel:
+def gnc2(
+    means: Tensor,
+    counts: Tensor | None = None,
+    global_mean: Tensor | None = None,
+    tile: int = 1024,
+    sample: int | None = None,
+) -> LogKernel:
     r"""Hyperspherical uniformity of class means.
 
     .. math:: k(c, c') = \log \frac{1}{\|\hat m_c - \hat m_{c'}\|}, \quad
@@ -39,9 +45,10 @@ def gnc2(means: Tensor, counts: Tensor | None = None, global_mean: Tensor | None
         counts: Rows of each class, shape ``(C,)``; classes without rows are left out.
         global_mean: Shape ``(D,)``; the mean of the class means by default.
         tile: Pairs are taken in blocks of ``tile * tile``.
+        sample: Number of random pairs to take instead of all, the same in every call: for classes by the thousand.
 
     Returns:
-        Mean, and variance (divided by the number of pairs), at least ``float32``; NaN for fewer than two classes or
+        Mean, and variance (divided by the number of pairs; :func:`collapse_nulls` has its null), at least ``float32``; NaN for fewer than two classes or
         where a class mean is the global mean and has no direction.
 
     References:
@@ -52,16 +59,20 @@ def gnc2(means: Tensor, counts: Tensor | None = None, global_mean: Tensor | None
         LogKernel(mean=tensor(-0.6931), variance=tensor(0.))
     """
     dtype = torch.promote_types(means.dtype, torch.float32)
-    rows, present, classes = centered_means(means, counts, global_mean)
+    found = log_kernel(centered_means(means, counts, global_mean), tile, sample)
+    return LogKernel(found.mean.to(dtype), found.variance.to(dtype))
+
+
+def log_kernel(part: CenteredMeans, tile: int = 1024, sample: int | None = None) -> LogKernel:
+    """:func:`gnc2` of class means that are centered already."""
+    rows, present, _ = part
     directions = unit(rows)
     # about the value of a simplex, which the mean comes near: the variance does not drown in it
     anchor = -0.5 * log(2 * len(rows) / max(len(rows) - 1, 1))
-    total, square = rows.new_zeros(2).unbind()
-    for a, b, pairs in pair_tiles(present, tile):
-        distance = (2 - 2 * directions[a] @ directions[b].T).clamp_min(1e-16)
-        value = torch.where(pairs, -0.5 * distance.log() - anchor, 0.0)
-        total, square = total + value.sum(), square + value.square().sum()
-    count = classes * (classes - 1) / 2
+    total, square, count = rows.new_zeros(3).unbind()
+    for block in pair_blocks(present, tile, sample):
+        distance = (2 - 2 * block.products(directions)).clamp_min(1e-16)
+        value = torch.where(block.pairs, -0.5 * distance.log() - anchor, 0.0)
+        total, square, count = total + value.sum(), square + value.square().sum(), count + block.pairs.sum()
     mean = torch.where(count > 0, total / count, nan)
-    variance = torch.where(count > 0, (square / count - mean.square()).clamp_min(0), nan)
-    return LogKernel((mean + anchor).to(dtype), variance.to(dtype))
+    return LogKernel(mean + anchor, torch.where(count > 0, (square / count - mean.square()).clamp_min(0), nan))

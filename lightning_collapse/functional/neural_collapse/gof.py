@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.neural_collapse.class_means import in_input_precision, pair_tiles, present_rows, unit
+from lightning_collapse.functional.neural_collapse.class_means import in_input_precision, pair_blocks, present_rows, unit
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 
 
 @in_input_precision
-def gof_error(means: Tensor, counts: Tensor | None = None, tile: int = 1024) -> Tensor:
+def gof_error(means: Tensor, counts: Tensor | None = None, tile: int = 1024, sample: int | None = None) -> Tensor:
     r"""How far class means are from a general orthogonal frame: mean of :math:`|\cos(\mu_c, \mu_{c'})|` over pairs.
 
     The means are not centered: that would break the orthogonality. Where the largest class is more than twice the
@@ -23,6 +23,7 @@ def gof_error(means: Tensor, counts: Tensor | None = None, tile: int = 1024) -> 
         means: Class means, or the rows of a classifier, shape ``(C, D)``.
         counts: Rows of each class, shape ``(C,)``; classes without rows are left out.
         tile: Pairs are taken in blocks of ``tile * tile``.
+        sample: Number of random pairs to take instead of all, the same in every call: for classes by the thousand.
 
     Returns:
         0-dimensional, 0 (orthogonal) to 1 (all on one line); ``1 / (C - 1)`` for a simplex; NaN for fewer than two
@@ -35,11 +36,12 @@ def gof_error(means: Tensor, counts: Tensor | None = None, tile: int = 1024) -> 
         >>> gof_error(torch.tensor([[5.0, 0.0], [0.0, 1.0]]))
         tensor(0.)
     """
-    rows, present, classes = present_rows(means, counts)
-    directions, total = unit(rows), rows.new_zeros(())
-    for a, b, pairs in pair_tiles(present, tile):
-        total = total + torch.where(pairs, (directions[a] @ directions[b].T).abs(), 0.0).sum()
-    return torch.where(classes > 1, 2 * total / (classes * (classes - 1)), nan)
+    rows, present, _ = present_rows(means, counts)
+    directions, (total, count) = unit(rows), rows.new_zeros(2).unbind()
+    for block in pair_blocks(present, tile, sample):
+        total = total + torch.where(block.pairs, block.products(directions).abs(), 0.0).sum()
+        count = count + block.pairs.sum()
+    return torch.where(count > 0, total / count, nan)
 
 
 @in_input_precision

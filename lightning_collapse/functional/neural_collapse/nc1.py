@@ -139,7 +139,9 @@ def nc1_null(n: float, num_classes: int, dim: int) -> float:
     return (n / num_classes - 1) * (num_classes - 1) / (dim - num_classes)
 
 
-def within_over_between(part: CenteredMeans, within: Tensor | None, rounding: Tensor) -> tuple[Tensor, Tensor]:
+def within_over_between(
+    part: CenteredMeans, within: Tensor | None, rounding: Tensor, steady: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     r""":math:`\operatorname{tr}(\Sigma_W \Sigma_B^+)` and the rank of :math:`\Sigma_B`, from one decomposition.
 
     With :math:`\Sigma_B = M^\top M / C`, :math:`G = M M^\top = U \Lambda U^\top` and the rows :math:`q_i` of
@@ -151,6 +153,7 @@ def within_over_between(part: CenteredMeans, within: Tensor | None, rounding: Te
         part: Centered class means, ``(C, D)``.
         within: :math:`\Sigma_W`, shape ``(D, D)``; zero by default.
         rounding: What :func:`rounding_variance` says, ``(D,)``.
+        steady: Covariance of all rows about the mean of their batch, ``(D, D)``.
     """
     rows, _, classes = part
     size, dim = rows.shape
@@ -161,6 +164,8 @@ def within_over_between(part: CenteredMeans, within: Tensor | None, rounding: Te
     variance = ((directions @ within.to(rows)) * directions).sum(dim=1).clamp_min(0)
     noise = directions.square() @ rounding
     spread = (variance > noise) | (values * square / classes > noise * (1 + (dim / classes).sqrt()).square())
+    if steady is not None:
+        spread &= ((directions @ steady.to(rows)) * directions).sum(dim=1) > noise
     keep = spread & (values > max(size, dim) * torch.finfo(values.dtype).eps * values[:1])
     ratio = torch.where(keep, variance / torch.where(keep, values * square, 1.0), 0.0)
     rank = torch.where(values.isnan().any(), nan, keep.sum().to(values.dtype))

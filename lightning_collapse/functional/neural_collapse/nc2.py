@@ -11,7 +11,7 @@ from lightning_collapse.functional.neural_collapse.class_means import (
     CenteredMeans,
     centered_means,
     in_input_precision,
-    pair_tiles,
+    pair_blocks,
     present_rows,
     unit,
 )
@@ -145,14 +145,14 @@ def norm_variation(part: CenteredMeans) -> Tensor:
     return torch.where((classes > 1) & (mean > 0), safe_sqrt(variance) / mean, nan)
 
 
-def angle_error(part: CenteredMeans, tile: int = 1024) -> Tensor:
+def angle_error(part: CenteredMeans, tile: int = 1024, sample: int | None = None) -> Tensor:
     """:func:`nc2_equiangular` of rows that are centered already."""
     rows, present, classes = part
-    directions, total = unit(rows), rows.new_zeros(())
-    for a, b, pairs in pair_tiles(present, tile):
-        error = (directions[a] @ directions[b].T + 1 / (classes - 1)).abs()
-        total = total + torch.where(pairs, error, 0.0).sum()
-    return torch.where(classes > 1, 2 * total / (classes * (classes - 1)), nan)
+    directions, (total, count) = unit(rows), rows.new_zeros(2).unbind()
+    for block in pair_blocks(present, tile, sample):
+        error = (block.products(directions) + 1 / (classes - 1)).abs()
+        total, count = total + torch.where(block.pairs, error, 0.0).sum(), count + block.pairs.sum()
+    return torch.where(count > 0, total / count, nan)
 
 
 def frame_distance(x: Tensor, y: Tensor, present: Tensor) -> Tensor:

@@ -91,10 +91,7 @@ def unc3(means: Tensor, weight: Tensor, counts: Tensor | None = None, global_mea
         >>> unc3(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [-3.0, 3.0]])) < 1e-12
         tensor(True)
     """
-    part = centered_means(means, counts, global_mean)
-    rows, present, classes = part
-    cosine = torch.where(present, (unit(rows) * unit(_weight_of(part, weight))).sum(dim=1), 0.0)
-    return torch.where(present, cosine - cosine.sum() / classes, 0.0).square().sum() / classes
+    return cosine_variance(centered_means(means, counts, global_mean), weight)
 
 
 @in_input_precision
@@ -128,6 +125,13 @@ def duality_distance(part: CenteredMeans, weight: Tensor) -> Tensor:
     difference = weight / torch.linalg.matrix_norm(weight) - rows / torch.linalg.matrix_norm(rows)
     distance: Tensor = torch.linalg.matrix_norm(difference)
     return distance
+
+
+def cosine_variance(part: CenteredMeans, weight: Tensor) -> Tensor:
+    """:func:`unc3` of class means that are centered already."""
+    rows, present, classes = part
+    cosine = torch.where(present, (unit(rows) * unit(_weight_of(part, weight))).sum(dim=1), 0.0)
+    return torch.where(present, cosine - cosine.sum() / classes, 0.0).square().sum() / classes
 
 
 def _weight_of(part: CenteredMeans, weight: Tensor) -> Tensor:
