@@ -29,6 +29,7 @@ from lightning_collapse.callbacks.monitors.first_non_finite import FirstNonFinit
 from lightning_collapse.callbacks.monitors.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.monitors.gradient_monitor import GradientMonitor
 from lightning_collapse.callbacks.monitors.intrinsic_dimension_monitor import IntrinsicDimensionMonitor
+from lightning_collapse.callbacks.monitors.labelled_geometry_monitor import LabelledGeometryMonitor
 from lightning_collapse.callbacks.monitors.latent_monitor import LatentMonitor
 from lightning_collapse.callbacks.monitors.monitor import Monitor
 from lightning_collapse.callbacks.monitors.neural_collapse_monitor import NeuralCollapseMonitor
@@ -64,6 +65,7 @@ __all__ = [
     "GeometryPhaseMonitor",
     "GradientMonitor",
     "IntrinsicDimensionMonitor",
+    "LabelledGeometryMonitor",
     "LatentMonitor",
     "MaxNorm",
     "Monitor",

@@ -51,8 +51,8 @@ class FeatureWindow:
         limit: Rows to copy per call of a layer; ``None`` for four per feature, but 1024 at most.
         position: Copy this token of every sequence only.
         paired: Leave out rows that nothing lies beside.
-        take: Is given the rows of every batch of the window, what lies beside them, and the batches left, instead of
-            the buffer; for sums that need no rows.
+        take: Is given the tap's name, the rows of every batch of the window, what lies beside them, and the batches
+            left, instead of the buffer; for sums that need no rows.
         containment: Where failures of hooks are told, in the name of its owner.
         choose: Other taps, if the order in which the first batch runs the modules asks for others; it may set
             :attr:`rows` and ``limit`` for them.
@@ -95,7 +95,7 @@ class FeatureWindow:
         limit: int | None = None,
         position: int | None = None,
         paired: bool = False,
-        take: Callable[[Captured, Tensor | None, int], None] | None = None,
+        take: Callable[[str, Captured, Tensor | None, int], None] | None = None,
         containment: Containment | None = None,
         choose: Callable[[Execution], Sequence[Tap]] | None = None,
         views: bool = False,
@@ -188,7 +188,7 @@ class FeatureWindow:
             if plan is None or batches_left >= plan.window or (self._paired and name not in beside):
                 continue
             if self._take is not None:
-                self._take(of_layer, beside.get(name), batches_left)
+                self._take(name, of_layer, beside.get(name), batches_left)
                 continue
             if self.pairs is not None and of_layer.views is not None and of_layer.views.shape[2] <= self.max_dim:
                 self.pairs.add(name, self._time, of_layer.views)

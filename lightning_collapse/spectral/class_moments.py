@@ -46,8 +46,8 @@ class ClassMoments:
         total: Sums of anchored rows, ``(C, D)``.
         square: Sums of their squared norms, ``(C,)``.
         second: Sum of their outer products over all classes, ``(D, D)``; ``(0, 0)`` without ``scatter``.
-        rounding: Sum over rows of the square of the ``eps`` of the narrowest dtype that holds their batch, 0-dimensional:
-            what narrow features cannot tell, cast to a wider dtype or not.
+        rounding: Sum over rows of the square of the ``eps`` of the narrowest dtype that holds their batch: what narrow
+            features cannot tell, cast to a wider dtype or not; 0-dimensional.
         ignored: Rows with label ``ignore_index``, 0-dimensional.
         invalid: Rows with any other label outside ``0 .. C - 1``, 0-dimensional.
         nonfinite: Rows of a class that were left out for a NaN or an infinity, 0-dimensional.
@@ -230,7 +230,7 @@ class ClassMoments:
 
     @property
     def resolution(self) -> Tensor:
-        """Relative rounding of the features, 0-dimensional: the ``eps`` of a dtype that holds them, a mean of several."""
+        """Relative rounding of the features, 0-dimensional: the ``eps`` of a dtype that holds them, or a mean."""
         return (self.rounding / self.count.sum().clamp_min(1)).sqrt()
 
     @property
@@ -247,7 +247,7 @@ class ClassMoments:
 
 
 def relative_rounding(features: Tensor) -> float | Tensor:
-    """The ``eps`` of the narrowest dtype that holds all numbers: of what a model in ``bfloat16`` made, that, cast or not.
+    """The ``eps`` of the narrowest dtype that holds all numbers, such as those of a model in ``bfloat16``, cast or not.
 
     Example:
         >>> relative_rounding(torch.tensor([[0.1, 0.3]]).bfloat16().float())

@@ -31,6 +31,10 @@ class SeenClasses(NamedTuple):
     steady: Tensor | None
     crowded: Tensor
 
+    def add_counts(self, counts: Tensor) -> Tensor:
+        """Rows per label, ``(V,)``, and those of these statistics."""
+        return counts.index_add(0, self.classes, self.moments.count.to(counts))
+
 
 class SeenClassMoments:
     """:class:`ClassMoments` of the classes that come, however many there might be: ``O(K D + D^2)`` numbers.
@@ -101,7 +105,7 @@ class SeenClassMoments:
     def reduce(self) -> SeenClasses:
         """Statistics of all processes together, of the classes that any has seen. Collective; waits for the device."""
         names = all_gather_rows(self.names.unsqueeze(1))[0].flatten()
-        union = names[names != FREE].unique()[: len(self.names)]  # the same on every process
+        union = torch.unique(names[names != FREE])[: len(self.names)]  # the same on every process
         # two rows at least: without any there is nothing to take a maximum of
         classes = torch.cat([union, union.new_full((max(2 - len(union), 0),), FREE)])
         aligned = ClassMoments(len(classes), self.moments.shift.shape[1], self.names.device)

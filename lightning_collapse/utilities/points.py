@@ -31,6 +31,9 @@ class Flag(IntEnum):
     UNCONVERGED = 7
     """The direction that the value refers to is not known well enough yet, or is not defined: the matrix's top singular
     values are too close, it changed too much since the last point, or it is zero or not finite (the value is NaN)."""
+    LEFT_OUT = 8
+    """Some rows were left out: the loss compared them with other labels than those of the batch, as with mixup, or
+    there was no room for all their classes."""
 
 
 class Point(NamedTuple):

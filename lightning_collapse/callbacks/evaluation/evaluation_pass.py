@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_collapse.callbacks.evaluation.preserved_fit import batches_on_device, preserved_fit
-from lightning_collapse.functional.neural_collapse.nc4 import agreement_counts
+from lightning_collapse.functional.neural_collapse.nc4 import agreement_of_classifier
 from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
-from lightning_collapse.spectral.class_moments import ClassMoments
+from lightning_collapse.spectral.seen_classes import SeenClasses, SeenClassMoments
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.loaders import Loader
@@ -32,11 +32,11 @@ class EvaluationReading(NamedTuple):
     """What a pass brought, of all processes.
 
     Attributes:
-        moments: Statistics of the classifier's inputs.
+        seen: Statistics of the classifier's inputs.
         agreement: On how many rows classifier and nearest class mean agree, and of how many, ``(2,)``.
     """
 
-    moments: ClassMoments
+    seen: SeenClasses
     agreement: Tensor
 
 
@@ -77,26 +77,26 @@ class EvaluationPass:
         """Stop listening."""
         self._taps.remove()
 
-    def run(self, trainer: Trainer, pl_module: LightningModule, moments: ClassMoments) -> EvaluationReading | None:
+    def run(self, trainer: Trainer, pl_module: LightningModule, moments: SeenClassMoments) -> EvaluationReading | None:
         """Fill ``moments`` and compare with their means; ``None`` if that failed on any process. Collective."""
         with preserved_fit(trainer, pl_module):
             if not self._each(trainer, pl_module, moments.update):
                 return None
-            moments = moments.reduce()
+            found = moments.reduce()
             classifier: Any = self.tap.module
-            weight, bias = whole(classifier.weight).to(moments.shift), getattr(classifier, "bias", None)
-            bias = None if bias is None else whole(bias).to(moments.shift)
-            agreement = moments.shift.new_zeros(2)
+            weight, bias = whole(classifier.weight), getattr(classifier, "bias", None)
+            bias = None if bias is None else whole(bias)
+            agreement = found.moments.shift.new_zeros(2)
 
             def compare(rows: Tensor, labels: Tensor) -> None:
-                logits = torch.nn.functional.linear(rows.to(moments.shift), weight, bias)
                 named = (labels >= 0) & (labels < len(weight))
-                logits = logits.masked_fill(~named.unsqueeze(1), torch.nan)  # such a row does not count
-                agreement.add_(torch.stack(agreement_counts(rows, logits, moments.means, moments.count)))
+                rows = rows.to(agreement).masked_fill(~named.unsqueeze(1), torch.nan)  # such a row does not count
+                means = found.moments.means, found.moments.count, found.classes
+                agreement.add_(torch.stack(agreement_of_classifier(rows, weight, bias, *means)))
 
             if not self._each(trainer, pl_module, compare):
                 agreement.zero_()
-            return EvaluationReading(moments, all_reduce_sum(agreement))
+            return EvaluationReading(found, all_reduce_sum(agreement))
 
     def _each(self, trainer: Trainer, pl_module: LightningModule, take: Callable[[Tensor, Tensor], None]) -> bool:
         """Give ``take`` the rows and labels of every batch, and say whether all processes could."""

@@ -22,26 +22,31 @@ from lightning_collapse.callbacks.evaluation.evaluation_pass import (
     is_pass_due,
 )
 from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
-from lightning_collapse.functional.neural_collapse.nc1 import nc1_null
-from lightning_collapse.metrics.neural_collapse import measures
+from lightning_collapse.functional.neural_collapse.nulls import collapse_nulls
+from lightning_collapse.monitoring.batch_labels import BatchLabels
+from lightning_collapse.monitoring.class_readings import classifier_readings, room_for
+from lightning_collapse.monitoring.class_window import ClassWindow
 from lightning_collapse.monitoring.feature_hooks import Captured
 from lightning_collapse.monitoring.feature_window import FeatureWindow
+from lightning_collapse.monitoring.loss_targets import LossTargets
+from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.monitoring.to_host import to_host
-from lightning_collapse.spectral.class_moments import ClassMoments
-from lightning_collapse.utilities.distributed import world_size
+from lightning_collapse.spectral.precision import accumulation_dtype
+from lightning_collapse.spectral.seen_classes import SeenClasses, SeenClassMoments
+from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.execution import Execution
-from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.modules import Tap, classification_head
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
-from lightning_collapse.utilities.targets import shifted_labels, targets_of
 from lightning_collapse.utilities.trainer import logging_step
 from lightning_collapse.utilities.weight_matrices import whole
 
 MAX_DIM = 4096
+MAX_ROWS = 16_384
 _PAPER = "Papyan, Han & Donoho 2020, arXiv 2008.08186"
+_WORDS = "Wu & Papyan 2024, arXiv 2405.17767"
+_FRAME = "Dang et al. 2023, arXiv 2301.00437"
 _ZERO = ("0 to infinity", "near 0")
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class NeuralCollapseMonitor(Monitor):
@@ -52,12 +57,19 @@ class NeuralCollapseMonitor(Monitor):
 
     {curves}
 
-    Classes without rows are left out; the minority curves are NaN unless two classes or more have had less than half of
-    the rows of the largest, in all points so far.
+    Classes with fewer than two rows are left out. The curves of imbalance (those of the minority, ``gof_error`` and the
+    slopes) are NaN until the largest class has had more than twice the rows of the smallest, in all points so far.
+    Points know what features without class structure would read.
+
+    Of a vocabulary only the classes that were seen count: a window has room for 8192 of them (fewer above 1024
+    features), rows of others are left out and flagged; of more than 5000 classes random pairs stand for all.
+
+    Labels that the step mixes itself, as mixup and CutMix do, name no class: where the loss shows that it compares the
+    logits with soft targets, or with a second set of labels, the batch is left out and flagged, with a warning.
 
     A point rests on the training batches right before it: as many as hold ``rows`` rows, if the cadence has them, with
     the features of the training forward, dropout and augmentation included. Statistics are summed in one pass,
-    ``O(C d + d^2)`` numbers; ranks sum theirs.
+    ``O(C d + d^2)`` numbers of the ``C`` classes that were seen; ranks sum theirs.
 
     The papers measure in eval mode on clean data. With a ``loader`` of such data the same is drawn of all of its rows
     at the end of some epochs, as ``neural_collapse/{layer}.eval/...``, and ``nc4`` from a second pass over it,
@@ -75,7 +87,7 @@ class NeuralCollapseMonitor(Monitor):
             those of causal language models that are their inputs move to the outputs that predict them. The label -100
             is skipped; so are soft labels, with a warning.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
-        rows: Rows of a point, on each process; ``None`` for two per feature or sixteen per class.
+        rows: Rows of a point, on each process; ``None`` for two per feature or sixteen per class, 16384 at most.
         loader: Batches of clean data, such as a ``DataLoader``, or a function without arguments that returns them
             (for a ``LightningDataModule``), called for every pass; ``None`` for no pass.
         epochs: After how many epochs, the first being 1, to pass over the loader. ``None`` for a logarithmic spacing as
@@ -101,6 +113,9 @@ class NeuralCollapseMonitor(Monitor):
         Curve("nc2_etf", "class means against a simplex frame", "0 to 2", "near 0", _PAPER),
         Curve("nc3", "class means against the classifier's rows", "0 to 4", "near 0", _PAPER),
         Curve("cdnv", "variance of classes over their squared distance", *_ZERO, "arXiv 2112.15121"),
+        Curve("log_cdnv", "the same, mean of the logarithms over pairs", "any number", "falls", "arXiv 2112.15121"),
+        Curve("gnc2", "distances between directions of class means", *_ZERO, _WORDS),
+        Curve("unc3", "cosines of class means and classifier rows", "0 to 1", "near 0", _WORDS),
         Curve("vci", "scatter of all that is not between classes", "0 to 1", "near 0", "arXiv 2306.03440"),
         Curve(
             "minority_cosine",
@@ -109,11 +124,14 @@ class NeuralCollapseMonitor(Monitor):
             "near 1",
             "Fang et al. 2021, arXiv 2101.12699",
         ),
-        Curve("minority_norm", "lengths of rare over other classifier rows", *_ZERO, "arXiv 2301.00437"),
+        Curve("minority_norm", "lengths of rare over other classifier rows", *_ZERO, _FRAME),
+        Curve("gof_error", "angles between uncentered class means", "0 to 1", "near 0", _FRAME),
+        Curve("norm_count_slope", "lengths of classifier rows over class sizes", "any number", "near 1/4", _FRAME),
+        Curve("norm_count_slope_means", "lengths of class means over class sizes", "any number", "near -1/4", _FRAME),
         Curve("nc4", "classifier against the nearest class mean", "0 to 1", "near 0", _PAPER),
         Curve("classes", "classes that the window held", "0 to the number of classes", "does not tell"),
         Curve("n", "labelled rows", "0 to infinity", "few: do not read the others"),
-        Curve("flag", "features and labels", "0 to 7", "above 0: why to doubt the point"),
+        Curve("flag", "features and labels", "0 to 8", "above 0: why to doubt the point"),
     )
     identity = ("layer", "every_n_steps")
 
@@ -143,40 +161,41 @@ class NeuralCollapseMonitor(Monitor):
         self.epochs = epochs
         self.inputs = inputs
         self._tap: Tap | None = None
-        self._model: LightningModule | None = None
+        self._labels_of: BatchLabels | None = None
+        self._beside: Tensor | None = None
+        self._targets: LossTargets | None = None
+        self._step: StepScope | None = None
+        self._mixed = torch.zeros(())
         self._clean: EvaluationPass | None = None
-        self._moments: ClassMoments | None = None
+        self._rows: ClassWindow | None = None
         self._seen: Tensor | None = None
-        self._taken = 0
         self._saved: Mapping[str, Any] = {}
-        self._latest: list[Tensor] = []
-        self._filler: list[Tensor] = []
 
     @override
     def state(self) -> dict[str, Any]:
-        if self._moments is None or world_size() > 1:  # a checkpoint holds what one process has seen
+        if self._rows is None or world_size() > 1:  # a checkpoint holds what one process has seen
             return {} if self._seen is None else {"seen": self._seen}
-        window = {"moments": self._moments.states(), "taken": self._taken}
-        return window | {"latest": self._latest, "filler": self._filler, "seen": self._seen}
+        return {"window": self._rows.state_dict(), "mixed": self._mixed, "seen": self._seen}
 
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
-        assert self._moments is not None  # `start` has made them
-        self._saved, device = state, self._moments.count.device
-        if (seen := state.get("seen")) is not None and len(seen) == len(self._moments.count):
-            self._seen = seen.to(self._moments.count)
-        own = {key: x.shape for key, x in self._moments.states().items()}
-        if (states := state.get("moments")) and own == {key: x.shape for key, x in states.items()}:
-            self._moments = ClassMoments.from_states({key: x.to(device) for key, x in states.items()})
-            self._taken = state["taken"]
-            self._latest, self._filler = ([x.to(device) for x in state[key]] for key in ("latest", "filler"))
+        assert self._rows is not None and self._seen is not None  # `start` has made them  # noqa: PT018
+        self._saved = state
+        if (seen := state.get("seen")) is not None and len(seen) == len(self._seen):
+            self._seen = seen.to(self._seen)
+            if "window" in state:
+                self._rows.load_state_dict(state["window"])
+                self._mixed = state["mixed"].to(self._mixed)
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.loader is not None:
             check_forward(pl_module, self.inputs)
-        self._model, self._saved = pl_module, {}
+        self._saved, self._labels_of = {}, BatchLabels(self.labels, pl_module, self.warn_once)
         tap = self._choose(pl_module)
+        if self.labels is None:  # a function may know what the step does
+            self._targets = LossTargets(lambda: getattr(self._tap and self._tap.module, "weight", None), self._fail)
+            self._step = StepScope(pl_module)
         self._measure_at(tap, pl_module)
         wanted = self._wanted
         self.window = FeatureWindow(
@@ -193,37 +212,39 @@ class NeuralCollapseMonitor(Monitor):
 
     @override
     def stop(self) -> None:
-        if self._clean is not None:
-            self._clean.remove()
-        self._clean = self._tap = self._model = None
-        self._latest, self._filler = [], []
+        for part in (self._clean, self._step, self._targets):
+            if part is not None:
+                part.remove()
+        self._clean = self._step = self._targets = self._tap = self._labels_of = self._beside = None
+        self._rows = None
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
         if self.window is not None and self.window.wants(batches_left):
+            assert self._labels_of is not None
             labels = self._labels_of(batch)
-            beside = None if labels is None else labels.reshape(-1, 1)
-            self.window.before_batch(batch, batches_left, beside)
+            self._beside = None if labels is None else labels.reshape(-1, 1)
+            self.window.before_batch(batch, batches_left, self._beside)
+            if self._step is not None and self._targets is not None:
+                self._step.request(self._targets)
 
     @override
     def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
         super().after_batch(trainer, pl_module, batches_left)
-        if self.window is not None and self.window.unpaired is not None:
-            self._warn_unpaired(*self.window.unpaired)
+        if self.window is not None and self.window.unpaired is not None and self._labels_of is not None:
+            self._labels_of.warn_unpaired(*self.window.unpaired)
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
-        assert self._tap is not None and self._moments is not None and self.window is not None  # noqa: PT018
+        assert self._tap is not None and self._rows is not None and self.window is not None  # noqa: PT018
         if not self.window.taps:  # another classifier was chosen just now
             return {}
         plan = self.window.plans.get(self._tap.name)
-        if plan is not None and self._taken < plan.rows and self._filler:  # the point fell on a short batch
-            self._moments.update(*self._filler)
-        moments = self._moments.reduce() if world_size() > 1 else self._moments
-        self._moments, self._taken = self._empty(pl_module), 0
-        self._filler, self._latest = self._latest, []
-        self._seen = moments.count if self._seen is None else self._seen + moments.count
-        return self._readings(self._tap, self._tap.name, moments, self._seen)
+        found = self._rows.pop(0 if plan is None else plan.rows)
+        mixed, self._mixed = all_reduce_sum(self._mixed), torch.zeros_like(self._mixed)
+        assert self._seen is not None
+        self._seen = found.add_counts(self._seen)
+        return self._readings(self._tap, self._tap.name, found, self._seen) | {(self._tap.name, "mixed"): mixed}
 
     @override
     def points(self, step: int, numbers: Mapping[Name, Any]) -> list[Point]:
@@ -231,14 +252,26 @@ class NeuralCollapseMonitor(Monitor):
             return []
         found = {name: number for (_, name), number in numbers.items()}
         [layer] = {layer for layer, _ in numbers}
-        n, lost = int(found["n"]), found.pop("nonfinite")
-        flag = Flag.NONFINITE if lost else Flag.OK
+        n, lost, labelled = int(found["n"]), found.pop("nonfinite"), found.pop("labelled")
+        mixed, crowded = found.pop("mixed", 0), found.pop("crowded")
+        flag = Flag.NONFINITE if lost else Flag.LEFT_OUT if mixed or crowded else Flag.OK
+        if mixed:
+            self.warn_once(
+                f"the loss compares the rows of `{layer}` with other labels than the batch has, as with mixup inside"
+                " `training_step`; such batches are left out. Pass `loader=` of clean data, or `labels=`, a function"
+                " that returns the labels that the rows have, and -100 for rows without."
+            )
         if not n:
-            flag = Flag.FEW_ROWS if lost else Flag.NOT_CALLED
-            self.warn_of_layer(layer, f"`{layer}` received no labelled rows before a point; its curves read NaN there.")
+            flag = Flag.FEW_ROWS if lost or labelled else flag or Flag.NOT_CALLED
+            if not mixed:
+                self.warn_of_layer(
+                    layer, f"`{layer}` received no labelled rows before a point; its curves read NaN there."
+                )
             found = {name: value if name in ("n", "classes") else nan for name, value in found.items()}
         found["flag"] = float(flag)
-        nulls = {"nc1": nc1_null(n, int(found["classes"]), self._shape[1])}
+        nulls = collapse_nulls(n, int(found["classes"]), self._shape[1])
+        if n <= self._shape[1] + 1:
+            found["vci"] = nan  # 0 of any rows, as if they had collapsed
         return [
             Point(self.family, layer, curve.name, step, found[curve.name], n, nulls.get(curve.name, nan), flag)
             for curve in self.declares
@@ -255,11 +288,12 @@ class NeuralCollapseMonitor(Monitor):
         if self._clean is None or not is_pass_due(trainer, self.epochs):
             return
         with self.contained("the pass over `loader`", "its point is left out"):
-            found = self._clean.run(trainer, pl_module, self._empty(pl_module))
+            found = self._clean.run(trainer, pl_module, self._empty(pl_module.device))
             if found is None:
                 return
             tap = self._clean.tap
-            readings = self._readings(tap, f"{tap.name}.eval", found.moments, None)
+            nothing = torch.zeros(self._shape[0], device=pl_module.device)
+            readings = self._readings(tap, f"{tap.name}.eval", found.seen, found.seen.add_counts(nothing))
             same, compared = found.agreement
             readings[f"{tap.name}.eval", "nc4"] = torch.where(compared > 0, 1 - same / compared, nan)
             step = max(logging_step(trainer) - 1, 0)  # that of the epoch's last batch
@@ -270,26 +304,26 @@ class NeuralCollapseMonitor(Monitor):
                 )
             self.publish(trainer, pl_module, points)
 
-    def _take(self, captured: Captured, labels: Tensor | None, batches_left: int) -> None:
+    def _take(self, name: str, captured: Captured, labels: Tensor | None, batches_left: int) -> None:
         """Add the rows of a batch, or keep them for a point that falls on a short one."""
-        assert self._tap is not None and self._moments is not None and self.window is not None  # noqa: PT018
+        assert self._rows is not None and self.window is not None  # noqa: PT018
         if labels is None:
             return
-        batch = [captured.rows, torch.where(captured.mask, labels[:, 0].long(), -100)]
-        if batches_left >= self.window.plans[self._tap.name].batches:
-            self._filler = batch
-            return
-        self._moments.update(*batch)
-        self._taken, self._latest = self._taken + len(captured.rows), batch
+        named = torch.where(captured.mask, labels[:, 0].long(), -100)
+        if self._targets is not None and self._beside is not None:
+            agree = self._targets.agree(self._beside, self._shape[0])
+            if agree is not None:
+                self._mixed += torch.where(agree, 0, named >= 0).sum()
+                named = torch.where(agree, named, -100)
+        self._rows.add(captured.rows, named, early=batches_left >= self.window.plans[name].batches)
 
-    def _readings(self, tap: Tap, layer: str, moments: ClassMoments, seen: Tensor | None) -> dict[Name, Tensor]:
-        """What statistics that all processes share come to."""
+    def _fail(self, error: Exception) -> None:
+        self.contained.catch("reading what the loss compares", "labels that the step mixes are not noticed", error)
+
+    def _readings(self, tap: Tap, layer: str, found: SeenClasses, seen: Tensor) -> dict[Name, Tensor]:
         classifier: Any = tap.module
-        weight = whole(classifier.weight)
-        found = measures(moments, weight.to(moments.shift), seen=seen)
-        drawn = {curve.name for curve in self.declares} - {"nc4", "flag"}
-        readings = {(layer, name): value for name, value in found.items() if name in drawn}
-        return readings | {(layer, "nonfinite"): moments.nonfinite}
+        values = classifier_readings(found, whole(classifier.weight), seen)
+        return {(layer, name): value for name, value in values.items()}
 
     def _choose(self, pl_module: LightningModule) -> Tap:
         return self._checked(self.choose_tap("layer", self.layer, pl_module, ":input"))
@@ -309,14 +343,14 @@ class NeuralCollapseMonitor(Monitor):
 
     def _measure_at(self, tap: Tap, pl_module: LightningModule) -> None:
         self._tap = tap
-        self._moments = self._empty(pl_module)
-        self._seen = torch.zeros_like(self._moments.count)
-        self._taken, self._latest, self._filler = 0, [], []
+        self._rows = ClassWindow(partial(self._empty, pl_module.device))
+        self._mixed = torch.zeros((), dtype=accumulation_dtype(pl_module.device), device=pl_module.device)
+        self._seen = self._mixed.new_zeros(self._shape[0])
         if self._clean is not None:
             self._clean.remove()
-        if self.loader is not None:
+        if self.loader is not None and self._labels_of is not None:
             self._clean = EvaluationPass(
-                tap, self.loader, self.inputs, self._labels_of, self._labels_captured, self.warn_once
+                tap, self.loader, self.inputs, self._labels_of, self._labels_of.matching, self.warn_once
             )
 
     def _checked(self, tap: Tap) -> Tap:
@@ -334,8 +368,9 @@ class NeuralCollapseMonitor(Monitor):
             )
         return tap
 
-    def _empty(self, pl_module: LightningModule) -> ClassMoments:
-        return ClassMoments(*self._shape, device=pl_module.device)
+    def _empty(self, device: torch.device) -> SeenClassMoments:
+        classes, dim = self._shape
+        return SeenClassMoments(room_for(classes, dim), dim, classes, device)
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -348,38 +383,4 @@ class NeuralCollapseMonitor(Monitor):
     @property
     def _wanted(self) -> int:
         classes, dim = self._shape
-        return self.rows or max(2 * dim, 16 * classes)
-
-    def _labels_of(self, batch: Any) -> Tensor | None:
-        try:
-            labels = self._default_labels(batch) if self.labels is None else self.labels(batch)
-        except Exception as error:  # of the user's function: what is only watched goes on
-            self.warn_once(f"`labels` failed: {type(error).__name__}: {error}")
-            return None
-        if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
-            self.warn_once(
-                "the batch has no integer labels; batches like it are left out. Pass `labels=`, a function from the"
-                " batch to its labels, such as `labels=lambda batch: batch['class']`."
-            )
-            return None
-        return labels
-
-    def _default_labels(self, batch: Any) -> Tensor | None:
-        labels = targets_of(batch)
-        if not isinstance(labels, Tensor) or self._model is None:
-            return labels
-        return shifted_labels(batch, labels, self._model)
-
-    def _labels_captured(self, captured: Captured, labels: Tensor) -> Tensor | None:
-        """The label of every row that was captured; -100 for padding."""
-        if captured.returned != labels.numel():
-            self._warn_unpaired(captured.returned, labels.numel())
-            return None
-        labels = evenly(labels.flatten().to(captured.rows.device).long(), len(captured.rows))
-        return torch.where(captured.mask, labels, -100)
-
-    def _warn_unpaired(self, rows: int, labels: int) -> None:
-        self.warn_once(
-            f"the classifier received {rows} rows and the batch has {labels} labels; such batches are left out. Say"
-            " which labels belong to its rows with `labels=`."
-        )
+        return self.rows or max(2 * dim, min(16 * classes, MAX_ROWS))

@@ -2,6 +2,7 @@
 
 from lightning_collapse.functional.neural_collapse.cdnv import Cdnv, cdnv
 from lightning_collapse.functional.neural_collapse.fisher import fisher_discriminant_null, fisher_discriminant_ratio
+from lightning_collapse.functional.neural_collapse.fisher import fisher_discriminant_ratio, fisher_null
 from lightning_collapse.functional.neural_collapse.gnc2 import LogKernel, gnc2
 from lightning_collapse.functional.neural_collapse.gof import (
     OrthogonalFrame,
@@ -19,6 +20,7 @@ from lightning_collapse.functional.neural_collapse.nc2 import (
 )
 from lightning_collapse.functional.neural_collapse.nc3 import bias_collapse, nc3, unc3
 from lightning_collapse.functional.neural_collapse.nc4 import nc4, nc5, nearest_class_center, neco_score
+from lightning_collapse.functional.neural_collapse.nulls import collapse_nulls
 from lightning_collapse.functional.neural_collapse.vci import vci
 
 __all__ = [
@@ -28,10 +30,12 @@ __all__ = [
     "between_rank",
     "bias_collapse",
     "cdnv",
+    "collapse_nulls",
     "etf_error",
     "etf_error_floor",
     "fisher_discriminant_null",
     "fisher_discriminant_ratio",
+    "fisher_null",
     "gnc2",
     "gof_error",
     "minority_cosine",

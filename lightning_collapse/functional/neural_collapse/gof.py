@@ -8,7 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_collapse.functional.neural_collapse.class_means import in_input_precision, pair_blocks, present_rows, unit
+from lightning_collapse.functional.neural_collapse.class_means import (
+    in_input_precision,
+    pair_blocks,
+    present_rows,
+    unit,
+)
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 
 

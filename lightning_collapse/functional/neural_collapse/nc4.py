@@ -103,6 +103,34 @@ def agreement_counts(
     return (agree & counted).sum(), counted.sum()
 
 
+@full_precision
+def agreement_of_classifier(
+    features: Tensor, weight: Tensor, bias: Tensor | None, means: Tensor, counts: Tensor, classes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`agreement_counts` of a linear classifier and the means of some classes, a block of logits at a time.
+
+    Args:
+        features: Shape ``(N, D)``; rows with NaN or infinity do not count.
+        weight: Of the classifier, ``(V, D)``.
+        bias: ``(V,)``.
+        means: Class means, ``(C, D)``.
+        counts: Rows of each class, ``(C,)``.
+        classes: Which of the ``V`` classes they are of, ``(C,)``.
+    """
+    rows, _, valid = finite_rows(features)
+    largest, choice = rows.new_full((len(rows),), -torch.inf), torch.zeros_like(valid, dtype=torch.long)
+    size = max(BLOCK // max(len(rows), 1), 1)
+    for start in range(0, len(weight), size):
+        part = slice(start, start + size)
+        logits = rows @ weight[part].to(rows).T
+        best, index = (logits if bias is None else logits + bias[part].to(rows)).max(dim=1)
+        higher = (best > largest) | best.isnan()  # NaN stays: nothing is larger
+        choice, largest = torch.where(higher, index + start, choice), torch.where(higher, best, largest)
+    counted = (valid > 0) & ~largest.isnan()
+    agree = classes[nearest_class_center(rows, means, counts)] == choice
+    return (agree & counted).sum(), counted.sum()
+
+
 @in_input_precision
 def nc5(means: Tensor, ood_mean: Tensor, counts: Tensor | None = None) -> Tensor:
     r"""How orthogonal the class means are to the mean of out-of-distribution features.

@@ -17,7 +17,7 @@ def collapse_nulls(n: float, num_classes: int, dim: int) -> dict[str, float]:
     - ``cdnv``: :math:`(n_c - 1) / 2`, and ``log_cdnv`` its logarithm;
     - ``vci``: :math:`1 - D / (n - 1)`, NaN for ``n <= D + 1`` rows, of which the index reads 0 whatever they are;
     - ``between_share`` (of the variance): :math:`(C - 1) / (n - 1)`;
-    - ``gnc2``, the variance: :math:`1 / (4 D)`; ``unc3``: :math:`1 / D`; of directions in many dimensions;
+    - ``gnc2``, the variance: :math:`1 / (4 D)`, NaN for two classes, which have a single pair; ``unc3``: :math:`1 / D`; of directions in many dimensions;
     - ``gof_error``: :math:`\sqrt{2 / (\pi D)}`.
 
     Ours, by expected values of Wishart and beta distributions.
@@ -48,7 +48,7 @@ def collapse_nulls(n: float, num_classes: int, dim: int) -> dict[str, float]:
         "fisher_ratio": fisher,
         "log_fisher_ratio": log(fisher) if fisher > 0 else nan,
         "between_share": (num_classes - 1) / (n - 1) if n > 1 and several else nan,
-        "gnc2": 1 / (4 * dim) if several else nan,
+        "gnc2": 1 / (4 * dim) if num_classes > 2 else nan,
         "unc3": 1 / dim if several else nan,
         "gof_error": sqrt(2 / (pi * dim)) if several else nan,
     }
