@@ -141,22 +141,23 @@ def measures(
     moments: ClassMoments, weight: Tensor | None = None, bias: Tensor | None = None, min_count: int = 1
 ) -> dict[str, Tensor]:
     """What :class:`NeuralCollapse` computes, from statistics with scatter."""
-    size, count = len(moments.count), moments.count
-    center = moments.global_mean()
-    found = {"bias_collapse": count.new_full((), nan)}
+    size, kept = len(moments.count), moments.count >= min_count
+    found = {"bias_collapse": moments.count.new_full((), nan)}
     if weight is not None:
+        center = torch.where(kept.unsqueeze(1), moments.means, 0.0).sum(dim=0) / kept.sum()
         found["bias_collapse"] = bias_collapse(weight.to(center), bias, center)
     if size > EXACT:  # what is not there takes no part in any pair
-        kept = (count > 0).nonzero().flatten()
-        moments, weight = moments.select(kept), None if weight is None else weight[kept]
+        there = (moments.count > 0).nonzero().flatten()
+        moments, weight = moments.select(there), None if weight is None else weight[there]
+    counts = torch.where(moments.count >= min_count, moments.count, 0.0)
     found |= of_classes(moments, weight, min_count)
-    found |= of_imbalance(moments, min_count, moments.count, weight, moments.count)
-    present = (moments.count > 0).sum().to(count)
+    found |= of_imbalance(moments, min_count, counts, weight, counts)
+    present = (moments.count > 0).sum().to(counts)
     return found | {"missing": size - present, "rare": present - found["classes"]}
 
 
 def of_classes(
-    moments: ClassMoments, weight: Tensor | None, min_count: int = 1, steady: Tensor | None = None
+    moments: ClassMoments, weight: Tensor | None, min_count: int = 1, rank: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The measures of the classes that have at least ``min_count`` rows.
 
@@ -164,11 +165,11 @@ def of_classes(
         moments: Statistics with scatter, of ``C`` classes.
         weight: Of the classifier, a row for each of these, shape ``(C, D)``.
         min_count: See above.
-        steady: As in :func:`~lightning_collapse.functional.neural_collapse.nc1.within_over_between`.
+        rank: As ``largest`` in :func:`~lightning_collapse.functional.neural_collapse.nc1.within_over_between`.
     """
     counts = torch.where(moments.count >= min_count, moments.count, 0.0)
     within = within_covariance(moments, counts)
-    found = of_means(moments, within, counts, weight, steady)
+    found = of_means(moments, within, counts, weight, rank)
     return found | {"vci": vci(moments.means, within, counts, resolution=moments.resolution)}
 
 
@@ -203,7 +204,7 @@ def _sample(counts: Tensor) -> int | None:
 
 @full_precision
 def of_means(
-    moments: ClassMoments, within: Tensor, counts: Tensor, weight: Tensor | None, steady: Tensor | None = None
+    moments: ClassMoments, within: Tensor, counts: Tensor, weight: Tensor | None, rank: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The measures of class means: NC1 to NC3, GNC2, UNC3 and CDNV, with what they are of.
 
@@ -212,13 +213,13 @@ def of_means(
         within: Covariance within the classes that count, shape ``(D, D)``.
         counts: Rows per class, shape ``(C,)``; 0 leaves a class out.
         weight: Of the classifier, shape ``(C, D)``.
-        steady: As in :func:`of_classes`.
+        rank: As in :func:`of_classes`.
     """
     # the public functions each center the means anew, which takes them half of their time
     means = moments.means
     part, n, undefined = centered_means(means, counts), counts.sum(), means.new_full((), nan)
     rounding = rounding_variance(means, within, counts, moments.resolution)
-    trace, rank = within_over_between(part, within, rounding, steady)
+    trace, kept = within_over_between(part, within, rounding, rank)
     sample = _sample(counts)
     variances = torch.where(part.present, moments.within_traces / counts.clamp_min(1), 0.0)
     pairs = over_pairs(part, variances, torch.zeros_like(variances), sample=sample)
@@ -235,7 +236,7 @@ def of_means(
         "log_cdnv": pairs.mean_log,
         "n": n,
         "classes": part.classes.to(n),
-        "rank": rank,
+        "rank": kept,
     }
 
 

@@ -35,7 +35,7 @@ def classifier_readings(found: SeenClasses, weight: Tensor, seen: Tensor) -> dic
             selection counts.
     """
     moments = found.moments
-    values = of_classes(moments, weight[found.classes].to(moments.shift), MIN_COUNT, found.steady)
+    values = of_classes(moments, weight[found.classes].to(moments.shift), MIN_COUNT, found.rank)
     ever = evenly(seen.nonzero().flatten(), room_for(*weight.shape))
     ever = ever if len(ever) else found.classes
     sizes, rows = seen.to(moments.count), weight[ever].to(moments.shift)
@@ -46,7 +46,7 @@ def classifier_readings(found: SeenClasses, weight: Tensor, seen: Tensor) -> dic
 def label_readings(found: SeenClasses) -> dict[str, Tensor]:
     """Readings of any features and labels, without a classifier."""
     moments = found.moments
-    values = of_classes(moments, None, MIN_COUNT, found.steady)
+    values = of_classes(moments, None, MIN_COUNT, found.rank)
     counts = torch.where(moments.count >= MIN_COUNT, moments.count, 0.0)
     within = within_covariance(moments, counts)
     ratio = fisher_discriminant_ratio(moments.means, within, counts, resolution=moments.resolution)

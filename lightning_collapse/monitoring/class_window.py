@@ -43,8 +43,9 @@ class ClassWindow:
         if self._taken < wanted and self._filler:  # the point fell on a short batch
             self._moments.update(*self._filler)
         moments, self._moments, self._taken = self._moments, self._make(), 0
-        self._filler, self._latest = self._latest, []
-        return moments.reduce()
+        earlier, self._filler, self._latest = self._filler, self._latest, []
+        rows = max((kept[0] for kept in (self._filler, earlier) if kept), key=len, default=None)
+        return moments.reduce(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and lists."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.spectral.class_moments import ClassMoments
+from lightning_collapse.spectral.eigenvalues import eigenvectors
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.spectral.rows import finite_rows
-from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_sum
+from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_max, all_reduce_sum
 
 FREE = torch.iinfo(torch.int64).max
 
@@ -21,14 +22,14 @@ class SeenClasses(NamedTuple):
     Attributes:
         classes: The labels, ascending, ``int64`` ``(K,)``.
         moments: Their statistics, a row each.
-        steady: Covariance ``(D, D)`` of all rows about the mean of their batch; ``None`` where batches are too small or
-            too pure for it to say anything about the features.
+        rank: Along how many directions the rows of one batch vary, 0-dimensional; ``None`` where there are no more
+            classes than features, so that it does not matter.
         crowded: Rows that there was no room for, 0-dimensional.
     """
 
     classes: Tensor
     moments: ClassMoments
-    steady: Tensor | None
+    rank: Tensor | None
     crowded: Tensor
 
     def add_counts(self, counts: Tensor) -> Tensor:
@@ -69,13 +70,10 @@ class SeenClassMoments:
         zeros = torch.zeros((), dtype=accumulation_dtype(device), device=device)
         self.names = torch.full((room,), FREE, dtype=torch.int64, device=device)
         self.crowded = zeros.clone()
-        # batches by their mean: number of rows, anchor, and sums of anchored means and of their outer products
-        self._batches = {"batches": zeros.clone(), "anchor": zeros.new_zeros(dim), "drift": zeros.new_zeros(dim)}
-        self._batches["drifts"] = zeros.new_zeros(dim, dim)
 
     def states(self) -> dict[str, Tensor]:
         """The tensors by name: all there is to save."""
-        return {"names": self.names, "crowded": self.crowded, **self._batches, **self.moments.states()}
+        return {"names": self.names, "crowded": self.crowded, **self.moments.states()}
 
     def load_states(self, states: dict[str, Tensor]) -> bool:
         """Go on from these, and say whether they fit; those that do not are left."""
@@ -99,11 +97,14 @@ class SeenClassMoments:
         skipped = torch.where(labels == self.moments.ignore_index, labels, -1)
         places = torch.where(named & found, places, skipped)
         self.moments.update(features, places)
-        self._add_batch(features, places >= 0)
 
     @full_precision
-    def reduce(self) -> SeenClasses:
-        """Statistics of all processes together, of the classes that any has seen. Collective; waits for the device."""
+    def reduce(self, latest: Tensor | None = None) -> SeenClasses:
+        """Statistics of all processes together, of the classes that any has seen. Collective; waits for the device.
+
+        Args:
+            latest: Rows ``(n, D)`` of one batch, for :attr:`SeenClasses.rank`.
+        """
         names = all_gather_rows(self.names.unsqueeze(1))[0].flatten()
         union = torch.unique(names[names != FREE])[: len(self.names)]  # the same on every process
         # two rows at least: without any there is nothing to take a maximum of
@@ -120,7 +121,11 @@ class SeenClassMoments:
                 state.copy_(states[name])
         lost = all_reduce_sum(self.crowded + self.moments.count.sum() - aligned.count.sum())
         found = aligned.reduce()
-        return SeenClasses(torch.where(classes == FREE, 0, classes), found, self._steady(found), lost)
+        rank, dim = None, found.shift.shape[1]
+        if len(classes) > dim:
+            own = torch.tensor(dim) if latest is None else feature_rank(latest, found.resolution)
+            rank = all_reduce_max(own.to(found.count))
+        return SeenClasses(torch.where(classes == FREE, 0, classes), found, rank, lost)
 
     def _places(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The place of each label, and whether it has one."""
@@ -137,26 +142,18 @@ class SeenClassMoments:
         place = torch.where(new, place, outside).clamp_max(outside)
         self.names.copy_(torch.cat([self.names, self.names[:1]]).scatter(0, place, labels)[:outside])
 
-    @full_precision
-    def _add_batch(self, features: Tensor, counts: Tensor) -> None:
-        own = self._batches
-        rows, _, weight = finite_rows(features.detach(), counts, own["anchor"].dtype)
-        n = weight.sum()
-        mean = weight @ rows / n.clamp_min(1)
-        own["anchor"].copy_(torch.where(own["batches"] > 0, own["anchor"], mean))
-        moved = (mean - own["anchor"]) * n
-        own["batches"] += n
-        own["drift"] += moved
-        own["drifts"].addr_(moved, moved / n.clamp_min(1))
 
-    def _steady(self, found: ClassMoments) -> Tensor | None:
-        n, center = found.count.sum(), found.global_mean("samples").nan_to_num(0.0)
-        own = self._batches
-        shift = own["anchor"] - center
-        drifts = own["drifts"] + torch.outer(own["drift"], shift) + torch.outer(shift, own["drift"])
-        drifts = all_reduce_sum(drifts + own["batches"] * torch.outer(shift, shift))
-        about = torch.where((found.count > 0).unsqueeze(1), found.means - center, 0.0)
-        total = torch.addmm(found.within_scatter, about.T * found.count, about)
-        steady = total - drifts
-        # batches of a single class, or of few rows, vary by no more where their classes are far apart
-        return steady / n.clamp_min(1) if bool(2 * steady.trace() > total.trace()) else None
+@full_precision
+def feature_rank(rows: Tensor, resolution: float | Tensor) -> Tensor:
+    """Along how many directions rows ``(N, D)`` vary by more than their rounding; ``D`` for too few rows to tell.
+
+    Those of one batch: behind a LayerNorm they lie in a plane, and all batches do not, as it turns with the weights.
+    """
+    dim = rows.shape[1]
+    rows, _, weight = finite_rows(rows, dtype=accumulation_dtype(rows.device))
+    count = weight.sum()
+    centered = (rows - weight @ rows / count) * weight.unsqueeze(1)
+    values, vectors = eigenvectors(centered.T @ centered / count)
+    rounding = resolution**2 * rows.square().sum(dim=0) / count
+    spread = (values > rounding @ vectors.square()) & (values > dim * torch.finfo(values.dtype).eps * values[:1])
+    return torch.where(count > dim + 1, spread.sum(), dim)

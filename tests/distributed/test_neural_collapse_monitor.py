@@ -8,9 +8,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from lightning_collapse import NeuralCollapseMonitor
+from lightning_collapse import LabelledGeometryMonitor, NeuralCollapseMonitor
 from lightning_collapse.metrics.neural_collapse import measures
+from lightning_collapse.monitoring.class_readings import label_readings
 from lightning_collapse.spectral.class_moments import ClassMoments
+from lightning_collapse.spectral.seen_classes import SeenClasses
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, PointKeeper
 
@@ -44,7 +46,9 @@ def _check(rank, model, strategy):
     torch.manual_seed(0)
     keeper = PointKeeper()
     options = {**QUIET, "devices": 2, "strategy": strategy, "logger": False, "use_distributed_sampler": False}
-    trainer = Trainer(**options, callbacks=[NeuralCollapseMonitor(every_n_steps=4, rows=60), keeper])
+    far = {"far": lambda batch: 10**9 * batch[1]}  # on one process other labels, and other places, than on the other
+    others = [LabelledGeometryMonitor(["head:input"], far, 4, rows=60)] if model is Classifier else []
+    trainer = Trainer(**options, callbacks=[NeuralCollapseMonitor(every_n_steps=4, rows=60), *others, keeper])
     generator = torch.Generator().manual_seed(rank)
     size = 20 if rank else 30
     labels = [torch.randint(2 * rank, 3 + rank, (size,), generator=generator) for _ in range(4)]  # 0 to 2, and 2 and 3
@@ -61,10 +65,16 @@ def _check(rank, model, strategy):
         for features, y in seen:
             whole.update(features, y)
     expected = measures(whole, weight)
-    points = {point.key.rpartition("/")[2]: point.value for point in keeper.points}
+    points = {point.measure: point.value for point in keeper.points if point.family == "neural_collapse"}
+    labelled = {point.measure: point.value for point in keeper.points if point.family == "labelled_geometry"}
+    if others:
+        found = SeenClasses(torch.arange(4), whole, None, torch.zeros(()))
+        reference = label_readings(found)
+        assert labelled.pop("flag") == 0
+        assert labelled == pytest.approx({name: reference[name].item() for name in labelled}, rel=1e-6)
     assert points["n"] == 120
     assert points["classes"] == 4
-    for name in ("nc1", "nc2_equinorm", "nc2_etf", "nc3", "cdnv", "vci"):
+    for name in ("nc1", "nc2_equinorm", "nc2_etf", "nc3", "cdnv", "log_cdnv", "gnc2", "unc3", "gof_error", "vci"):
         assert points[name] == pytest.approx(expected[name].item(), rel=1e-6), name
 
 

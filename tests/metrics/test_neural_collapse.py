@@ -13,6 +13,8 @@ from lightning_collapse.functional import (
     bias_collapse,
     cdnv,
     etf_error,
+    gnc2,
+    gof_error,
     minority_cosine,
     minority_norm,
     nc1,
@@ -20,6 +22,8 @@ from lightning_collapse.functional import (
     nc2_equinorm,
     nc3,
     nc4,
+    norm_count_slope,
+    unc3,
     vci,
 )
 from lightning_collapse.metrics import NearestClassCenterAgreement, NeuralCollapse
@@ -38,7 +42,7 @@ def labelled(seed: int = 0, noise: float = 1.0, offset: float = 0.0) -> tuple[Te
     return WEIGHT[labels] + noise * spread + offset, labels
 
 
-OF_THE_CLASSIFIER = ("nc3", "bias_collapse", "minority_cosine", "minority_norm")
+OF_THE_CLASSIFIER = ("nc3", "bias_collapse", "minority_cosine", "minority_norm", "norm_count_slope", "unc3")
 
 
 def reference(features: Tensor, labels: Tensor) -> dict[str, float]:
@@ -60,6 +64,12 @@ def reference(features: Tensor, labels: Tensor) -> dict[str, float]:
         "bias_collapse": bias_collapse(WEIGHT, BIAS, center),
         "cdnv": pairs.mean,
         "cdnv_median": pairs.median,
+        "log_cdnv": pairs.mean_log,
+        "gnc2": gnc2(means, counts).variance,
+        "unc3": unc3(means, WEIGHT, counts),
+        "gof_error": gof_error(means, counts),
+        "norm_count_slope": norm_count_slope(WEIGHT, counts),
+        "norm_count_slope_means": norm_count_slope(means, counts),
         "vci": vci(means, within, counts),
         "minority_cosine": minority_cosine(WEIGHT, counts),
         "minority_norm": minority_norm(WEIGHT, counts),

@@ -61,8 +61,8 @@ class LabelledGeometryMonitor(Monitor):
         detail: ``"low"`` keeps ``n`` and ``flag`` from loggers; rules read them all the same.
 
     Raises:
-        ValueError: On an argument of the wrong kind; when the fit starts, as ``MisconfigurationException``, if a pattern
-            matches nothing.
+        ValueError: On an argument of the wrong kind; when the fit starts, as ``MisconfigurationException``, if a
+            pattern matches nothing.
 
     Example::
 

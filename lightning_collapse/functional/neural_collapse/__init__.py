@@ -2,7 +2,7 @@
 
 from lightning_collapse.functional.neural_collapse.cdnv import Cdnv, cdnv
 from lightning_collapse.functional.neural_collapse.fisher import fisher_discriminant_null, fisher_discriminant_ratio
-from lightning_collapse.functional.neural_collapse.fisher import fisher_discriminant_ratio, fisher_null
+from lightning_collapse.functional.neural_collapse.fisher import fisher_discriminant_null, fisher_discriminant_ratio
 from lightning_collapse.functional.neural_collapse.gnc2 import LogKernel, gnc2
 from lightning_collapse.functional.neural_collapse.gof import (
     OrthogonalFrame,
@@ -35,7 +35,6 @@ __all__ = [
     "etf_error_floor",
     "fisher_discriminant_null",
     "fisher_discriminant_ratio",
-    "fisher_null",
     "gnc2",
     "gof_error",
     "minority_cosine",

@@ -48,8 +48,8 @@ def gnc2(
         sample: Number of random pairs to take instead of all, the same in every call: for classes by the thousand.
 
     Returns:
-        Mean, and variance (divided by the number of pairs; :func:`collapse_nulls` has its null), at least ``float32``; NaN for fewer than two classes or
-        where a class mean is the global mean and has no direction.
+        Mean, and variance (divided by the number of pairs; about ``1 / (4 D)`` for isotropic directions), at least
+        ``float32``; NaN for fewer than two classes or where a class mean is the global mean and has no direction.
 
     References:
         Wu, Papyan, *Linguistic Collapse*, NeurIPS 2024. https://arxiv.org/abs/2405.17767

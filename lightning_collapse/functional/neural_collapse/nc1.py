@@ -140,20 +140,22 @@ def nc1_null(n: float, num_classes: int, dim: int) -> float:
 
 
 def within_over_between(
-    part: CenteredMeans, within: Tensor | None, rounding: Tensor, steady: Tensor | None = None
+    part: CenteredMeans, within: Tensor | None, rounding: Tensor, largest: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     r""":math:`\operatorname{tr}(\Sigma_W \Sigma_B^+)` and the rank of :math:`\Sigma_B`, from one decomposition.
 
     With :math:`\Sigma_B = M^\top M / C`, :math:`G = M M^\top = U \Lambda U^\top` and the rows :math:`q_i` of
     :math:`U^\top M`, the trace is :math:`C \sum_i q_i \Sigma_W q_i^\top / \lambda_i^2`. Left out are directions whose
     variance within classes is at most what rounding makes, and that between them the most that ``C x D`` numbers as
-    large have along one direction, :math:`(1 + \sqrt{D / C})^2` times as much.
+    large have along one direction, :math:`(1 + \sqrt{D / C})^2` times as much; and the last ones,
+    if the features themselves lie in fewer directions.
 
     Args:
         part: Centered class means, ``(C, D)``.
         within: :math:`\Sigma_W`, shape ``(D, D)``; zero by default.
         rounding: What :func:`rounding_variance` says, ``(D,)``.
-        steady: Covariance of all rows about the mean of their batch, ``(D, D)``.
+        largest: The rank at most, 0-dimensional: that of features made with the same weights, which behind a LayerNorm
+            lie in a plane. Those of different steps do not, since it turns with the weights.
     """
     rows, _, classes = part
     size, dim = rows.shape
@@ -164,8 +166,8 @@ def within_over_between(
     variance = ((directions @ within.to(rows)) * directions).sum(dim=1).clamp_min(0)
     noise = directions.square() @ rounding
     spread = (variance > noise) | (values * square / classes > noise * (1 + (dim / classes).sqrt()).square())
-    if steady is not None:
-        spread &= ((directions @ steady.to(rows)) * directions).sum(dim=1) > noise
+    if largest is not None:
+        spread &= torch.arange(len(values), device=values.device) < largest
     keep = spread & (values > max(size, dim) * torch.finfo(values.dtype).eps * values[:1])
     ratio = torch.where(keep, variance / torch.where(keep, values * square, 1.0), 0.0)
     rank = torch.where(values.isnan().any(), nan, keep.sum().to(values.dtype))

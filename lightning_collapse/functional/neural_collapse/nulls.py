@@ -17,7 +17,8 @@ def collapse_nulls(n: float, num_classes: int, dim: int) -> dict[str, float]:
     - ``cdnv``: :math:`(n_c - 1) / 2`, and ``log_cdnv`` its logarithm;
     - ``vci``: :math:`1 - D / (n - 1)`, NaN for ``n <= D + 1`` rows, of which the index reads 0 whatever they are;
     - ``between_share`` (of the variance): :math:`(C - 1) / (n - 1)`;
-    - ``gnc2``, the variance: :math:`1 / (4 D)`, NaN for two classes, which have a single pair; ``unc3``: :math:`1 / D`; of directions in many dimensions;
+    - ``gnc2``, the variance: :math:`1 / (4 D)`, NaN for two classes, which have a single pair;
+    - ``unc3``: :math:`1 / D`, as that of ``gnc2`` for directions in many dimensions;
     - ``gof_error``: :math:`\sqrt{2 / (\pi D)}`.
 
     Ours, by expected values of Wishart and beta distributions.
