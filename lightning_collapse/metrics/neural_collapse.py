@@ -23,6 +23,7 @@ from lightning_collapse.spectral.precision import full_precision
 
 EXACT = 5000
 """Classes up to which all pairs are taken."""
+IMBALANCE = ("minority_cosine", "minority_norm", "gof_error", "norm_count_slope", "norm_count_slope_means")
 PAIRS = 100_000
 """Random pairs of more classes."""
 
@@ -185,16 +186,16 @@ def of_imbalance(
         weight: Rows of the classifier, ``(S, D)``.
         seen: How large the classes of these are, ``(S,)``; 0 for those that do not count.
     """
-    counts, undefined = torch.where(moments.count >= min_count, sizes, 0.0), sizes.new_full((), nan)
-    found = dict.fromkeys(("minority_cosine", "minority_norm", "norm_count_slope"), undefined)
+    found = dict.fromkeys(IMBALANCE, sizes.new_full((), nan))
+    if not bool(seen.amax() > 2 * torch.where(seen > 0, seen, torch.inf).amin()):  # decompositions wait, too
+        return found
+    counts = torch.where(moments.count >= min_count, sizes, 0.0)
     if weight is not None:
         rows = weight.to(counts)
-        found = {"minority_cosine": minority_cosine(rows, seen), "minority_norm": minority_norm(rows, seen)}
+        found |= {"minority_cosine": minority_cosine(rows, seen), "minority_norm": minority_norm(rows, seen)}
         found["norm_count_slope"] = norm_count_slope(rows, seen)
     found["norm_count_slope_means"] = norm_count_slope(moments.means, counts)
-    found["gof_error"] = gof_error(moments.means, counts, sample=_sample(counts))
-    uneven = seen.amax() > 2 * torch.where(seen > 0, seen, torch.inf).amin()
-    return {name: torch.where(uneven, value, nan) for name, value in found.items()}
+    return found | {"gof_error": gof_error(moments.means, counts, sample=_sample(counts))}
 
 
 def _sample(counts: Tensor) -> int | None:

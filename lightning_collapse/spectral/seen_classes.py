@@ -11,7 +11,7 @@ from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.spectral.eigenvalues import eigenvectors
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.spectral.rows import finite_rows
-from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_max, all_reduce_sum
+from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_max, all_reduce_sum, world_size
 
 FREE = torch.iinfo(torch.int64).max
 
@@ -120,7 +120,7 @@ class SeenClassMoments:
             else:
                 state.copy_(states[name])
         lost = all_reduce_sum(self.crowded + self.moments.count.sum() - aligned.count.sum())
-        found = aligned.reduce()
+        found = aligned.reduce() if world_size() > 1 else aligned
         rank, dim = None, found.shift.shape[1]
         if len(classes) > dim:
             own = torch.tensor(dim) if latest is None else feature_rank(latest, found.resolution)

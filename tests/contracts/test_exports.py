@@ -51,6 +51,7 @@ HELPERS: dict[str, set[str]] = {
     "functional/neural_collapse/nc2.py": {"angle_error", "frame_distance", "norm_variation"},
     "functional/neural_collapse/nc3.py": {"cosine_variance", "duality_distance"},
     "functional/neural_collapse/nc4.py": {"agreement_counts", "agreement_of_classifier"},
+    "functional/neural_collapse/vci.py": {"whitened"},
     "functional/output_entropy.py": {"output_readings", "output_sums"},
     "functional/regression_collapse.py": {"rank_of_basis", "unit_rows"},
     "functional/routing.py": {"routing_readings", "routing_sums"},

@@ -22,8 +22,9 @@ from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.spectral.seen_classes import SeenClassMoments
 from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.distributed import world_size
+from lightning_collapse.utilities.execution import Execution
 from lightning_collapse.utilities.features import evenly
-from lightning_collapse.utilities.modules import default_taps
+from lightning_collapse.utilities.modules import Tap, classification_head
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 
@@ -52,7 +53,8 @@ class LabelledGeometryMonitor(Monitor):
 
     Args:
         layers: Names of submodules, or glob patterns of them, whose output is read; ``name:input`` for what a layer
-            receives. ``None`` for the default ones, in the order of the first batch.
+            receives. ``None`` for what the last Linear that the first batch runs receives. Each costs a Cholesky factor
+            of its width a point, and more where features are not of full rank.
         labels: A function from the batch to integers, or several by the name of their set: one for every row that a
             layer returns, or for every sample, whose tokens share it. Negative numbers are skipped. ``None`` takes the
             batch's own labels, where they usually are.
@@ -94,7 +96,7 @@ class LabelledGeometryMonitor(Monitor):
         detail: Detail = "high",
     ) -> None:
         super().__init__(every_n_steps, detail)
-        check_layers(layers, "the default layers")
+        check_layers(layers, "what the last Linear receives")
         functions = labels if isinstance(labels, Mapping) else {"": labels}
         named = isinstance(labels, Mapping) and all(isinstance(name, str) and name for name in functions)
         if not (labels is None or callable(labels) or (named and functions and all(map(callable, functions.values())))):
@@ -130,7 +132,10 @@ class LabelledGeometryMonitor(Monitor):
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._find = {name: BatchLabels(f, pl_module, self.warn_once, name) for name, f in self.labels.items()}
         self._rows, self._device = {}, pl_module.device
-        taps = self.choose_taps(self.layers, default_taps(pl_module), pl_module)
+        if self.layers is None:
+            taps = [self.choose_tap("layers", None, pl_module)]
+        else:
+            taps = self.choose_taps(self.layers, [], pl_module)
         self.window = FeatureWindow(
             pl_module,
             taps,
@@ -139,7 +144,7 @@ class LabelledGeometryMonitor(Monitor):
             limit=self.rows or 4 * MAX_DIM,
             take=self._take,
             containment=self.contained,
-            choose=partial(default_taps, pl_module) if self.layers is None else None,
+            choose=partial(self._follow, pl_module, taps) if self.layers is None else None,
         )
 
     @override
@@ -174,6 +179,11 @@ class LabelledGeometryMonitor(Monitor):
             if found:
                 points += self._points_of(step, layer, width, found)
         return points
+
+    def _follow(self, pl_module: LightningModule, taps: list[Tap], order: Execution) -> list[Tap]:
+        """The last Linear that the first batch has run."""
+        head = classification_head(pl_module, order)
+        return taps if head is None else [head]
 
     def _points_of(self, step: int, layer: str, width: int, found: dict[str, Any]) -> list[Point]:
         n, classes = int(found["n"]), int(found["classes"])

@@ -2,7 +2,6 @@
 
 from lightning_collapse.functional.neural_collapse.cdnv import Cdnv, cdnv
 from lightning_collapse.functional.neural_collapse.fisher import fisher_discriminant_null, fisher_discriminant_ratio
-from lightning_collapse.functional.neural_collapse.fisher import fisher_discriminant_null, fisher_discriminant_ratio
 from lightning_collapse.functional.neural_collapse.gnc2 import LogKernel, gnc2
 from lightning_collapse.functional.neural_collapse.gof import (
     OrthogonalFrame,

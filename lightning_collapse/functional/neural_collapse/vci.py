@@ -69,7 +69,7 @@ def vci(
     rows = centered_means(means, counts, share @ rows).rows * share.sqrt().unsqueeze(1)
     total = torch.addmm(within.to(rows), rows.T, rows)
     rank = (classes - 1).clamp(0, rows.shape[1])
-    value = (1 - _explained(rows, total, rounding) / rank).clamp(0, 1)
+    value = (1 - whitened(rows, total, rounding).square().sum() / rank).clamp(0, 1)
     defined = (rank > 0) & (total.trace() > 0)
     if adjusted and counts is not None:
         n = torch.where(present, counts, 0).to(rows).sum()
@@ -78,8 +78,16 @@ def vci(
     return torch.where(defined, value, nan)
 
 
-def _explained(rows: Tensor, total: Tensor, rounding: Tensor) -> Tensor:
-    r""":math:`\operatorname{tr}(\Sigma_T^+ M^\top M)`. Waits for the device, as decompositions do."""
+def whitened(rows: Tensor, total: Tensor, rounding: Tensor) -> Tensor:
+    r"""Rows of which the inner products are :math:`M \Sigma_T^+ M^\top`. Waits for the device, as decompositions do.
+
+    The sum of their squares, and their squared singular values, are of the canonical correlations.
+
+    Args:
+        rows: :math:`M`, centered class means times the root of their share, ``(C, D)``.
+        total: :math:`\Sigma_T`, ``(D, D)``.
+        rounding: What :func:`rounding_variance` says, ``(D,)``.
+    """
     eps = torch.finfo(total.dtype).eps
     variance = total.diagonal()
     # features that do not vary, such as dead units, must not make it singular
@@ -91,9 +99,8 @@ def _explained(rows: Tensor, total: Tensor, rounding: Tensor) -> Tensor:
     # a fifth of the time of the eigenvalues, where there is nothing to cut off: far from the cutoff below
     cutoff = (rounding.amax() / pivots.amax()).clamp_min(eps)
     if (failed == 0) & (pivots.amin() > cutoff.sqrt() * pivots.amax()):
-        whitened: Tensor = torch.linalg.solve_triangular(factor, (rows * alive).T, upper=False)
-        return whitened.square().sum()
+        white: Tensor = torch.linalg.solve_triangular(factor, (rows * alive).T, upper=False)
+        return white.T
     values, vectors = eigenvectors(total)
     keep = (values > len(values) * eps * values[:1]) & (values > rounding @ vectors.square())
-    along = (rows @ vectors).square().sum(dim=0)
-    return torch.where(keep, along / torch.where(keep, values, 1.0), 0.0).sum()
+    return torch.where(keep, rows @ vectors / torch.where(keep, values, 1.0).sqrt(), 0.0)
