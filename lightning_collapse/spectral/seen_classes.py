@@ -69,6 +69,9 @@ class SeenClassMoments:
         self.num_classes = num_classes
         zeros = torch.zeros((), dtype=accumulation_dtype(device), device=device)
         self.names = torch.full((room,), FREE, dtype=torch.int64, device=device)
+        self._all_fit = num_classes == room
+        if self._all_fit:
+            self.names = torch.arange(room, device=device)
         self.crowded = zeros.clone()
 
     def states(self) -> dict[str, Tensor]:
@@ -91,8 +94,11 @@ class SeenClassMoments:
         named = labels >= 0
         if self.num_classes is not None:
             named &= labels < self.num_classes
-        self._make_room(torch.where(named, labels, FREE))
-        places, found = self._places(labels)
+        if self._all_fit:
+            places, found = labels, named
+        else:
+            self._make_room(torch.where(named, labels, FREE))
+            places, found = self._places(labels)
         self.crowded += (named & ~found).sum()
         skipped = torch.where(labels == self.moments.ignore_index, labels, -1)
         places = torch.where(named & found, places, skipped)
@@ -105,7 +111,8 @@ class SeenClassMoments:
         Args:
             latest: Rows ``(n, D)`` of one batch, for :attr:`SeenClasses.rank`.
         """
-        names = all_gather_rows(self.names.unsqueeze(1))[0].flatten()
+        names = torch.where(self.moments.count > 0, self.names, FREE)
+        names = all_gather_rows(names.unsqueeze(1))[0].flatten()
         union = torch.unique(names[names != FREE])[: len(self.names)]  # the same on every process
         # two rows at least: without any there is nothing to take a maximum of
         classes = torch.cat([union, union.new_full((max(2 - len(union), 0),), FREE)])
