@@ -193,6 +193,8 @@ class LabelledGeometryMonitor(Monitor):
             self.warn_of_layer(layer, f"`{layer}` had no labelled rows before a point; its curves read NaN there.")
         if n <= width + 1:
             found["vci"] = nan  # 0 of any rows, as if they had collapsed
+        if n <= width + classes + 1:
+            found["log_fisher_ratio"] = nan  # likewise
         found["flag"] = float(flag)
         nulls = collapse_nulls(n, classes, width)
         return [

@@ -13,7 +13,8 @@ def collapse_nulls(n: float, num_classes: int, dim: int) -> dict[str, float]:
 
     With :math:`n_c = n / C` rows in each of balanced classes of isotropic features in ``D`` dimensions:
 
-    - ``nc1``: :func:`nc1_null`; ``fisher_ratio``: :func:`fisher_discriminant_null`, and ``log_fisher_ratio`` its logarithm;
+    - ``nc1``: :func:`nc1_null`; ``fisher_ratio``: :func:`fisher_discriminant_null`, and ``log_fisher_ratio`` its
+      logarithm;
     - ``cdnv``: :math:`(n_c - 1) / 2`, and ``log_cdnv`` its logarithm;
     - ``vci``: :math:`1 - D / (n - 1)`, NaN for ``n <= D + 1`` rows, of which the index reads 0 whatever they are;
     - ``between_share`` (of the variance): :math:`(C - 1) / (n - 1)`;
