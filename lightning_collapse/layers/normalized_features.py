@@ -70,7 +70,9 @@ class NormalizedFeatures(nn.Module):
 
 
 class CosineClassifier(nn.Linear):
-    r"""Logits :math:`s \cos \angle(w_c, h)`, with a scale that is learned as its logarithm.
+    r"""Logits that are cosines of features and prototypes, times a scale that is learned as its logarithm.
+
+    .. math:: s \cos \angle(w_c, h)
 
     Neither long features nor long weights of frequent classes count. With too small a scale the cross-entropy keeps a
     gradient that does not end: it starts at :func:`required_scale`, and a fixed one below that is warned of.

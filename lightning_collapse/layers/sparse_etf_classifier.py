@@ -28,7 +28,7 @@ class SparseETFClassifier(FixedClassifier):
         dim: Width ``D`` of the features, at least ``num_classes - 1``.
         num_classes: Number of classes ``C``, at least 2.
         sparsity: Share of the entries that is zero; that of the authors' code by default, like ``steps`` and ``lr``.
-        steps: Of Adam. Built on the ``meta`` device, they wait for :meth:`reset_parameters`.
+        steps: Of Adam. Built on the ``meta`` device, they wait for ``reset_parameters``.
         lr: Learning rate.
         seed: Of rotation and zeros.
 

@@ -35,7 +35,7 @@ class PairWeights(nn.Module):
         warmup: Epochs in which all weights are 1; the authors have 50 of 80.
         low: Standard deviations below the mean; the authors' value.
         high: Standard deviations above the mean; the authors' value.
-        epochs: How many there will be, :math:`E`; for ``"released"`` alone.
+        epochs: How many there will be, ``E``; for ``"released"`` alone.
         convention: Whether weights are at most 1, or the authors'.
 
     Raises:

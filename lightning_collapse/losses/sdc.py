@@ -155,8 +155,8 @@ class SDC(AntiCollapseLoss):
     Args:
         similarity: Coefficient of the similarities.
         quantization: Coefficient of the quantization.
-        concentration: Both parameters of the beta law, whose standard deviation is :math:`1 / \sqrt{2 a + 1}`. Random
-            codes of K bits have :math:`1 / \sqrt K`: do not go above :math:`(K - 1) / 2`.
+        concentration: Both parameters ``a`` of the beta law, whose standard deviation is ``(2 a + 1) ** -0.5``. Random
+            codes of K bits have ``K ** -0.5``: do not go above ``(K - 1) / 2``.
         orthogonal: Whether targets below 0 are raised to 0.
         scope: ``"rank"``, as published: every process has pairs of its own. ``"global"``: the value and gradient of one
             process on the concatenated batch, for one exchange of all rows.

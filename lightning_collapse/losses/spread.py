@@ -39,7 +39,7 @@ def spread_terms(first: Tensor, second: Tensor, labels: Tensor, temperature: flo
         second: Representations of the other view of the same samples in the same order, shape ``(N, D)``.
         labels: Class of each sample, integers of shape ``(N,)``; samples whose label is negative, such as -100, are
             left out.
-        temperature: :math:`\tau`; that of the authors' code by default.
+        temperature: τ; that of the authors' code by default.
 
     Returns:
         Scalars ``attract`` and ``spread``, at least ``float32``, 0 or more, of the global batch. At class collapse,
@@ -76,8 +76,8 @@ class SpreadLoss(AntiCollapseLoss):
 
     Args:
         temperature: What dot products are divided by.
-        attract: Coefficient :math:`a_1`.
-        spread: Coefficient :math:`a_2`.
+        attract: Coefficient ``a_1``.
+        spread: Coefficient ``a_2``.
 
     Raises:
         ValueError: If ``temperature`` is not positive, or the coefficients are negative or both 0.

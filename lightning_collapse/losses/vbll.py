@@ -21,8 +21,7 @@ class VBLL(AntiCollapseLoss):
     every process adds all of it, once. It trains the head's parameters, which belong to the optimizer of the model.
 
     Args:
-        head: A :class:`~lightning_collapse.layers.VBLLClassifier`, or a
-            :class:`~lightning_collapse.layers.VBLLRegression`.
+        head: A ``VBLLClassifier``, or a ``VBLLRegression``.
         train_rows: Number of rows of the training set; with another one the posterior is too wide or too narrow.
 
     Raises:

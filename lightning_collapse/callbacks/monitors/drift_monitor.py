@@ -82,7 +82,7 @@ class DriftMonitor(Monitor):
 
     Example::
 
-        trainer = Trainer(callbacks=[DriftMonitor(reference=deepcopy(model), kl_bound=0.1)])
+        trainer = Trainer(callbacks=[DriftMonitor(every_n_steps=100)])
     """
 
     family = "drift"

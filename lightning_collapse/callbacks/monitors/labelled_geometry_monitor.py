@@ -69,7 +69,7 @@ class LabelledGeometryMonitor(Monitor):
     Example::
 
         domains = {"class": lambda batch: batch["y"], "hospital": lambda batch: batch["site"]}
-        trainer = Trainer(callbacks=[LabelledGeometryMonitor(["encoder"], labels=domains)])
+        trainer = Trainer(callbacks=[LabelledGeometryMonitor(["body"], labels=domains)])
     """
 
     family = "labelled_geometry"
