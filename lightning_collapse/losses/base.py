@@ -82,11 +82,15 @@ class AntiCollapseLoss(nn.Module):
         """Weighted sum of the terms, a scalar of at least ``float32``; ``views`` of shape ``(N, D)`` each.
 
         Raises:
-            ValueError: If there are more or fewer arguments than :attr:`views` and :attr:`takes_labels` say.
+            ValueError: If there are more or fewer arguments than :attr:`views` and :attr:`takes_labels` say, or if one
+                is no tensor.
         """
         if len(views) != self.views + bool(self.takes_labels):
             wanted = f"{self.views} feature matrices" + (" and their labels" if self.takes_labels else "")
             raise ValueError(f"`{type(self).__name__}` takes {wanted}, got {len(views)}.")
+        if other := [type(view).__name__ for view in views if not isinstance(view, Tensor)]:
+            told = "Pass each as a tensor, such as `torch.stack(...)` of rows or `torch.cat(..., dim=1)` of columns."
+            raise ValueError(f"`{type(self).__name__}` takes tensors, got {', '.join(other)}. {told}")
         return self.combine(self.terms(*views))
 
     def combine(self, terms: dict[str, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from lightning_collapse.losses.base import AntiCollapseLoss
 from lightning_collapse.losses.support.gaussian import split_gaussians
 from lightning_collapse.losses.support.rows import mean_of_rows
 from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_not_negative
 from lightning_collapse.utilities.differentiable_once import once
 from lightning_collapse.utilities.registry import register_loss
 
@@ -56,7 +57,7 @@ class KLBalance(AntiCollapseLoss):
         posterior: Coefficient 1 - α of the posteriors' side.
 
     Raises:
-        ValueError: If a coefficient is not finite.
+        ValueError: If a coefficient is negative or not finite.
 
     References:
         Hafner et al., *Mastering Atari with discrete world models* (DreamerV2), ICLR 2021, algorithm 2, of any
@@ -76,6 +77,7 @@ class KLBalance(AntiCollapseLoss):
 
     def __init__(self, prior: float = 0.8, posterior: float = 0.2) -> None:
         super().__init__()
+        require_not_negative(prior=prior, posterior=posterior)
         self.coefficients = {"prior": prior, "posterior": posterior}
 
     def terms(self, *views: Tensor) -> dict[str, Tensor]:

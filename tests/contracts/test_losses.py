@@ -334,6 +334,8 @@ def test_bad_arguments(name: str) -> None:
         loss(*[good[:fewer]] * n_views)
     with pytest.raises(ValueError, match=f"takes {n_views} feature matrices, got {n_views + 1}"):
         loss(*[good] * (n_views + 1))
+    with pytest.raises(ValueError, match="takes tensors, got tuple"):
+        loss(*[good] * (n_views - 1), (good, good))
 
 
 @every_loss

@@ -118,6 +118,7 @@ BAD = {
     r"of shape \(4,\). Pass that of every row, before it is": lambda: free_bits(torch.zeros(4)),
     r"of shape \(\). Pass that of every row, before it is": lambda: free_bits(torch.tensor(1.0)),
     r"`gaussians` .* must hold the means .* got shape \(2, 5\).*2 \* std.log": lambda: FreeBits()(torch.zeros(2, 5)),
+    "`prior` must not be negative, got -1": lambda: KLBalance(-1.0),
     r"`posterior` .* must hold the means .* got shape \(2, 3\)": lambda: KLBalance()(*[torch.zeros(2, 3)] * 2),
     r"one shape, got `posterior` \(2, 4\) and `prior` \(2, 6\)": lambda: KLBalance()(
         torch.zeros(2, 4), torch.zeros(2, 6)
