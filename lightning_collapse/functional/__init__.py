@@ -1,6 +1,10 @@
 """Functional measures: pure functions, tensors in, tensors out."""
 
 from lightning_collapse.functional import drift, factors, manifolds, states, tail_learning
+from lightning_collapse.functional import factors as factors
+from lightning_collapse.functional import manifolds as manifolds
+from lightning_collapse.functional import tail_learning as tail_learning
+from lightning_collapse.functional import weights as weights
 from lightning_collapse.functional.activation_outliers import (
     ActivationOutliers,
     activation_outliers,
@@ -116,7 +120,6 @@ from lightning_collapse.functional.non_finite import Cause, absolute_maximum, ex
 from lightning_collapse.functional.output_entropy import OutputRows, advantage_covariance, entropy_change, output_rows
 from lightning_collapse.functional.plasticity import dead_fraction, dormant_fraction
 from lightning_collapse.functional.power_law import PowerLaw, power_law_alpha, power_law_null
-from lightning_collapse.functional.pq_index import pq_index
 from lightning_collapse.functional.qk_increments import Increment, QKIncrements, qk_increments
 from lightning_collapse.functional.rank import (
     effective_rank,
@@ -200,6 +203,7 @@ from lightning_collapse.functional.vector_quantization import (
 )
 from lightning_collapse.functional.views import recall_at_1
 from lightning_collapse.functional.virgo import virgo_, virgo_variances
+from lightning_collapse.functional.weights import pq_index
 
 __all__ = [
     "ActivationOutliers",

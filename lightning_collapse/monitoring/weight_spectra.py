@@ -1,4 +1,4 @@
-"""Weight spectra: from weight matrices to readings of their spectra."""
+"""Weight spectra: from weight matrices to readings of their spectra, and of the matrices themselves."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from lightning_collapse.functional.isotropic_null import marchenko_pastur_quantiles
 from lightning_collapse.functional.marchenko_pastur import marchenko_pastur_fit
 from lightning_collapse.functional.power_law import power_law_alpha, power_law_null
+from lightning_collapse.spectral.cost import spectrum_flops
 from lightning_collapse.spectral.matrices import alike, matrix_spectra
+from lightning_collapse.spectral.precision import full_precision
 from lightning_collapse.utilities.points import Flag, Point
-from lightning_collapse.utilities.registry import MEASURES, get_measure
+from lightning_collapse.utilities.registry import MEASURES, Measure, get_measure
 
 Shape = tuple[int, int]
 Reader = Callable[[Tensor, Shape], dict[str, Tensor]]
@@ -56,17 +58,28 @@ def check_measures(names: Sequence[str]) -> list[str]:
     """The names without repetition.
 
     Raises:
-        ValueError: If one is neither in :data:`OF_WEIGHTS` nor a registered measure of singular values.
+        ValueError: If one is neither in :data:`OF_WEIGHTS` nor a registered measure of singular values or of weights.
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"`measures` takes a list of names, got {names!r}.")
-    known = [m.name for m in MEASURES.values() if m.kind == "spectrum"]
+    known = [m.name for m in MEASURES.values() if m.kind in ("spectrum", "weights")]
     for name in names:
         if name not in OF_WEIGHTS and name not in known:
             raise ValueError(
                 f"Unknown measure of weights {name!r}. Choose from: {', '.join(sorted([*OF_WEIGHTS, *known]))}."
             )
     return list(dict.fromkeys(names))
+
+
+def of_updates(names: Sequence[str]) -> list[str]:
+    """Those that can also be read of an update: not what is told from an initialisation, or is of weights as such."""
+    return [name for name in names if name not in ONLY_WEIGHTS and not _reads_weights(name)]
+
+
+def reading_flops(names: Sequence[str], shape: Shape, updates: bool) -> float:
+    """What reading one matrix costs, in the units of :func:`~lightning_collapse.spectral.cost.spectrum_flops`."""
+    costs = [MEASURES[name].flops for name in names if _reads_weights(name)]
+    return spectrum_flops(max(shape), min(shape)) * (1 + updates) + sum(cost(*shape) for cost in costs if cost)
 
 
 def read_matrices(matrices: Sequence[Tensor], names: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -86,7 +99,10 @@ def read_matrices(matrices: Sequence[Tensor], names: Sequence[str]) -> list[dict
         norms = [torch.linalg.vector_norm(matrices[i], dtype=values.dtype) for i in members]
         curves = {"norm": torch.stack(norms)}
         for name in dict.fromkeys(["spectral_norm", *names]):
-            curves |= _evaluate(name, values, shape)
+            if _reads_weights(name):
+                curves |= _evaluate_each(get_measure(name), [matrices[i] for i in members], values)
+            else:
+                curves |= _evaluate(name, values, shape)
         for curve, batch in curves.items():
             for i, value in zip(members, batch.unbind(), strict=True):
                 readings[i][curve] = value.to(values)
@@ -145,9 +161,9 @@ def _null(curve: str, shape: Shape) -> float:
         return power_law_null(*shape)
     if curve == "outlier_share":
         return 0.0
-    measure = next((m for m in MEASURES.values() if m.curve == curve and m.kind == "spectrum"), None)
-    if measure is None:
-        return nan
+    measure = next((m for m in MEASURES.values() if m.curve == curve and m.kind in ("spectrum", "weights")), None)
+    if measure is None or measure.kind == "weights":
+        return nan if measure is None or measure.null is None else measure.null(*shape)
     values = torch.from_numpy(marchenko_pastur_quantiles(max(shape), min(shape))).sqrt()
     try:
         return measure.fn(values).item()  # of numbers on the host
@@ -162,5 +178,21 @@ def _evaluate(name: str, values: Tensor, shape: Shape) -> dict[str, Tensor]:
     try:
         return {measure.curve: measure.fn(values).reshape(len(values))}
     except Exception as error:  # a measure of the user's own must not end the run
-        rank_zero_warn(f"Measure `{name}` failed on weights and reads NaN: {error}")
-        return {measure.curve: values.new_full((len(values),), torch.nan)}
+        return {measure.curve: _failed(name, error, values)}
+
+
+def _reads_weights(name: str) -> bool:
+    return name not in OF_WEIGHTS and get_measure(name).kind == "weights"
+
+
+def _evaluate_each(measure: Measure, matrices: Sequence[Tensor], values: Tensor) -> dict[str, Tensor]:
+    try:
+        found = [full_precision(measure.fn)(matrix).reshape(()).to(values) for matrix in matrices]
+    except Exception as error:  # a measure of the user's own must not end the run
+        return {measure.curve: _failed(measure.name, error, values)}
+    return {measure.curve: torch.stack(found)}
+
+
+def _failed(name: str, error: Exception, values: Tensor) -> Tensor:
+    rank_zero_warn(f"Measure `{name}` failed on weights and reads NaN: {error}")
+    return values.new_full((len(values),), torch.nan)

@@ -95,7 +95,7 @@ def dashboard_layout(tags: Iterable[str] | None = None) -> dict[str, dict[str, t
 
 def curve_facts() -> dict[tuple[str, str], list[str]]:
     """What the charts mean: what a curve reads, its range, what collapsed looks like, source; by category and chart."""
-    facts = {("Collapse", m.curve): [m.reads, m.range, m.collapsed, m.source] for m in MEASURES.values()}
+    facts = {(category(m.family), m.curve): [m.reads, m.range, m.collapsed, m.source] for m in MEASURES.values()}
     for curve in CURVES.values():
         chart = TRUST if curve.name in HEALTH else category(curve.family), curve.name
         facts.setdefault(chart, [curve.reads, curve.range, curve.collapsed, curve.source])
@@ -112,8 +112,11 @@ def _families() -> list[str]:
 
 
 def _every_chart() -> dict[str, dict[str, tuple[str, list[str]]]]:
-    measures = [measure.curve for measure in MEASURES.values() if measure.kind != "pairs"]
-    categories = {"Collapse": {name: _chart(f"collapse/.+/{name}") for name in measures}}
+    categories: dict[str, dict[str, tuple[str, list[str]]]] = {"Collapse": {}}
+    for measure in MEASURES.values():
+        if measure.kind != "pairs":
+            chart = _chart(f"{measure.family}/.+/{measure.curve}")
+            categories.setdefault(category(measure.family), {})[measure.curve] = chart
     for curve in CURVES.values():
         if curve.name not in HEALTH:  # of every layer, or of the whole
             charts = categories.setdefault(category(curve.family), {})

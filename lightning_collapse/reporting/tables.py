@@ -60,7 +60,7 @@ def measures() -> Table:
 
 
 def features() -> Table:
-    """What every registered measure of features means."""
+    """What every registered measure of features or of weights means."""
     return Table(_FACTS, tuple((m.name, m.reads, m.range, m.collapsed, m.source) for m in MEASURES.values()))
 
 
@@ -82,7 +82,7 @@ def legend(drawn: Collection[tuple[str, str]] | None = None) -> str:
     """
     if drawn is None:
         return measures().markdown()
-    names = {m.name for m in MEASURES.values() if ("collapse", m.curve) in drawn}
+    names = {m.name for m in MEASURES.values() if (m.family, m.curve) in drawn}
     names |= {key for key, c in CURVES.items() if (c.family, c.name) in drawn}
     return Table(_FACTS, tuple(row for row in measures().rows if row[0] in names)).markdown()
 

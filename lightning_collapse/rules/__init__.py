@@ -12,6 +12,7 @@ from lightning_collapse.rules.explosion import LossExplosion
 from lightning_collapse.rules.forgetting import CatastrophicForgetting
 from lightning_collapse.rules.judge import Judge, Judgement
 from lightning_collapse.rules.latents import PointCollapse, PosteriorCollapse
+from lightning_collapse.rules.layer_collapse import LayerCollapse
 from lightning_collapse.rules.level_shift import LevelShift
 from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
 from lightning_collapse.rules.non_finite import NonFinite, NonFiniteOrigin
@@ -53,6 +54,7 @@ __all__ = [
     "Headroom",
     "Judge",
     "Judgement",
+    "LayerCollapse",
     "LevelShift",
     "LogPartitionGrowth",
     "LossExplosion",

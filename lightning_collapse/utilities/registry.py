@@ -20,7 +20,8 @@ class Measure:
         name: Name of the function, and of the curve.
         fn: ``kind="spectrum"``: maps singular values ``(..., K)``, descending, to ``(...)``;
             ``kind="rows"``: maps features ``(N, D)`` and an optional boolean mask ``(N,)`` to a scalar;
-            ``kind="pairs"``: maps two feature matrices ``(N, D)`` to a scalar, and is not for monitors.
+            ``kind="pairs"``: maps two feature matrices ``(N, D)`` to a scalar, and is not for monitors;
+            ``kind="weights"``: maps a weight matrix ``(O, I)``, one row per unit, to a scalar.
         kind: What ``fn`` reads.
         record: Whether ``fn`` wants the whole ``Spectrum`` record, which also knows n and d.
         from_spectrum: For ``kind="rows"``: the same value from the count, mean and variance of the ``Spectrum`` record
@@ -41,11 +42,13 @@ class Measure:
         sketchable: Whether the value keeps its meaning on a random projection of the features.
         scale_free: Whether multiplying the features by a constant leaves the value as it is.
         key: What the curve is called if not ``name``, for measures whose settings must be told with the value.
+        flops: For ``kind="weights"``: floating-point operations for a matrix ``(O, I)``, if they are more than a few
+            per weight; then monitors that keep a budget count them.
     """
 
     name: str
     fn: Callable[..., Tensor]
-    kind: Literal["spectrum", "rows", "pairs"] = "spectrum"
+    kind: Literal["spectrum", "rows", "pairs", "weights"] = "spectrum"
     record: bool = False
     from_spectrum: Callable[[Any], Tensor] | None = None
     statistic: Callable[..., Tensor] | None = None
@@ -60,6 +63,12 @@ class Measure:
     sketchable: bool = True
     scale_free: bool = True
     key: str = ""
+    flops: Callable[[int, int], float] | None = None
+
+    @property
+    def family(self) -> str:
+        """First part of the names of its curves."""
+        return "weights" if self.kind == "weights" else "collapse"
 
     @property
     def curve(self) -> str:
@@ -124,7 +133,8 @@ def register_measure(**facts: Any) -> Callable[[MeasureFn], MeasureFn]: ...
 def register_measure(fn: MeasureFn | None = None, **facts: Any) -> MeasureFn | Callable[[MeasureFn], MeasureFn]:
     """Make a measure known by name to every monitor: ``CollapseMonitor(measures=["<fn name>"])``.
 
-    Also known then to the dashboard and to ``python -m lightning_collapse measures``.
+    One of ``kind="weights"`` is for ``WeightSpectrumMonitor(measures=["<fn name>"])``. Also known then to the
+    dashboard and to ``python -m lightning_collapse measures``.
 
     Args:
         fn: The measure; its function name is the curve's name.

@@ -367,11 +367,16 @@ def _of(numbers: Mapping[Name, Any], name: str) -> dict[str, list[float]]:
 
 def _measures(names: Sequence[str] | str) -> list[Measure]:
     if names == "all":
-        return [measure for measure in MEASURES.values() if measure.kind != "pairs"]
+        return [measure for measure in MEASURES.values() if measure.kind in ("spectrum", "rows")]
     if isinstance(names, str) or not names:
         raise ValueError(f"`measures` takes a list of names or 'all', got {names!r}.")
     measures = [get_measure(name) for name in dict.fromkeys(names)]
     for measure in measures:
         if measure.kind == "pairs":
             raise ValueError(f"Measure {measure.name!r} compares two views and cannot watch a layer. Leave it out.")
+        if measure.kind == "weights":
+            raise ValueError(
+                f"Measure {measure.name!r} reads weights, no features. Draw it with"
+                f" `WeightSpectrumMonitor(measures=[{measure.name!r}])`."
+            )
     return measures

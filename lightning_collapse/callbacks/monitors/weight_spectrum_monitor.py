@@ -19,23 +19,23 @@ from typing_extensions import override
 from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.monitoring.training_flops import TrainingFlops
 from lightning_collapse.monitoring.weight_spectra import (
-    ONLY_WEIGHTS,
     check_measures,
+    of_updates,
     points_of,
     read_matrices,
+    reading_flops,
 )
-from lightning_collapse.spectral.cost import spectrum_flops
 from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.batch import batch_positions
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.modules import find_modules, weighted_layers
 from lightning_collapse.utilities.points import Point
-from lightning_collapse.utilities.registry import Curve
+from lightning_collapse.utilities.registry import MEASURES, Curve
 from lightning_collapse.utilities.trainer import is_due
 from lightning_collapse.utilities.weight_matrices import WeightMatrix, left_out_message, weight_matrices
 
 MAX_DEFAULT_MATRICES = 32
-DEFAULT_MEASURES = ("spectral_norm", "stable_rank", "svd_entropy", "outliers")
+DEFAULT_MEASURES = ("spectral_norm", "stable_rank", "svd_entropy", "outliers", "weights_per_unit")
 _LAW, _MUON = "Marchenko & Pastur 1967, Johnstone 2001", "arXiv 2509.26030"
 _FACTS = {
     "norm": ("0 to infinity", "near 0, or growing", "Frobenius norm"),
@@ -62,7 +62,7 @@ class WeightSpectrumMonitor(Monitor):
 
     ``weights/...`` are drawn of the weights, ``updates/...`` of the weights after the step minus before it. By default
     these are ``spectral_norm``, ``stable_rank``, ``svd_entropy``, and of weights ``outlier_share`` (singular values
-    that noise cannot explain: 0 at initialisation) and ``noise_distance``. Under ``all`` stand the largest
+    that noise cannot explain: 0 at initialisation), ``noise_distance`` and ``weights_per_unit``. Under ``all`` stand the largest
     ``spectral_norm``, the ``norm`` of all together, and the mean of every other curve over the matrices that have one.
     A matrix of zeros (a step that was skipped) is flagged ``CONSTANT``, one with NaN or infinity ``NONFINITE``, an
     update no optimizer announced to Lightning ``NOT_CALLED``.
@@ -83,7 +83,10 @@ class WeightSpectrumMonitor(Monitor):
             ``None`` takes all, or 32 evenly spaced ones where there are more.
         measures: Names of registered measures of singular values, ``"norm"``, ``"spectral_norm"``, ``"outliers"``
             (``outlier_share`` and ``noise_distance``) and ``"power_law"`` (``power_law_alpha``, ``power_law_distance``
-            and ``power_law_tail``; not a default, because of a matrix of a few hundred rows it is mostly noise).
+            and ``power_law_tail``; not a default, because of a matrix of a few hundred rows it is mostly noise); and of
+            registered measures of ``kind="weights"``, read of weights alone: ``"weights_per_unit"`` (a default: below 1
+            the verdict is *layer collapse*), ``"non_zero_share"``, ``"pq_index"``, ``"orthogonality_defect"``,
+            ``"mergeable_share"``.
         updates: Whether to read updates too.
         every_n_steps: Optimizer steps between two points. ``None`` takes the smallest multiple of
             ``Trainer(log_every_n_steps)`` that keeps within ``max_overhead``.
@@ -148,6 +151,12 @@ class WeightSpectrumMonitor(Monitor):
         self._positions = 0
         self._multiple = 0
         self._stepped = False
+
+    @property
+    @override
+    def curves(self) -> list[str]:
+        chosen = [MEASURES[name] for name in self._names if name in MEASURES]
+        return [*super().curves, *(measure.curve for measure in chosen if measure.kind == "weights")]
 
     @override
     def state(self) -> dict[str, Any]:
@@ -224,7 +233,7 @@ class WeightSpectrumMonitor(Monitor):
             updates = before or [torch.full_like(matrix, nan) for matrix in after]
             for update, matrix in zip(updates, after, strict=True):
                 update.sub_(matrix)  # its sign is nobody's business
-            families["updates"] = read_matrices(updates, [name for name in self._names if name not in ONLY_WEIGHTS])
+            families["updates"] = read_matrices(updates, of_updates(self._names))
         readings = {
             (family, curve): torch.stack([of_matrix[curve].to(pl_module.device) for of_matrix in found])
             for family, found in families.items()
@@ -281,7 +290,7 @@ class WeightSpectrumMonitor(Monitor):
         self._forget_flops()
         every = super().cadence(trainer)
         budget = self.max_overhead * training * every * trainer.accumulate_grad_batches
-        cost = sum(spectrum_flops(max(shape), min(shape)) for shape in self._shapes.values()) * (1 + self.updates)
+        cost = sum(reading_flops(self._names, shape, self.updates) for shape in self._shapes.values())
         self._multiple = max(ceil(cost / budget), 1) if budget else 1
         rank_zero_info(
             f"`WeightSpectrumMonitor` reads {len(self._matrices)} matrices every {every * self._multiple} steps."
