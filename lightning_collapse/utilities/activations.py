@@ -17,9 +17,9 @@ def is_activation(module: nn.Module) -> bool:
     """Whether a module is an activation function: by its class if torch has it or its base, else by what it does.
 
     What does not come from torch must have neither children, parameters nor buffers, and is tried on a dozen numbers:
-    it is one if it returns as many, each of which depends on one of them alone, and not in proportion. So softmax,
-    normalization, dropout and gates that halve the width are none. A copy is tried, without hooks; the random state
-    stays as it is.
+    it is one if it returns as many, each of which depends on one of them alone, and not along a line. So softmax,
+    normalization, dropout, gates that halve the width, shifts and scales are none. A copy is tried, in eval mode and
+    without hooks; the random state stays as it is.
 
     Example:
         >>> is_activation(nn.GELU()), is_activation(nn.Softmax(dim=-1)), is_activation(nn.LayerNorm(3))
@@ -32,7 +32,7 @@ def is_activation(module: nn.Module) -> bool:
         return False
     with suppress(Exception), warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        return _bends_each(bare_copy(module))
+        return _bends_each(bare_copy(module).eval())
     return False
 
 
@@ -42,5 +42,5 @@ def _bends_each(module: nn.Module) -> bool:
     if not isinstance(found, Tensor) or found.shape != numbers.shape or not found.isfinite().all():
         return False
     alone = torch.stack([module.forward(number.reshape(1, 1).clone()).reshape(()) for number in numbers.flatten()])
-    slopes = found.flatten() / numbers.flatten()
+    slopes = found.flatten().diff() / numbers.flatten().diff()
     return torch.allclose(alone, found.flatten(), atol=1e-5) and bool(slopes.max() - slopes.min() > 1e-3)

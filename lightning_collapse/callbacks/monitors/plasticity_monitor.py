@@ -1,4 +1,4 @@
-"""Plasticity monitor: dormant and dead units, rank of the features, growth of the weights."""
+"""Plasticity monitor: dormant, dead and cloned units, rank and spread of the features, growth of the weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.plasticity import dead_fraction, dormant_fraction
+from lightning_collapse.functional.weights import cloned_fraction, magnitude_ratio, std_ratio
 from lightning_collapse.monitoring.evaluate import evaluate
 from lightning_collapse.monitoring.feature_buffer import LayerFeatures
 from lightning_collapse.monitoring.feature_window import FeatureWindow
@@ -28,11 +29,22 @@ from lightning_collapse.utilities.execution import Execution
 from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.modules import Tap, activation_taps, default_taps
 from lightning_collapse.utilities.points import Flag, Point
-from lightning_collapse.utilities.registry import MEASURES, Curve
+from lightning_collapse.utilities.registry import MEASURES, Curve, Measure
 from lightning_collapse.utilities.trainer import refuse_flattened
 
 ROWS = 1024
-_UNITS = ("dormant_fraction", "dead_fraction", "mean_activation", "srank")
+CLONE_ROWS = 256
+"""Rows that clones are told from: so many make no clone by chance."""
+_UNITS = (
+    "dormant_fraction",
+    "dead_fraction",
+    "mean_activation",
+    "std_ratio",
+    "magnitude_ratio",
+    "srank",
+    "cloned_fraction",
+)
+_MERGING = "REPAIR: Jordan et al., ICLR 2023, arXiv 2211.08403"
 _NATURE = "Dohare et al., Nature 2024, arXiv 2306.13812"
 
 
@@ -45,7 +57,9 @@ class PlasticityMonitor(Monitor):
 
     The last two are drawn of every layer with parameters, and of the whole model as ``all``; for the distance one copy
     of the parameters is kept, also in the state. A layer that fades as a whole has no dormant units: see its
-    ``mean_activation``.
+    ``mean_activation``, and its ``std_ratio`` and ``magnitude_ratio`` to what the layer was at the first point, also
+    over several fits of one callback: before and after pruning or averaging of weights, say. Of a layer of which more
+    units become clones more can no longer be told apart by the gradient.
 
     A point rests on the training batches just before it, on four rows per feature, 1024 at least; the rank on as many
     of them as ``max_overhead`` allows: do not compare ranks of different models. Rows are those of
@@ -94,7 +108,28 @@ class PlasticityMonitor(Monitor):
         ),
         Curve("mean_activation", "mean of the absolute activation", "0 to infinity", "near 0"),
         Curve(
+            "std_ratio",
+            "standard deviation of each unit over that at the first point, mean over units",
+            "0 to infinity; 1 is no change",
+            "near 0",
+            _MERGING,
+        ),
+        Curve(
+            "magnitude_ratio",
+            "mean of the absolute activation over that at the first point",
+            "0 to infinity; 1 is no change",
+            "near 0",
+            "Qu & Horvath 2024, arXiv 2402.05966",
+        ),
+        Curve(
             "srank", "raw spectrum", "1 to min(n, d), an integer", "near 1", "Kumar et al., ICLR 2021, arXiv 2010.14498"
+        ),
+        Curve(
+            "cloned_fraction",
+            "units whose correlation with another one is beyond 0.95",
+            "0 to 1",
+            "growing",
+            "Joudaki et al. 2025, arXiv 2510.00304",
         ),
         Curve("flag", "activations", "0 to 6", "above 0: why to doubt the point"),
         Curve("mean_weight", "mean of the absolute weight", "0 to infinity", "growing", _NATURE),
@@ -137,14 +172,16 @@ class PlasticityMonitor(Monitor):
         self._groups: dict[str, list[str]] = {}
         self._start: ParameterSnapshot | None = None
         self._saved: Mapping[str, Tensor] | None = None
+        self._first: dict[str, Tensor] = {}
 
     @override
     def state(self) -> dict[str, Any]:
-        return {"start": self._start.state_dict()} if self._start is not None else {}
+        start = {"start": self._start.state_dict()} if self._start is not None else {}
+        return {**start, "first": dict(self._first)}
 
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._saved = state.get("start")
+        self._saved, self._first = state.get("start"), dict(state.get("first", {}))
 
     @override
     def between(self, trainer: Trainer) -> int:
@@ -224,14 +261,15 @@ class PlasticityMonitor(Monitor):
             dtype = accumulation_dtype(layer.rows.device)
             size, seen, kept = finite_rows(layer.rows, layer.mask, dtype)
             counts = torch.stack([kept.sum(), seen.to(dtype)])
-            sums.append(torch.cat([counts, kept @ size.abs_(), kept @ size.sign_()]))
+            moments = [kept @ size, kept @ size.square()]
+            sums.append(torch.cat([counts, kept @ size.abs_(), kept @ size.sign_(), *moments]))
             rows = layer.rows if layer.width <= self.max_dim else self._sketch(layer)
             most = self.window.affordable(rows.shape[1]) if self.window is not None else len(rows)
             expected = min(layer.expected, most * world_size())
             narrow[name] = LayerFeatures(evenly(rows, most), evenly(layer.mask, most), expected, layer.width)
         total = all_reduce_sum(torch.cat(sums))
         srank = replace(MEASURES["srank"], spectrum="raw")
-        evaluated = evaluate(narrow, [srank])
+        evaluated = evaluate(narrow, [srank, _CLONES])
         alike: dict[int, dict[str, Tensor]] = {}  # layers of one width are read together
         for name, part in zip(layers, torch.split(total, [len(x) for x in sums]), strict=True):
             alike.setdefault(len(part), {})[name] = part
@@ -239,13 +277,27 @@ class PlasticityMonitor(Monitor):
         for parts in alike.values():
             together = torch.stack(list(parts.values()))
             count, seen = together[:, 0], together[:, 1]
-            means, active = (together[:, 2:] / count.unsqueeze(1)).chunk(2, dim=1)
-            ranks = torch.stack([evaluated[name].values[srank.curve] for name in parts])
-            values = [dormant_fraction(means, self.tau), dead_fraction(active), means.mean(dim=1), ranks.to(count)]
+            means, active, signed, squares = (together[:, 2:] / count.unsqueeze(1)).chunk(4, dim=1)
+            stds = (squares - signed.square()).clamp_min(0).sqrt()
+            first = self._first_of(list(parts), torch.stack([means, stds], dim=1))
+            values = [dormant_fraction(means, self.tau), dead_fraction(active), means.mean(dim=1)]
+            values += [std_ratio(stds, first[:, 1]), magnitude_ratio(means, first[:, 0])]
+            values += [
+                torch.stack([evaluated[name].values[key] for name in parts]).to(count)
+                for key in (srank.curve, _CLONES.curve)
+            ]
             values = [*torch.where(count > 0, torch.stack(values), nan), count, seen]
             for key, column in zip((*_UNITS, "n", "seen"), values, strict=True):
                 readings |= {(name, key): value for name, value in zip(parts, column.unbind(), strict=True)}
         return readings
+
+    def _first_of(self, names: Sequence[str], now: Tensor) -> Tensor:
+        """Mean sizes and standard deviations at the first point that had any, ``(L, 2, n)``; known without a wait."""
+        for name, own in zip(names, now, strict=True):
+            first = self._first.get(name, own)
+            first = first.to(own) if first.shape == own.shape else own
+            self._first[name] = torch.where(first.isnan(), own, first)
+        return torch.stack([self._first[name] for name in names])
 
     def _sketch(self, layer: LayerFeatures) -> Tensor:
         if layer.width not in self._sketches:
@@ -266,6 +318,13 @@ class PlasticityMonitor(Monitor):
             total = both[torch.tensor([places[name] for name in members], device=device)].sum(dim=0)
             readings |= {(group, "mean_weight"): total[0] / size, (group, "init_distance"): total[1]}
         return readings
+
+
+def _clones(rows: Tensor, mask: Tensor) -> Tensor:
+    return cloned_fraction(evenly(rows, CLONE_ROWS), evenly(mask, CLONE_ROWS))
+
+
+_CLONES = Measure("cloned_fraction", _clones, kind="rows", sketchable=False)
 
 
 def _default(root: nn.Module, order: Execution | None = None) -> list[Tap]:

@@ -62,8 +62,9 @@ class WeightSpectrumMonitor(Monitor):
 
     ``weights/...`` are drawn of the weights, ``updates/...`` of the weights after the step minus before it. By default
     these are ``spectral_norm``, ``stable_rank``, ``svd_entropy``, and of weights ``outlier_share`` (singular values
-    that noise cannot explain: 0 at initialisation), ``noise_distance`` and ``weights_per_unit``. Under ``all`` stand the largest
-    ``spectral_norm``, the ``norm`` of all together, and the mean of every other curve over the matrices that have one.
+    that noise cannot explain: 0 at initialisation), ``noise_distance`` and ``weights_per_unit``. Under ``all``
+    stand the largest ``spectral_norm``, the ``norm`` of all together, and the mean of every other curve over the
+    matrices that have one.
     A matrix of zeros (a step that was skipped) is flagged ``CONSTANT``, one with NaN or infinity ``NONFINITE``, an
     update no optimizer announced to Lightning ``NOT_CALLED``.
 

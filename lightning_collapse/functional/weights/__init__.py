@@ -1,5 +1,6 @@
-"""Weights: how sparse they are, which units could be one, and what a network does to distances, variances and rank."""
+"""Weights and units: how sparse they are, which could be one, and how much of an activation pruning or merging left."""
 
+from lightning_collapse.functional.weights.clones import cloned_fraction
 from lightning_collapse.functional.weights.composition import composition_scores
 from lightning_collapse.functional.weights.magnitude import magnitude_ratio, std_ratio
 from lightning_collapse.functional.weights.mergeable import MergedUnits, merge_units, mergeable_share
@@ -9,6 +10,7 @@ from lightning_collapse.functional.weights.sparsity import non_zero_share, weigh
 
 __all__ = [
     "MergedUnits",
+    "cloned_fraction",
     "composition_scores",
     "magnitude_ratio",
     "merge_units",

@@ -48,4 +48,5 @@ def composition_scores(
     square = ((left.unsqueeze(1) @ middle @ right) * middle).sum(dim=(-2, -1))
     reads = (left * (read_in @ read_in.mT)).sum(dim=(-2, -1))
     writes = (right * (write_out.mT @ write_out)).sum(dim=(-2, -1))
-    return (square / (reads.unsqueeze(1) * writes)).clamp_min(0).sqrt() - read_in.shape[-1] ** -0.5
+    cosine: Tensor = (square / (reads.unsqueeze(1) * writes)).clamp_min(0).sqrt()
+    return cosine - read_in.shape[-1] ** -0.5

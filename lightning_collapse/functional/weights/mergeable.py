@@ -132,7 +132,8 @@ def merge_units(
         return units.new_zeros(len(places), *units.shape[1:]).index_add_(0, groups, units)
 
     def averaged(units: Tensor) -> Tensor:
-        return gathered(units) / sizes.to(units.dtype).reshape(-1, *[1] * (units.ndim - 1))
+        mean: Tensor = gathered(units) / sizes.to(units.dtype).reshape(-1, *[1] * (units.ndim - 1))
+        return mean
 
     summed = gathered(second.transpose(0, 1)).transpose(0, 1)
     return MergedUnits(averaged(first), None if bias is None else averaged(bias), summed, groups)
