@@ -80,7 +80,7 @@ def test_kind_family_and_measures_are_well_formed_and_known(rule):
     assert re.fullmatch("[a-z]+(_[a-z]+)*", rule.kind)
     assert type(rule).__doc__.strip()
     known = {curve.name for curve in CURVES.values() if curve.family == rule.family}
-    known |= {measure.curve for measure in MEASURES.values()} if rule.family == "collapse" else set()
+    known |= {measure.curve for measure in MEASURES.values() if measure.family == rule.family}
     of_others = {name for name in CURVES if not name.startswith(f"{rule.family}/")}
     of_others |= {f"{TRAINING}/{name}" for name in OF_TRAINING}
     assert rule.measures

@@ -1,4 +1,4 @@
-"""Manifold capacity against closed forms and against SciPy's non-negative least squares; JEPA-SCORE."""
+"""Manifold capacity against closed forms and against SciPy's non-negative least squares; JEPA-SCORE; isometry."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
-from lightning_collapse.functional.manifolds import jepa_score, manifold_capacity, manifold_geometry
+from lightning_collapse.functional.manifolds import jacobian_isometry, jepa_score, manifold_capacity, manifold_geometry
 
 F64 = torch.float64
 
@@ -99,3 +99,19 @@ def test_jepa_score_is_that_of_each_samples_own_jacobian() -> None:
     assert all(torch.equal(value, kept[name]) for name, value in net.state_dict().items())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert jepa_score(net.float(), x[:2].float()).dtype == torch.float32
+
+
+def test_jacobian_isometry_of_linear_maps_and_of_depth() -> None:
+    orthogonal = nn.Sequential(*(nn.utils.parametrizations.orthogonal(nn.Linear(6, 6, dtype=F64)) for _ in range(5)))
+    x = rows(5, 3, 6)
+    found = jacobian_isometry(orthogonal, x)
+    torch.testing.assert_close(found.mean_square, torch.ones(3, dtype=F64))
+    torch.testing.assert_close(found.spread, torch.zeros(3, dtype=F64), atol=1e-7, rtol=0)
+    net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Unflatten(1, (3, 3)), nn.Flatten(), nn.Linear(9, 4)).double()
+    found = jacobian_isometry(net, x, chunk_size=2)
+    for sample, mean, spread in zip(x, *found, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda s: net(s.unsqueeze(0))[0], sample)
+        squares = torch.linalg.svdvals(jacobian).square()
+        assert mean.item() == pytest.approx(squares.mean().item())
+        assert spread.item() == pytest.approx((squares.std(correction=0) / squares.mean()).item())
+    assert jacobian_isometry(nn.Threshold(9.0, 0.0), torch.ones(1, 3)).spread.isnan()

@@ -58,8 +58,8 @@ class PlasticityMonitor(Monitor):
     The last two are drawn of every layer with parameters, and of the whole model as ``all``; for the distance one copy
     of the parameters is kept, also in the state. A layer that fades as a whole has no dormant units: see its
     ``mean_activation``, and its ``std_ratio`` and ``magnitude_ratio`` to what the layer was at the first point, also
-    over several fits of one callback: before and after pruning or averaging of weights, say. Of a layer of which more
-    units become clones more can no longer be told apart by the gradient.
+    over several fits of one callback: before and after pruning or averaging of weights, say. A unit that hardly varied
+    at the first point weighs much in ``std_ratio``. Units that are clones the gradient no longer tells apart.
 
     A point rests on the training batches just before it, on four rows per feature, 1024 at least; the rank on as many
     of them as ``max_overhead`` allows: do not compare ranks of different models. Rows are those of
@@ -324,7 +324,7 @@ def _clones(rows: Tensor, mask: Tensor) -> Tensor:
     return cloned_fraction(evenly(rows, CLONE_ROWS), evenly(mask, CLONE_ROWS))
 
 
-_CLONES = Measure("cloned_fraction", _clones, kind="rows", sketchable=False)
+_CLONES = Measure("cloned_fraction", _clones, kind="rows", spectrum="raw", sketchable=False)
 
 
 def _default(root: nn.Module, order: Execution | None = None) -> list[Tap]:

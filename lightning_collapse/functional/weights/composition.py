@@ -1,5 +1,7 @@
 """Composition scores: how far an attention head reads what an earlier one has written."""
 
+from math import sqrt
+
 from torch import Tensor
 
 from lightning_collapse.spectral.precision import full_precision
@@ -49,4 +51,4 @@ def composition_scores(
     reads = (left * (read_in @ read_in.mT)).sum(dim=(-2, -1))
     writes = (right * (write_out.mT @ write_out)).sum(dim=(-2, -1))
     cosine: Tensor = (square / (reads.unsqueeze(1) * writes)).clamp_min(0).sqrt()
-    return cosine - read_in.shape[-1] ** -0.5
+    return cosine - 1 / sqrt(read_in.shape[-1])

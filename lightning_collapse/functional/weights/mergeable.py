@@ -126,7 +126,7 @@ def merge_units(
             f" {tuple(second.shape)} and {bias if bias is None else tuple(bias.shape)}."
         )
     groups = _groups(first, bias, share, min(int(most * count), count - 1))
-    places, groups, sizes = groups.unique(return_inverse=True, return_counts=True)
+    places, groups, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
 
     def gathered(units: Tensor) -> Tensor:
         return units.new_zeros(len(places), *units.shape[1:]).index_add_(0, groups, units)

@@ -167,3 +167,59 @@ def test_arguments(kwargs):
         PlasticityMonitor(**kwargs)
     with pytest.raises(MisconfigurationException, match="matches no submodule"):
         fit(Toy(), [PlasticityMonitor(layers=["nothing"])])
+
+
+class Moving(Still):
+    """Units are cloned and shrunk between two fits."""
+
+    def shrink(self, to):
+        with torch.no_grad():
+            self.encoder[0].weight[16:] = self.encoder[0].weight[:16]
+            self.encoder[0].bias[16:] = self.encoder[0].bias[:16]
+            for parameter in self.encoder[0].parameters():
+                parameter *= to
+
+
+def test_spread_is_told_from_the_first_point_also_of_a_run_that_goes_on(tmp_path):
+    model, keeper, monitor = Moving(), PointKeeper(), PlasticityMonitor(every_n_steps=6, batches=6, distance=False)
+    kwargs = {**QUIET, "max_epochs": 1, "logger": False}
+    trainer = Trainer(**kwargs, callbacks=[monitor, keeper])
+    trainer.fit(model, batches())
+    first = values_of(keeper, "encoder.1")
+    features = model.encoder[:2](next(iter(batches()))).detach()  # the first step ends in a point
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    state = torch.load(tmp_path / "first.ckpt", weights_only=True)["callbacks"][monitor.state_key]
+    model.shrink(0.5)
+    now = torch.cat([model.encoder[:2](x) for x in batches()]).detach()
+    other, again = PointKeeper(), PlasticityMonitor(every_n_steps=6, batches=6, distance=False)
+    again.load_state_dict(state)
+    for callback, points in ((monitor, keeper), (again, other)):
+        Trainer(**kwargs, callbacks=[callback, points]).fit(model, batches())
+        found = values_of(points, "encoder.1")
+        spread = now.std(dim=0, correction=0) / features.std(dim=0, correction=0)
+        assert found["std_ratio"].value == pytest.approx(spread[features.std(dim=0) > 0].mean().item(), rel=1e-5)
+        expected = (now.abs().mean() / features.abs().mean()).item()
+        assert found["magnitude_ratio"].value == pytest.approx(expected, rel=1e-5)
+        assert found["cloned_fraction"].value > 0.9
+    assert first["cloned_fraction"].value < 0.1
+
+
+def test_activations_are_found_by_what_they_do():
+    class QuickGELU(nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(1.702 * x)
+
+    class Stream(nn.Module):
+        def forward(self, x):
+            return x
+
+    class Custom(Toy):
+        def __init__(self):
+            super().__init__()
+            self.encoder[1] = QuickGELU()
+            self.encoder.append(Stream())
+            self.encoder.append(nn.Softmax(dim=-1))
+
+    keeper = PointKeeper()
+    fit(Custom(), [PlasticityMonitor(every_n_steps=6), keeper])
+    assert {p.key.split("/")[1] for p in keeper.points if p.key.endswith("cloned_fraction")} == {"encoder.1"}

@@ -10,11 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.utils.data import DataLoader
 
-from lightning_collapse import WeightSpectrumMonitor, register_measure
+from lightning_collapse import CollapseGuard, WeightSpectrumMonitor, register_measure
 from lightning_collapse.functional import stable_rank, svd_entropy
+from lightning_collapse.monitoring.weight_spectra import reading_flops
 from lightning_collapse.utilities.points import Flag
 from lightning_collapse.utilities.registry import MEASURES
 from tests.toys import QUIET, ManualToy, PointKeeper, Toy, batches, fit, weights
@@ -400,3 +401,84 @@ def test_two_monitors_keep_apart():
     trainer = fit(Toy(), [monitor(layers=["head"]), monitor(layers=["encoder"], every_n_steps=3)])
     assert [step for step, _ in trainer.logger.curve(TOP)] == [0, 1, 3, 5]
     assert [step for step, _ in trainer.logger.curve("weights/encoder.0/spectral_norm")] == [0, 2, 5]
+
+
+@pytest.fixture
+def median_size():
+    @register_measure(kind="weights", range="0 to infinity", null=lambda rows, columns: float(rows))
+    def median_size(weight):
+        assert weight.shape != (4, 3), "of this shape it fails"
+        return weight.abs().median()
+
+    yield
+    del MEASURES["median_size"]
+
+
+def test_measures_of_weights_and_one_of_the_users_own(median_size):
+    model, keeper = Toy(), PointKeeper()
+    with torch.no_grad():
+        model.encoder[0].weight[:8] = 0
+    ours = ["non_zero_share", "pq_index", "orthogonality_defect", "mergeable_share", "condition_number"]
+    fit(model, [keeper, monitor(measures=[*ours, "median_size"], every_n_steps=1)], batches(1))
+    last = {p.key: p for p in keeper.points if p.step == keeper.points[0].step}
+    for name in ("encoder.0", "encoder.2", "head"):
+        for measure in (*ours, "median_size"):
+            assert math.isfinite(last[f"weights/{name}/{measure}"].value)
+            if measure != "condition_number":
+                assert f"updates/{name}/{measure}" not in last
+    assert last["weights/encoder.0/non_zero_share"].value == 0.75
+    assert last["weights/encoder.0/mergeable_share"].value >= 0.25
+    assert last["weights/encoder.0/median_size"].null == 32
+    assert last["weights/encoder.2/pq_index"].null == pytest.approx(0.1528, abs=1e-4)
+    assert {"weights_per_unit", "pq_index"} <= {*monitor().curves, *monitor(measures=["pq_index"]).curves}
+    assert "pq_index" not in monitor().curves
+
+
+def test_a_measure_that_fails_reads_nan_and_training_goes_on(median_size):
+    class Narrow(Toy):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(3, 4)
+
+    with pytest.warns(UserWarning, match="`median_size` failed on weights and reads NaN: of this shape it fails"):
+        trainer = fit(Narrow(), [monitor(measures=["median_size"], every_n_steps=1)], batches(1))
+    assert math.isnan(trainer.callback_metrics["weights/extra/median_size"])
+    assert math.isfinite(trainer.callback_metrics["weights/head/median_size"])
+
+
+def test_measures_of_weights_are_counted_into_the_budget():
+    plain, pairs = (["norm"], (64, 32)), (["norm", "mergeable_share"], (64, 32))
+    assert reading_flops(*pairs, updates=True) - reading_flops(*plain, updates=True) == 4 * 64 * 64 * 32
+
+
+class Pruned(Toy):
+    """After some steps of training all but so many weights of a layer go, as many of the others as of all."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.trainer.global_step == 6:
+            weight = self.encoder[2].weight
+            prune.l1_unstructured(self.encoder[2], "weight", amount=weight.numel() - self.kept)
+
+
+@pytest.mark.parametrize("kept", [16, 7, 0])
+def test_layer_collapse_is_a_layer_with_less_than_a_weight_per_unit(kept):
+    model = Pruned(kept)
+    units = model.encoder[2].out_features
+    guard = CollapseGuard(rules=["layer_collapse"], action="log")
+    fit(model, [monitor(), guard], batches(16))
+    verdicts = [(verdict.kind, verdict.layer) for verdict in guard.judge.verdicts]
+    assert verdicts == ([("layer_collapse", "encoder.2")] if kept < units else [])
+
+
+def test_layers_that_begin_empty_are_not_judged():
+    model = Toy()
+    for parameter in model.encoder[2].parameters():
+        nn.init.zeros_(parameter)
+        parameter.requires_grad_(False)
+    guard = CollapseGuard(rules=["layer_collapse"], action="log")
+    fit(model, [monitor(), guard], batches(16))
+    assert not guard.judge.verdicts
