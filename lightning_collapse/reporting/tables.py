@@ -61,7 +61,8 @@ def measures() -> Table:
 
 def features() -> Table:
     """What every registered measure of features or of weights means."""
-    return Table(_FACTS, tuple((m.name, m.reads, m.range, m.collapsed, m.source) for m in MEASURES.values()))
+    known = sorted(MEASURES.values(), key=lambda measure: measure.kind == "weights")  # those of features come first
+    return Table(_FACTS, tuple((m.name, m.reads, m.range, m.collapsed, m.source) for m in known))
 
 
 def curves() -> Table:

@@ -29,8 +29,8 @@ class LayerCollapse(Rule):
     measures = ("weights_per_unit",)
     lower_is_worse = ("weights_per_unit",)
     advice = (
-        "Return with `Rollback()`, then give each layer a floor: prune by layer, or by the PQ index of what is left"
-        " (`functional.weights.sap_keep_count`)."
+        "Return with `Rollback()`, then leave every layer at least a weight per unit, or prune by the PQ index of what"
+        " is left (`functional.weights.sap_keep_count`)."
     )
     paper = "Tanaka et al., 2020, arXiv 2006.05467"
 

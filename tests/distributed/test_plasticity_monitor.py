@@ -63,6 +63,9 @@ def _check(rank):
         assert found["encoder.1/dead_fraction"].value == pytest.approx((~active).float().mean().item())
         assert found["encoder.1/mean_activation"].value == pytest.approx(features.mean().item(), rel=1e-5)
         assert found["encoder.1/srank"].n == 17
+        assert found["encoder.1/std_ratio"].value == found["encoder.1/magnitude_ratio"].value == 1
+        likeness = torch.nan_to_num(features.double().T.corrcoef()).fill_diagonal_(0).abs().amax(dim=0)
+        assert found["encoder.1/cloned_fraction"].value == pytest.approx((likeness > 0.95).double().mean().item())
         after = torch.cat([_full(value).flatten() for _, value in sorted(lit.named_parameters())])
         then = torch.cat([value.flatten() for _, value in sorted(before.items())])
         assert found["all/mean_weight"].value == pytest.approx(after.abs().mean().item(), rel=1e-5)

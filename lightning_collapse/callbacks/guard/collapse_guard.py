@@ -40,7 +40,8 @@ class CollapseGuard(Callback):
     (:class:`~lightning_collapse.rules.LossExplosion`); with ``AttentionEntropyMonitor`` *attention entropy collapse*
     (:class:`~lightning_collapse.rules.AttentionEntropyCollapse`) and *attention overload*
     (:class:`~lightning_collapse.rules.AttentionOverload`); with ``PlasticityMonitor`` *plasticity loss*
-    (:class:`~lightning_collapse.rules.PlasticityLoss`); with ``ContinualMetrics`` *catastrophic forgetting*
+    (:class:`~lightning_collapse.rules.PlasticityLoss`); with ``WeightSpectrumMonitor`` *layer collapse* under pruning
+    (:class:`~lightning_collapse.rules.LayerCollapse`); with ``ContinualMetrics`` *catastrophic forgetting*
     (:class:`~lightning_collapse.rules.CatastrophicForgetting`); with ``RegressionCollapseMonitor`` *regression
     over-compression* (:class:`~lightning_collapse.rules.RegressionOverCompression`); with ``NeuralCollapseMonitor``
     *minority collapse* (:class:`~lightning_collapse.rules.MinorityCollapse`), and as a notice without any action

@@ -33,7 +33,7 @@ from lightning_collapse.utilities.registry import MEASURES, Curve, Measure
 from lightning_collapse.utilities.trainer import refuse_flattened
 
 ROWS = 1024
-CLONE_ROWS = 256
+CLONE_ROWS = 128
 """Rows that clones are told from: so many make no clone by chance."""
 _UNITS = (
     "dormant_fraction",
@@ -261,8 +261,12 @@ class PlasticityMonitor(Monitor):
             dtype = accumulation_dtype(layer.rows.device)
             size, seen, kept = finite_rows(layer.rows, layer.mask, dtype)
             counts = torch.stack([kept.sum(), seen.to(dtype)])
-            moments = [kept @ size, kept @ size.square()]
-            sums.append(torch.cat([counts, kept @ size.abs_(), kept @ size.sign_(), *moments]))
+            signed, absolute = kept @ size, kept @ size.abs_()
+            squares, active = (
+                kept @ size.square_(),
+                kept @ size.sign_(),
+            )  # in place: rows are what is large here
+            sums.append(torch.cat([counts, absolute, active, signed, squares]))
             rows = layer.rows if layer.width <= self.max_dim else self._sketch(layer)
             most = self.window.affordable(rows.shape[1]) if self.window is not None else len(rows)
             expected = min(layer.expected, most * world_size())

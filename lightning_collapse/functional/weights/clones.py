@@ -46,6 +46,7 @@ def cloned_fraction(features: Tensor, mask: Tensor | None = None, threshold: flo
     rows = (rows - weight @ rows / count) * weight.unsqueeze(1)
     rows = rows / rows.abs().amax(dim=0).clamp_min(torch.finfo(rows.dtype).tiny)  # squares neither overflow nor vanish
     unit = rows / torch.linalg.vector_norm(rows, dim=0).clamp_min(torch.finfo(rows.dtype).tiny)
+    unit = unit.to(features.dtype)  # nothing cancels from here on
     likeness = (unit.T @ unit).abs_().fill_diagonal_(0.0)
     cloned = (likeness.amax(dim=0) > threshold).to(features.dtype).mean()
     return torch.where(count > 2, cloned, torch.nan)
