@@ -88,8 +88,8 @@ class Pruning(Callback):
             prune.custom_from_mask(layer, "weight", mask)  # type: ignore[no-untyped-call]
 
 
-def run(kind: str, seed: int, rounds: int) -> tuple[list[dict[str, float]], str]:
-    """Rounds of a run, and in which of them which layer was said to have collapsed."""
+def run(kind: str, seed: int, rounds: int) -> tuple[list[dict[str, float]], str, int]:
+    """Rounds of a run, in which of them which layer was said to have collapsed, and its steps."""
     seed_everything(seed, verbose=False)
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -110,7 +110,7 @@ def run(kind: str, seed: int, rounds: int) -> tuple[list[dict[str, float]], str]
     )
     trainer.fit(Classifier(), loader)
     said = [f"{v.layer} in round {v.since // (EPOCHS * len(loader))}" for v in guard.judge.verdicts]
-    return pruning.rounds, ", ".join(said) or "nothing"
+    return pruning.rounds, ", ".join(said) or "nothing", trainer.global_step
 
 
 def main() -> None:
@@ -127,15 +127,15 @@ def main() -> None:
     for kind in KINDS:
         runs = [run(kind, seed, rounds) for seed in seeds]
         for i in shown:
-            of = {key: [found[i][key] for found, _ in runs] for key in runs[0][0][0]}
+            of = {key: [found[i][key] for found, *_ in runs] for key in runs[0][0][0]}
             mean = {key: statistics.mean(values) for key, values in of.items()}
             spread = max(of["accuracy"]) - min(of["accuracy"])
             print(
                 f"| {kind} | {i} | {100 * mean['left']:.3g} % | {100 * mean['accuracy']:.1f} ({100 * spread:.1f}) |"
                 f" {mean['index']:.3f} | {mean['least']:.2g} |"
             )
-        verdicts += [f"{kind}, seed {seed}: {said}" for seed, (_, said) in zip(seeds, runs, strict=True)]
-    print(f"\nAfter {rounds * EPOCHS * 23} steps layer collapse had been said of: {'; '.join(verdicts)}.")
+        verdicts += [f"{kind}, seed {seed}: {said}" for seed, (_, said, _) in zip(seeds, runs, strict=True)]
+    print(f"\nAfter {runs[0][2]} steps layer collapse had been said of: {'; '.join(verdicts)}.")
 
 
 if __name__ == "__main__":
