@@ -20,6 +20,7 @@ KINDS = frozenset(
         "complete_collapse",
         "dimensional_collapse",
         "headroom",
+        "layer_collapse",
         "loss_explosion",
         "loss_spike",
         "minority_collapse",
