@@ -88,7 +88,7 @@ class CollapseGuard(Callback):
         rules: Kinds to judge, a list out of ``activation_outliers``, ``attention_entropy_collapse``,
             ``attention_logit_growth``, ``attention_logit_limit``, ``attention_overload``, ``catastrophic_forgetting``,
             ``codebook_collapse``, ``complete_collapse``, ``dimensional_collapse``, ``divergence_ahead``, ``headroom``,
-            ``log_partition_growth``, ``loss_explosion``, ``loss_spike``, ``minority_collapse``,
+            ``layer_collapse``, ``log_partition_growth``, ``loss_explosion``, ``loss_spike``, ``minority_collapse``,
             ``neural_collapse_reached``, ``non_finite``, ``non_finite_origin``, ``non_finite_step``, ``outcome_drop``,
             ``output_entropy_collapse``, ``partial_collapse``, ``plasticity_loss``, ``point_collapse``,
             ``posterior_collapse``, ``prototype_collapse``, ``regression_over_compression``, ``router_collapse``,
