@@ -25,6 +25,7 @@ from lightning_collapse.callbacks.monitors.attention_logit_monitor import Attent
 from lightning_collapse.callbacks.monitors.codebook_monitor import CodebookMonitor
 from lightning_collapse.callbacks.monitors.collapse_monitor import CollapseMonitor
 from lightning_collapse.callbacks.monitors.drift_monitor import DriftMonitor
+from lightning_collapse.callbacks.monitors.feature_learning_monitor import FeatureLearningMonitor
 from lightning_collapse.callbacks.monitors.first_non_finite import FirstNonFinite
 from lightning_collapse.callbacks.monitors.geometry_phase_monitor import GeometryPhaseMonitor
 from lightning_collapse.callbacks.monitors.gradient_monitor import GradientMonitor
@@ -60,6 +61,7 @@ __all__ = [
     "ContinualMetrics",
     "Distillation",
     "DriftMonitor",
+    "FeatureLearningMonitor",
     "FirstNonFinite",
     "ForgettingMonitor",
     "GeometryPhaseMonitor",

@@ -1,7 +1,8 @@
 """Method wrapping: a wrapper around a method of one module, that comes off again and that no copy carries."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial, update_wrapper
 from types import MethodType
@@ -48,6 +49,17 @@ def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Cal
 def wrap_training_step(module: nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
     """:func:`wrap_method` of ``training_step``."""
     return wrap_method(module, "training_step", around)
+
+
+@contextmanager
+def silent(module: nn.Module) -> Iterator[None]:
+    """Have a ``LightningModule`` log nothing."""
+    unwrap = [wrap_method(module, name, lambda log, *args, **kwargs: None) for name in ("log", "log_dict")]
+    try:
+        yield
+    finally:
+        for take_off in unwrap:
+            take_off()
 
 
 def unwrapped(module: nn.Module, name: str) -> Callable[..., Any]:

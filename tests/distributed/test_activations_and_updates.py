@@ -13,6 +13,7 @@ from lightning_collapse import (
     ActivationMonitor,
     CodebookMonitor,
     DriftMonitor,
+    FeatureLearningMonitor,
     TokenMonitor,
     UpdateMonitor,
     VariancePropagationMonitor,
@@ -199,7 +200,8 @@ def _check_updates(rank):
     def fit(cls, strategy, sharpness):
         model = cls()
         model.load_state_dict(state)
-        return _fit(rank, model, strategy, UpdateMonitor(["encoder", "head"], 2, sharpness))
+        watchers = UpdateMonitor(["encoder", "head"], 2, sharpness), FeatureLearningMonitor(every_n_steps=2)
+        return _fit(rank, model, strategy, *watchers)
 
     replicated = fit(Uneven, DDPStrategy(process_group_backend="gloo"), True)
     sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
@@ -207,6 +209,9 @@ def _check_updates(rank):
     assert {"ratio", "cosine", "rms_ratio"} == {name for layer, name in sharded if layer == "encoder"}
     for key, value in sharded.items():
         assert value == pytest.approx(replicated[key], rel=1e-4), key
+    learned = {name for layer, name in replicated if layer == "encoder.0"}
+    assert learned - {name for layer, name in sharded if layer == "encoder.0"} == {"kernel_alignment"}
+    assert {"weight_change", "representation_alignment", "sign_similarity", "null_space_share"} < learned
     assert math.isfinite(replicated["all", "raw"])
     assert replicated["all", "raw"] > 0
 

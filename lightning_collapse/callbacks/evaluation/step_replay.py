@@ -18,11 +18,10 @@ from lightning_collapse.utilities.modules import hooks_ignored
 from lightning_collapse.utilities.preserved_state import preserved_state
 from lightning_collapse.utilities.random_states import own_random_states, restore_own_random_states
 from lightning_collapse.utilities.trainer import loss_scale
-from lightning_collapse.utilities.training_step import unwrapped, wrap_method
+from lightning_collapse.utilities.training_step import silent, unwrapped
 
 _MOST = 64 * 1024**2
 """Bytes of buffers that are copied at every step; a model with more of them is repeated with those of the end."""
-_LOGS = ("log", "log_dict")
 
 
 class StepReplay:
@@ -63,10 +62,9 @@ class StepReplay:
         with ExitStack() as stack:
             stack.callback(frames.close)
             stack.enter_context(hooks_ignored())
-            stack.enter_context(_preserved_attributes(module))
+            stack.enter_context(preserved_attributes(module))
             stack.enter_context(preserved_state(module, autocast=True, training=True))
-            for name in _LOGS:
-                stack.callback(wrap_method(module, name, lambda method, *args, **kwargs: None))
+            stack.enter_context(silent(module))
             restore_own_random_states(self._random)
             with torch.no_grad():
                 for buffer, value in self._buffers:
@@ -112,7 +110,7 @@ def _repeat(
 
 
 @contextmanager
-def _preserved_attributes(root: nn.Module) -> Iterator[None]:
+def preserved_attributes(root: nn.Module) -> Iterator[None]:
     """Put back what a step changes in metrics, and which plain attributes of modules are which objects."""
     attributes = [(module, dict(vars(module))) for module in root.modules()]
     lists = [(value, list(value)) for _, own in attributes for value in own.values() if type(value) is list]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from math import isfinite, nan
 from typing import Any
@@ -20,7 +19,7 @@ from lightning_collapse.monitoring.sharpness import Sharpness
 from lightning_collapse.utilities.modules import hooks_ignored
 from lightning_collapse.utilities.preserved_state import preserved_state
 from lightning_collapse.utilities.trainer import is_sharded
-from lightning_collapse.utilities.training_step import wrap_method
+from lightning_collapse.utilities.training_step import silent
 
 _LAYER = "all"
 
@@ -66,7 +65,7 @@ class LossCurvature:
         device = pl_module.device
         scale, edges = self._settings(trainer)
         readings = {}
-        with preserved_state(pl_module), hooks_ignored(), _silent(pl_module):
+        with preserved_state(pl_module), hooks_ignored(), silent(pl_module):
             readings["raw"] = self._sharpness.measure("raw").to(device)
             if scale:
                 readings["preconditioned"] = self._sharpness.measure("preconditioned", scale).to(device)
@@ -117,14 +116,3 @@ class LossCurvature:
         found: Any = step(self._module, deepcopy(batch), *([0] if wants_index else []))
         loss: Tensor = found["loss"] if isinstance(found, Mapping) else found
         return loss
-
-
-@contextmanager
-def _silent(pl_module: LightningModule) -> Iterator[None]:
-    """Have a module log nothing."""
-    unwrap = [wrap_method(pl_module, name, lambda log, *args, **kwargs: None) for name in ("log", "log_dict")]
-    try:
-        yield
-    finally:
-        for take_off in unwrap:
-            take_off()

@@ -36,7 +36,8 @@ def relative_weight_change(weight: Tensor, reference: Tensor) -> Tensor:
     """
     if weight.shape != reference.shape:
         raise ValueError(f"`reference` must have the shape of `weight`, {tuple(weight.shape)}, got {reference.shape}.")
-    return torch.linalg.vector_norm(weight - reference) / torch.linalg.vector_norm(reference)
+    change: Tensor = torch.linalg.vector_norm(weight - reference) / torch.linalg.vector_norm(reference)
+    return change
 
 
 @torch.no_grad()
@@ -114,9 +115,9 @@ def low_rank_weight(weight: Tensor, rank: int) -> Tensor:
         raise ValueError(f"`weight` must be a matrix (o, i), got shape {tuple(weight.shape)}.")
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     kept = values[:rank]
-    return (left[:, :rank] * (kept * values.norm() / kept.norm().clamp_min(torch.finfo(kept.dtype).tiny))) @ right[
-        :rank
-    ]
+    scale = values.norm() / kept.norm().clamp_min(torch.finfo(kept.dtype).tiny)
+    low: Tensor = (left[:, :rank] * (kept * scale)) @ right[:rank]
+    return low
 
 
 @torch.no_grad()
