@@ -23,7 +23,7 @@ MOST_ENTRIES = 2**20
 """Of a weight, and of the signs of a layer, that are kept; more are thinned to rows that are spread over all."""
 MOST_NUMBERS = 2**22
 """Of whole gradients of all samples together; of wider layers projections are compared."""
-WIDEST = 1024
+WIDEST = 256
 """Inputs and rows: where both are more, the span of the inputs is not asked for."""
 
 

@@ -39,8 +39,8 @@ from lightning_collapse.utilities.trainer import refuse_flattened, to_device
 from lightning_collapse.utilities.weight_matrices import weight_matrices, whole
 
 SAMPLES, MAX_SAMPLES, MAX_DEFAULT_LAYERS = 64, 256, 6
-STEPS_PER_POINT = 150
-"""Times the share of the batch that the probe is: a pass costs about one and a half times as much as a step, or 1 %."""
+STEPS_PER_POINT = 250
+"""Times the share of the batch that the probe is: a point costs up to two and a half times as much as a step."""
 _OF_HEAD = ("beta_ratio", "mean_norm")
 _RICH, _LOTTERY = "Liu et al. 2024, arXiv 2310.08513", "Yang 2026, arXiv 2605.24057 (on the sphere: ours)"
 
@@ -58,7 +58,8 @@ class FeatureLearningMonitor(Monitor):
     and more of unrelated networks (see :mod:`lightning_collapse.functional.feature_learning`). Null of the
     representation is what unrelated random weights on the first inputs read, of the kernel what gradients dealt to
     other samples read, of signs what independent ones of as frequent units read, of the null space what an update in a
-    random direction reads. ``null_space_share`` is about the probe's inputs: others span more.
+    random direction reads. ``null_space_share`` is about the probe's inputs (others span more), of
+    layers with 256 inputs at most, or as few rows.
 
     The tangent kernel is that of one random direction of the output of the layer that runs last, with respect to one
     layer's weight; exact, or for wide layers that see many positions by a projection which is always the same.

@@ -239,10 +239,10 @@ def test_under_manual_optimization_weights_are_read_or_the_model_is_called_as_sa
 def test_points_are_as_rare_as_passes_are_dear_and_the_size_is_said(caplog):
     keeper = PointKeeper()
     with caplog.at_level(logging.INFO):
-        fit(Toy(), [FeatureLearningMonitor(), keeper], batches(60, size=160), log_every_n_steps=20)
-    assert sorted({point.step for point in keeper.points}) == [0, 59]  # 150 * 64 / 160 = 60
+        fit(Toy(), [FeatureLearningMonitor(), keeper], batches(40, size=400), log_every_n_steps=20)
+    assert sorted({point.step for point in keeper.points}) == [0, 39]  # 250 * 64 / 400 = 40
     assert "keeps 0.1 MiB of the beginning" in caplog.text
-    assert "every 60 steps" in caplog.text
+    assert "every 40 steps" in caplog.text
 
 
 def test_a_batch_too_small_has_no_alignment():
