@@ -2,6 +2,7 @@
 
 from lightning_collapse.callbacks.constraints.constraint import Constraint
 from lightning_collapse.callbacks.constraints.max_norm import MaxNorm
+from lightning_collapse.callbacks.constraints.parseval_step import ParsevalStep
 from lightning_collapse.callbacks.continual.continual_metrics import ContinualMetrics
 from lightning_collapse.callbacks.continual.fit_tasks import fit_tasks
 from lightning_collapse.callbacks.continual.forgetting_monitor import ForgettingMonitor
@@ -73,6 +74,7 @@ __all__ = [
     "Monitor",
     "NeuralCollapseMonitor",
     "OutputMonitor",
+    "ParsevalStep",
     "PlasticityMonitor",
     "QKClip",
     "RegressionCollapseMonitor",

@@ -22,6 +22,7 @@ from lightning_collapse.losses.free_bits import FreeBits, free_bits
 from lightning_collapse.losses.ha_frame import HAFrameLoss
 from lightning_collapse.losses.info_nce import InfoNCE, info_nce_loss
 from lightning_collapse.losses.intl import INTL, intl_terms
+from lightning_collapse.losses.jacobian_homeostasis import JacobianHomeostasis
 from lightning_collapse.losses.kl_balance import KLBalance, kl_balance_terms
 from lightning_collapse.losses.koleo import KoLeo, koleo_loss
 from lightning_collapse.losses.ldreg import LDReg, ldreg_loss
@@ -54,23 +55,17 @@ from lightning_collapse.losses.visreg import VISReg, visreg_terms
 from lightning_collapse.losses.wmse import WMSE, wmse_loss
 
 __all__ = [
-    "CWRGP",
-    "DCCA",
-    "INTL",
-    "MMCR",
-    "SDC",
-    "TREGS",
-    "VBLL",
-    "WMSE",
     "Alignment",
     "AntiCollapseLoss",
     "BalancedSoftmax",
     "BarlowTwins",
     "BatchHardTriplet",
+    "CWRGP",
     "CodingRate",
     "ConR",
     "CorInfoMax",
     "CovarianceLoss",
+    "DCCA",
     "DeepSVDD",
     "DeltaVAE",
     "DotRegression",
@@ -79,7 +74,9 @@ __all__ = [
     "FeatureDecorrelation",
     "FreeBits",
     "HAFrameLoss",
+    "INTL",
     "InfoNCE",
+    "JacobianHomeostasis",
     "KLBalance",
     "KoLeo",
     "LDReg",
@@ -87,20 +84,25 @@ __all__ = [
     "LinearWarmup",
     "LogDetBarrier",
     "LongTailCollapse",
+    "MMCR",
     "MaxSup",
     "PairWeights",
+    "SDC",
     "SIGReg",
     "SpectralDecoupling",
     "SpectralTransformation",
     "SpreadLoss",
     "SupCon",
+    "TREGS",
     "TokenRelationDistillation",
     "TooFewRowsError",
     "Uniformity",
+    "VBLL",
     "VCReg",
     "VICReg",
     "VISReg",
     "VarianceLoss",
+    "WMSE",
     "alignment_loss",
     "ar1_divergence",
     "balanced_cross_entropy",

@@ -12,6 +12,7 @@ from lightning_collapse.penalties.mas_importance import MASImportance, mas_impor
 from lightning_collapse.penalties.rank_one_ewc import RankOneEWC
 from lightning_collapse.penalties.rank_one_fisher import RankOneFisher, rank_one_fisher
 from lightning_collapse.penalties.rwalk import RWalk
+from lightning_collapse.penalties.soft_orthogonality import SoftOrthogonality, published_decay
 from lightning_collapse.penalties.synaptic_intelligence import SynapticIntelligence
 from lightning_collapse.utilities.preserved_state import preserved_state
 
@@ -32,11 +33,13 @@ __all__ = [
     "RWalk",
     "RankOneEWC",
     "RankOneFisher",
+    "SoftOrthogonality",
     "SynapticIntelligence",
     "diagonal_fisher",
     "evaluating",
     "kronecker_factors",
     "mas_importance",
     "preserved_state",
+    "published_decay",
     "rank_one_fisher",
 ]

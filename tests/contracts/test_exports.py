@@ -54,6 +54,7 @@ HELPERS: dict[str, set[str]] = {
     "functional/neural_collapse/vci.py": {"whitened"},
     "functional/output_entropy.py": {"output_readings", "output_sums"},
     "functional/regression_collapse.py": {"rank_of_basis", "unit_rows"},
+    "functional/regularization/orthogonality.py": {"floor", "gap", "tall_matrix", "unit_vector"},
     "functional/routing.py": {"routing_readings", "routing_sums"},
     "functional/spectral_alignment.py": {"cosines", "diversity_of_counts", "sign_counts"},
     "functional/tail_learning/contributing.py": {"contribution_readings", "contribution_sums"},

@@ -12,7 +12,17 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_collapse import ContinualMixin, WeightPenalty
-from lightning_collapse.penalties import EWC, KFACEWC, L2SP, MAS, L2Init, RankOneEWC, RWalk, SynapticIntelligence
+from lightning_collapse.penalties import (
+    EWC,
+    KFACEWC,
+    L2SP,
+    MAS,
+    L2Init,
+    RankOneEWC,
+    RWalk,
+    SoftOrthogonality,
+    SynapticIntelligence,
+)
 from lightning_collapse.utilities.registry import PENALTIES
 from tests.distributed.launch import on_two_processes
 from tests.penalties.references import task
@@ -28,6 +38,7 @@ MAKE = {
     "MAS": lambda: MAS(0.02),
     "RankOneEWC": lambda: RankOneEWC(0.5),
     "RWalk": lambda: RWalk(0.1, every_n_steps=2),
+    "SoftOrthogonality": lambda: SoftOrthogonality(0.02, "SRIP"),
     "SynapticIntelligence": lambda: SynapticIntelligence(1.0),
 }
 SHARDED = [name for name in MAKE if name != "KFACEWC"]
@@ -155,7 +166,13 @@ def _check_sharded(rank, folder):
         lambda name: (NoMomentum(), [WeightPenalty(MAKE[name](), name="it")]),
         lambda name: (Mixed(name), []),
     ]
-    for name, door in [("SynapticIntelligence", 0), ("SynapticIntelligence", 1), ("EWC", 1), ("RankOneEWC", 0)]:
+    for name, door in [
+        ("SynapticIntelligence", 0),
+        ("SynapticIntelligence", 1),
+        ("EWC", 1),
+        ("RankOneEWC", 0),
+        ("SoftOrthogonality", 0),
+    ]:
         torch.manual_seed(0)
         model, callbacks = doors[door](name)
         trainer = fit_two(model, callbacks, shards, 2, 4)

@@ -13,6 +13,7 @@ from tests.penalties.references import (
     RankOneEWCReference,
     Reference,
     RWalkReference,
+    SoftOrthogonalityReference,
     SynapticIntelligenceReference,
 )
 
@@ -28,6 +29,7 @@ class Case:
         consolidates: Whether it is zero until a task has ended, and right after one.
         toy: Arguments in the toy, if not these.
         separable: Whether the pull on a parameter depends on no other one.
+        remembers: Whether it keeps anything of weights; else only matrices are pulled, wherever they come from.
     """
 
     reference: Callable[[float], Reference]
@@ -36,6 +38,7 @@ class Case:
     consolidates: bool = True
     toy: Mapping[str, Any] | None = None
     separable: bool = True
+    remembers: bool = True
 
 
 CASES = {
@@ -48,5 +51,6 @@ CASES = {
     ),
     "RankOneEWC": Case(RankOneEWCReference, 0.5, separable=False),
     "RWalk": Case(RWalkReference, 0.1, {"every_n_steps": 3}, toy={"every_n_steps": 4}),
+    "SoftOrthogonality": Case(SoftOrthogonalityReference, 0.1, consolidates=False, remembers=False),
     "SynapticIntelligence": Case(SynapticIntelligenceReference, 1.0),
 }

@@ -175,6 +175,12 @@ class L2SPReference(L2InitReference):
         return self.weight / 2 * old + 0.05 / 2 * (theta["bias"] ** 2).sum()
 
 
+class SoftOrthogonalityReference(L2InitReference):
+    def value(self, theta):
+        gram = theta["weight"] @ theta["weight"].T  # 3 rows of 6
+        return self.weight * ((gram - torch.eye(3)) ** 2).sum() + 0.0 * theta["bias"].sum()
+
+
 class RankOneEWCReference(Reference):
     def end(self, theta, x, y):
         errors = probabilities(theta, x) - nn.functional.one_hot(y, 3)

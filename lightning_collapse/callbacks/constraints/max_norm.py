@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_collapse.callbacks.constraints.constraint import Constraint
+from lightning_collapse.callbacks.constraints.layer_weights import layer_weights
 from lightning_collapse.utilities.arguments import check_layers, require_positive
-from lightning_collapse.utilities.module_tree import clean_name, is_transposed
-from lightning_collapse.utilities.modules import find_modules
-from lightning_collapse.utilities.parameters import why_no_number
 from lightning_collapse.utilities.weight_matrices import whole
 
 
@@ -72,25 +70,10 @@ class MaxNorm(Constraint):
 
     @override
     def choose(self, pl_module: LightningModule) -> Mapping[str, Tensor]:
-        roots = {"": pl_module}
-        if self.layers is not None:
-            try:
-                roots = find_modules(pl_module, list(self.layers))  # type: ignore[assignment]
-            except ValueError as error:
-                raise MisconfigurationException(f"`MaxNorm(layers={list(self.layers)!r})`: {error}") from error
-        inside = {id(module) for root in roots.values() for module in root.modules()}
-        found: dict[str, Tensor] = {}
-        for name, module in pl_module.named_modules():
-            weight = _weight(module) if id(module) in inside else None
-            if weight is not None and all(weight is not other for other in found.values()):
-                found[clean_name(name)] = weight
-                rows = 1 if is_transposed(module) or getattr(module, "transposed", False) else 0
-                self._dims[clean_name(name)] = tuple(i for i in range(weight.ndim) if i != rows)
-        if not found:
-            raise MisconfigurationException(
-                f"`MaxNorm` finds no weight of a linear or convolutional layer in {', '.join(roots) or 'the model'}."
-            )
-        return found
+        found = layer_weights(pl_module, self.layers, "MaxNorm")
+        rows = {name: 1 if turned else 0 for name, (_, turned) in found.items()}
+        self._dims = {n: tuple(i for i in range(w.ndim) if i != rows[n]) for n, (w, _) in found.items()}
+        return {name: weight for name, (weight, _) in found.items()}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,12 +120,3 @@ class MaxNorm(Constraint):
         wide = torch.promote_types(weight.dtype, torch.float32)
         lengths: Tensor = torch.linalg.vector_norm(weight.detach(), dim=self._dims[name], keepdim=True, dtype=wide)
         return lengths
-
-
-def _weight(module: nn.Module) -> Tensor | None:
-    """The parameter that a linear or convolutional layer multiplies by."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) or hasattr(module, "normalized_shape"):
-        return None
-    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-    weight = module._parameters.get(name)
-    return None if weight is None or why_no_number(weight) or weight.is_complex() or weight.ndim < 2 else weight

@@ -52,6 +52,15 @@ class Layout(NamedTuple):
 
         return distribute_tensor(whole, self.mesh, self.placements).to_local()
 
+    def own(self, whole: Tensor) -> Tensor:
+        """This process's part of a whole that all processes have; nothing is sent."""
+        if self.mesh is None:
+            return whole
+        from torch.distributed.tensor import DTensor, Replicate
+
+        everywhere = DTensor.from_local(whole, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        return everywhere.redistribute(placements=self.placements).to_local()
+
 
 def wide(tensor: Tensor) -> torch.dtype:
     """What is remembered beside a parameter is kept in its precision, and at least in ``float32``."""
