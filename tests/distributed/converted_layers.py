@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_collapse import MaxNorm, SigmaReparamUpdate
+from lightning_collapse import MaxNorm, ParsevalStep, SigmaReparamUpdate
+from lightning_collapse.functional.regularization import parseval_step
 from lightning_collapse.layers import ConversionError, EMAVectorQuantizer, SigmaReparam
 from lightning_collapse.utilities.registry import LAYERS
 from lightning_collapse.utilities.weight_matrices import whole
@@ -115,6 +116,16 @@ def check_constrained_fit():
         constraint.apply("head", part)
         assert part.placements == (Shard(dim),)
         torch.testing.assert_close(part.full_tensor(), 0.2 * nn.functional.normalize(weight))
+        for rows in (1.0, 0.5):
+            part, same = distribute_tensor(weight.clone(), mesh, [Shard(dim)]), weight.clone()
+            for each in (part, same):
+                step = ParsevalStep(0.1, rows=rows)
+                step._turned["head"] = False
+                step.apply("head", each)
+            assert part.placements == (Shard(dim),)
+            torch.testing.assert_close(part.full_tensor(), same)
+            assert not torch.equal(same, weight)
+            assert rows < 1 or torch.equal(same, parseval_step(weight, 0.1))
 
 
 def row_lengths(model):

@@ -166,13 +166,8 @@ def _check_sharded(rank, folder):
         lambda name: (NoMomentum(), [WeightPenalty(MAKE[name](), name="it")]),
         lambda name: (Mixed(name), []),
     ]
-    for name, door in [
-        ("SynapticIntelligence", 0),
-        ("SynapticIntelligence", 1),
-        ("EWC", 1),
-        ("RankOneEWC", 0),
-        ("SoftOrthogonality", 0),
-    ]:
+    kinds = [("SynapticIntelligence", 0), ("SynapticIntelligence", 1), ("EWC", 1), ("RankOneEWC", 0)]
+    for name, door in [*kinds, ("SoftOrthogonality", 0)]:
         torch.manual_seed(0)
         model, callbacks = doors[door](name)
         trainer = fit_two(model, callbacks, shards, 2, 4)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_collapse.callbacks import MaxNorm
+from lightning_collapse.callbacks import MaxNorm, ParsevalStep
 from lightning_collapse.functional import align_gradients
 from lightning_collapse.layers import (
     CosineClassifier,
@@ -25,10 +25,12 @@ from lightning_collapse.losses import (
     ConR,
     DotRegression,
     HAFrameLoss,
+    JacobianHomeostasis,
     LongTailCollapse,
     SpreadLoss,
     SupCon,
 )
+from lightning_collapse.penalties import SoftOrthogonality
 from lightning_collapse.spectral import neighbors
 from lightning_collapse.utilities.registry import LOSSES
 from tests.losses.cases import CASES
@@ -116,3 +118,24 @@ def test_projections() -> None:
     with NoWait(), torch.no_grad():
         constraint.apply("0", weights["0"])
         align_gradients([weights["0"]], [-weights["0"]])
+    constraint = ParsevalStep(0.1, rows=0.5)
+    weights = dict(constraint.choose(model))
+    with NoWait(), torch.no_grad():
+        constraint.apply("0", weights["0"])
+
+
+@pytest.mark.parametrize(("kind", "released"), [("SO", False), ("MC", False), ("SRIP", False), ("SRIP", True)])
+def test_orthogonality(kind: Any, released: bool) -> None:
+    parameters = dict(nn.Linear(4, 3).named_parameters())
+    penalty = SoftOrthogonality(1.0, kind, released)
+    penalty.start(parameters)
+    with NoWait():
+        penalty.value(parameters)
+        penalty.add_gradients(parameters)
+        penalty.after_step(parameters)
+
+
+def test_homeostasis() -> None:
+    block, loss, state = nn.Linear(4, 4), JacobianHomeostasis(), torch.randn(2, 4)
+    with NoWait():
+        loss(block, state).backward()

@@ -51,6 +51,6 @@ CASES = {
     ),
     "RankOneEWC": Case(RankOneEWCReference, 0.5, separable=False),
     "RWalk": Case(RWalkReference, 0.1, {"every_n_steps": 3}, toy={"every_n_steps": 4}),
-    "SoftOrthogonality": Case(SoftOrthogonalityReference, 0.1, consolidates=False, remembers=False),
+    "SoftOrthogonality": Case(SoftOrthogonalityReference, 0.02, consolidates=False, remembers=False),
     "SynapticIntelligence": Case(SynapticIntelligenceReference, 1.0),
 }

@@ -63,7 +63,8 @@ def decorrelating_weights(
         features: Shape ``(N, D)``, of this process; no gradient flows to them. One that is constant has no part.
         penalty: λ; 10 leaves about half of 64 samples, 1000 almost all.
         saliency: Weights ``S`` of pairs of features, shape ``(D, D)``, or of features, ``(D,)``, whose products are
-            taken; all 1 by default. In [1] seven times the softmax of how much the task's gradient sees a feature.
+            taken; all 1 by default. In [1] the softmax of how much the task's gradient sees a feature. A factor of all
+            of them changes nothing.
         n_fourier: Random Fourier features of each feature; 5 in [1].
         steps: Of the descent.
         lr: Of its first half, times :math:`N / (1 + 2 \lambda / N)`, so that it means the same for any batch and λ.
