@@ -2,11 +2,8 @@
 
 from lightning_collapse.functional import drift, factors, manifolds, states, tail_learning
 from lightning_collapse.functional import feature_learning as feature_learning
-from lightning_collapse.functional import weights as weights
-from lightning_collapse.functional import factors as factors
-from lightning_collapse.functional import manifolds as manifolds
 from lightning_collapse.functional import regularization as regularization
-from lightning_collapse.functional import tail_learning as tail_learning
+from lightning_collapse.functional import weights as weights
 from lightning_collapse.functional.activation_outliers import (
     ActivationOutliers,
     activation_outliers,
