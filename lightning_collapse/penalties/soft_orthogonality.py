@@ -52,7 +52,7 @@ class SoftOrthogonality(Penalty):
     the batch, it takes the time of two thirds as many more samples as the smaller side of a matrix is long.
 
     Args:
-        weight: ``w``. The authors begin with 1e-2 for the released form and end with 0, see :func:`published_decay`.
+        weight: ``w``. The authors begin with 1e-2 for the released form and end with 0: ``published_decay``.
         kind: Which one. DSO is twice SO and a constant: the wider side cannot be orthonormal.
         released: Of SRIP, what the authors' code does.
 
