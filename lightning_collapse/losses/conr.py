@@ -42,7 +42,8 @@ def conr_loss(
     Args:
         first: Representations of one view, shape ``(N, D)``, with at least one row over all processes.
         second: Representations of the other view of the same samples in the same order, shape ``(N, D)``.
-        targets: Of each sample, shape ``(N,)``; samples whose target is not finite are left out.
+        targets: Of each sample, shape ``(N,)``; samples whose target is not finite are left out, and so are those
+            whose weight is not finite or not positive.
         predictions: Of each row, ``(2, N)``; they get no gradient.
         weights: :math:`\eta` of each sample, ``(N,)``, larger for rare targets; 1 by default.
         window: :math:`\omega`, in units of the targets; the authors' values for AgeDB (years) by default.
@@ -72,8 +73,15 @@ def conr_loss(
         )
     require_labels("conr_loss", targets, views.shape[1], "targets")
     targets = targets.to(views.dtype)
-    counted = targets.isfinite()
     weights = torch.ones_like(targets) if weights is None else weights
+    if weights.shape != targets.shape:
+        raise ValueError(
+            f"`weights` of `conr_loss` must have shape {tuple(targets.shape)}, one per row, got {tuple(weights.shape)}."
+            " Let `density_weight` return one for each target."
+        )
+    weights = weights.detach().to(views.dtype)
+    counted = targets.isfinite() & weights.isfinite() & (weights > 0)
+    weights = torch.where(counted, weights, 1.0)
     views = torch.where(counted.unsqueeze(1), views, 0.0)
     along = torch.stack([targets.expand(2, -1), predictions.detach().to(views.dtype)], dim=2)
     along = torch.cat([torch.where(counted.unsqueeze(1), along, 0.0), counted.expand(2, -1).unsqueeze(2)], dim=2)
@@ -83,7 +91,7 @@ def conr_loss(
     apart = (own_target.unsqueeze(1) - target).abs()
     positives = others & (apart <= window)
     negatives = others & (apart > window) & ((own_guess.unsqueeze(1) - guess).abs() <= window)
-    push = slope * apart + weights.to(views.dtype).log().repeat(2).unsqueeze(1)
+    push = slope * apart + weights.log().repeat(2).unsqueeze(1)
     total = masked_logsumexp(torch.where(negatives, pairs.logits + push, pairs.logits), positives | negatives)
     count = positives.sum(dim=1)
     complete = (count > 0) & negatives.any(dim=1)
@@ -134,6 +142,8 @@ class ConR(AntiCollapseLoss):
         super().__init__()
         if not callable(predict):
             raise ValueError(f"`predict` must be a function or the head of the model, got {predict!r}.")
+        if not (density_weight is None or callable(density_weight)):
+            raise ValueError(f"`density_weight` must be a function of the targets, or None, got {density_weight!r}.")
         require_positive(window=window, temperature=temperature)
         require_not_negative(slope=slope)
         self._predict: tuple[Any, ...] = (predict,)  # in a tuple: a module would become a part of this one
@@ -147,10 +157,12 @@ class ConR(AntiCollapseLoss):
         require_matrices("ConR", first=first, second=second)  # before the head sees them
         with torch.no_grad():
             (predict,) = self._predict
-            guesses = [getattr(predict, "forward", predict)(view).flatten() for view in (first, second)]
+            guesses = [_numbers("predict", getattr(predict, "forward", predict)(view)) for view in (first, second)]
             # not in half precision: autocast refuses to stack some
             both = torch.stack([guess.to(torch.promote_types(guess.dtype, torch.float32)) for guess in guesses])
-            weights = None if self.density_weight is None else self.density_weight(targets)
+            weights = None
+            if self.density_weight is not None:
+                weights = _numbers("density_weight", self.density_weight(targets))
         options = weights, self.window, self.temperature, self.slope
         return {"contrast": conr_loss(first, second, targets, both, *options)}
 
@@ -163,3 +175,10 @@ class ConR(AntiCollapseLoss):
         """Show the hyperparameters in ``print(model)``."""
         factor = self.coefficients["contrast"]
         return f"weight={factor}, window={self.window}, temperature={self.temperature}, slope={self.slope}"
+
+
+def _numbers(name: str, found: Any) -> Tensor:
+    """What a function of the user's returned, flat."""
+    if not isinstance(found, Tensor):
+        raise ValueError(f"`{name}` of `ConR` must return a tensor, one number for each row, got {found!r:.50}.")
+    return found.flatten()

@@ -111,6 +111,21 @@ def test_conr_calls_a_head_without_gradient_hooks_or_ownership() -> None:
         ConR(nn.Linear(3, 2))(*torch.randn(2, 4, 3), torch.arange(4.0))
 
 
+def test_conr_leaves_rows_of_impossible_weights_out_and_says_what_its_functions_must_return() -> None:
+    views, targets = torch.randn(2, 5, 3, dtype=torch.float64), torch.tensor([0.0, 1.0, 9.0, 0.0, 9.0])
+    for bad in (-1.0, 0.0, math.nan, math.inf):
+        loss = ConR(lambda z: z[:, 0], density_weight=lambda y, bad=bad: torch.where(torch.arange(5) < 3, 2.0, bad))
+        kept = ConR(lambda z: z[:, 0], density_weight=lambda y: torch.full((3,), 2.0))(*views[:, :3], targets[:3])
+        assert loss(*views, targets).item() == pytest.approx(kept.item(), rel=1e-12)
+        assert gradient(loss, *views, labels=targets).isfinite().all()
+    with pytest.raises(ValueError, match=r"`weights` of `conr_loss` must have shape \(5,\), one per row, got \(2,\)"):
+        ConR(lambda z: z[:, 0], density_weight=lambda y: y[:2])(*views, targets)
+    with pytest.raises(ValueError, match=r"`predict` of `ConR` must return a tensor.*, got array"):
+        ConR(lambda z: z[:, 0].numpy())(*views, targets)
+    with pytest.raises(ValueError, match="`density_weight` must be a function of the targets, or None, got 3"):
+        ConR(torch.sum, density_weight=3)
+
+
 def test_a_row_without_a_label_may_hold_anything() -> None:
     labels = torch.tensor([0, 0, 1, 1, -1])
     rows = torch.randn(5, 3, dtype=torch.float64)
