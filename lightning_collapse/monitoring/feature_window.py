@@ -130,6 +130,8 @@ class FeatureWindow:
         self._negotiated = False
         self._beside: Tensor | None = None
         self._paired, self._take = paired, take
+        # every second batch may have nothing beside its rows: then the one before a point's last is asked
+        self._patience = 2 if paired else 1
         self.unpaired: tuple[int, int] | None = None
         self.beside_width = 0
 
@@ -166,7 +168,7 @@ class FeatureWindow:
     def after_batch(self, batches_left: int, between: int) -> None:
         """Take in what was captured.
 
-        Collective after the first batch, and at points while a layer has not run yet.
+        Collective after the first batch, and while a layer has not run yet at points, and before them if it is paired.
 
         Args:
             batches_left: As in :meth:`before_batch`.
@@ -181,7 +183,7 @@ class FeatureWindow:
             self.codebooks.collect(self._time)
         beside = self._pair(captured)
         first = not self._negotiated
-        if first or (batches_left == 0 and len(self.plans) < len(self.taps)):
+        if first or (batches_left < self._patience and len(self.plans) < len(self.taps)):
             self._negotiate(captured, beside, between)
         for name, of_layer in captured.items():
             plan = self.plans.get(name)
@@ -358,7 +360,7 @@ class FeatureWindow:
 
     def _measure_window(self) -> None:
         # not asked of the plans at every step, which would take as long as all else that a step brings
-        self.window = max((plan.window for plan in self.plans.values()), default=1)
+        self.window = max((plan.window for plan in self.plans.values()), default=self._patience)
 
     def _settle(self) -> None:
         if self._flops is not None:

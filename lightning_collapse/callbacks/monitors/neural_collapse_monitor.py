@@ -331,7 +331,9 @@ class NeuralCollapseMonitor(Monitor):
     def _follow(self, pl_module: LightningModule, tap: Tap, order: Execution) -> list[Tap]:
         """The last Linear that the first batch has run, if it can be read."""
         head = classification_head(pl_module, order)
-        if head is None or head == tap or self.window is None:
+        if head is not None and head == self._tap:  # also where a checkpoint has told: the rows since then stay
+            return [head]
+        if head is None or self.window is None:
             return [tap]
         try:
             self._measure_at(self._checked(head), pl_module)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lightning_collapse import NeuralCollapseMonitor
 from lightning_collapse.functional import minority_cosine, minority_norm
 from lightning_collapse.metrics import NeuralCollapse
 from lightning_collapse.utilities.points import Flag
-from tests.toys import PointKeeper, fit, weights
+from tests.toys import QUIET, PointKeeper, fit, weights
 
 NAMES = [
     "nc1",
@@ -158,6 +158,36 @@ def test_rare_classes_are_those_of_all_points_so_far_also_when_resumed(tmp_path)
         assert [last(keeper)[name] for name in RARE] == pytest.approx([cosine, norm], rel=1e-5)
     alone = run(model, batches[4:], NeuralCollapseMonitor(every_n_steps=4))
     assert all(last(alone)[name] != last(alone)[name] for name in RARE)
+
+
+@pytest.mark.filterwarnings("ignore:.*the fit ended before the first point", "ignore:Checkpoint directory")
+def test_the_first_point_after_a_resume_has_its_rows_where_the_classifier_is_not_registered_last(tmp_path) -> None:
+    class Unused(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(3, 3)
+
+    def start(epochs: int) -> tuple[Trainer, PointKeeper]:
+        save, keeper = ModelCheckpoint(tmp_path, filename="mid", every_n_train_steps=3), PointKeeper()
+        options = {**QUIET, "logger": False, "enable_checkpointing": True, "max_epochs": epochs}
+        return Trainer(callbacks=[NeuralCollapseMonitor(every_n_steps=4), keeper, save], **options), keeper
+
+    loader = DataLoader(data(3), batch_size=None)
+    start(epochs=1)[0].fit(Unused(), loader)
+    trainer, keeper = start(epochs=2)
+    trainer.fit(Unused(), loader, ckpt_path=tmp_path / "mid.ckpt")
+    assert last(keeper)["n"] == 48
+
+
+@pytest.mark.filterwarnings("ignore:.*the batch has no integer labels", "ignore:.*received no labelled rows")
+def test_labels_in_every_second_batch_are_read_though_the_batches_of_points_have_none() -> None:
+    batches = [(x, y if i % 2 == 0 else y.float()) for i, (x, y) in enumerate(data(12))]
+    batches[0] = (batches[0][0], batches[0][1].float())  # nor has the first, which asks how many rows there are
+    keeper = run(Classifier(), batches, NeuralCollapseMonitor(every_n_steps=4))
+    rows = [point.value for point in keeper.points if point.measure == "n"]
+    assert rows[:2] == [0, 24]
+    assert all(n >= 48 for n in rows[2:])
+    assert last(keeper)["nc1"] > 0
 
 
 def test_bad_rows_and_labels_are_counted_and_left_out() -> None:
