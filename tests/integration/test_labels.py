@@ -234,7 +234,8 @@ def fails(batch: Tensor) -> Tensor:
     [
         (None, r"needs labels: the batch has none where they are looked for. Pass `labels=lambda batch"),
         (lambda batch: batch[:3, 0].long(), r"needs labels: `labels` of `Regularizer` must have shape \(16,\).*\(3,\)"),
-        (targets, r"needs labels: .* must be integers, got torch.float32"),
+        (lambda batch: torch.eye(16), r"got \(16, 16\). Pass `labels=`, .*argmax\(dim=1\)`\.$"),
+        (targets, r"needs labels: .* must be integers, got torch.float32. Mixed or soft targets name no class\.$"),
         (fails, r"needs labels: `labels` raised KeyError\('y'\)"),
     ],
 )

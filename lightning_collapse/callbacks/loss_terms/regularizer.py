@@ -219,7 +219,8 @@ class Regularizer(AuxiliaryLoss):
             return None, (row_labels(self.labels, batch, view, self._labels, self.chunk, module),)
         except Exception as error:  # of a function that is the user's
             why = str(error) if isinstance(error, ValueError) else f"`labels` raised {error!r:.200}"
-            return f"`Regularizer({type(self.loss).__name__}(), layer={self.layer!r})` needs labels: {why}.", ()
+            needs = f"`Regularizer({type(self.loss).__name__}(), layer={self.layer!r})` needs labels"
+            return f"{needs}: {why.rstrip('.')}.", ()
 
     def _remember(self, view: Tensor) -> None:
         """Keep an empty matrix like this one, for steps in which this process has no rows."""

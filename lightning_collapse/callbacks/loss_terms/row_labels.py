@@ -39,5 +39,12 @@ def row_labels(
     flat = labels.detach().to(view.device).flatten()
     if chunk > 1 and len(flat) == chunk * len(view):
         flat = flat[: len(view)]
+    if len(flat) != len(view):
+        one_hot = kind == "classes" and labels.ndim == 2 and len(labels) == len(view)
+        remedy = "a function such as `lambda batch: batch[1].argmax(dim=1)`" if one_hot else "a function of the batch"
+        raise ValueError(
+            f"`labels` of `Regularizer` must have shape ({len(view)},), one per row, got {tuple(labels.shape)}. Pass"
+            f" `labels=`, {remedy}"
+        )
     require_labels("Regularizer", flat, len(view), kind)
     return flat
