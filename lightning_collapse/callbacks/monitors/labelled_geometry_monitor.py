@@ -162,7 +162,11 @@ class LabelledGeometryMonitor(Monitor):
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:
         readings: dict[Name, Tensor] = {}
-        for name, plan in {} if self.window is None else self.window.plans.items():
+        taps, plans = ((), {}) if self.window is None else (self.window.taps, self.window.plans)
+        for tap in taps:
+            if tap.name not in plans:
+                self.warn_of_layer(tap.name, f"layer `{tap.name}` did not run before a point. Choose other `layers`.")
+        for name, plan in plans.items():
             for labels, rows in self._windows(name).items():
                 found = label_readings(rows.pop(plan.rows))
                 readings |= {(_curve(name, labels), measure): value for measure, value in found.items()}
@@ -190,7 +194,8 @@ class LabelledGeometryMonitor(Monitor):
         flag = Flag.NONFINITE if found["nonfinite"] else Flag.LEFT_OUT if found["crowded"] else Flag.OK
         if not n:
             flag = Flag.FEW_ROWS if found["labelled"] else Flag.NOT_CALLED
-            self.warn_of_layer(layer, f"`{layer}` had no labelled rows before a point; its curves read NaN there.")
+            missing = "no two rows of one label" if found["labelled"] else "no labelled rows"
+            self.warn_of_layer(layer, f"`{layer}` had {missing} before a point; its curves read NaN there.")
         if n <= width + 1:
             found["vci"] = nan  # 0 of any rows, as if they had collapsed
         if n <= width + classes + 1:
@@ -228,7 +233,7 @@ class LabelledGeometryMonitor(Monitor):
 
     def _matching(self, name: str, captured: Captured, labels: Tensor | None) -> Tensor | None:
         """The label of every row that was captured; tokens have that of their sample, and every call has all."""
-        if labels is None:
+        if labels is None or not (captured.returned or labels.numel()):  # an empty batch, on which nothing is to say
             return None
         returned, rest = divmod(captured.returned, len(captured.calls))
         if rest or not labels.numel() or returned % labels.numel():

@@ -151,8 +151,8 @@ class NeuralCollapseMonitor(Monitor):
             raise ValueError(f"`layer` takes one name, or None for the last Linear, got {layer!r}.")
         if labels is not None and not callable(labels):
             raise ValueError(f"`labels` takes a function from a batch to its labels, got {labels!r}.")
-        if rows is not None and rows < 2:
-            raise ValueError(f"`rows` must be at least 2, or None for the automatic number, got {rows}.")
+        if rows is not None and (not isinstance(rows, int) or rows < 2):
+            raise ValueError(f"`rows` must be at least 2, or None for the automatic number, got {rows!r}.")
         check_pass(loader, epochs, inputs)
         self.layer = layer
         self.labels = labels
@@ -264,9 +264,10 @@ class NeuralCollapseMonitor(Monitor):
         if not n:
             flag = Flag.FEW_ROWS if lost or labelled else flag or Flag.NOT_CALLED
             if not mixed:
-                self.warn_of_layer(
-                    layer, f"`{layer}` received no labelled rows before a point; its curves read NaN there."
+                missing = (
+                    "no two rows of one label" if labelled else f"no labelled rows of classes 0 to {self._shape[0] - 1}"
                 )
+                self.warn_of_layer(layer, f"`{layer}` received {missing} before a point; its curves read NaN there.")
             found = {name: value if name in ("n", "classes") else nan for name, value in found.items()}
         found["flag"] = float(flag)
         nulls = collapse_nulls(n, int(found["classes"]), self._shape[1])

@@ -96,6 +96,25 @@ def test_labels_that_do_not_fit_are_left_out_with_a_warning():
     assert math.isnan(found["body.none", "nc1"].value)
 
 
+def test_a_layer_that_never_runs_is_named_and_an_empty_batch_is_not():
+    model, batches = Tokens(), data(3)
+    model.unused = nn.Linear(2, 2)
+    batches.insert(1, {name: tensor[:0] for name, tensor in batches[0].items()})
+    model.training_step = lambda batch, batch_idx: model.head(model.body(batch["x"])).square().sum()
+    with pytest.warns(UserWarning, match="layer `unused` did not run before a point. Choose other `layers`") as caught:
+        found = watch(model, batches, ["body", "unused"], SETS["site"], every_n_steps=4, rows=480)
+    assert found["body", "n"].value == 360
+    assert not [str(w.message) for w in caught if "0 labels" in str(w.message)]
+
+
+def test_labels_of_which_no_two_rows_share_one_are_told_from_none():
+    labels = {"each": lambda batch: torch.arange(batch["token"].numel())}
+    batches = data(1, size=4)
+    with pytest.warns(UserWarning, match=r"`body\.each` had no two rows of one label before a point"):
+        found = watch(Tokens(), batches, ["body"], labels, every_n_steps=1)
+    assert found["body.each", "flag"].value == Flag.FEW_ROWS
+
+
 @pytest.mark.parametrize("labels", ["site", {}, {"": len}, {"site": "x"}, {1: len}])
 def test_bad_labels_are_refused(labels):
     with pytest.raises(ValueError, match="`labels` takes a function from a batch to integers, or a mapping"):

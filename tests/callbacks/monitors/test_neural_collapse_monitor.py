@@ -255,6 +255,8 @@ def test_compiled_model_reads_the_same() -> None:
         ({"layer": 3}, "`layer` takes one name, .* got 3"),
         ({"labels": "y"}, "`labels` takes a function from a batch to its labels, got 'y'"),
         ({"rows": 1}, "`rows` must be at least 2, .* got 1"),
+        ({"rows": 64.0}, r"`rows` must be at least 2, .* got 64\.0"),
+        ({"rows": "all"}, "`rows` must be at least 2, .* got 'all'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], match: str) -> None:
