@@ -170,6 +170,33 @@ def classification_head(root: nn.Module, order: Execution | Sequence[str] | None
     return _unique([Tap(clean_name(last[0]) + INPUT_SUFFIX, last[1], "input")])[0] if last else None
 
 
+def classifier_head(root: nn.Module, order: Execution | Sequence[str] | None = None) -> Tap | None:
+    """The input of the fixed prototypes that run after the last Linear; without any :func:`classification_head`.
+
+    Fixed prototypes are a layer without parameters whose ``weight`` of two or more rows is a buffer, such as
+    :class:`~lightning_collapse.layers.ETFClassifier`.
+
+    Args:
+        root: The model.
+        order: As in :func:`default_taps`.
+
+    Example:
+        >>> fixed = nn.Module()
+        >>> fixed.register_buffer("weight", torch.eye(2))
+        >>> net = nn.ModuleDict({"encoder": nn.Linear(8, 2), "head": fixed})
+        >>> classifier_head(net).name, classification_head(net).name
+        ('head.input', 'encoder.input')
+    """
+    last, run = classification_head(root, order), Run(root, order)
+    named = [(name, module) for name, module in root.named_modules() if name and run.called(name, module)]
+    begins = max((run.start(name) for name, module in named if last and module is last.module), default=-1)
+    fixed = [pair for pair in named if _is_fixed(pair[1]) and run.is_trained(pair[0]) and run.start(pair[0]) > begins]
+    if not fixed:
+        return last
+    name, module = max(fixed, key=lambda pair: run.start(pair[0]))
+    return _unique([Tap(clean_name(name) + INPUT_SUFFIX, module, "input")])[0]
+
+
 def activation_taps(root: nn.Module, order: Execution | Sequence[str] | None = None) -> list[Tap]:
     """At most a dozen activation functions that span the depth, what they return; in training, by the given order.
 
@@ -249,6 +276,13 @@ def hooks_ignored(applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
 
 def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatchcase(name, pattern)
+
+
+def _is_fixed(module: nn.Module) -> bool:
+    """Whether it is a layer of prototypes that are no parameters."""
+    weight = dict(module.named_buffers(recurse=False)).get("weight")
+    alone = next(module.parameters(), None) is None and next(module.children(), None) is None
+    return alone and weight is not None and weight.ndim == 2 and len(weight) > 1
 
 
 def _unique(taps: list[Tap]) -> list[Tap]:

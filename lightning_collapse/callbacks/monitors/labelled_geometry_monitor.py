@@ -24,7 +24,7 @@ from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.execution import Execution
 from lightning_collapse.utilities.features import evenly
-from lightning_collapse.utilities.modules import Tap, classification_head
+from lightning_collapse.utilities.modules import Tap, classifier_head
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 
@@ -53,8 +53,8 @@ class LabelledGeometryMonitor(Monitor):
 
     Args:
         layers: Names of submodules, or glob patterns of them, whose output is read; ``name:input`` for what a layer
-            receives. ``None`` for what the last Linear that the first batch runs receives. Each costs a Cholesky factor
-            of its width a point, and more where features are not of full rank.
+            receives. ``None`` for what the last Linear that the first batch runs receives, or fixed prototypes behind
+            it. Each costs a Cholesky factor of its width a point, and more where features are not of full rank.
         labels: A function from the batch to integers, or several by the name of their set: one for every row that a
             layer returns, or for every sample, whose tokens share it. Negative numbers are skipped. ``None`` takes the
             batch's own labels, where they usually are.
@@ -86,6 +86,7 @@ class LabelledGeometryMonitor(Monitor):
         Curve("flag", "features and labels", "0 to 8", "above 0: why to doubt the point"),
     )
     identity = ("layers", "sets", "every_n_steps")
+    find_head = staticmethod(classifier_head)
 
     def __init__(
         self,
@@ -186,7 +187,7 @@ class LabelledGeometryMonitor(Monitor):
 
     def _follow(self, pl_module: LightningModule, taps: list[Tap], order: Execution) -> list[Tap]:
         """The last Linear that the first batch has run."""
-        head = classification_head(pl_module, order)
+        head = self.find_head(pl_module, order)
         return taps if head is None else [head]
 
     def _points_of(self, step: int, layer: str, width: int, found: dict[str, Any]) -> list[Point]:

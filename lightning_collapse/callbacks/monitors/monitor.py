@@ -294,15 +294,17 @@ class Monitor(Callback, ABC):
             call = f"`{type(self).__name__}(layers={list(layers)!r})`"
             raise MisconfigurationException(f"{call}: {error}") from error
 
+    find_head = staticmethod(classification_head)
+
     def choose_tap(self, argument: str, name: str | None, root: nn.Module, suffix: str = "") -> Tap:
-        """The one tap that the argument names, or without a name the input of the last Linear of the model.
+        """The one tap that the argument names, or without a name what the head of the model receives.
 
         Raises:
             MisconfigurationException: If there is none, or if there are several.
         """
         call = f"`{type(self).__name__}({argument}={name!r})`"
         if name is None:
-            head = classification_head(root)
+            head = self.find_head(root)
             if head is None:
                 raise MisconfigurationException(f"{call}: the model has no Linear layer to end with. Name one.")
             return head

@@ -35,7 +35,7 @@ from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.spectral.seen_classes import SeenClasses, SeenClassMoments
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.execution import Execution
-from lightning_collapse.utilities.modules import Tap, classification_head
+from lightning_collapse.utilities.modules import Tap, classifier_head
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.trainer import logging_step
@@ -80,8 +80,8 @@ class NeuralCollapseMonitor(Monitor):
     every process counts all rows. The loader should not share workers or a sampler with state with the training loader.
 
     Args:
-        layer: Name of the classifier; ``None`` is the last Linear layer that the first batch runs. What it receives is
-            what is measured.
+        layer: Name of the classifier; ``None`` is the last Linear layer that the first batch runs, or the fixed
+            prototypes behind it (``ETFClassifier``). What it receives is what is measured.
         labels: A function from the batch to integer labels, as many as the classifier receives rows. ``None`` takes
             the second of a pair, or what a mapping holds under ``label``, ``labels``, ``target``, ``targets`` or ``y``;
             those of causal language models that are their inputs move to the outputs that predict them. The label -100
@@ -134,6 +134,7 @@ class NeuralCollapseMonitor(Monitor):
         Curve("flag", "features and labels", "0 to 8", "above 0: why to doubt the point"),
     )
     identity = ("layer", "every_n_steps")
+    find_head = staticmethod(classifier_head)
 
     def __init__(
         self,
@@ -331,7 +332,7 @@ class NeuralCollapseMonitor(Monitor):
 
     def _follow(self, pl_module: LightningModule, tap: Tap, order: Execution) -> list[Tap]:
         """The last Linear that the first batch has run, if it can be read."""
-        head = classification_head(pl_module, order)
+        head = self.find_head(pl_module, order)
         if head is not None and head == self._tap:  # also where a checkpoint has told: the rows since then stay
             return [head]
         if head is None or self.window is None:

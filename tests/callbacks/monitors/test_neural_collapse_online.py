@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
 
-from lightning_collapse import NeuralCollapseMonitor
+from lightning_collapse import LabelledGeometryMonitor, NeuralCollapseMonitor
 from lightning_collapse.functional import collapse_nulls
+from lightning_collapse.layers import ETFClassifier
 from lightning_collapse.metrics.neural_collapse import measures
 from lightning_collapse.spectral.class_moments import ClassMoments
 from lightning_collapse.utilities.points import Flag
@@ -52,6 +53,21 @@ def watch(model, batches, *args, **kwargs):
 def noise(count=4, size=60, dim=6, classes=5):
     torch.manual_seed(1)
     return [(torch.randn(size, dim), torch.arange(size) % classes) for _ in range(count)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fixed_prototypes_are_the_classifier_and_not_the_linear_before_them(compiled):
+    class Fixed(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = ETFClassifier(dim=6, num_classes=5)
+
+    model = torch.compile(Fixed(), backend="eager") if compiled else Fixed()
+    keeper = PointKeeper()
+    monitors = [NeuralCollapseMonitor(every_n_steps=2), LabelledGeometryMonitor(every_n_steps=2)]
+    fit(model, [*monitors, keeper], DataLoader(noise(), batch_size=None))
+    assert {point.layer for point in keeper.points} == {"head.input"}
+    assert all(p.n > 0 and 0 < p.value < 4 for p in keeper.points if p.measure == "nc3")
 
 
 def test_points_know_their_nulls():
