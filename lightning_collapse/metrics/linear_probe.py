@@ -108,7 +108,13 @@ class LinearProbe(StatisticsMetric[SplitMoments]):
         columns = [one_hot(safe[:, i], size) for i, size in enumerate(self.factors.values())]
         moments = self.moments()
         rows = torch.cat([features.detach().to(moments.train.shift.dtype), *columns], dim=1)
-        held = torch.as_tensor(held_out, device=known.device).expand(len(known))
+        held = torch.as_tensor(held_out, device=known.device)
+        if held.dtype != torch.bool or held.shape not in ((), known.shape):
+            raise ValueError(
+                f"`held_out` must be boolean of shape ({len(known)},), or one boolean, got {held.dtype} of"
+                f" {tuple(held.shape)}."
+            )
+        held = held.expand(len(known))
         moments.train.update(rows, known & ~held)
         moments.held_out.update(rows, known & held)
         self._set(moments)

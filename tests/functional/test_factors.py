@@ -194,3 +194,9 @@ def test_bad_arguments() -> None:
             LinearProbe(2, factors)
     with pytest.raises(ValueError, match="`features` and integer `factors` must have shapes"):
         LinearProbe(2, {"color": 2}).update(torch.ones(3, 2), torch.ones(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("held_out", [torch.ones(4), torch.tensor([True, False]), 1])
+def test_which_rows_are_held_out_is_boolean(held_out):
+    with pytest.raises(ValueError, match=r"`held_out` must be boolean of shape \(4,\), or one boolean, got torch"):
+        LinearProbe(3, {"a": 2}).update(torch.randn(4, 3), torch.zeros(4, 1, dtype=torch.long), held_out)
