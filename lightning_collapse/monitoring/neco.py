@@ -130,8 +130,10 @@ def neco(
                     raise ValueError(f"`layer` {layer!r} returned no features on a batch. Choose one that runs.")
                 yield captured.rows[captured.mask]
 
-    def scores(loader: Loader) -> Tensor:
+    def scores(name: str, loader: Loader) -> Tensor:
         found = [neco_score((x - space.mean) * space.scale, space.components) for x in rows(loader)]
+        if not found:
+            raise ValueError(f"`{name}` must hold a batch.")
         return torch.cat(found)
 
     try:
@@ -143,7 +145,7 @@ def neco(
             if moments is None:
                 raise ValueError("`train_loader`, or `id_loader` without it, must hold a batch.")
             space = principal_subspace(moments, dims)
-            inside, outside = scores(id_loader), scores(ood_loader)
+            inside, outside = scores("id_loader", id_loader), scores("ood_loader", ood_loader)
     finally:
         hooks.remove()
     both, labels = torch.cat([inside, outside]), torch.cat([torch.ones_like(inside), torch.zeros_like(outside)])

@@ -63,6 +63,8 @@ def test_bad_arguments_leave_no_hook() -> None:
         neco(net, "1", [rows], [rows], dims=0)
     with pytest.raises(ValueError, match="must hold a batch"):
         neco(net, "1", [], [rows])
+    with pytest.raises(ValueError, match="`ood_loader` must hold a batch"):
+        neco(net, "1", [rows], [])
     with pytest.raises(ValueError, match="`layer` '1' returned no features"):
         neco(net, "1", [rows], [rows], inputs=lambda module, batch: module[0](batch))
     assert not any(module._forward_hooks for module in net.modules())
