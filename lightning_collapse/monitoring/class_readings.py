@@ -64,4 +64,10 @@ def _between_share(moments: ClassMoments, within: Tensor, counts: Tensor) -> Ten
 
 def _beside(found: SeenClasses) -> dict[str, Tensor]:
     moments = found.moments
-    return {"nonfinite": moments.nonfinite, "crowded": found.crowded, "labelled": moments.count.sum()}
+    strays = (moments.invalid - found.crowded).clamp_min(0)
+    return {
+        "nonfinite": moments.nonfinite,
+        "crowded": found.crowded,
+        "labelled": moments.count.sum(),
+        "strays": strays,
+    }

@@ -255,6 +255,11 @@ class NeuralCollapseMonitor(Monitor):
         [layer] = {layer for layer, _ in numbers}
         n, lost, labelled = int(found["n"]), found.pop("nonfinite"), found.pop("labelled")
         mixed, crowded = found.pop("mixed", 0), found.pop("crowded")
+        if found.pop("strays", 0):
+            self.warn_once(
+                f"labels other than 0 to {self._shape[0] - 1}, the classes of `{layer}`, and -100 are left out. Count"
+                " classes from 0."
+            )
         flag = Flag.NONFINITE if lost else Flag.LEFT_OUT if mixed or crowded else Flag.OK
         if mixed:
             self.warn_once(
