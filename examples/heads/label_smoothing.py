@@ -1,6 +1,6 @@
 """Does label smoothing fold classes into points, and does MaxSup not? Six digits are learned, four are new.
 
-Run: ``python examples/heads/label_smoothing.py`` (two minutes on one core; with ``--quick`` one short run each).
+Run: ``python examples/heads/label_smoothing.py`` (a minute on one core; with ``--quick`` one short run each).
 """
 
 from collections.abc import Callable
@@ -66,4 +66,4 @@ def main(steps: int = 3000, seeds: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    main(*((30, 1) if is_quick(__doc__) else ()))
+    main(*((5, 1) if is_quick(__doc__) else ()))

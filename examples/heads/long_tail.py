@@ -132,7 +132,8 @@ def read(model: Classifier, rows: Rows, held: Rows) -> dict[str, float]:
         "NC1": found["nc1"],
     }
     accuracy = {"minority accuracy": right[rare].mean(), "majority accuracy": right[~rare].mean()}
-    return {name: value.item() for name, value in (accuracy | geometry).items()}
+    # rows of one length have a slope of rounding
+    return {name: round(value.item(), 6) for name, value in (accuracy | geometry).items()}
 
 
 def classify(ratio: int, seed: int, steps: int) -> dict[str, dict[str, float]]:
@@ -171,4 +172,4 @@ def main(steps: int = 3000, seeds: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    main(*((20, 1) if is_quick(__doc__) else ()))
+    main(*((5, 1) if is_quick(__doc__) else ()))

@@ -1,6 +1,6 @@
 """Does a network sort images by the scanner they came from? Digits from four scanners, which tell of the digit or not.
 
-Run: ``python examples/heads/scanners.py`` (a minute on one core; with ``--quick`` one short run each).
+Run: ``python examples/heads/scanners.py`` (half a minute on one core; with ``--quick`` one short run each).
 """
 
 import torch
@@ -81,4 +81,4 @@ def main(steps: int = 2000, seeds: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    main(*((20, 1) if is_quick(__doc__) else ()))
+    main(*((5, 1) if is_quick(__doc__) else ()))

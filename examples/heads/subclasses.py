@@ -1,6 +1,6 @@
 """Do supervised losses fold what is finer than their labels? Odd and even digits are told, and the digit is asked.
 
-Run: ``python examples/heads/subclasses.py`` (three minutes on one core; with ``--quick`` one short run each).
+Run: ``python examples/heads/subclasses.py`` (four minutes on one core; with ``--quick`` one short run each).
 """
 
 from collections.abc import Callable
@@ -82,4 +82,4 @@ def main(steps: int = 1000, seeds: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    main(*((3, 1) if is_quick(__doc__) else ()))
+    main(*((2, 1) if is_quick(__doc__) else ()))
