@@ -27,6 +27,7 @@ from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_sum, world_size
 from lightning_collapse.utilities.features import find_features
+from lightning_collapse.utilities.gradients import follow_gradient
 from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.module_tree import own_weight
 from lightning_collapse.utilities.modules import Tap, is_to_be_ignored
@@ -201,7 +202,7 @@ class TokenHooks(HookOwner):
             self._add(hook.name, self._moments(features, tokens), self._before.get(block), tokens)
             known = self._inputs.pop(hook.name, None)
             if known is not None and features.requires_grad and writer is not None and writer.weight is not None:
-                features.register_hook(partial(self._receive, hook, known))  # type: ignore[no-untyped-call]
+                follow_gradient(features, partial(self._receive, hook, known))
 
     def _as_tokens(self, block: str, hook: TapHook, features: Tensor) -> Tensor | None:
         """Tokens ``(N, L, D)``, of maps with their channels last too; ``None`` of all else."""

@@ -14,6 +14,7 @@ from lightning_collapse.monitoring.tap_hook import TapHook
 from lightning_collapse.spectral.feature_moments import FeatureMoments, reduce_features
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.features import find_features
+from lightning_collapse.utilities.gradients import follow_gradient
 from lightning_collapse.utilities.modules import Tap, in_backward
 
 GRADIENT = "gradient of "
@@ -87,8 +88,7 @@ class VarianceHooks(MomentHooks[FeatureMoments]):
 
     def _follow(self, hook: TapHook, features: Tensor) -> None:
         if features.requires_grad:
-            add: Any = features.register_hook
-            add(partial(self._take, hook, self._step))
+            follow_gradient(features, partial(self._take, hook, self._step))
 
     @torch.no_grad()
     def _take(self, hook: TapHook, step: int, gradient: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Norms of gradients where they lie: on shards, in any precision, without asking the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -45,6 +45,50 @@ def places_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[int]:
     """Which of the parameters an optimizer updates."""
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [i for i, parameter in enumerate(parameters) if id(parameter) in own]
+
+
+def follow_gradient(tensor: Tensor, take: Callable[[Tensor], None]) -> None:
+    """Hand over the gradient that comes back to what a layer has returned, also if it is then overwritten in place.
+
+    A linear layer returns three-dimensional features as a view. An operation in place gives a view another place in the
+    graph, and a hook on it is never called; the gradient is then that of the tensor under the view.
+
+    Args:
+        tensor: It requires a gradient.
+        take: Called with the gradient, once in every backward pass that comes by.
+
+    Example:
+        >>> layer, found = torch.nn.Linear(2, 2), []
+        >>> features = layer(torch.ones(1, 3, 2))
+        >>> follow_gradient(features, found.append)
+        >>> features.mul_(2).sum().backward()
+        >>> found[0].unique()
+        tensor([2.])
+    """
+    taken = False
+
+    def of_view(gradient: Tensor) -> None:
+        nonlocal taken
+        taken = True
+        take(gradient)
+
+    def of_base(gradient: Tensor) -> None:
+        nonlocal taken
+        known, taken = taken, False
+        if not known:
+            whole = torch.empty_strided(extent, steps, dtype=gradient.dtype, device=gradient.device)
+            take(whole.copy_(gradient).as_strided(shape, strides, offset))
+
+    plain = type(tensor) is Tensor and not tensor.is_nested
+    base: Any = tensor._base if plain and tensor._is_view() else None
+    if base is None or base.grad_fn is None or base.numel() != tensor.numel() or base.storage_offset():
+        add: Any = tensor.register_hook
+        add(take)
+        return
+    shape, strides, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+    extent, steps = base.shape, base.stride()
+    for one, hook in ((tensor, of_view), (base, of_base)):
+        one.register_hook(hook)
 
 
 @torch.no_grad()

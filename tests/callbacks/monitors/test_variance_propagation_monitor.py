@@ -71,6 +71,22 @@ def run(model, loader=None, layers=("layers.*",), **kwargs):
     return keeper
 
 
+@pytest.mark.filterwarnings("error:.*no gradient")
+def test_a_rectifier_in_place_hides_no_gradient_of_sequences():
+    class Sequences(Deep):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch.view(8, -1, WIDTH), batch_idx)
+
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = Sequences(scale=2.0, rectified=True)
+        model.act = nn.ReLU(inplace=inplace)
+        found.append(ratios(run(model), "backward_ratio"))
+    assert len(found[0]) == DEPTH - 1
+    assert found[0] == pytest.approx(found[1])
+
+
 def reference(model, rows):
     """Variances of values and of gradients, from retained tensors, in double precision."""
     kept = []
