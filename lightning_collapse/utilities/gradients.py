@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_collapse.utilities.distributed import world_size
 from lightning_collapse.utilities.parameters import as_real
-from lightning_collapse.utilities.private_torch import foreach
+from lightning_collapse.utilities.private_torch import base_of, foreach
 from lightning_collapse.utilities.sharding import local
 
 
@@ -79,16 +79,18 @@ def follow_gradient(tensor: Tensor, take: Callable[[Tensor], None]) -> None:
             whole = torch.empty_strided(extent, steps, dtype=gradient.dtype, device=gradient.device)
             take(whole.copy_(gradient).as_strided(shape, strides, offset))
 
-    plain = type(tensor) is Tensor and not tensor.is_nested
-    base: Any = tensor._base if plain and tensor._is_view() else None
+    base = base_of(tensor)
     if base is None or base.grad_fn is None or base.numel() != tensor.numel() or base.storage_offset():
-        add: Any = tensor.register_hook
-        add(take)
+        _hook(tensor, take)
         return
     shape, strides, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
     extent, steps = base.shape, base.stride()
-    for one, hook in ((tensor, of_view), (base, of_base)):
-        one.register_hook(hook)
+    _hook(tensor, of_view)
+    _hook(base, of_base)
+
+
+def _hook(tensor: Any, take: Callable[[Tensor], None]) -> None:
+    tensor.register_hook(take)
 
 
 @torch.no_grad()

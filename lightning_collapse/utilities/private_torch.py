@@ -61,6 +61,11 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor that a plain tensor is a view of in the graph, if it is one."""
+    return tensor._base if type(tensor) is Tensor and not tensor.is_nested and tensor._is_view() else None
+
+
 def is_hook_table(name: str) -> bool:
     """Whether a module keeps hooks under this attribute."""
     return name in _HOOKS or name.removesuffix("_with_kwargs") in _HOOKS
