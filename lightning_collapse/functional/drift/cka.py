@@ -40,9 +40,9 @@ def cka_null(n: int, d: int) -> float:
 
     Example:
         >>> round(cka_null(256, 512), 3)
-        0.666
+        0.667
     """
-    return d / (n + d + 1)
+    return d / (n + d)
 
 
 @full_precision
