@@ -61,6 +61,11 @@ def test_a_gaussian_matrix_stretches_more_than_its_radius_says():
     assert 2 < growth[:, 2].median() < 7  # published: 3.8
 
 
+@pytest.mark.parametrize("size", [0.05, 20.0])
+def test_squares_of_large_and_small_powers_do_not_leave_the_range_of_floats(size):
+    assert transient_growth(size * torch.eye(3), (16,)).item() == pytest.approx(size**16, rel=1e-5)
+
+
 def test_matrices_that_hold_no_numbers_have_no_modes():
     bad = torch.eye(3).repeat(2, 1, 1)
     bad[0, 1, 1] = math.nan

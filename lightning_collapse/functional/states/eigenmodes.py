@@ -88,11 +88,13 @@ def transient_growth(matrix: Tensor, powers: Sequence[int] = (1, 4, 16), steps: 
     start = torch.arange(matrix.shape[-1], device=products.device, dtype=products.dtype)
     vector = (start.square() * 1.7 + 0.3).cos().unsqueeze(-1).expand(*products.shape[:-1], 1)
     tiny = torch.finfo(products.dtype).tiny
+    scale = products.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
+    products = products / scale  # squares of large powers overflow
     for _ in range(steps):
         vector = products.mT @ (products @ vector)
         vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)
     grown: Tensor = torch.linalg.vector_norm(products @ vector, dim=(-2, -1))
-    return grown
+    return grown * scale[..., 0, 0]
 
 
 def _square(matrix: Tensor) -> Tensor:
