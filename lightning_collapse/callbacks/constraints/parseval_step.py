@@ -36,14 +36,14 @@ class ParsevalStep(Constraint):
     on every process, and the random state of the training is left alone.
 
     Args:
-        beta: β. Published are 1e-4 to 3e-4.
+        beta: β, below 1. Published are 1e-4 to 3e-4.
         layers: Names of modules, or glob patterns of them, each with all inside it; by default every linear and
             convolutional layer.
         rows: Share of the rows, drawn anew for each step, that are moved toward orthonormal among themselves; all by
             default. It saves products and brings the others nearer in other steps.
 
     Raises:
-        ValueError: If ``beta`` is not positive, ``rows`` not between 0 and 1, or ``layers`` is no list of names.
+        ValueError: If ``beta`` or ``rows`` is not between 0 and 1, or ``layers`` is no list of names.
         MisconfigurationException: When the fit starts, if a pattern matches nothing, there is no weight, or one is in
             half precision, which rounds a step as small as this one away; as :class:`~lightning_collapse.Constraint`
             besides.
@@ -60,6 +60,8 @@ class ParsevalStep(Constraint):
     def __init__(self, beta: float = 3e-4, layers: Sequence[str] | None = None, rows: float = 1.0) -> None:
         super().__init__()
         require_positive(beta=beta, rows=rows)
+        if beta >= 1:
+            raise ValueError(f"`beta` must be below 1, from where on steps overshoot and weights diverge, got {beta}.")
         if rows > 1:
             raise ValueError(f"`rows` must be a share between 0 and 1, got {rows}. The default, 1, takes all rows.")
         check_layers(layers, "all linear and convolutional layers")

@@ -90,6 +90,7 @@ def test_resumed_fits_draw_the_rows_they_would_have_drawn(tmp_path):
 def test_what_is_refused():
     for arguments, message in (
         ({"beta": 0.0}, "`beta` must be positive, got 0.0"),
+        ({"beta": 1.0}, "`beta` must be below 1, .* diverge, got 1.0"),
         ({"rows": 2}, "`rows` must be a share between 0 and 1, got 2"),
         ({"layers": "head"}, r"`layers` takes a list of names.*`layers=\['head'\]`"),
     ):
