@@ -40,6 +40,7 @@ class DriftReference:
 
     Attributes:
         constant: Whether the rows are all equal, so that there is nothing to compare with.
+        overlaps: Whether they are of a width whose leading directions are compared.
 
     Example:
         >>> import torch
@@ -53,6 +54,7 @@ class DriftReference:
     def __init__(self, rows: Tensor, paired: bool = False) -> None:
         self.rows, self.paired = rows, paired
         width = rows.shape[1]
+        self.overlaps = TOP < width <= MOST_FOR_OVERLAP
         self._mean = rows.mean(dim=0)
         self._scale = (rows - self._mean).square().mean().sqrt()
         self.constant = not bool(self._scale > 1e-6 * self._mean.abs().amax())  # at a point, where one may wait
@@ -67,7 +69,7 @@ class DriftReference:
         features = drift.fourier_features(x, self._frequencies)
         self._sums = drift.fourier_sums(features)
         self._deviation = drift.mmd2_null_deviation(features, 1, 1) / 2
-        self._top = drift.top_directions(x, TOP) if TOP < width <= MOST_FOR_OVERLAP else None
+        self._top = drift.top_directions(x, TOP) if self.overlaps else None
 
     @full_precision
     def compare(self, rows: Tensor, previous: Tensor | None = None) -> Comparison:

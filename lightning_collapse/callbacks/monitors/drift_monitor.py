@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from typing_extensions import override
 
 from lightning_collapse.callbacks.evaluation.evaluation_pass import has_forward
@@ -42,6 +43,8 @@ from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.trainer import planned_steps
 
 LEAST_ROWS, PROBE_BATCHES, SELDOM = 16, 8, 10
+_NEVER = {"start": {"cka"}, "batches": {"changed"}, "module": {"changed", "rate", "jump"}}
+"""What no reference of a kind can have."""
 _OPEN = "0 to infinity"
 
 
@@ -78,7 +81,8 @@ class DriftMonitor(Monitor):
 
     Raises:
         ValueError: On an argument out of range; when the fit starts, as ``MisconfigurationException``, if there is no
-            such layer, the module has no ``forward``, the loader is empty, or the reference has other layers.
+            such layer, the module has no ``forward``, the loader is empty or shuffles, or the reference has other
+            layers.
 
     Example::
 
@@ -252,6 +256,12 @@ class DriftMonitor(Monitor):
     def _probe(self, trainer: Trainer, pl_module: LightningModule, own: FeaturePass) -> None:
         """Take the reference from the first pass over the batches, and refuse those that none can be taken from."""
         call, device, seen = "`DriftMonitor(reference=...)`", pl_module.device, list[Tensor]()
+        sampler = getattr(self.reference, "sampler", None)
+        if isinstance(sampler, RandomSampler) and sampler.generator is None:
+            raise MisconfigurationException(
+                f"{call}: its loader shuffles, so that inputs would be others at every point. Pass one with"
+                " `shuffle=False`."
+            )
         dtype = accumulation_dtype(device)
 
         def watched() -> Iterable[tuple[Any, bool]]:
@@ -323,9 +333,11 @@ class DriftMonitor(Monitor):
         if flag == Flag.NOT_CALLED:
             self.warn_of_layer(name, f"layer `{name}` did not run before a point. Choose other `layers`.")
         values |= {"n": float(n), "flag": float(flag)}
+        never = _NEVER[self.compared_with] | (set() if reference and reference.overlaps else {"overlap"})
         return [
             Point(self.family, name, key, step, value, n, nulls.get(key, nan), flag, error.get(key, nan))
             for key, value in values.items()
+            if key not in never
         ]
 
     def _decide(self, name: str, step: int, own: Mapping[str, float], n: int) -> dict[str, float]:
