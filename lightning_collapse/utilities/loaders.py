@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from lightning_collapse.utilities.private_torch import forget_workers
 
@@ -30,6 +30,17 @@ def batches_of(loader: Loader) -> Iterable[Any]:
     """
     batches: Iterable[Any] = _apart(loader if isinstance(loader, Iterable) else loader())
     return batches
+
+
+def shuffles(loader: Any) -> bool:
+    """Whether every pass over a ``DataLoader`` has another order, for want of a generator of its own.
+
+    Example:
+        >>> shuffles(DataLoader([1, 2], shuffle=True)), shuffles(DataLoader([1, 2])), shuffles([1, 2])
+        (True, False, False)
+    """
+    sampler = getattr(loader, "sampler", None)
+    return isinstance(sampler, RandomSampler) and sampler.generator is None
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
 from typing_extensions import override
 
 from lightning_collapse.callbacks.evaluation.evaluation_pass import has_forward
@@ -35,7 +34,7 @@ from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.arguments import check_layers, require_positive
 from lightning_collapse.utilities.distributed import all_gather_rows, all_reduce_sum, max_over_processes
 from lightning_collapse.utilities.hooks import HookOwner
-from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.loaders import Loader, shuffles
 from lightning_collapse.utilities.modules import Tap, default_taps, let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.private_torch import tree_leaves
@@ -43,8 +42,7 @@ from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.trainer import planned_steps
 
 LEAST_ROWS, PROBE_BATCHES, SELDOM = 16, 8, 10
-_NEVER = {"start": {"cka"}, "batches": {"changed"}, "module": {"changed", "rate", "jump"}}
-"""What no reference of a kind can have."""
+_NEVER = {"start": {"cka"}, "batches": {"changed"}, "module": {"changed", "rate", "jump"}}  # of a kind of reference
 _OPEN = "0 to infinity"
 
 
@@ -256,12 +254,8 @@ class DriftMonitor(Monitor):
     def _probe(self, trainer: Trainer, pl_module: LightningModule, own: FeaturePass) -> None:
         """Take the reference from the first pass over the batches, and refuse those that none can be taken from."""
         call, device, seen = "`DriftMonitor(reference=...)`", pl_module.device, list[Tensor]()
-        sampler = getattr(self.reference, "sampler", None)
-        if isinstance(sampler, RandomSampler) and sampler.generator is None:
-            raise MisconfigurationException(
-                f"{call}: its loader shuffles, so that inputs would be others at every point. Pass one with"
-                " `shuffle=False`."
-            )
+        if shuffles(self.reference):
+            raise MisconfigurationException(f"{call}: its loader shuffles, and points need the same. `shuffle=False`.")
         dtype = accumulation_dtype(device)
 
         def watched() -> Iterable[tuple[Any, bool]]:
