@@ -271,7 +271,7 @@ def worker(rank: int, folder: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result["sometimes"] = door(SometimesThree, Regularizer(VICReg(), layer="projector"))
-        result["unlabelled"] = door(Flipped, Regularizer(SupCon(), layer="projector", labels=Labels()))
+        result["no labels here"] = door(Flipped, Regularizer(SupCon(), layer="projector", labels=Labels()))
     result["warned"] = [str(w.message) for w in caught if "go without" in str(w.message)]
     with pytest.raises(TooFewRowsError):
         VarianceLoss()(torch.zeros(0, 3))
@@ -436,9 +436,9 @@ def test_doors(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_a_process_without_labels_does_not_stop_the_others(ranks: list[dict[str, Any]]) -> None:
-    assert torch.equal(ranks[0]["unlabelled"][0], ranks[1]["unlabelled"][0])
-    assert ranks[0]["unlabelled"][1] == ranks[1]["unlabelled"][1]
-    shown = [(step, row["regularizer/supcon/supervised"]) for step, row in ranks[0]["unlabelled"][1]]
+    assert torch.equal(ranks[0]["no labels here"][0], ranks[1]["no labels here"][0])
+    assert ranks[0]["no labels here"][1] == ranks[1]["no labels here"][1]
+    shown = [(step, row["regularizer/supcon/supervised"]) for step, row in ranks[0]["no labels here"][1]]
     assert [step for step, _ in shown] == [0, 1]  # the third goes without the term
     assert all(torch.tensor(value).isfinite() for _, value in shown)
     for result in ranks:

@@ -6,7 +6,7 @@ from lightning_collapse.utilities.points import Flag, Point, curve_part
 
 
 def test_flags_are_numbers_that_keep_their_order() -> None:
-    order = ["OK", "SKETCHED", "NONFINITE", "CONSTANT", "FEW_ROWS", "SOLVER", "NOT_CALLED", "UNCONVERGED"]
+    order = ["OK", "SKETCHED", "NONFINITE", "CONSTANT", "FEW_ROWS", "SOLVER", "NOT_CALLED", "UNCONVERGED", "LEFT_OUT"]
     assert [flag.name for flag in sorted(Flag)] == order
     assert float(Flag.OK) == 0.0
     assert not Flag.OK

@@ -45,8 +45,8 @@ class LabelledGeometryMonitor(Monitor):
 
     {curves}
 
-    How many classes there are is found as they come, up to 1024 in the batches of a point; rows of more are left out
-    and flagged, and classes of a single row are. Points know what features without class structure would read, the
+    How many classes there are is found as they come, up to half the rows of a point and 1024; rows of more are left
+    out and flagged, and classes of a single row are. Points know what features without class structure would read, the
     same for any labels: compare with that, and sets of labels with each other at one number of rows. They rest on the
     training batches right before them, with the features of the training forward; sums over processes are exact.
     Layers of more than 2048 features are left out with a warning.
@@ -216,7 +216,8 @@ class LabelledGeometryMonitor(Monitor):
             self.warn_once(f"`{name}` has {width} features, of more than {MAX_DIM}; it is left out.")
             return {}
         if name not in self._rows:
-            make = partial(SeenClassMoments, ROOM, width, device=self._device)
+            room = min(ROOM, max((self.rows or max(4 * width, LEAST)) // 2, 2))  # of two rows each at least
+            make = partial(SeenClassMoments, room, width, device=self._device)
             self._rows[name] = {labels: ClassWindow(make) for labels in self.sets}
         return self._rows[name]
 
