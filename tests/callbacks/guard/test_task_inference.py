@@ -170,7 +170,12 @@ RANKS = ("effective_rank", "eigenvalue_effective_rank")
 SPREADS = ("relative_spread", "direction_spread")
 
 
+PLATEAU = 45
+"""Points of the last layers of a classifier, or a language model, that does not learn, before anything is said."""
+
+
 def judged(values, outputs, layer="head.input", batch="labels", task=None, measures=RANKS):
+    values = values + values[-1:] * PLATEAU
     guard = CollapseGuard(action="log", task=task)
     monitor = Claims()
     loader = DataLoader([BATCHES[batch]] * len(values), batch_size=None)
@@ -182,15 +187,15 @@ def test_a_binary_classifier_that_ends_on_a_line_is_news():
     guard, trainer = judged([30.0] * 4 + [1.0] * 4, outputs=2)
     assert guard.verdicts == []
     [notice] = guard.notices
-    assert (notice.kind, notice.layer, notice.since, notice.step) == ("dimensional_collapse", "head.input", 4, 5)
+    assert (notice.kind, notice.layer, notice.since, notice.step) == ("dimensional_collapse", "head.input", PLATEAU - 1, PLATEAU)
     assert notice.evidence.endswith("; classification ends in 1 direction(s) there, and this is no failure")
     assert trainer.callback_metrics["guard/dimensional_collapse"] == 0
 
 
 def test_what_goes_on_falling_is_a_failure_after_all():
-    guard, _ = judged([60.0] * 4 + [5.5] * 4 + [1.0] * 4, outputs=10)
-    assert [notice.since for notice in guard.notices] == [4]
-    assert [verdict.since for verdict in guard.verdicts] == [8]
+    guard, _ = judged([60.0] * 4 + [5.5] * PLATEAU + [1.0] * 4, outputs=10)
+    assert [notice.since for notice in guard.notices] == [PLATEAU - 1]
+    assert [verdict.since for verdict in guard.verdicts] == [PLATEAU + 4]
 
 
 @pytest.mark.parametrize(
