@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 
 from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.history import Evidence
+from lightning_collapse.rules.progress import LOSS, UNHARMED, is_harmed
 from lightning_collapse.utilities.points import Point
 
 
@@ -13,6 +15,7 @@ class LayerCollapse(Rule):
     That pruning by one threshold for all layers empties some of them long before the network is empty is the finding of
     Tanaka et al. (2020, arXiv 2006.05467); the line of one weight per unit is ours: it is the least that leaves every
     unit an input. A layer that began with less, as one that is made of zeros, is not judged, and is sparse by choice.
+    Units may be pruned whole, and healthily: while the loss comes to no harm it is a notice, unless no weight is left.
 
     Example:
         >>> points = {"weights_per_unit": Point("weights", "encoder", "weights_per_unit", 9, 0.5)}
@@ -27,6 +30,7 @@ class LayerCollapse(Rule):
     says = "Pruning has left `{layer}` less than one weight per unit."
     family = "weights"
     measures = ("weights_per_unit",)
+    follows = (LOSS,)
     lower_is_worse = ("weights_per_unit",)
     advice = (
         "Return with `Rollback()`, then leave every layer at least a weight per unit, or prune by the PQ index of what"
@@ -37,6 +41,11 @@ class LayerCollapse(Rule):
     def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """One weight over what a unit has."""
         return 1 / max(points["weights_per_unit"].value, 1e-9) if baseline["weights_per_unit"] >= 1 else 0.0
+
+    def excuse(self, evidence: Evidence) -> str:
+        """That the loss has come to no harm, if any weight is left."""
+        cut = evidence.points["weights_per_unit"].value <= 0
+        return "" if cut or is_harmed(evidence) else UNHARMED
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Weights per unit, and their baseline."""
