@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 
 from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.history import Evidence
+from lightning_collapse.rules.progress import LOSS, UNHARMED, falls, is_harmed
 from lightning_collapse.utilities.points import Point
 
 
@@ -12,7 +14,8 @@ class PlasticityLoss(Rule):
 
     That networks which keep learning new targets collect dormant units, and learn the less for it, is the finding of
     Sokar et al. (2023, arXiv 2302.12902); they state no share at which a layer has failed, the half is ours. A layer
-    with dormant units from the start has the fewer to lose.
+    with dormant units from the start has the fewer to lose. While the loss falls and has come to no harm it is a
+    notice: rectifiers become selective in networks that learn.
 
     Example:
         >>> values = {"dormant_fraction": 0.6}
@@ -26,6 +29,7 @@ class PlasticityLoss(Rule):
     says = "Half of the units that were active have fallen silent in `{layer}`."
     family = "plasticity"
     measures = ("dormant_fraction",)
+    follows = (LOSS,)
     higher_is_worse = ("dormant_fraction",)
     share = 0.5
     advice = "Bring units back with `ShrinkAndPerturb()`, or add `Regularizer(VCReg(), layer=...)` to the layer."
@@ -35,6 +39,10 @@ class PlasticityLoss(Rule):
         """The share of active units that were lost, over a half."""
         active = max(1 - baseline["dormant_fraction"], 1e-300)
         return max(points["dormant_fraction"].value - baseline["dormant_fraction"], 0.0) / active / self.share
+
+    def excuse(self, evidence: Evidence) -> str:
+        """That the loss has come to no harm, as where rectifiers become selective while a network learns."""
+        return UNHARMED if not is_harmed(evidence) and falls(evidence) else ""
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Dormant units, and their baseline."""

@@ -25,10 +25,20 @@ class Planted(Callback):
         publish(trainer, pl_module, [Point(*self.key, batch_idx, value, self.n, self.null)])
 
 
-def judged(values, key, n=500, null=nan):
+class Harmed(Toy):
+    """Whose loss rises from the fourth step on."""
+
+    def training_step(self, batch, batch_idx):
+        return (1.0 + 10.0 * (batch_idx >= 3)) * super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def judged(values, key, n=500, null=nan, model=Harmed):
     guard, keeper = CollapseGuard(action="log"), PointKeeper()
     monitor = Claims(key[0])
-    fit(Toy(), [monitor, guard, Planted(key, values, n, null), keeper], batches(len(values)), log_every_n_steps=1)
+    fit(model(), [monitor, guard, Planted(key, values, n, null), keeper], batches(len(values)), log_every_n_steps=1)
     return guard, keeper
 
 
@@ -42,6 +52,15 @@ def test_half_of_the_active_units_gone():
     assert verdict.evidence == "over 500 rows 70 % of the units are dormant, where the run began with 20 %"
     assert verdict.advice.startswith("Bring units back with `ShrinkAndPerturb()`")
     assert [point.value for point in keeper.curve("guard/plasticity_loss")] == [0] * 5 + [1] * 6 + [0]
+
+
+def test_units_fall_silent_in_networks_that_learn():
+    class Learns(Toy):
+        def training_step(self, batch, batch_idx):
+            return 0.8**batch_idx + 0 * super().training_step(batch, batch_idx)
+
+    guard, _ = judged([0.2] * 4 + [0.7] * 8, UNITS, model=Learns)
+    assert (guard.verdicts, [notice.since for notice in guard.notices]) == ([], [4])
 
 
 @pytest.mark.parametrize("values", [[0.8] * 8, [0.8] * 4 + [0.85] * 4, [0.2] * 4 + [0.55] * 4, [0.0, 0.9] * 4])
@@ -113,13 +132,10 @@ def test_one_guard_goes_through_all_tasks(second, forgets):
 
 
 def test_units_that_die_in_training():
-    class Dying(Toy):
+    class Dying(Harmed):
         def on_train_batch_start(self, batch, batch_idx):
             if batch_idx >= 6:
                 self.encoder[0].bias.data[:24] = -100.0
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.0)
 
     guard = CollapseGuard(action="log")
     fit(Dying(), [PlasticityMonitor(every_n_steps=1, batches=1), guard], batches(10))
