@@ -45,8 +45,8 @@ class ParsevalStep(Constraint):
     Raises:
         ValueError: If ``beta`` or ``rows`` is not between 0 and 1, or ``layers`` is no list of names.
         MisconfigurationException: When the fit starts, if a pattern matches nothing, there is no weight, or one is in
-            half precision, which rounds a step as small as this one away; as :class:`~lightning_collapse.Constraint`
-            besides.
+            half precision, which rounds a step as small as this one away, or has a singular value above
+            ``(1 + 2 / beta) ** 0.5``; as :class:`~lightning_collapse.Constraint` besides.
 
     References:
         [1] Cissé, Bojanowski, Grave, Dauphin & Usunier, *Parseval networks: improving robustness to adversarial
@@ -79,12 +79,13 @@ class ParsevalStep(Constraint):
     @override
     def choose(self, pl_module: LightningModule) -> Mapping[str, Tensor]:
         found = layer_weights(pl_module, self.layers, "ParsevalStep")
-        for name, (weight, _) in found.items():
+        for name, (weight, turned) in found.items():
             if weight.dtype.itemsize < 4:
                 raise MisconfigurationException(
                     f"`ParsevalStep`: `{name}` is kept in {weight.dtype}, in which a step of {self.beta} is lost to"
                     " rounding. Train with `precision='bf16-mixed'`, which keeps weights in float32."
                 )
+            self._check_length(name, whole(weight).float().transpose(0, 1) if turned else whole(weight).float())
         self._turned = {name: turned for name, (_, turned) in found.items()}
         return {name: weight for name, (weight, _) in found.items()}
 
@@ -110,6 +111,17 @@ class ParsevalStep(Constraint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._draws = state_dict["draws"]
+
+    @torch.no_grad()
+    def _check_length(self, name: str, outputs_first: Tensor) -> None:
+        """Refuse singular values that a step makes larger, and larger with each."""
+        largest = torch.linalg.matrix_norm(outputs_first.flatten(1), 2).item()
+        most = (1 + 2 / self.beta) ** 0.5
+        if largest > most:
+            raise MisconfigurationException(
+                f"`ParsevalStep`: `{name}` has a singular value of {largest:.3g}, and steps of beta={self.beta} lead"
+                f" away from 1 above {most:.3g}. Take a smaller `beta`, or scale the weight down."
+            )
 
     def _drawn(self, count: int, device: torch.device) -> Tensor:
         """All rows in an order that a counter draws."""

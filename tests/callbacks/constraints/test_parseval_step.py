@@ -100,3 +100,16 @@ def test_what_is_refused():
         fit(toy(), [ParsevalStep(layers=["tail"])])
     with pytest.raises(MisconfigurationException, match=r"`encoder\.0` is kept in torch\.bfloat16.*bf16-mixed"):
         fit(toy(), [ParsevalStep()], precision="bf16-true")
+
+
+def test_weights_that_a_step_would_lead_away_are_refused():
+    model = toy(Still)
+    weight = model.encoder[2].weight
+    with torch.no_grad():
+        weight.mul_(2.2 / torch.linalg.matrix_norm(weight, 2))  # steps of 0.5 lead away above the root of 5
+    fit(model, [ParsevalStep(0.5, layers=["encoder.2"])], max_epochs=1)
+    assert torch.linalg.matrix_norm(weight, 2) < 2.2
+    with torch.no_grad():
+        weight.mul_(2.3 / torch.linalg.matrix_norm(weight, 2))
+    with pytest.raises(MisconfigurationException, match="`encoder.2` has a singular value of 2.3, and .* above 2.24"):
+        fit(model, [ParsevalStep(0.5, layers=["encoder.2"])])
