@@ -111,5 +111,6 @@ def test_weights_that_a_step_would_lead_away_are_refused():
     assert torch.linalg.matrix_norm(weight, 2) < 2.2
     with torch.no_grad():
         weight.mul_(2.3 / torch.linalg.matrix_norm(weight, 2))
-    with pytest.raises(MisconfigurationException, match=r"`encoder\.2` has a singular value of 2\.3, and .* above 2\.24"):
+    message = r"`encoder\.2` has a singular value of 2\.3, and .* above 2\.24"
+    with pytest.raises(MisconfigurationException, match=message):
         fit(model, [ParsevalStep(0.5, layers=["encoder.2"])])
