@@ -44,6 +44,13 @@ class Lit(LightningModule):
         return [optimizer], [{"scheduler": SCHEDULERS[self.schedule](optimizer), "interval": "step"}]
 
 
+class Worse(Lit):
+    """Whose loss rises."""
+
+    def training_step(self, batch, batch_idx):
+        return 1.5**batch_idx + 0 * super().training_step(batch, batch_idx)
+
+
 def state(trainer):
     return copy.deepcopy(
         {
@@ -210,7 +217,7 @@ def test_a_state_that_already_looks_ill_to_another_rule_is_not_healthy(tmp_path)
 
     guard = CollapseGuard(action=Rollback(every_n_steps=1), dirpath=str(tmp_path), patience=10)
     monitor = Claims()
-    fit(Lit("step"), [monitor, guard, Other(), Script([HEALTHY] * 6)], batches(6))
+    fit(Worse("step"), [monitor, guard, Other(), Script([HEALTHY] * 6)], batches(6))
     assert kept_step(tmp_path) == 2
 
 

@@ -38,11 +38,12 @@ def test_processes_agree_at_the_first_batch_and_at_points_only(name, monkeypatch
 
     monkeypatch.setattr(feature_window, "max_over_processes", counted)
     run(MONITORS[name]())
-    assert 1 < len(asked) <= 4  # of twelve steps three end in a point
+    # of twelve steps three end in a point; labels or targets, which some batches lack, are looked for in the one before
+    assert 1 < len(asked) <= (7 if name == "regression" else 4)
 
 
 @pytest.mark.filterwarnings("ignore:`.*Monitor`")
 def test_labels_are_looked_for_at_the_first_batch_and_at_points_only():
     asked = []
     run(NeuralCollapseMonitor("unused", labels=asked.append, every_n_steps=4))
-    assert len(asked) == 4
+    assert len(asked) == 7  # in the batches before points too, as long as none was found
