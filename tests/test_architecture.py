@@ -57,8 +57,7 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_small(path):
-    most = 600 if path.name == "__init__.py" else 400  # which lists names and does nothing
-    assert len(path.read_text().splitlines()) <= most
+    assert len(path.read_text().splitlines()) <= 400
 
 
 PRIVATE = {"utilities/trainer.py", "utilities/private_torch.py"}

@@ -1,9 +1,6 @@
 """Functional measures: pure functions, tensors in, tensors out."""
 
-from lightning_collapse.functional import drift, factors, manifolds, states, tail_learning
-from lightning_collapse.functional import feature_learning as feature_learning
-from lightning_collapse.functional import regularization as regularization
-from lightning_collapse.functional import weights as weights
+from lightning_collapse.functional import manifolds as manifolds
 from lightning_collapse.functional.activation_outliers import (
     ActivationOutliers,
     activation_outliers,
@@ -262,7 +259,6 @@ __all__ = [
     "dead_fraction",
     "direction_spread",
     "dormant_fraction",
-    "drift",
     "effective_experts_null",
     "effective_keys",
     "effective_rank",
@@ -277,7 +273,6 @@ __all__ = [
     "expected_majority_fraction",
     "expected_under_isotropy",
     "extremes",
-    "factors",
     "feature_std",
     "feature_std_floor",
     "fisher_discriminant_null",
@@ -315,7 +310,6 @@ __all__ = [
     "low_pass_gain",
     "low_pass_gain_null",
     "majority_fraction",
-    "manifolds",
     "marchenko_pastur_fit",
     "max_load_null",
     "mean_cosine",
@@ -381,10 +375,8 @@ __all__ = [
     "stability_edge",
     "stable_rank",
     "state_distance",
-    "states",
     "svd_entropy",
     "swallowed_fraction",
-    "tail_learning",
     "token_cosine",
     "token_cosine_null_std",
     "token_moments",

@@ -58,6 +58,19 @@ def check_layers(layers: Any, everything: str, name: str = "layers") -> None:
         raise ValueError(f"`{name}` is empty. Leave it out to take {everything}.")
 
 
+def check_reader(read: Any, layers: Any) -> None:
+    """Refuse what cannot read calls of the modules that ``layers`` names.
+
+    Raises:
+        ValueError: If it is no function, or no layers are named.
+    """
+    if read is not None and (not callable(read) or layers is None):
+        raise ValueError(
+            f"`read` takes a function `read(module, args, output)` of the modules that `layers` names, got {read!r}"
+            f" and layers={layers!r}."
+        )
+
+
 def did_you_mean(wrong: str, names: Iterable[str]) -> str:
     """A question that names the three that come nearest to a name that does not exist; empty if nothing comes near.
 

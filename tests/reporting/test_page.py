@@ -173,7 +173,7 @@ def test_what_is_part_of_a_verdict_is_no_further_one(tmp_path):
 def test_numbers_of_the_page_are_those_of_the_events(tmp_path):
     curves = {"collapse/a/effective_rank": [8.0, 4.25, 2.5], "collapse/a/feature_std": [1.0, 0.5, 0.123]}
     page = Page(page_of(write(tmp_path / "run", curves), tmp_path))
-    assert "a 2.5 0.123" in page.text
+    assert "a 0.123 2.5" in page.text
     assert "0 8 1 4.25 2 2.5" in page.text
 
 

@@ -115,7 +115,7 @@ class ParsevalStep(Constraint):
     @torch.no_grad()
     def _check_length(self, name: str, outputs_first: Tensor) -> None:
         """Refuse singular values that a step makes larger, and larger with each."""
-        largest = torch.linalg.matrix_norm(outputs_first.flatten(1), 2).item()
+        largest = torch.linalg.matrix_norm(outputs_first.flatten(1), 2).item()  # once, when the fit starts
         most = (1 + 2 / self.beta) ** 0.5
         if largest > most:
             raise MisconfigurationException(

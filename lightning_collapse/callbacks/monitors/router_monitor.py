@@ -28,7 +28,7 @@ from lightning_collapse.monitoring.conditioning import ROUTER
 from lightning_collapse.monitoring.router_hooks import Reader, RouterHooks
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.spectral.precision import accumulation_dtype
-from lightning_collapse.utilities.arguments import check_layers
+from lightning_collapse.utilities.arguments import check_layers, check_reader
 from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes, world_size
 from lightning_collapse.utilities.features import padding_mask
 from lightning_collapse.utilities.module_tree import own_weight
@@ -155,11 +155,7 @@ class RouterMonitor(HookedMonitor[RouterHooks]):
     ) -> None:
         super().__init__(every_n_steps, detail)
         check_layers(layers, "all routers")
-        if read is not None and (not callable(read) or layers is None):
-            raise ValueError(
-                f"`read` takes a function `read(module, args, output)` of the modules that `layers` names, got {read!r}"
-                f" and layers={layers!r}."
-            )
+        check_reader(read, layers)
         if batches < 1:
             raise ValueError(f"`batches` must be at least 1, got {batches}.")
         self.layers, self.reader, self.batches = layers, read, batches

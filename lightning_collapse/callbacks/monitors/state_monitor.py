@@ -28,7 +28,7 @@ from lightning_collapse.monitoring.recurrent_states import Trajectory
 from lightning_collapse.monitoring.state_hooks import Reader, StateHooks, find_readers
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.monitoring.to_host import copies_on_host
-from lightning_collapse.utilities.arguments import check_layers, require_whole
+from lightning_collapse.utilities.arguments import check_layers, check_reader, require_whole
 from lightning_collapse.utilities.distributed import all_gather_rows, from_all_processes, world_size
 from lightning_collapse.utilities.modules import let_hooks_be_seen
 from lightning_collapse.utilities.points import Flag, Point
@@ -128,11 +128,7 @@ class StateMonitor(HookedMonitor[StateHooks]):
     ) -> None:
         super().__init__(every_n_steps, detail)
         check_layers(layers, "all recurrent layers")
-        if read is not None and (not callable(read) or layers is None):
-            raise ValueError(
-                f"`read` takes a function `read(module, args, output)` of the modules that `layers` names, got {read!r}"
-                f" and layers={layers!r}."
-            )
+        check_reader(read, layers)
         require_whole(1, modes_every=modes_every, max_dim=max_dim)
         self.layers, self.reader, self.modes_every, self.max_dim = layers, read, modes_every, max_dim
         self._turn = 0
