@@ -23,8 +23,8 @@ def balanced_cross_entropy(logits: Tensor, labels: Tensor, class_counts: Tensor)
 
     Args:
         logits: Shape ``(N, C)``, with at least one row over all processes.
-        labels: Class of each row, integers of shape ``(N,)``; rows whose label names no class, such as -100, or one of
-            size 0, are left out.
+        labels: Class of each row, integers of shape ``(N,)``; rows whose label is negative, such as -100, or of a class
+            of size 0, are left out.
         class_counts: Rows of each class in the training set, :math:`n_k`, or their share; shape ``(C,)``.
 
     Returns:
@@ -32,7 +32,7 @@ def balanced_cross_entropy(logits: Tensor, labels: Tensor, class_counts: Tensor)
 
     Raises:
         ValueError: If ``logits`` is not a matrix with a column per class, the labels are not integers, one per row, or
-            if there is no row over all processes.
+            if there is no row over all processes; in the memory of a single process, if a label is ``C`` or more.
 
     References:
         Ren et al., *Balanced Meta-Softmax*, NeurIPS 2020. https://arxiv.org/abs/2007.10740

@@ -1,6 +1,7 @@
 """Regularization of representations as a mixin: anti-collapse terms, written out in ``training_step``."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_collapse.losses.base import AntiCollapseLoss, TooFewRowsError, evaluate, nothing
 from lightning_collapse.losses.schedule import Weight, require_weight, weighted
+from lightning_collapse.losses.support.labels import UnknownClassError, all_labels_read
 from lightning_collapse.losses.support.state import OneStep, recall, remembered
 from lightning_collapse.mixins.bases import check_order
 from lightning_collapse.reporting.loss_term_curves import (
@@ -135,6 +137,8 @@ class AntiCollapseMixin:
         Raises:
             MisconfigurationException: If there are no regularizers, or if one takes another number of views, or labels
                 that are not there.
+            ValueError: The first time, if a label names a class that there is not; later the regularizer is left out,
+                with one warning.
         """
         views, given = _split_labels(views, labels, self._named(names))
         added: list[Tensor] = []
@@ -143,9 +147,14 @@ class AntiCollapseMixin:
             _follow(loss, views[0])
             awake = _awake(loss, self)
             _hold(self, name, loss)
+            starts = name not in self.__dict__.setdefault("_evaluated", set())
             try:
-                value, terms = evaluate(loss, (*views, *given) if _takes_labels(loss) else views)
-            except TooFewRowsError as error:
+                with all_labels_read() if starts else nullcontext():
+                    value, terms = evaluate(loss, (*views, *given) if _takes_labels(loss) else views)
+                self._evaluated.add(name)
+            except (TooFewRowsError, UnknownClassError) as error:
+                if starts and isinstance(error, UnknownClassError):
+                    raise
                 _warn_once(self, name, f"The regularizer {name!r} was left out of a step: {error}")
                 continue
             finally:

@@ -244,6 +244,33 @@ def test_labels_that_do_not_fit_the_first_step_are_refused(read: Any, match: str
         fit(PlainViews, Regularizer(SupCon(), layer="encoder", labels=read))
 
 
+def beyond(step: int, door: str) -> tuple[Any, Any]:
+    """A fit whose labels name a class that there is not in one step, through either door, and what was logged."""
+    calls = 0
+
+    def read(batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return classes(batch) + 8 * (calls == step)
+
+    def loss() -> BalancedSoftmax:
+        return BalancedSoftmax([1] * 8)
+
+    if door == "mixin":
+        return fit(lambda: Mixed(1, loss(), read), batches=6)[:2]
+    return fit(Plain, Regularizer(loss(), layer="encoder", labels=read, name="it"), batches=6)[:2]
+
+
+@pytest.mark.parametrize("door", ["callback", "mixin"])
+def test_a_class_that_there_is_not_is_refused_at_the_start_and_left_out_later(door: str) -> None:
+    with pytest.raises(ValueError, match=r"`labels` of `balanced_cross_entropy` must be below 8, .* got (8|9|1\d)"):
+        beyond(1, door)
+    with pytest.warns(UserWarning, match="must be below 8, the number of classes") as caught:
+        _, logger = beyond(3, door)
+    assert sum("must be below 8" in str(w.message) for w in caught) == 1
+    assert len(logger.rows) == 5
+
+
 class Marked(nn.Module):
     """Leaves every other row as it is, and makes NaN of the others, or leaves them out."""
 

@@ -33,7 +33,7 @@ from tests.losses.contrasts import CONTRASTS
 
 CLASSES, DIM, ROWS = 4, 6, 17
 SIZES = [40, 10, 5, 1]
-LABELS = torch.tensor([0, 0, 0, 1, 0, 2, 0, 1, -100, 0, 2, 0, 0, 1, 0, 4, 0])  # none of the last class
+LABELS = torch.tensor([0, 0, 0, 1, 0, 2, 0, 1, -100, 0, 2, 0, 0, 1, 0, -1, 0])  # none of the last class
 COUNTED = (LABELS >= 0) & (LABELS < CLASSES)
 
 
@@ -370,6 +370,9 @@ def test_bad_input(name: str) -> None:
             loss(*good, wrong)
     with pytest.raises(ValueError, match=f"takes {case.views} feature matrices and their labels, got {case.views}"):
         loss(*good)
+    if name not in CONTRASTS:  # those take any number of classes
+        with pytest.raises(ValueError, match=r"must be below 4, the number of classes, got 7.*labels == 7, -100, labels"):
+            loss(*good, torch.where(labels == 2, 7, labels))
     if name in TWO:
         with pytest.raises(ValueError, match="must have one shape"):
             loss(good[0], good[1][:, :2], labels)

@@ -66,7 +66,7 @@ def test_published_schedule() -> None:
 def test_rows_without_a_class_are_left_out() -> None:
     z = logits()
     labels = LABELS.clone()
-    labels[:3] = torch.tensor([-100, 5, -1])
+    labels[:3] = torch.tensor([-100, -5, -1])
     for name, value in label_smoothing_terms(z, labels).items():
         torch.testing.assert_close(value, label_smoothing_terms(z[3:], labels[3:])[name])
     assert all(value == 0 for value in label_smoothing_terms(z, torch.full((8,), -100)).values())

@@ -1,6 +1,7 @@
 """Regularization of representations: an anti-collapse loss on a layer of any module, without touching its code."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from typing_extensions import override
 from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss, one_name
 from lightning_collapse.callbacks.loss_terms.row_labels import row_labels
 from lightning_collapse.losses.base import AntiCollapseLoss, TakesLabels, TooFewRowsError, evaluate, nothing
+from lightning_collapse.losses.support.labels import UnknownClassError, all_labels_read
 from lightning_collapse.losses.support.state import OneStep, keep, recall, remembered
 from lightning_collapse.utilities.features import sample_count
 from lightning_collapse.utilities.hooks import ModuleHook
@@ -152,8 +154,9 @@ class Regularizer(AuxiliaryLoss):
             views = tuple(present[0].chunk(self.chunk)) if self.chunk > 1 else tuple(present)
             problem, labels = self._labels_of(trainer, batch, views[0])
         if problem is None:
+            starts = self._no_rows is None
             self._remember(views[0])
-            return self._evaluate(trainer, views, labels)
+            return self._evaluate(trainer, views, labels, starts)
         if self._no_rows is None:
             raise MisconfigurationException(problem)
         self.warn_once("skipped", f"{problem} Steps like this one go without the term.")
@@ -196,12 +199,17 @@ class Regularizer(AuxiliaryLoss):
         if remark is not None:
             self.warn_once("remark", f"`regularizer/{self.name}`: {remark}")
 
-    def _evaluate(self, trainer: Trainer, views: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> Tensor:
+    def _evaluate(
+        self, trainer: Trainer, views: tuple[Tensor, ...], labels: tuple[Tensor, ...], starts: bool = False
+    ) -> Tensor:
         rows, counts = self._finite.select(views, labels)
         state = self._before = {} if counts is None else remembered(self.loss)
         try:
-            value, terms = evaluate(self.loss, rows)
-        except TooFewRowsError as error:
+            with all_labels_read() if starts else nullcontext():
+                value, terms = evaluate(self.loss, rows)
+        except (TooFewRowsError, UnknownClassError) as error:
+            if starts and isinstance(error, UnknownClassError):
+                raise
             self.warn_once("skipped", f"{error} Steps like this one go without the term.")
             return nothing(*views)
         if counts is None:

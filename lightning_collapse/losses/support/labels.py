@@ -1,11 +1,32 @@
 """Labels as losses take them: which rows they name a class of, how many of each there are, and those of others."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lightning_collapse.losses.base import TakesLabels
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
+from lightning_collapse.utilities.private_torch import is_fake, is_inside_transform
+
+_FIRST_STEP: ContextVar[bool] = ContextVar("first step", default=False)
+
+
+class UnknownClassError(ValueError):
+    """A label is beyond the number of classes."""
+
+
+@contextmanager
+def all_labels_read() -> Iterator[None]:
+    """Let losses read labels wherever they lie, which waits for the device: for the first step of a training."""
+    token = _FIRST_STEP.set(True)
+    try:
+        yield
+    finally:
+        _FIRST_STEP.reset(token)
 
 
 def require_labels(owner: str, labels: Tensor, rows: int, kind: TakesLabels) -> None:
@@ -44,12 +65,29 @@ def named_rows(
         name no class, and their rows do not count.
 
     Raises:
-        ValueError: If the labels are not integers of shape ``(N,)``.
+        ValueError: If the labels are not integers of shape ``(N,)``, or one is ``C`` or more. The latter is looked at
+            where nothing waits for it, in the memory of a single process, or within :func:`all_labels_read`;
+            elsewhere such rows do not count.
     """
     require_labels(function, labels, len(features), "classes")
-    labels = labels.long()
+    labels = labels.detach().long()
+    if num_classes is not None:
+        _require_below(num_classes, function, labels)
     named = labels >= 0 if num_classes is None else (labels >= 0) & (labels < num_classes)
     return torch.where(named, labels, 0), named
+
+
+def _require_below(num_classes: int, function: str, labels: Tensor) -> None:
+    if torch.compiler.is_compiling() or is_inside_transform() or is_fake(labels) or not len(labels):
+        return
+    if not _FIRST_STEP.get() and (labels.device.type != "cpu" or world_size() > 1):
+        return
+    largest = int(labels.cpu().numpy().max())
+    if largest >= num_classes:
+        raise UnknownClassError(
+            f"`labels` of `{function}` must be below {num_classes}, the number of classes, got {largest}. A row that"
+            f" is not to count has a negative one: `torch.where(labels == {largest}, -100, labels)`."
+        )
 
 
 def require_fixed(classifier: nn.Module, use: str) -> None:
