@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_collapse.spectral.seen_classes import SeenClasses, SeenClassMoments
 
 
+MOST_NUMBERS = 2**20
+"""So many numbers of rows wait to be added up together, which costs a fraction of adding batch by batch."""
+
+
 class ClassWindow:
-    """Adds up the rows of every batch as it comes; rows of one batch more are kept for a point on a short one.
+    """Adds up the rows of batches, some together; rows of one batch more are kept for a point on a short one.
 
     Args:
         make: Returns empty statistics.
@@ -27,6 +32,7 @@ class ClassWindow:
     def __init__(self, make: Callable[[], SeenClassMoments]) -> None:
         self._make = make
         self._moments, self._taken = make(), 0
+        self._waiting: list[list[Tensor]] = []  # rows and labels of the latest batches
         self._latest: list[Tensor] = []
         self._filler: list[Tensor] = []
 
@@ -35,13 +41,19 @@ class ClassWindow:
         if early:
             self._filler = [rows, labels]
             return
-        self._moments.update(rows, labels)
         self._taken, self._latest = self._taken + len(rows), [rows, labels]
+        others = [waiting for waiting, _ in self._waiting]
+        if others and (others[0].dtype, others[0].device) != (rows.dtype, rows.device):
+            self._add_up()
+        self._waiting.append(self._latest)
+        if sum(waiting.numel() for waiting, _ in self._waiting) > MOST_NUMBERS:
+            self._add_up()
 
     def pop(self, wanted: int) -> SeenClasses:
         """Statistics of all processes, and begin anew. Collective; waits for the device."""
         if self._taken < wanted and self._filler:  # the point fell on a short batch
-            self._moments.update(*self._filler)
+            self._waiting.append(self._filler)
+        self._add_up()
         moments, self._moments, self._taken = self._moments, self._make(), 0
         earlier, self._filler, self._latest = self._filler, self._latest, []
         rows = max((kept[0] for kept in (self._filler, earlier) if kept), key=len, default=None)
@@ -49,7 +61,7 @@ class ClassWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and lists."""
-        rows = {"taken": self._taken, "latest": self._latest, "filler": self._filler}
+        rows = {"taken": self._taken, "waiting": self._waiting, "latest": self._latest, "filler": self._filler}
         return {"moments": self._moments.states(), **rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -57,3 +69,10 @@ class ClassWindow:
         if self._moments.load_states(state["moments"]):
             self._taken, device = state["taken"], self._moments.names.device
             self._latest, self._filler = ([x.to(device) for x in state[key]] for key in ("latest", "filler"))
+            self._waiting = [[x.to(device) for x in waiting] for waiting in state.get("waiting", [])]
+
+    def _add_up(self) -> None:
+        if self._waiting:
+            rows, labels = zip(*self._waiting, strict=True)
+            self._moments.update(torch.cat(rows), torch.cat(labels))
+            self._waiting = []
