@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_collapse.spectral.seen_classes import SeenClasses, SeenClassMoments
 
-
 MOST_NUMBERS = 2**20
 """So many numbers of rows wait to be added up together, which costs a fraction of adding batch by batch."""
 

@@ -14,7 +14,7 @@ from lightning_collapse.functional.codebooks import code_counts, quantization_su
 from lightning_collapse.monitoring.call_record import storage_of
 from lightning_collapse.monitoring.code_choices import PROBE, ROWS, Choice, CodeChoices
 from lightning_collapse.monitoring.codebooks import FEWEST, is_index
-from lightning_collapse.monitoring.function_calls import FUNCTION_CALLS
+from lightning_collapse.monitoring.function_calls import FUNCTION_CALLS, has_fused_layers
 from lightning_collapse.monitoring.router_hooks import CallHook
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.features import evenly
@@ -27,7 +27,7 @@ from lightning_collapse.utilities.modules import (
     is_compiled,
     is_to_be_ignored,
 )
-from lightning_collapse.utilities.private_torch import FUSED_IN_EVAL, tree_leaves
+from lightning_collapse.utilities.private_torch import tree_leaves
 from lightning_collapse.utilities.training_step import wrap_method
 from lightning_collapse.utilities.weight_matrices import whole
 
@@ -158,7 +158,7 @@ class CodebookHooks(HookOwner):
     def armed(self, armed: bool) -> None:
         self._armed = armed
         FUNCTION_CALLS.remove(self.choices)
-        if armed and self.deep and self._listens and not self._is_fused():
+        if armed and self.deep and self._listens and not has_fused_layers(self._root):
             self._whole, self.choices.deep = True, self.measures
             known = self._tables()
             self._names = {storage_of(table): name for name, table in known.items()}
@@ -297,9 +297,6 @@ class CodebookHooks(HookOwner):
 
     def _name_of(self, module: nn.Module) -> str:
         return curve_name(next(clean_name(name) for name, each in self._root.named_modules() if each is module))
-
-    def _is_fused(self) -> bool:
-        return any(isinstance(module, FUSED_IN_EVAL) and not module.training for module in self._root.modules())
 
     def _fail(self, error: Exception) -> None:
         self.choices.begin()

@@ -27,6 +27,7 @@ NUMBER, WAVES, POSITIONS, INDEX, SAME = (
 ROUTER, VARIANCE = "its softmax weighs what others return", "its exponential scales what others return"
 NO_GRADIENT = "no gradient passes through it"
 _PASSED = (*VIEWS, "Expand", "Clone", "Alias", "Neg")
+_KEPT_POSITIVE = (*_PASSED, "Sqrt", "Clamp", "Reciprocal")
 _SCALES = ("Mul", "Div", "Add", "Sub", "Clamp")
 _CHOICES: tuple[str, ...] = ("Topk", "Sort", "Gather", "Index", "Select", "Slice", "Split", "Unbind", "Scatter")
 _CHOICES += ("ScatterAdd", "MaskedFill", "Where", "Sum", "Clamp", "Div", "Max", "Amax")
@@ -162,7 +163,7 @@ def _scales_others(graph: AutogradGraph, node: Node) -> str:
         return ROUTER if any(_multiplies_others(graph, above, node) for above in weighs) else ""
     for first in firsts:
         if kind(first) in ("Exp", "Softplus"):
-            scaled = _up(graph, first, lambda above: kind(above) in (*_PASSED, "Sqrt", "Clamp", "Reciprocal"))
+            scaled = _up(graph, first, lambda above: kind(above) in _KEPT_POSITIVE or _is_scaled(above))
             if any(_multiplies_others(graph, above, node, noise=True) for above in scaled):
                 return VARIANCE
     return ""

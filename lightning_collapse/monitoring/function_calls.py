@@ -6,9 +6,10 @@ from threading import local
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_collapse.utilities.private_torch import innermost_function_mode
+from lightning_collapse.utilities.private_torch import FUSED_IN_EVAL, innermost_function_mode
 
 
 class Listener(Protocol):
@@ -92,6 +93,11 @@ class _Mode(TorchFunctionMode):
                 except Exception as error:  # noqa: PERF203  (one must not keep the others from it)
                     listener.fail(error)
         return output
+
+
+def has_fused_layers(root: nn.Module) -> bool:
+    """Whether layers in evaluation mode take another way, with other rounding, as soon as someone listens."""
+    return any(isinstance(module, FUSED_IN_EVAL) and not module.training for module in root.modules())
 
 
 FUNCTION_CALLS = FunctionCalls()

@@ -13,7 +13,10 @@ from torch.jit import ScriptModule
 from lightning_collapse.functional.gaussian_divergence import whitened_posterior
 from lightning_collapse.functional.latent_information import mutual_information
 from lightning_collapse.functional.latent_units import COLUMNS, latent_sums
+from lightning_collapse.monitoring.call_record import storage_of
+from lightning_collapse.monitoring.function_calls import FUNCTION_CALLS
 from lightning_collapse.monitoring.graph_call import GraphCall, pack, unpack
+from lightning_collapse.monitoring.sampled_gaussians import SampledGaussians
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.channel_axis import ChannelAxis
 from lightning_collapse.utilities.containment import Containment
@@ -47,12 +50,14 @@ class LatentHooks(HookOwner):
         containment: Where failures are told.
         read: What reads those of ``taps``; ``None`` to find them by the names of fields.
         told: Whether those of ``taps`` are known to return a posterior, so that it needs no name.
+        samples: What finds the others, which no module returns: where the step samples them.
 
     Attributes:
         armed: Whether to add up now.
         mask: Padding mask ``(N, L)`` of the running batch.
         found: Names of the taps that have returned a posterior so far.
         left_out: Names of those that have failed, of which a warning has told.
+        learned_priors: Names of layers whose samples are compared with a prior that is learned, and are not read.
 
     Example:
         >>> net = nn.ModuleDict({"mu": nn.Linear(4, 2), "logvar": nn.Linear(4, 2)})
@@ -71,7 +76,9 @@ class LatentHooks(HookOwner):
         containment: Containment,
         read: Reader | None = None,
         told: bool = True,
+        samples: SampledGaussians | None = None,
     ) -> None:
+        self.samples, self.learned_priors, self._sampled = samples, set[str](), False
         self.mask: Tensor | None = None
         self.found: list[str] = []
         self.names = [pair.name for pair in pairs] + [tap.name for tap in taps if told]
@@ -92,6 +99,8 @@ class LatentHooks(HookOwner):
         """Forget what was added up: a step that may end in a point begins."""
         self._halves: dict[str, Tensor] = {}
         self._seen: list[Tensor] = []
+        self._means: set[int] = set()  # storages of those that modules have returned
+        self._own: set[str] = set()  # names of those that modules return
         self._sums: dict[str, Tensor] = {}
         self._rows: dict[str, list[Tensor]] = {}
 
@@ -103,7 +112,13 @@ class LatentHooks(HookOwner):
     @armed.setter
     def armed(self, armed: bool) -> None:
         self._armed = armed
-        self._halves, self._seen = {}, []  # of a step that is over
+        if self.samples is not None:
+            FUNCTION_CALLS.remove(self.samples)
+            if not armed:
+                self._take_samples(self.samples)
+            elif self.samples.can_listen():
+                FUNCTION_CALLS.add(self.samples)
+        self._halves, self._seen, self._means = {}, [], set()  # of a step that is over
 
     def pop(self, device: torch.device) -> dict[tuple[str, str], Tensor]:
         """Sums over all processes since the last time, by layer, and both estimates of the mutual information.
@@ -137,6 +152,11 @@ class LatentHooks(HookOwner):
                 hook.remove()
         self.names = list(names)
 
+    def settle(self) -> None:
+        """Listen no more to what steps sample, if nothing was read of it."""
+        if not self._sampled:
+            self.samples = None
+
     def missing(self, names: Sequence[str]) -> list[str]:
         """Names of layers of which nothing was read, neither by these names nor by those of groups."""
         return [
@@ -150,6 +170,7 @@ class LatentHooks(HookOwner):
         for hook in self._hooks:
             hook.remove()
         self._hooks, self.armed, self.mask = [], False, None
+        self.samples = None
         self.begin()
 
     def capture(self, name: str, take: Callable[[Any], None], value: Any) -> None:
@@ -194,7 +215,26 @@ class LatentHooks(HookOwner):
             self.found += [] if tap.name in self.found else [tap.name]
             self._add(f"{tap.name}.{group}" if group else tap.name, axis, latent)
 
+    def _take_samples(self, samples: SampledGaussians) -> None:
+        """Those that no module has returned."""
+        with self._contained("reading the latents that a step samples", "they are left out"), torch.no_grad():
+            for sample in samples.pop():
+                if sample.name in self._own or storage_of(sample.mean) in self._means:
+                    continue
+                if sample.has_prior:
+                    self.learned_priors.add(sample.name)
+                    continue
+                wide = torch.promote_types(sample.scale.dtype, torch.float32)
+                posterior = Gaussian(sample.mean, 2 * sample.scale.to(wide).log())
+                self._sampled = True
+                self._sum(sample.name, ChannelAxis(sample.module), Latent(posterior))
+
     def _add(self, name: str, axis: ChannelAxis, latent: Latent) -> None:
+        self._own.add(name)
+        self._means.add(storage_of(latent.posterior.mean))
+        self._sum(name, axis, latent)
+
+    def _sum(self, name: str, axis: ChannelAxis, latent: Latent) -> None:
         rows = [as_rows(x.detach(), axis, positions=True) for x in latent.posterior]
         if latent.prior is not None:
             prior = [x.detach().expand_as(of) for x, of in zip(latent.prior, latent.posterior, strict=True)]

@@ -25,6 +25,8 @@ _SPREADS = {
 _OTHERS = re.compile(r"(?<![a-z])(dec(oder)?|likelihood|generator|actor|policy|prior)(?![a-z])")
 """Parts of names of Gaussians that are no posterior: outputs, actions, priors."""
 
+_POLICIES = re.compile(r"(?<![a-z])(actor|policy|agent)(?![a-z])")
+
 
 class Gaussian(NamedTuple):
     """Mean and logarithm of the variance of every unit, of one shape."""
@@ -78,6 +80,11 @@ def latent_pairs(root: nn.Module) -> tuple[list[LatentPair], list[str]]:
                 else:
                     unclear.append(names[1])
     return pairs, unclear
+
+
+def is_of_policy(name: str) -> bool:
+    """Whether a layer is of a policy, whose samples are actions, by its name."""
+    return _POLICIES.search(_words(name)) is not None
 
 
 def find_posterior(value: Any, module: nn.Module | None = None, told: bool = False) -> Gaussian | None:

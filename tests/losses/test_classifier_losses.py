@@ -371,7 +371,7 @@ def test_bad_input(name: str) -> None:
     with pytest.raises(ValueError, match=f"takes {case.views} feature matrices and their labels, got {case.views}"):
         loss(*good)
     if name not in CONTRASTS:  # those take any number of classes
-        with pytest.raises(ValueError, match=r"must be below 4, the number of classes, got 7.*labels == 7, -100, labels"):
+        with pytest.raises(ValueError, match=r"must be below 4, .* got 7.*labels == 7, -100, labels"):
             loss(*good, torch.where(labels == 2, 7, labels))
     if name in TWO:
         with pytest.raises(ValueError, match="must have one shape"):

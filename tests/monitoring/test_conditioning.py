@@ -114,6 +114,14 @@ def test_variance_heads():
 
     assert conditioning(net, gaussian) == {"log_variance": VARIANCE}
 
+    def softened():
+        h = net["body"](x).relu()
+        mean, deviation = net["mean"](h), F.softplus(net["log_variance"](h)) + 1e-4
+        out = net["decoder"](mean + deviation * torch.randn_like(mean))
+        return F.mse_loss(out, x) + (mean**2 + deviation**2 - 2 * deviation.log()).mean()
+
+    assert conditioning(net, softened) == {"log_variance": VARIANCE}
+
 
 @pytest.mark.parametrize("kind", ["labels", "softmax", "contrast", "tables", "waves and data", "number and data"])
 def test_what_only_looks_so(kind):

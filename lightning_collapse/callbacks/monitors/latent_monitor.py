@@ -16,6 +16,7 @@ from lightning_collapse.callbacks.monitors.hooked_monitor import HookedMonitor
 from lightning_collapse.callbacks.monitors.monitor import Detail, Name
 from lightning_collapse.functional.latent_units import COLUMNS, latent_readings
 from lightning_collapse.monitoring.latent_hooks import LatentHooks, Reader
+from lightning_collapse.monitoring.sampled_gaussians import SampledGaussians
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.utilities.arguments import check_layers
 from lightning_collapse.utilities.features import padding_mask
@@ -32,6 +33,7 @@ _TELL = (
     "Name the module that returns a posterior, and what to read in it: `LatentMonitor(layers=['encoder'], read=lambda"
     " output: output.chunk(2, dim=1))`, a function that returns `(mean, log_variance)`."
 )
+_LISTENING = "listening for latents", "some may be left out"
 LOOKS_POSITIVE = 0.3
 """Mean log-variance of every unit of a fresh network above which it is taken for a standard deviation."""
 
@@ -48,12 +50,13 @@ class LatentMonitor(HookedMonitor[LatentHooks]):
     one, without weight, warm-up or free bits, against a standard normal prior where ``read`` tells no other.
 
     A point rests on the posteriors of the optimizer step that ends in it, on all processes; every token and every place
-    of a map counts as one. Posteriors are found by themselves: two layers side by side that are called ``mu`` and
-    ``logvar``, or the like, or what a module returns under such names, in a dict, a dataclass, a ``ModelOutput`` or a
-    tuple whose ``return`` has them, or a ``torch.distributions.Normal``, or an object with ``mean`` and ``logvar``, as
-    diffusers has it, if a module's ``forward`` returns it: of ``vae.encode(x).latent_dist`` name the layer before it
-    (``layers=["vae.quant_conv"]``) and ``read``. Decoders, policies and priors, by their names, are left out, and
-    models whose modules are compiled are searched for layers side by side alone.
+    of a map counts as one. Posteriors are found by themselves, in two ways. By what they are called: two layers side by
+    side such as ``mu`` and ``logvar``, or what a module returns under such names, in a dict, a dataclass, a
+    ``ModelOutput`` or a tuple whose ``return`` has them, or a ``torch.distributions.Normal``, or an object with
+    ``mean`` and ``logvar``. And by what the step does with them, whatever their names: where noise times a scale is
+    added to a mean, by hand or by ``rsample``, and the mean or the sample is squared as in a divergence from a Gaussian
+    prior; curves bear the name of the layer that the mean comes from. Policies, by their names, are left out, and
+    compiled models are searched for layers side by side alone. A prior that is learned must be told.
 
     Others are told what to read; a dict makes one group of curves of every key, for hierarchical models, and a pair of
     posterior and prior is for conditional ones::
@@ -149,7 +152,10 @@ class LatentMonitor(HookedMonitor[LatentHooks]):
         if self._searches:
             named = pl_module.named_modules()
             taps = [Tap(curve_name(clean_name(name)) if name else "model", module) for name, module in named]
-        self._hooks = LatentHooks(pairs, taps, self.contained, self.reader, told=not self._searches)
+        samples = None
+        if self.layers is None and not is_compiled(pl_module):
+            samples = SampledGaussians(pl_module, lambda error: self.contained.catch(*_LISTENING, error))
+        self._hooks = LatentHooks(pairs, taps, self.contained, self.reader, not self._searches, samples)
         self._scope = StepScope(pl_module)
         if not pairs and not taps:
             self._warn_of_none()
@@ -178,8 +184,14 @@ class LatentMonitor(HookedMonitor[LatentHooks]):
                 self._hooks.keep(self._hooks.found)
             for name in self._hooks.missing(names):
                 self.warn_once(f"the latent `{name}` did not run before every point; it has no curves there.")
-        if not names and self._hooks is not None and not self._hooks.left_out:
-            self._warn_of_none()
+            for name in sorted(self._hooks.learned_priors):
+                self.warn_once(
+                    f"the latent of `{name}` is compared with a prior that is learned; it is left out. {_TELL}"
+                )
+            if names:
+                self._hooks.settle()
+            elif not (self._hooks.left_out or self._hooks.learned_priors):
+                self._warn_of_none()
         found = {name: {kind: value for (of, kind), value in numbers.items() if of == name} for name in names}
         return [point for name, own in found.items() for point in self._points_of(name, step, own)]
 
@@ -201,4 +213,7 @@ class LatentMonitor(HookedMonitor[LatentHooks]):
 
     def _warn_of_none(self) -> None:
         unclear = f"`{self._unclear[0]}` may make a variance, a deviation or a logarithm. " if self._unclear else ""
+        samples = None if self._hooks is None else self._hooks.samples
+        if samples is not None and samples.others:
+            unclear = f"What the step samples of `{samples.others[0]}` is compared with no Gaussian prior. "
         self.warn_once(f"no Gaussian latent was found, or it did not run. {unclear}{_TELL}")
