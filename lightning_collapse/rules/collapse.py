@@ -98,11 +98,13 @@ class CompleteCollapse(Rule):
     def weigh(self, evidence: Evidence) -> float:
         """The severity; of a network that goes on learning only a hundredth counts, from birth only a thousandth."""
         points, severity = evidence.points, self.severity(evidence.points, evidence.baseline)
-        if points["feature_std"].flag == Flag.CONSTANT:
-            return severity
-        if may_begin(evidence):
+        equal = points["feature_std"].flag == Flag.CONSTANT
+        if may_begin(evidence) and (not equal or evidence.task.name == "reconstruction"):
             return min(severity, UNDECIDED)
-        if not learns(evidence):
+        if equal:
+            return severity
+        cone = points["feature_std"].value > evidence.baseline["feature_std"] and evidence.task.name == "reconstruction"
+        if not (cone or learns(evidence)):
             return severity
         names = ("relative_spread",) if on_a_ray(points) else ("relative_spread", "direction_spread")
         spreads = [points[name].value for name in names if name in points]

@@ -47,11 +47,13 @@ def learns_in_turn(evidence: Evidence) -> bool:
 def may_begin(evidence: Evidence) -> bool:
     """Whether this may be the plateau on which such a network first knows no more than how frequent labels are.
 
-    Its last features are as good as equal then, for dozens of points, and healthy transformers leave it all at once. It
-    is none after seven tenths of the planned points, nor after the 64th, nor if the loss has risen again.
+    Its last features are as good as equal then, for dozens of points, and healthy transformers leave it all at once. So
+    do autoencoders that begin with one code, or with one mean of all that they reconstruct, in any layer. It is none
+    after seven tenths of the planned points, nor after the 64th, nor if the loss has risen again.
     """
     loss = evidence.history.get(LOSS)
-    if loss is None or not learns_in_turn(evidence) or evidence.layer not in evidence.task.last:
+    ends = learns_in_turn(evidence) and evidence.layer in evidence.task.last
+    if loss is None or not (ends or evidence.task.name == "reconstruction"):
         return False
     if loss.count >= min(SHARE * (evidence.planned or MANY), MANY):
         return False
