@@ -124,11 +124,11 @@ class CodeChoices:
         frame = inspect.currentframe()
         while frame is not None:
             code = frame.f_code
-            if code.co_argcount and code.co_varnames[0] == "self" and id(frame.f_locals.get("self")) in self._modules:
-                module = frame.f_locals["self"]
-                if callable(getattr(type(module), code.co_name, None)):
-                    near = [x.detach() for x in frame.f_locals.values() if self.deep and _may_be_rows(x)]
-                    return Choice(module, code.co_name, codes, indices, near)
+            module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            is_one = isinstance(module, nn.Module) and id(module) in self._modules
+            if module is not None and is_one and callable(getattr(type(module), code.co_name, None)):
+                near = [x.detach() for x in frame.f_locals.values() if self.deep and _may_be_rows(x)]
+                return Choice(module, code.co_name, codes, indices, near)
             frame = frame.f_back
         return None
 
@@ -146,7 +146,8 @@ class CodeChoices:
         if name == "cat" and choice.table is None and is_index(output):
             self._join(choice, given, output)
         n = choice.indices.numel()
-        for table in given if output.is_floating_point() else ():
+        # one-hot rows are filled in, and as many as there are codes would look like these
+        for table in given if output.is_floating_point() and not name.startswith("scatter") else ():
             known = storage_of(table) in self._tables
             if (
                 _fits(table, output, choice.codes, n)

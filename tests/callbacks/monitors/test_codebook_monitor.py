@@ -184,6 +184,26 @@ def test_codebooks_are_found_and_every_step_counts(kind):
         assert (layer, "churn", 0) not in found
 
 
+class Unselfish(Plain):
+    """Its first argument has another name than most."""
+
+    def forward(this, z):  # noqa: N805
+        flat = z.reshape(-1, D)
+        chosen = torch.cdist(flat, this.table.weight).argmin(dim=1).unsqueeze(1)
+        one_hot = torch.zeros(len(chosen), K).scatter_(1, chosen, 1)
+        this.truth = [(chosen, flat.detach(), this.table.weight.detach().clone())]
+        q = (one_hot @ this.table.weight).view_as(z)
+        return z + (q - z).detach(), (q - z.detach()).pow(2).mean()
+
+
+@pytest.mark.parametrize("kind", [Plain, Unselfish])
+def test_one_hot_rows_are_no_table_where_there_are_as_many_as_codes(kind):
+    rows = [tuple(part[: K // 3] for part in batch) for batch in data(3)]
+    found = watch(Net(kind()), CodebookMonitor(every_n_steps=1), DataLoader(rows, batch_size=None))
+    assert {layer for layer, _, _ in found} == {"quantizer.table"}
+    assert found["quantizer.table", "n", 2] == K
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_the_training_changes_and_nothing_stays(kind):
     def run(*callbacks):
