@@ -53,6 +53,7 @@ HELPERS: dict[str, set[str]] = {
     "functional/neural_collapse/nc4.py": {"agreement_counts", "agreement_of_classifier"},
     "functional/neural_collapse/vci.py": {"whitened"},
     "functional/output_entropy.py": {"output_readings", "output_sums"},
+    "functional/prototypes/scores.py": {"require_rows", "unit_rows"},
     "functional/regression_collapse.py": {"rank_of_basis", "unit_rows"},
     "functional/regularization/orthogonality.py": {"floor", "gap", "tall_matrix", "unit_vector"},
     "functional/routing.py": {"routing_readings", "routing_sums"},

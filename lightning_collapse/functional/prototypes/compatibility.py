@@ -1,0 +1,117 @@
+"""Compatible representations (CL2R): whether features of a newer model can be searched among those of an older one."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_collapse.functional.prototypes.scores import require_rows, unit_rows
+from lightning_collapse.spectral.precision import full_precision
+from lightning_collapse.utilities.arguments import require_positive, require_whole
+
+BLOCK = 1 << 22  # cosines at a time
+
+
+@full_precision
+def average_compatibility(scores: Tensor) -> Tensor:
+    r"""Share of pairs of a newer and an older model that are compatible.
+
+    .. math:: \mathrm{AC} = \tfrac{2}{T (T - 1)} \sum_{i > j} [M_{ij} \ge M_{jj}]
+
+    Args:
+        scores: :math:`M`, shape ``(T, T)``: how well queries of model ``i`` find their own among a gallery of model
+            ``j``, such as :func:`cross_recall`; what is above the diagonal does not matter.
+
+    Returns:
+        0-dimensional, 0 to 1; ties are compatible. NaN for one model, or where a number that it needs is, as all here.
+
+    Raises:
+        ValueError: If ``scores`` is no square matrix.
+
+    References:
+        Biondi et al., *CL2R: Compatible Lifelong Learning Representations*, TOMM 2022.
+        https://arxiv.org/abs/2211.09032
+
+    Example:
+        >>> scores = torch.tensor([[0.6, 0.0, 0.0], [0.65, 0.7, 0.0], [0.5, 0.75, 0.8]])
+        >>> average_compatibility(scores), backward_compatibility(scores), forward_compatibility(scores)
+        (tensor(0.6667), tensor(-0.0250), tensor(-0.0500))
+    """
+    gains = _square(scores) - scores.diagonal()
+    older = torch.ones_like(gains, dtype=torch.bool).tril(-1)
+    compatible = torch.where(gains.isnan(), torch.nan, (gains >= 0).to(gains))
+    return torch.where(older, compatible, 0.0).sum() / older.sum()
+
+
+@full_precision
+def backward_compatibility(scores: Tensor) -> Tensor:
+    r""":math:`\tfrac{1}{T-1} \sum_{j < T} M_{Tj} - M_{jj}`: what the last model gains in the galleries of all others.
+
+    Arguments, value and source as those of :func:`average_compatibility`; negative where galleries must be made anew.
+    """
+    return (_square(scores)[-1] - scores.diagonal())[:-1].mean()
+
+
+@full_precision
+def forward_compatibility(scores: Tensor) -> Tensor:
+    r""":math:`\tfrac{1}{T-1} \sum_{i > 1} M_{i,i-1} - M_{ii}`: what is lost in the gallery of the model before.
+
+    Arguments, value and source as those of :func:`average_compatibility`; near 0 where a new gallery gains nothing.
+    """
+    return (_square(scores).diagonal(-1) - scores.diagonal()[1:]).mean()
+
+
+def compatibility_weight(new: int, old: int, base: float = 10.0) -> float:
+    r"""Factor of the feature distillation on replayed rows, :math:`b \sqrt{n_{new} / n_{old}}`, by numbers of classes.
+
+    Example:
+        >>> compatibility_weight(new=10, old=40)
+        5.0
+    """
+    require_whole(1, new=new, old=old)
+    require_positive(base=base)
+    return base * math.sqrt(new / old)
+
+
+@torch.no_grad()
+@full_precision
+def cross_recall(
+    queries: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, same_rows: bool = False
+) -> Tensor:
+    """Recall@1 between models: share of queries whose nearest gallery row, by cosine, is of their class.
+
+    Args:
+        queries: Features of one model, shape ``(N, D)``.
+        labels: Their classes, shape ``(N,)``.
+        gallery: Features of another one, shape ``(M, D)``.
+        gallery_labels: Their classes, shape ``(M,)``.
+        same_rows: Row ``i`` of both is one sample, which is not to find itself.
+
+    Returns:
+        0-dimensional, 0 to 1; NaN for no query.
+
+    Raises:
+        ValueError: If a shape does not fit or the gallery is empty.
+
+    Example:
+        >>> cross_recall(torch.eye(2), torch.tensor([0, 1]), 3 * torch.eye(2), torch.tensor([0, 0]))
+        tensor(0.5000)
+    """
+    require_rows(queries.shape[-1], gallery=gallery)
+    if same_rows and len(gallery) != len(queries):
+        raise ValueError(f"`same_rows` needs as many rows in both, got {len(queries)} and {len(gallery)}.")
+    own, rows, hits = torch.arange(len(queries), device=queries.device), unit_rows(gallery).T, []
+    for part in torch.split(own, max(BLOCK // len(gallery), 1)):
+        cosines = unit_rows(queries[part]) @ rows.to(queries)
+        if same_rows:
+            cosines.scatter_(1, part.unsqueeze(1), -torch.inf)
+        hits.append(gallery_labels[cosines.argmax(dim=1)] == labels[part])
+    return torch.cat(hits).to(queries.dtype).mean() if hits else queries.new_full((), torch.nan)
+
+
+def _square(scores: Tensor) -> Tensor:
+    if scores.ndim != 2 or scores.shape[0] != scores.shape[1]:
+        raise ValueError(
+            f"`scores` must have shape (T, T), a row per model and a column per gallery, got {tuple(scores.shape)}."
+        )
+    return scores
