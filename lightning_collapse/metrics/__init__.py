@@ -3,6 +3,7 @@
 from lightning_collapse.metrics.activation_outliers import ActivationOutliers
 from lightning_collapse.metrics.attention_entropy import AttentionEntropy
 from lightning_collapse.metrics.class_loss import ClassLoss
+from lightning_collapse.metrics.class_prototypes import ClassPrototypes
 from lightning_collapse.metrics.codebook_usage import CodebookUsage
 from lightning_collapse.metrics.contributing_samples import ContributingSamples
 from lightning_collapse.metrics.intrinsic_dimension import IntrinsicDimension
@@ -38,6 +39,7 @@ __all__ = [
     "AlphaReQ",
     "AttentionEntropy",
     "ClassLoss",
+    "ClassPrototypes",
     "CodebookUsage",
     "ConditionNumber",
     "ContributingSamples",

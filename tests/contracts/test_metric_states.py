@@ -31,6 +31,7 @@ CASES: dict[str, tuple[Callable[..., Metric], Callable[[int], tuple[Tensor, ...]
         lambda seed: (rows(seed, N, 2, 5, D), rows(seed + 99, N, 2, 5, D)),
     ),
     "ClassLoss": (lambda: metrics.ClassLoss(C), lambda seed: (rows(seed, N), classes(seed))),
+    "ClassPrototypes": (lambda: metrics.ClassPrototypes(D), lambda seed: (rows(seed, N, D), classes(seed))),
     "CodebookUsage": (lambda: metrics.CodebookUsage(D), lambda seed: (classes(seed),)),
     "ContributingSamples": (lambda: metrics.ContributingSamples(), lambda seed: (rows(seed, N, C), classes(seed))),
     "IntrinsicDimension": (lambda: metrics.IntrinsicDimension(capacity=20, k=3), lambda seed: (rows(seed, N, D),)),

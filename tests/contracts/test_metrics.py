@@ -72,6 +72,7 @@ def test_the_battery_knows_every_metric() -> None:
         "ActivationOutliers",
         "AttentionEntropy",
         "ClassLoss",
+        "ClassPrototypes",
         "CodebookUsage",
         "ContributingSamples",
         "IntrinsicDimension",
