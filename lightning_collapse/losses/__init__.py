@@ -19,6 +19,7 @@ from lightning_collapse.losses.dot_regression import DotRegression, dot_regressi
 from lightning_collapse.losses.effective_rank import EffectiveRankHinge, effective_rank_terms
 from lightning_collapse.losses.entropy_guided_attention import EntropyGuidedAttention
 from lightning_collapse.losses.free_bits import FreeBits, free_bits
+from lightning_collapse.losses.group_entropy import GroupEntropy, group_entropy_terms
 from lightning_collapse.losses.ha_frame import HAFrameLoss
 from lightning_collapse.losses.info_nce import InfoNCE, info_nce_loss
 from lightning_collapse.losses.intl import INTL, intl_terms
@@ -79,6 +80,7 @@ __all__ = [
     "EntropyGuidedAttention",
     "FeatureDecorrelation",
     "FreeBits",
+    "GroupEntropy",
     "HAFrameLoss",
     "InfoNCE",
     "JacobianHomeostasis",
@@ -123,6 +125,7 @@ __all__ = [
     "feature_distillation_loss",
     "flip_consistency",
     "free_bits",
+    "group_entropy_terms",
     "hash_code_readings",
     "info_nce_loss",
     "interpolation_consistency",
