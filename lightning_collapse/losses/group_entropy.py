@@ -14,7 +14,7 @@ from lightning_collapse.utilities.registry import register_loss
 
 
 @full_precision
-def group_entropy_terms(logits: Tensor, old_classes: int, temperature: float = 0.1) -> dict[str, Tensor]:
+def group_entropy_terms(logits: Tensor, old_classes: int | None = None, temperature: float = 0.1) -> dict[str, Tensor]:
     r"""The three terms of :class:`GroupEntropy`, unweighted, from the mean prediction :math:`p` of the global batch.
 
     With :math:`P_g` the mass of a group, old classes or new ones, and :math:`C_g` how many these are:
@@ -26,7 +26,7 @@ def group_entropy_terms(logits: Tensor, old_classes: int, temperature: float = 0
 
     Args:
         logits: Shape ``(N, C)``, old classes first; cosines as published.
-        old_classes: How many of the columns are old, from 1 to ``C - 1``.
+        old_classes: How many of the columns are old, from 1 to ``C - 1``; half of them, rounded up, if ``None``.
         temperature: Of the softmax, 0.1 as published.
 
     Returns:
@@ -41,9 +41,10 @@ def group_entropy_terms(logits: Tensor, old_classes: int, temperature: float = 0
         >>> [round(2 * terms["groups"].item(), 3), *(round(terms[name].item(), 3) for name in ("old", "new"))]
         [0.385, 0.0, 0.0]
     """
-    require_whole(1, old_classes=old_classes)
     require_positive(temperature=temperature)
     (logits,) = separate_views("group_entropy_terms", logits=logits)
+    old_classes = (logits.shape[1] + 1) // 2 if old_classes is None else old_classes
+    require_whole(1, old_classes=old_classes)
     if logits.shape[1] <= old_classes:
         raise ValueError(
             f"`old_classes` must be below the number of logits, got {old_classes} of {logits.shape[1]}. Before new"
@@ -66,7 +67,7 @@ class GroupEntropy(AntiCollapseLoss):
     uniform prediction over 8 old and 2 new classes reads 0.385. Without new mass ``groups`` reads :math:`\log 2`.
 
     Args:
-        old_classes: How many columns, the first ones, are of old classes.
+        old_classes: How many columns, the first ones, are of old classes; half of them, rounded up, if ``None``.
         temperature: Of the softmax.
         groups: Coefficient of the term between the groups; 2, 1, 1 are the published three.
         old: Coefficient of the term within old classes.
@@ -88,10 +89,16 @@ class GroupEntropy(AntiCollapseLoss):
     source = "Ma et al., NeurIPS 2024, arXiv 2410.06535; of logits, old classes first"
 
     def __init__(
-        self, old_classes: int, temperature: float = 0.1, groups: float = 2.0, old: float = 1.0, new: float = 1.0
+        self,
+        old_classes: int | None = None,
+        temperature: float = 0.1,
+        groups: float = 2.0,
+        old: float = 1.0,
+        new: float = 1.0,
     ) -> None:
         super().__init__()
-        require_whole(1, old_classes=old_classes)
+        if old_classes is not None:
+            require_whole(1, old_classes=old_classes)
         require_positive(temperature=temperature)
         self.old_classes, self.temperature = old_classes, temperature
         self.coefficients = {"groups": groups, "old": old, "new": new}
@@ -107,7 +114,8 @@ class GroupEntropy(AntiCollapseLoss):
 
     def at_collapse(self, rows: int, dim: int) -> float:
         """All logits equal: only the sizes of the groups count."""
-        shares = self.old_classes / dim, 1 - self.old_classes / dim
+        old = ((dim + 1) // 2 if self.old_classes is None else self.old_classes) / dim
+        shares = old, 1 - old
         return self.coefficients["groups"] * (math.log(2) + sum(p * math.log(p) for p in shares))
 
     def extra_repr(self) -> str:

@@ -40,9 +40,7 @@ CASES = {
         perfect=half_new,
         rows=1,
         messages=1,
-        exact={"old_classes": 3},
         weight=None,
-        doors={"old_classes": 3},
     ),
     "MaxSup": Case(naive_max_sup, perfect=zeros, rows=1, messages=1, weight=None),
     "SpectralDecoupling": Case(
