@@ -6,6 +6,7 @@ from lightning_collapse.callbacks.constraints.parseval_step import ParsevalStep
 from lightning_collapse.callbacks.continual.continual_metrics import ContinualMetrics
 from lightning_collapse.callbacks.continual.fit_tasks import fit_tasks
 from lightning_collapse.callbacks.continual.forgetting_monitor import ForgettingMonitor
+from lightning_collapse.callbacks.continual.prototype_memory import PrototypeMemory
 from lightning_collapse.callbacks.continual.shrink_and_perturb import ShrinkAndPerturb
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.continual.task_boundary import TaskBoundary
@@ -76,6 +77,7 @@ __all__ = [
     "OutputMonitor",
     "ParsevalStep",
     "PlasticityMonitor",
+    "PrototypeMemory",
     "QKClip",
     "RegressionCollapseMonitor",
     "Regularizer",

@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_collapse import ContinualMetrics
+from lightning_collapse import ContinualMetrics, PrototypeMemory
 from tests.continual import Learner, task
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, PointKeeper
@@ -51,11 +51,12 @@ def _check(rank):
         keeper = PointKeeper()
         metrics = ContinualMetrics([_share(1, rank), _share(2, rank), _Broken(rank)], every_n_steps=1)
         metrics.task_index = 1  # as if one had been learned: the cadence is at work
+        memory, lost = PrototypeMemory("body", lambda: _share(1, rank)), PrototypeMemory("body", _Broken(rank), seed=1)
         options = {**QUIET, "devices": 2, "strategy": strategy, "logger": False, "use_distributed_sampler": False}
         torch.manual_seed(0)
         lit = model()
         start = {name: value.clone() for name, value in lit.state_dict().items()}
-        Trainer(**options, callbacks=[metrics, keeper]).fit(lit, _share(2, 1))
+        Trainer(**options, callbacks=[metrics, keeper, memory, lost]).fit(lit, _share(2, 1))
         everyone = [None, None]
         torch.distributed.all_gather_object(everyone, repr(keeper.points))
         assert everyone[0] == everyone[1]
@@ -69,6 +70,18 @@ def _check(rank):
             state = lit.state_dict()
         assert any(not torch.equal(state[name], start[name]) for name in state)
         twin.load_state_dict(state)
+        x, y = task(1).tensors
+        with torch.no_grad():
+            features = torch.nn.functional.normalize(twin.body.eval()(x).double(), dim=1)
+        means = torch.stack([features[y == c].mean(dim=0) for c in range(3)])
+        expected = torch.nn.functional.normalize(means, dim=1).float()
+        torch.testing.assert_close(memory.prototypes, expected)
+        assert lost.prototypes is None
+        drawn, prototypes = [None, None], [None, None]
+        torch.distributed.all_gather_object(drawn, memory.sample(4)[0])
+        torch.distributed.all_gather_object(prototypes, memory.prototypes)
+        assert torch.equal(*prototypes)
+        assert not torch.equal(*drawn)  # of the two processes together eight
         for number in (0, 1):
             assert metrics.values[1, number].item() == pytest.approx(_whole(twin, number + 1))
         torch.distributed.barrier()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_collapse.metrics import NearestClassCenterAgreement, NeuralCollapse
+from lightning_collapse.metrics import ClassPrototypes, NearestClassCenterAgreement, NeuralCollapse
 from lightning_collapse.spectral import ClassMoments
 from lightning_collapse.spectral.class_moments import CLASS_STATES
 from tests.distributed.launch import spawn
@@ -59,6 +59,9 @@ def worker(rank: int, folder: str) -> None:
         for features, _ in batches(case, rank):
             agreement.update(features, features @ WEIGHT.T)
         result["agreement", case] = agreement.compute()
+        for normalize in (False, True):
+            grown = feed(ClassPrototypes(D, normalize), case, rank)
+            result["prototypes", case, normalize] = grown.compute(), len(grown.count)
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -75,6 +78,20 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) ->
     assert set(found) == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_prototypes_of_classes_that_only_one_process_has_seen(
+    case: str, normalize: bool, ranks: list[dict[Any, Any]]
+) -> None:
+    expected = feed(ClassPrototypes(D, normalize), case, *range(RANKS)).compute()
+    for rank, result in enumerate(ranks):
+        found, kept = result["prototypes", case, normalize]
+        close(found, expected, 1e-12)
+        own = feed(ClassPrototypes(D, normalize), case, rank)
+        assert kept == len(own.count)  # what others have seen is not kept
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -80,7 +80,7 @@ class EvaluationPass:
     def run(self, trainer: Trainer, pl_module: LightningModule, moments: SeenClassMoments) -> EvaluationReading | None:
         """Fill ``moments`` and compare with their means; ``None`` if that failed on any process. Collective."""
         with preserved_fit(trainer, pl_module):
-            if not self._each(trainer, pl_module, moments.update):
+            if not self.each(trainer, pl_module, moments.update):
                 return None
             found = moments.reduce()
             classifier: Any = self.tap.module
@@ -94,11 +94,11 @@ class EvaluationPass:
                 means = found.moments.means, found.moments.count, found.classes
                 agreement.add_(torch.stack(agreement_of_classifier(rows, weight, bias, *means)))
 
-            if not self._each(trainer, pl_module, compare):
+            if not self.each(trainer, pl_module, compare):
                 agreement.zero_()
             return EvaluationReading(found, all_reduce_sum(agreement))
 
-    def _each(self, trainer: Trainer, pl_module: LightningModule, take: Callable[[Tensor, Tensor], None]) -> bool:
+    def each(self, trainer: Trainer, pl_module: LightningModule, take: Callable[[Tensor, Tensor], None]) -> bool:
         """Give ``take`` the rows and labels of every batch, and say whether all processes could."""
         problem = ""
         try:
