@@ -7,13 +7,10 @@ from torch import Tensor
 
 from lightning_collapse.functional import prototypes
 from lightning_collapse.functional.prototypes import (
-    average_compatibility,
-    backward_compatibility,
     compatibility,
     compatibility_weight,
     cross_recall,
     fetril_features,
-    forward_compatibility,
     prototype_logits,
     sample_prototypes,
     sampling_probabilities,
@@ -141,17 +138,15 @@ def test_draws_have_the_published_law_and_leave_the_global_generator_alone() -> 
 
 def test_compatibility_by_hand() -> None:
     scores = torch.tensor([[0.6, 9.0, 9.0], [0.65, 0.7, torch.nan], [0.5, 0.75, 0.8]], dtype=F64)
-    assert average_compatibility(scores).item() == pytest.approx(2 / 3)
-    assert backward_compatibility(scores).item() == pytest.approx(-0.025)
-    assert forward_compatibility(scores).item() == pytest.approx(-0.05)
-    assert average_compatibility(torch.full((4, 4), 0.5)).item() == 1.0  # ties are compatible
+    found = compatibility(scores)
+    assert [value.item() for value in found] == pytest.approx([2 / 3, -0.025, -0.05])
+    assert compatibility(torch.full((4, 4), 0.5)).average.item() == 1.0  # ties are compatible
     unknown = scores.clone()
     unknown[2, 0] = torch.nan
-    assert average_compatibility(unknown).isnan()
-    for measure in (average_compatibility, backward_compatibility, forward_compatibility):
-        assert measure(scores[:1, :1]).isnan()
-        with pytest.raises(ValueError, match=r"`scores` must have shape \(T, T\), .* got \(2, 3\)"):
-            measure(scores[:2])
+    assert [value.isnan().item() for value in compatibility(unknown)] == [True, True, False]
+    assert all(value.isnan() for value in compatibility(scores[:1, :1]))
+    with pytest.raises(ValueError, match=r"`scores` must have shape \(T, T\), .* got \(2, 3\)"):
+        compatibility(scores[:2])
     assert compatibility_weight(20, 45) == pytest.approx(20 / 3)
     with pytest.raises(ValueError, match="`old` must be an integer of at least 1, got 0"):
         compatibility_weight(20, 0)
@@ -159,7 +154,7 @@ def test_compatibility_by_hand() -> None:
 
 @pytest.mark.parametrize("block", [1, 1 << 22])
 def test_recall_between_models_is_the_nearest_row(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compatibility, "BLOCK", block)
+    monkeypatch.setitem(cross_recall.__wrapped__.__wrapped__.__globals__, "BLOCK", block)
     x, y, labels = rows(8, 30, 3), rows(9, 30, 3) + 0.5 * rows(8, 30, 3), torch.arange(30) % 4
     for same in (False, True):
         hits = []

@@ -82,6 +82,7 @@ class PrototypeMemory(TaskAware):
         self.prototypes: Tensor | None = None
         self.radius = torch.tensor(0.0)
         self._draws = 0
+        self._dtype = torch.float32
 
     def sample(self, n: int, temperature: float = 0.1) -> tuple[Tensor, Tensor] | None:
         """Pseudo-features and their classes, :func:`~lightning_collapse.functional.prototypes.sample_prototypes`.
@@ -93,14 +94,16 @@ class PrototypeMemory(TaskAware):
             temperature: Of the hardness.
 
         Returns:
-            ``float32`` ``(n, D)`` and ``int64`` ``(n,)``; ``None`` before the first task has ended.
+            Shape ``(n, D)``, in the dtype of the module, and ``int64`` ``(n,)``; ``None`` before the first task has
+            ended.
         """
         if self.prototypes is None:
             return None
         generator = torch.Generator(self.prototypes.device)
         generator.manual_seed(Random(f"{self.seed} {process_rank()} {self._draws}").getrandbits(63))
         self._draws += 1
-        return sample_prototypes(self.prototypes, self.radius, n, generator, temperature)
+        features, labels = sample_prototypes(self.prototypes, self.radius, n, generator, temperature)
+        return features.to(self._dtype), labels
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,6 +116,7 @@ class PrototypeMemory(TaskAware):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._dtype = pl_module.dtype if isinstance(pl_module.dtype, torch.dtype) else torch.float32
         if self.loader is None:
             check_training_data(trainer, "`PrototypeMemory`")
 

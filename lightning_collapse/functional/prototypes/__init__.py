@@ -4,11 +4,10 @@ All names are here and not beside the other functions: ``from lightning_collapse
 """
 
 from lightning_collapse.functional.prototypes.compatibility import (
-    average_compatibility,
-    backward_compatibility,
+    Compatibility,
+    compatibility,
     compatibility_weight,
     cross_recall,
-    forward_compatibility,
 )
 from lightning_collapse.functional.prototypes.fetril import fetril_features
 from lightning_collapse.functional.prototypes.hardness import sample_prototypes, sampling_probabilities
@@ -16,12 +15,11 @@ from lightning_collapse.functional.prototypes.scores import prototype_logits
 from lightning_collapse.functional.prototypes.teen import teen_calibrate
 
 __all__ = [
-    "average_compatibility",
-    "backward_compatibility",
+    "Compatibility",
+    "compatibility",
     "compatibility_weight",
     "cross_recall",
     "fetril_features",
-    "forward_compatibility",
     "prototype_logits",
     "sample_prototypes",
     "sampling_probabilities",

@@ -1,6 +1,7 @@
 """Compatible representations (CL2R): whether features of a newer model can be searched among those of an older one."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,18 +13,31 @@ from lightning_collapse.utilities.arguments import require_positive, require_who
 BLOCK = 1 << 22  # cosines at a time
 
 
-@full_precision
-def average_compatibility(scores: Tensor) -> Tensor:
-    r"""Share of pairs of a newer and an older model that are compatible.
+class Compatibility(NamedTuple):
+    """How far models of a sequence can be searched among each other; every field 0-dimensional, NaN for one model.
 
-    .. math:: \mathrm{AC} = \tfrac{2}{T (T - 1)} \sum_{i > j} [M_{ij} \ge M_{jj}]
+    Attributes:
+        average: Share of pairs of a newer and an older model that are compatible, ties included, 0 to 1 (AC).
+        backward: What the last model gains in the galleries of all others; negative where these must be made anew (BC).
+        forward: What each loses in the gallery of the model before; near 0 where a new gallery gains nothing (FC).
+    """
+
+    average: Tensor
+    backward: Tensor
+    forward: Tensor
+
+
+@full_precision
+def compatibility(scores: Tensor) -> Compatibility:
+    r"""Compatibility of a sequence of models, from how well each finds its own in the gallery of each.
+
+    .. math:: \mathrm{AC} = \tfrac{2}{T (T - 1)} \sum_{i > j} [M_{ij} \ge M_{jj}], \quad
+        \mathrm{BC} = \tfrac{1}{T-1} \sum_{j < T} M_{Tj} - M_{jj}, \quad
+        \mathrm{FC} = \tfrac{1}{T-1} \sum_{i > 1} M_{i,i-1} - M_{ii}
 
     Args:
-        scores: :math:`M`, shape ``(T, T)``: how well queries of model ``i`` find their own among a gallery of model
-            ``j``, such as :func:`cross_recall`; what is above the diagonal does not matter.
-
-    Returns:
-        0-dimensional, 0 to 1; ties are compatible. NaN for one model, or where a number that it needs is, as all here.
+        scores: :math:`M`, shape ``(T, T)``: queries of model ``i`` in a gallery of model ``j``, such as
+            :func:`cross_recall`; what is above the diagonal does not matter.
 
     Raises:
         ValueError: If ``scores`` is no square matrix.
@@ -33,32 +47,19 @@ def average_compatibility(scores: Tensor) -> Tensor:
         https://arxiv.org/abs/2211.09032
 
     Example:
-        >>> scores = torch.tensor([[0.6, 0.0, 0.0], [0.65, 0.7, 0.0], [0.5, 0.75, 0.8]])
-        >>> average_compatibility(scores), backward_compatibility(scores), forward_compatibility(scores)
-        (tensor(0.6667), tensor(-0.0250), tensor(-0.0500))
+        >>> compatibility(torch.tensor([[0.6, 0.0, 0.0], [0.65, 0.7, 0.0], [0.5, 0.75, 0.8]]))
+        Compatibility(average=tensor(0.6667), backward=tensor(-0.0250), forward=tensor(-0.0500))
     """
-    gains = _square(scores) - scores.diagonal()
+    if scores.ndim != 2 or scores.shape[0] != scores.shape[1]:
+        raise ValueError(
+            f"`scores` must have shape (T, T), a row per model and a column per gallery, got {tuple(scores.shape)}."
+        )
+    own = scores.diagonal()
+    gains = scores - own
     older = torch.ones_like(gains, dtype=torch.bool).tril(-1)
     compatible = torch.where(gains.isnan(), torch.nan, (gains >= 0).to(gains))
-    return torch.where(older, compatible, 0.0).sum() / older.sum()
-
-
-@full_precision
-def backward_compatibility(scores: Tensor) -> Tensor:
-    r""":math:`\tfrac{1}{T-1} \sum_{j < T} M_{Tj} - M_{jj}`: what the last model gains in the galleries of all others.
-
-    Arguments, value and source as those of :func:`average_compatibility`; negative where galleries must be made anew.
-    """
-    return (_square(scores)[-1] - scores.diagonal())[:-1].mean()
-
-
-@full_precision
-def forward_compatibility(scores: Tensor) -> Tensor:
-    r""":math:`\tfrac{1}{T-1} \sum_{i > 1} M_{i,i-1} - M_{ii}`: what is lost in the gallery of the model before.
-
-    Arguments, value and source as those of :func:`average_compatibility`; near 0 where a new gallery gains nothing.
-    """
-    return (_square(scores).diagonal(-1) - scores.diagonal()[1:]).mean()
+    average = torch.where(older, compatible, 0.0).sum() / older.sum()
+    return Compatibility(average, gains[-1, :-1].mean(), (scores.diagonal(-1) - own[1:]).mean())
 
 
 def compatibility_weight(new: int, old: int, base: float = 10.0) -> float:
@@ -107,11 +108,3 @@ def cross_recall(
             cosines.scatter_(1, part.unsqueeze(1), -torch.inf)
         hits.append(gallery_labels[cosines.argmax(dim=1)] == labels[part])
     return torch.cat(hits).to(queries.dtype).mean() if hits else queries.new_full((), torch.nan)
-
-
-def _square(scores: Tensor) -> Tensor:
-    if scores.ndim != 2 or scores.shape[0] != scores.shape[1]:
-        raise ValueError(
-            f"`scores` must have shape (T, T), a row per model and a column per gallery, got {tuple(scores.shape)}."
-        )
-    return scores
