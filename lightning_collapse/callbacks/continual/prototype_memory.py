@@ -56,7 +56,7 @@ class PrototypeMemory(TaskAware):
 
     Example::
 
-        memory = PrototypeMemory("encoder")
+        memory = PrototypeMemory("body")
         for task in tasks:
             Trainer(callbacks=[memory]).fit(model, task)  # whose step asks `memory.sample(64)`
     """
