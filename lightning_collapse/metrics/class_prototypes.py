@@ -70,7 +70,7 @@ class ClassPrototypes(StatisticsMetric[ClassMoments]):
                     f"`labels` name class {classes - 1}, and there is room for {self.room}. Number classes from 0, or"
                     f" pass `room={classes}`."
                 )
-            self._grow(classes)
+            self._grow(max(classes, 1))  # what names no class needs a place to have no weight at
         rows = unit_rows(features.detach().to(self.count.dtype)) if self.normalize else features
         self.moments().update(rows, labels)
 

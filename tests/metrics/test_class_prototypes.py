@@ -86,6 +86,15 @@ def test_a_head_of_means(normalize: bool, dtype: torch.dtype) -> None:
     assert head.logits(features.to(dtype)).shape == (12, 8)
 
 
+def test_rows_that_name_no_class_before_any_has_come() -> None:
+    head = ClassPrototypes(D)
+    head.update(torch.ones(2, D), torch.tensor([-100, -1]))
+    assert head.compute()["prototypes"].isnan().all()
+    assert head.compute()["radius"].isnan()
+    head.update(*data())
+    np.testing.assert_allclose(head.compute()["prototypes"].numpy(), naive(*data(), False)[0], rtol=1e-12)
+
+
 def test_one_class_of_one_feature() -> None:
     head = ClassPrototypes(1)
     head.update(torch.ones(2, 1), torch.tensor([0, 0]))

@@ -140,10 +140,16 @@ class PrototypeMemory(TaskAware):
         finally:
             reader.remove()
         [dim] = max_over_processes([seen[0].dim if seen else 0], device)
-        if passed and dim:
-            self._keep(seen[0] if seen else make(int(dim)).to(device))  # without rows it takes part in the sums
-        else:
-            rank_zero_warn(f"`PrototypeMemory`: task {self.task_index} leaves no prototypes; earlier ones stay.")
+        found = None
+        if passed and dim:  # a process without rows takes part in the sums
+            found = (seen[0] if seen else make(int(dim)).to(device)).compute()
+        if found is None or bool(found["radius"].isnan()):
+            rank_zero_warn(
+                f"`PrototypeMemory`: task {self.task_index} leaves no prototypes, since no row had a class. Those of"
+                " earlier tasks stay."
+            )
+            return
+        self._keep(found["prototypes"].reshape(-1, int(dim)).float(), found["radius"].float())
 
     @property
     @override
@@ -171,11 +177,8 @@ class PrototypeMemory(TaskAware):
             raise MisconfigurationException(told) from None
         return tap
 
-    def _keep(self, seen: ClassPrototypes) -> None:
-        found, old = seen.compute(), self.prototypes
-        new = found["prototypes"].reshape(-1, seen.dim).float()
-        if self.normalize:
-            new = unit_rows(new)
+    def _keep(self, new: Tensor, radius: Tensor) -> None:
+        old, new = self.prototypes, unit_rows(new) if self.normalize else new
         if old is not None and old.shape[1] != new.shape[1]:
             rank_zero_warn(
                 f"`PrototypeMemory(layer={self.layer!r})`: the layer has {new.shape[1]} features now, and prototypes of"
@@ -183,8 +186,8 @@ class PrototypeMemory(TaskAware):
             )
             old = None
         if old is None:
-            old, self.radius = new, found["radius"].float()
-        kept = new.new_full((max(len(old), len(new)), seen.dim), torch.nan)
+            old, self.radius = new, radius
+        kept = new.new_full((max(len(old), len(new)), new.shape[1]), torch.nan)
         kept[: len(old)] = old
         kept[: len(new)] = torch.where(new.isnan(), kept[: len(new)], new)
         self.prototypes = kept
