@@ -95,6 +95,7 @@ def test_logits_are_distances_and_cosines(distance: str) -> None:
         torch.testing.assert_close(
             prototype_logits(x.float(), means.float(), distance).double(), found / 2, rtol=1e-3, atol=0
         )
+    assert torch.equal(prototype_logits(x.view(2, 3, 4), means, distance, 0.5).view(6, 3), found)
     unseen = torch.cat([means[:1], torch.full((1, 4), torch.nan, dtype=F64), means[1:]])
     again = prototype_logits(x, unseen, distance, temperature=0.5)
     assert (again[:, 1] == -torch.inf).all()
@@ -172,14 +173,19 @@ def test_bad_input_is_named() -> None:
     x, means = torch.randn(4, 3), torch.randn(2, 3)
     labels = torch.tensor([0, 0, 1, 1])
     for call, name in (
-        (lambda m: fetril_features(x, labels, m), "means"),
+        (lambda m: fetril_features(m, labels, means), "features"),
         (lambda m: prototype_logits(x, m), "prototypes"),
         (lambda m: teen_calibrate(m, means), "new"),
-        (lambda m: cross_recall(x, labels, m, labels), "gallery"),
+        (lambda m: cross_recall(x, labels, m, labels[: len(m)]), "gallery"),
     ):
         for wrong in (torch.randn(2, 5), torch.empty(0, 3), torch.ones(2, 3, dtype=torch.long)):
             with pytest.raises(ValueError, match=rf"`{name}` must be floating point .* got .*{wrong.shape[1]}\). Make"):
                 call(wrong)
+    with pytest.raises(ValueError, match=r"`means` must be floating point .* got torch.float32 of shape \(0, 3\)"):
+        fetril_features(x, labels, torch.empty(0, 3))
+    for wrong in ((labels[:2], labels), (labels, labels[:2])):
+        with pytest.raises(ValueError, match=r"abels` must have shape \(4,\), one per row, got \(2,\)"):
+            cross_recall(x, wrong[0], x, wrong[1])
     with pytest.raises(ValueError, match=r"`prototypes` must be floating point"):
         sample_prototypes(torch.empty(0, 3), 0.1, 4)
     with pytest.raises(ValueError, match=r"got NaN for \[1\]: nobody has seen them. Leave"):

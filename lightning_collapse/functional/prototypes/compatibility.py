@@ -99,11 +99,14 @@ def cross_recall(
         tensor(0.5000)
     """
     require_rows(queries.shape[-1], gallery=gallery)
+    for name, rows, classes in (("labels", queries, labels), ("gallery_labels", gallery, gallery_labels)):
+        if classes.shape != rows.shape[:1]:
+            raise ValueError(f"`{name}` must have shape ({len(rows)},), one per row, got {tuple(classes.shape)}.")
     if same_rows and len(gallery) != len(queries):
         raise ValueError(f"`same_rows` needs as many rows in both, got {len(queries)} and {len(gallery)}.")
-    own, rows, hits = torch.arange(len(queries), device=queries.device), unit_rows(gallery).T, []
+    own, units, hits = torch.arange(len(queries), device=queries.device), unit_rows(gallery).T, []
     for part in torch.split(own, max(BLOCK // len(gallery), 1)):
-        cosines = unit_rows(queries[part]) @ rows.to(queries)
+        cosines = unit_rows(queries[part]) @ units.to(queries)
         if same_rows:
             cosines.scatter_(1, part.unsqueeze(1), -torch.inf)
         hits.append(gallery_labels[cosines.argmax(dim=1)] == labels[part])

@@ -40,7 +40,7 @@ def fetril_features(features: Tensor, labels: Tensor, means: Tensor) -> tuple[Te
         >>> rows.flatten().tolist(), old.tolist()
         ([0.0, 2.0], [0, 0])
     """
-    require_rows(features.shape[-1], means=means)
+    require_rows(means.shape[-1], features=features, means=means)
     if unseen := (~means.isfinite().all(dim=1)).nonzero().flatten().tolist():
         raise ValueError(
             f"`means` must hold the mean of every old class, got NaN for {unseen}: nobody has seen them. Leave them"

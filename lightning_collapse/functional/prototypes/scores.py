@@ -16,13 +16,13 @@ def prototype_logits(
     r""":math:`-\|x - \mu_c\|^2 / \tau`, or :math:`\cos(x, \mu_c) / \tau`: the largest is the nearest prototype.
 
     Args:
-        features: Shape ``(N, D)``.
+        features: Shape ``(..., D)``.
         prototypes: Shape ``(C, D)``; a row with NaN, of a class that nobody has seen, is nobody's nearest.
         distance: ``"euclidean"`` or ``"cosine"``.
         temperature: :math:`\tau`.
 
     Returns:
-        Shape ``(N, C)``, at least ``float32``; minus infinity for a class without a prototype.
+        Shape ``(..., C)``, at least ``float32``; minus infinity for a class without a prototype.
 
     Raises:
         ValueError: If a shape does not fit, there is no prototype, or an argument is out of range.
@@ -46,7 +46,7 @@ def prototype_logits(
         # about the mean prototype: an offset that all share would cost the digits that decide
         center = rows.sum(dim=0) / there.sum().clamp_min(1)
         rows, moved = rows - center, features - center
-        squares = moved.square().sum(dim=1, keepdim=True) + rows.square().sum(dim=1)
+        squares = moved.square().sum(dim=-1, keepdim=True) + rows.square().sum(dim=1)
         scores = (2 * moved @ rows.T - squares).clamp_max(0)
     return (scores / temperature).masked_fill(~there, -torch.inf)
 
