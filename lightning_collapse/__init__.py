@@ -1,6 +1,7 @@
 """See and stop representation collapse in PyTorch Lightning with one line in a ``Trainer``."""
 
 from lightning_collapse.callbacks import (
+    FPF,
     ActivationMonitor,
     AttentionEntropyMonitor,
     AttentionGainMonitor,
@@ -8,10 +9,12 @@ from lightning_collapse.callbacks import (
     CodebookMonitor,
     CollapseGuard,
     CollapseMonitor,
+    ConsolidateUpdate,
     Constraint,
     ContinualMetrics,
     Distillation,
     DriftMonitor,
+    DynamicEMA,
     FeatureLearningMonitor,
     FirstNonFinite,
     ForgettingMonitor,
@@ -55,6 +58,7 @@ from lightning_collapse.utilities.registry import register_measure
 __version__ = "0.1.0"
 
 __all__ = [
+    "FPF",
     "ActivationMonitor",
     "AntiCollapseMixin",
     "AttentionEntropyMonitor",
@@ -63,11 +67,13 @@ __all__ = [
     "CodebookMonitor",
     "CollapseGuard",
     "CollapseMonitor",
+    "ConsolidateUpdate",
     "Constraint",
     "ContinualMetrics",
     "ContinualMixin",
     "Distillation",
     "DriftMonitor",
+    "DynamicEMA",
     "EWCMixin",
     "FeatureLearningMonitor",
     "FirstNonFinite",

@@ -48,6 +48,18 @@ def training(seed: int) -> DataLoader:
     return DataLoader(task(seed), batch_size=8, shuffle=True)
 
 
+def ordered(seed: int) -> DataLoader:
+    """The same batches in the same order every time."""
+    return DataLoader(task(seed), batch_size=8)
+
+
+def steady(seed: int = 0) -> Learner:
+    """One that draws no random numbers in training."""
+    learner = Learner(seed)
+    learner.body[3] = nn.Identity()
+    return learner
+
+
 def held_out(seed: int) -> DataLoader:
     """Uneven batches of the same task."""
     return DataLoader(task(seed), batch_size=20)

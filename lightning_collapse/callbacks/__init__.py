@@ -3,10 +3,13 @@
 from lightning_collapse.callbacks.constraints.constraint import Constraint
 from lightning_collapse.callbacks.constraints.max_norm import MaxNorm
 from lightning_collapse.callbacks.constraints.parseval_step import ParsevalStep
+from lightning_collapse.callbacks.continual.consolidate_update import ConsolidateUpdate
 from lightning_collapse.callbacks.continual.continual_metrics import ContinualMetrics
+from lightning_collapse.callbacks.continual.dynamic_ema import DynamicEMA
 from lightning_collapse.callbacks.continual.fit_tasks import fit_tasks
 from lightning_collapse.callbacks.continual.forgetting_monitor import ForgettingMonitor
 from lightning_collapse.callbacks.continual.prototype_memory import PrototypeMemory
+from lightning_collapse.callbacks.continual.fpf import FPF
 from lightning_collapse.callbacks.continual.shrink_and_perturb import ShrinkAndPerturb
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.continual.task_boundary import TaskBoundary
@@ -59,10 +62,13 @@ __all__ = [
     "CodebookMonitor",
     "CollapseGuard",
     "CollapseMonitor",
+    "ConsolidateUpdate",
     "Constraint",
     "ContinualMetrics",
     "Distillation",
     "DriftMonitor",
+    "DynamicEMA",
+    "FPF",
     "FeatureLearningMonitor",
     "FirstNonFinite",
     "ForgettingMonitor",

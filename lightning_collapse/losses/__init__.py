@@ -18,6 +18,7 @@ from lightning_collapse.losses.distillation import distillation_loss, feature_di
 from lightning_collapse.losses.dot_regression import DotRegression, dot_regression
 from lightning_collapse.losses.effective_rank import EffectiveRankHinge, effective_rank_terms
 from lightning_collapse.losses.entropy_guided_attention import EntropyGuidedAttention
+from lightning_collapse.losses.focal_preference import FocalPreference, focal_preference_loss
 from lightning_collapse.losses.free_bits import FreeBits, free_bits
 from lightning_collapse.losses.group_entropy import GroupEntropy, group_entropy_terms
 from lightning_collapse.losses.ha_frame import HAFrameLoss
@@ -79,6 +80,7 @@ __all__ = [
     "EffectiveRankHinge",
     "EntropyGuidedAttention",
     "FeatureDecorrelation",
+    "FocalPreference",
     "FreeBits",
     "GroupEntropy",
     "HAFrameLoss",
@@ -124,6 +126,7 @@ __all__ = [
     "feature_decorrelation_terms",
     "feature_distillation_loss",
     "flip_consistency",
+    "focal_preference_loss",
     "free_bits",
     "group_entropy_terms",
     "hash_code_readings",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.penalties.support.shards import Layout
-from lightning_collapse.utilities.distributed import world_size
+from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
 from lightning_collapse.utilities.gradients import local_part, shards_of
 from lightning_collapse.utilities.parameters import why_no_number
 from lightning_collapse.utilities.private_torch import foreach
@@ -64,6 +64,27 @@ class ParameterSnapshot:
 
     def _knows(self, name: str, tensor: Tensor) -> bool:
         return name in self._copies and self._copies[name].shape == tensor.shape
+
+
+def mean_changes(
+    snapshot: ParameterSnapshot, tensors: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """Sensitivity of modules: the mean absolute change of their entries; the copy follows.
+
+    Collective, and one transfer to the host.
+
+    Args:
+        snapshot: Of the tensors before.
+        tensors: By name, as they are now.
+        groups: Names of the tensors of every module.
+    """
+    sums = snapshot.change(tensors, order=1, move=True)
+    places = {name: i for i, name in enumerate(tensors)}
+    belongs = torch.zeros(len(groups), len(places), dtype=sums.dtype)
+    for row, names in zip(belongs, groups.values(), strict=True):
+        row[[places[name] for name in names]] = 1 / sum(tensors[name].numel() for name in names)
+    values = (belongs.to(sums.device) @ all_reduce_sum(sums)).tolist()
+    return dict(zip(groups, values, strict=True))
 
 
 @torch.no_grad()

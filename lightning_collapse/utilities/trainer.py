@@ -129,6 +129,16 @@ def is_sharded(trainer: Trainer, module: nn.Module) -> bool:
     return cut or is_kind(trainer.strategy, FSDPStrategy)
 
 
+def refuse_sharded(trainer: Trainer, module: nn.Module, who: str, does: str) -> None:
+    """Refuse a model that no process holds the whole of, for someone who does something to whole tensors.
+
+    Raises:
+        MisconfigurationException: If :func:`is_sharded`.
+    """
+    if is_sharded(trainer, module):
+        raise MisconfigurationException(f"`{who}` {does}, and no process holds the whole of a sharded one. Use DDP.")
+
+
 def refuse_flattened(trainer: Trainer, who: str, what: str = "parameters") -> None:
     """Refuse a strategy whose flattened parameters belong to no module.
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import ceil, isfinite, nan
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -16,10 +15,9 @@ from lightning_collapse.callbacks.continual.continual_metrics import MEASURES
 from lightning_collapse.callbacks.continual.monitored_curves import require_available
 from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
-from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot
+from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot, mean_changes
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.arguments import check_layers
-from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.modules import clean_name, find_modules
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import register_curve
@@ -158,14 +156,7 @@ class ForgettingMonitor(TaskAware):
     ) -> None:
         if snapshot is None or not self._tensors:
             return
-        sums = snapshot.change(self._tensors, order=1, move=True)
-        places = {name: i for i, name in enumerate(self._tensors)}
-        belongs = torch.zeros(len(self._groups), len(places), dtype=sums.dtype)
-        for row, names in zip(belongs, self._groups.values(), strict=True):
-            row[[places[name] for name in names]] = 1 / sum(self._tensors[name].numel() for name in names)
-        # the one transfer, when an epoch or a task ends
-        values = (belongs.to(sums.device) @ all_reduce_sum(sums)).tolist()
-        self.changes[kind] = dict(zip(self._groups, values, strict=True))
+        self.changes[kind] = mean_changes(snapshot, self._tensors, self._groups)
         step = self._steps.step(trainer)
         publish(
             trainer,
@@ -179,7 +170,7 @@ class ForgettingMonitor(TaskAware):
     def _choose(self, pl_module: LightningModule) -> Iterator[tuple[str, str, Tensor]]:
         """Layer, name and tensor of all that is watched."""
         if self.layers is None:
-            for name, tensor, suffix in _state_of(pl_module):
+            for name, tensor, suffix in state_of(pl_module):
                 owner = clean_name(name).rpartition(".")[0]
                 yield _apart(owner or "model") + suffix, name, tensor
             return
@@ -188,7 +179,7 @@ class ForgettingMonitor(TaskAware):
         except ValueError as error:
             raise MisconfigurationException(f"`ForgettingMonitor(layers={list(self.layers)!r})`: {error}") from error
         for layer, module in modules.items():
-            for name, tensor, suffix in _state_of(module):
+            for name, tensor, suffix in state_of(module):
                 yield _apart(layer) + suffix, f"{layer}.{name}", tensor
 
 
@@ -216,7 +207,7 @@ def _apart(layer: str) -> str:
     return f"{layer}.module" if layer in MEASURES else layer
 
 
-def _state_of(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+def state_of(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     """Parameters and floating-point buffers by name, and what the names of their layers end in."""
     for name, parameter in module.named_parameters():
         if not nn.parameter.is_lazy(parameter):

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.utilities.copies import bare_copy
 from lightning_collapse.utilities.private_torch import foreach
-from lightning_collapse.utilities.trainer import is_sharded, logging_step
+from lightning_collapse.utilities.trainer import logging_step, refuse_sharded
 
 _RESETS = ("reset_parameters", "_reset_parameters")  # the latter of `nn.MultiheadAttention` and `nn.Transformer`
 
@@ -89,10 +89,7 @@ class ShrinkAndPerturb(TaskAware):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if is_sharded(trainer, pl_module):
-            raise MisconfigurationException(
-                "`ShrinkAndPerturb` makes a fresh network, and no process holds the whole of a sharded one. Use DDP."
-            )
+        refuse_sharded(trainer, pl_module, "ShrinkAndPerturb", "makes a fresh network")
         if self.initialize is None:
             _require_resets(pl_module)
         try:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -27,6 +27,8 @@ class TaskAware(Callback, ABC):
 
     Attributes:
         task_index: Index of the running task, from 0.
+        changes_weights: Whether it changes weights when a task ends and keeps no account of them, so that others may
+            change them after it.
 
     Example::
 
@@ -36,6 +38,8 @@ class TaskAware(Callback, ABC):
 
         trainer = Trainer(callbacks=[Announce()])
     """
+
+    changes_weights: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.task_index = 0
@@ -56,7 +60,7 @@ class TaskAware(Callback, ABC):
         place = f"the end of task {self.task_index}"
         with self.containment(place, "it is left out"), evaluation_weights(trainer.optimizers):
             self.end_task(trainer, pl_module)
-            self._learned = checksum(pl_module)
+            self._learned = None if self.changes_weights else checksum(pl_module)
         self._trained = False
         self.task_index += 1
 

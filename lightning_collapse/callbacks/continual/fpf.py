@@ -1,0 +1,256 @@
+"""Forgetting prioritized finetuning (FPF): when a task ends, tune the modules that have moved most on kept samples."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_collapse.callbacks.continual.forgetting_monitor import select_top, state_of
+from lightning_collapse.callbacks.continual.task_aware import TaskAware
+from lightning_collapse.callbacks.evaluation.step_replay import preserved_attributes
+from lightning_collapse.callbacks.evaluation.task_batches import TaskBatches
+from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot, mean_changes
+from lightning_collapse.utilities.arguments import require_positive, require_whole
+from lightning_collapse.utilities.batch import batch_size
+from lightning_collapse.utilities.distributed import all_reduce_sum, from_all_processes, process_rank
+from lightning_collapse.utilities.loaders import Loader
+from lightning_collapse.utilities.modules import clean_name, hooks_ignored
+from lightning_collapse.utilities.preserved_state import preserved_state
+from lightning_collapse.utilities.trainer import ends_step, logging_step, loss_scale, planned_steps, refuse_sharded
+from lightning_collapse.utilities.training_step import silent, unwrapped
+
+
+class FPF(TaskAware):
+    r"""Tunes the few modules that forget on a balanced buffer, when a task ends (FPF) or several times in it (k-FPF).
+
+    Modules are ranked by how far they have moved since the tuning before, or since the fit began,
+    :math:`d_\ell = \|\theta_\ell - \theta_\ell^{\text{before}}\|_1 / |\theta_\ell|`, those of the running statistics of
+    a normalization beside those of its weights, as :class:`~lightning_collapse.ForgettingMonitor` draws them. The top
+    ``fraction`` is then trained by gradient descent on ``data``, through the module's own ``training_step`` under the
+    trainer's precision; all else is frozen, the statistics of other normalizations too. Published with any method
+    before it, or with nothing but plain training (k-FPF) [1]; the authors' threshold was not to be found, so the
+    fraction is yours to choose.
+
+    The training does not notice: optimizers, schedules, counters, gradients, modes, ``requires_grad``, random states
+    and metrics are as they were, nothing is logged, and what callbacks add to a loss is not added here. Gradients are
+    means over the samples of all processes. An optimizer that keeps weights of its own (a schedule-free one) brings
+    back what is tuned before the fit ends. Kept, and in the state, is one copy of parameters and buffers.
+
+    Put it before callbacks that measure or remember a task when that ends.
+
+    Args:
+        data: Batches as ``training_step`` takes them, or a function that returns them, such as a method of a replay
+            buffer; about equally many samples of every class. They are read again until there were enough.
+        fraction: Share of the modules to tune, rounded up.
+        iterations: Steps of a tuning.
+        lr: Their learning rate.
+        times: How often in a fit, at equal intervals, the last one when its task ends.
+
+    Attributes:
+        tuned: Names of the modules that were tuned last, the most sensitive first; ``.buffers`` ends the names of
+            running statistics.
+
+    Raises:
+        ValueError: If ``data`` are no batches, or a number is out of range.
+        MisconfigurationException: When the fit starts, for manual optimization, a ``training_step`` that takes an
+            iterator, sharded parameters, or with ``times`` above 1 for a fit of unknown length or with fewer steps.
+
+    References:
+        [1] Zhao et al., *Does continual learning equally forget all parameters?*, ICML 2023.
+        https://arxiv.org/abs/2304.04158
+
+    Example::
+
+        fpf = FPF(lambda: DataLoader(kept_samples, batch_size=32, shuffle=True), times=3)
+        fit_tasks(lambda: Trainer(max_epochs=5, callbacks=[fpf, metrics]), model, tasks)
+    """
+
+    changes_weights = True
+
+    def __init__(
+        self, data: Loader, fraction: float = 0.2, iterations: int = 300, lr: float = 0.01, times: int = 1
+    ) -> None:
+        super().__init__()
+        wrong = isinstance(data, str | Mapping | Iterator) or not (isinstance(data, Iterable) or callable(data))
+        if wrong or (isinstance(data, Sequence) and not data):
+            raise ValueError(
+                "`data` takes batches that can be read again and again, or a function without arguments that returns"
+                f" them, got {data!r}."
+            )
+        if not 0 < fraction <= 1:
+            raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction}.")
+        require_whole(1, iterations=iterations, times=times)
+        require_positive(lr=lr)
+        self.data, self.fraction, self.iterations, self.lr, self.times = data, fraction, iterations, lr, times
+        self.tuned: list[str] = []
+        self._tensors: dict[str, Tensor] = {}
+        self._groups: dict[str, list[str]] = {}
+        self._snapshot: ParameterSnapshot | None = None
+        self._restored: dict[str, Tensor] | None = None
+        self._tunings = 0
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        step = signature(unwrapped(pl_module, "training_step")).parameters
+        if not pl_module.automatic_optimization or "dataloader_iter" in step:
+            raise MisconfigurationException(
+                f"`FPF` takes gradients of the loss that `training_step` returns of a batch, and that of"
+                f" {type(pl_module).__name__} steps its optimizers itself or takes an iterator. Return the loss of a"
+                " batch, with `automatic_optimization = True`."
+            )
+        refuse_sharded(trainer, pl_module, "FPF", "tunes whole parameters")
+        self._tensors, self._groups = {}, {}
+        for name, tensor, suffix in state_of(pl_module):
+            self._tensors[name] = tensor
+            owner = clean_name(name).rpartition(".")[0] or "model"
+            self._groups.setdefault(owner + suffix, []).append(name)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        steps = planned_steps(trainer)
+        if self.times > 1 and (steps is None or steps < self.times):
+            raise MisconfigurationException(
+                f"`FPF(times={self.times})` tunes at equal intervals of a fit, and this one has"
+                f" {'no length that is known' if steps is None else f'{steps} steps'}. Set `max_steps`, or `times=1`."
+            )
+        self._snapshot = ParameterSnapshot(self._tensors, self._restored if self._trained else None)
+        self._restored = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.times == 1 or trainer.fast_dev_run or not ends_step(trainer):
+            return
+        step, steps = logging_step(trainer) + 1, planned_steps(trainer)
+        if steps and step < steps and step * self.times // steps > (step - 1) * self.times // steps:
+            with self.containment("tuning within a task", "weights stay as they were trained"):
+                self._tune(trainer, pl_module)
+
+    @override
+    def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tune(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._tensors = {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        snapshot = None if self._snapshot is None else self._snapshot.state_dict()
+        return {**super().state_dict(), "tuned": list(self.tuned), "tunings": self._tunings, "snapshot": snapshot}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.tuned, self._tunings = state_dict["tuned"], state_dict["tunings"]
+        self._restored = state_dict["snapshot"]
+
+    def _tune(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rank modules and tune the first of them; weights come back if that fails. Collective."""
+        assert self._snapshot is not None
+        top = select_top(mean_changes(self._snapshot, self._tensors, self._groups), self.fraction)
+        names = {name for group in top for name in self._groups[group]}
+        weights = [p for n, p in pl_module.named_parameters() if n in names and p.requires_grad and not p.is_complex()]
+        moving = {group.removesuffix(".buffers") for group in top}
+        before = [weight.detach().clone() for weight in weights]
+        try:
+            with (
+                preserved_state(pl_module, autocast=True, training=True),
+                hooks_ignored(),
+                preserved_attributes(pl_module),
+                silent(pl_module),
+            ):
+                for seed in (torch.manual_seed, random.seed, np.random.seed):  # the same when it is repeated
+                    seed(1009 * self._tunings + process_rank())
+                buffers = _freeze(pl_module, weights, moving)
+                self._descend(trainer, pl_module, weights)
+                values = [getattr(module, name).clone() for module, name in buffers]
+        except Exception:
+            for weight, value in zip(weights, before, strict=True):
+                weight.data.copy_(value)
+            raise
+        finally:
+            self._tunings += 1
+        for (module, name), value in zip(buffers, values, strict=True):
+            getattr(module, name).data.copy_(value)
+        self.tuned = top
+        self._snapshot = ParameterSnapshot(self._tensors)
+
+    def _descend(self, trainer: Trainer, pl_module: LightningModule, weights: list[nn.Parameter]) -> None:
+        batches = self._batches(trainer)
+        for index in range(self.iterations):
+            rows, problem, gradient = 0, "", torch.zeros(())
+            try:
+                rows, gradient = _gradient(trainer, pl_module, next(batches), index, weights)
+            except StopIteration:
+                problem = "`data` holds no batch: fill the buffer before the task ends"
+            except Exception as error:
+                problem = repr(error)
+            everyone = from_all_processes((rows, problem))
+            if problems := [problem for _, problem in everyone if problem]:
+                raise RuntimeError(problems[0])
+            total = sum(rows for rows, _ in everyone)
+            if not weights or not total:
+                continue
+            mean = all_reduce_sum(gradient * rows) / total
+            parts = torch.split(torch.where(mean.sum().isfinite(), mean, 0.0), [weight.numel() for weight in weights])
+            for weight, part in zip(weights, parts, strict=True):
+                weight.data.sub_((self.lr * part.view_as(weight)).to(weight.dtype))
+
+    def _batches(self, trainer: Trainer) -> Iterator[Any]:
+        found = True
+        while found:
+            found = False
+            for batch in TaskBatches(trainer, self.data):
+                found = True
+                yield batch
+
+
+def _gradient(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, index: int, weights: list[nn.Parameter]
+) -> tuple[int, Tensor]:
+    """Samples, and the gradient of all weights in one vector, of one batch of this process."""
+    step = unwrapped(pl_module, "training_step")
+    with trainer.precision_plugin.train_step_context():
+        output = step(batch, *([index] if len(signature(step).parameters) > 1 else []))
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    rows = 0 if loss is None else batch_size(batch)
+    scale = loss_scale(trainer)
+    found: Sequence[Tensor | None] = [None] * len(weights)
+    if isinstance(loss, Tensor) and loss.requires_grad and weights:
+        # not `backward()`: hooks that reduce gradients sit where they accumulate
+        found = torch.autograd.grad(loss if scale is None else loss * scale, weights, allow_unused=True)
+    dense = [torch.zeros_like(w) if g is None else g.to_dense() for g, w in zip(found, weights, strict=True)]
+    parts = [part.flatten().to(torch.promote_types(part.dtype, torch.float32)) for part in dense]
+    flat = torch.cat(parts) if parts else torch.zeros(())
+    return rows, flat if scale is None else flat / scale
+
+
+def _freeze(pl_module: LightningModule, weights: list[nn.Parameter], moving: set[str]) -> list[tuple[nn.Module, str]]:
+    """Leave alone all but some weights and the buffers of some modules, which are returned."""
+    chosen = {id(weight) for weight in weights}
+    for parameter in pl_module.parameters():
+        if parameter.requires_grad and id(parameter) not in chosen:
+            parameter.requires_grad_(False)
+    buffers = []
+    for name, module in pl_module.named_modules():
+        own = [key for key, buffer in module._buffers.items() if buffer is not None]
+        if (clean_name(name) or "model") in moving:
+            buffers += [(module, key) for key in own]
+        elif any(module._buffers[key].is_floating_point() for key in own):  # a normalization goes by its statistics
+            module.training = False
+    return buffers
