@@ -23,8 +23,7 @@ def focal_preference_loss(
     .. math:: -\tfrac{1}{N} \sum_i (1 - p_i)^\gamma \log p_i, \qquad p = \operatorname{sigmoid}\big(\beta\,
         (\log \pi_c - \log \pi_r - \log \pi^{\text{ref}}_c + \log \pi^{\text{ref}}_r)\big)
 
-    ``gamma=0`` is direct preference optimization. Pairs that are already told apart weigh less, so that later tasks
-    do not push them further.
+    Pairs that are told apart already weigh less; ``gamma=0`` is direct preference optimization.
 
     Collective: every process must call it; one all-reduce of 3 numbers.
 
@@ -53,13 +52,8 @@ def focal_preference_loss(
         >>> focal_preference_loss(zero, zero, zero, zero)
         tensor(0.1733)
     """
-    given = {
-        "chosen": chosen,
-        "rejected": rejected,
-        "reference_chosen": reference_chosen,
-        "reference_rejected": reference_rejected,
-    }
-    for name, tensor in given.items():
+    names = ("chosen", "rejected", "reference_chosen", "reference_rejected")
+    for name, tensor in zip(names, (chosen, rejected, reference_chosen, reference_rejected), strict=True):
         if tensor.ndim != 1 or tensor.shape != chosen.shape or not tensor.is_floating_point():
             raise ValueError(
                 f"`focal_preference_loss` takes four log-probabilities per pair, of shape (N,) each, got `{name}` of"

@@ -1,4 +1,4 @@
-"""Both processes draw the same fresh network, and shards are refused."""
+"""Both processes draw the same fresh network, tune and average the same weights, and shards are refused."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
-from lightning_collapse import Distillation, ShrinkAndPerturb
+from lightning_collapse import FPF, ConsolidateUpdate, Distillation, DynamicEMA, ShrinkAndPerturb
+from lightning_collapse.losses import focal_preference_loss
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, Toy, batches
 
@@ -27,16 +28,65 @@ def _fit(rank, model, callback, strategy):
     Trainer(**options, callbacks=[callback]).fit(model, batches(seed=rank))
 
 
+def _same_everywhere(model):
+    weights = [None, None]
+    dist.all_gather_object(weights, {name: p.detach() for name, p in model.named_parameters()})
+    return all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def _tune(rank):
+    """Unequal shares of a batch on two processes move weights as the whole batch on one would."""
+    data = torch.randn(12, 16, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(0)
+    model = Toy()
+    fpf = FPF([data[:3] if rank == 0 else data[3:]], fraction=1.0, iterations=4, lr=0.5)
+    expected = Toy()
+    expected.load_state_dict(model.state_dict())
+    _fit(rank, expected, DynamicEMA(), DDPStrategy(process_group_backend="gloo"))
+    assert _same_everywhere(expected)
+    model.load_state_dict(expected.state_dict())
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.0)
+    _fit(rank, model, fpf, DDPStrategy(process_group_backend="gloo"))
+    for _ in range(4):
+        gradients = torch.autograd.grad(expected.training_step(data, 0), list(expected.parameters()))
+        for weight, gradient in zip(expected.parameters(), gradients, strict=True):
+            weight.data -= 0.5 * gradient
+    for weight, value in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(weight, value)
+    assert _same_everywhere(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    fpf.data = [] if rank else [data]  # of one process alone: both go without
+    _fit(rank, model, fpf, DDPStrategy(process_group_backend="gloo"))
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def _prefer(rank):
+    whole = torch.randn(4, 7, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    (expected,) = torch.autograd.grad(-(_focal(whole)).mean(), whole)
+    mine = slice(0, 2) if rank == 0 else slice(2, 7)
+    here = whole.detach()[:, mine].requires_grad_()
+    loss = focal_preference_loss(*here)
+    torch.testing.assert_close(loss.item(), -_focal(whole).mean().item())
+    (gradient,) = torch.autograd.grad(loss, here)
+    torch.testing.assert_close(gradient / 2, expected[:, mine])  # a mean over processes follows
+
+
+def _focal(rows):
+    logits = 0.1 * ((rows[0] - rows[1]) - (rows[2] - rows[3]).detach())
+    p = torch.sigmoid(logits)
+    return (1 - p) ** 2 * p.log()
+
+
 def _check(rank):
     torch.manual_seed(rank)  # a run whose processes draw different numbers
     model, callback = Toy(), ShrinkAndPerturb()
     for _ in range(2):
         _fit(rank, model, callback, DDPStrategy(process_group_backend="gloo"))
     assert callback.state_dict()["times"] == 1
-    weights = [None, None]
-    dist.all_gather_object(weights, {name: p.detach() for name, p in model.named_parameters()})
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    for callback in (ShrinkAndPerturb(), Distillation()):
+    assert _same_everywhere(model)
+    _tune(rank)
+    _prefer(rank)
+    for callback in (ShrinkAndPerturb(), Distillation(), DynamicEMA(), ConsolidateUpdate(), FPF([torch.zeros(1, 16)])):
         sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
         with pytest.raises(MisconfigurationException, match="no process holds the whole of a sharded one"):
             _fit(rank, Sharded(), callback, sharded)

@@ -27,12 +27,9 @@ class ConsolidateUpdate(TaskAware):
     .. math:: W \leftarrow W_{\text{before}} + \Delta'
 
     with :func:`~lightning_collapse.functional.task_weights.consolidated_update`. Published for low-rank adapters, where
-    ``lora_A`` and ``lora_B`` are matrices of their own; convolutions are ``(O, I k k)``. Weights change when the task
-    ends and not before: put it before callbacks that measure or remember the task then. A matrix that a task leaves
-    alone stays alone, and ``energy=1, gamma=1`` changes no bit.
-
-    Kept, and in the state, are one copy of the chosen matrices and another for every task that has ended, in
-    ``float32`` on the host.
+    ``lora_A`` and ``lora_B`` are matrices of their own; convolutions are ``(O, I k k)``. ``energy=1, gamma=1`` changes
+    no bit. Put it before callbacks that measure or remember a task when that ends. Kept, and in the state, are one copy
+    of the chosen matrices and another for every task that has ended, in ``float32`` on the host.
 
     Args:
         energy: Share of the squared singular values of a change to keep.
@@ -82,10 +79,7 @@ class ConsolidateUpdate(TaskAware):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         kept = self._before if self._trained else {}  # of a task that is taken up again
-        self._before = {
-            name: kept[name] if name in kept and kept[name].shape == matrix.shape else _copy(matrix)
-            for name, matrix in self._matrices.items()
-        }
+        self._before = {name: kept.get(name, _copy(matrix)) for name, matrix in self._matrices.items()}
 
     @override
     @torch.no_grad()
@@ -120,29 +114,27 @@ class ConsolidateUpdate(TaskAware):
         change = (matrix.to(torch.float32) - self._before[name].to(matrix.device)).flatten(1)
         if not change.any():
             return
-        on_device = None if past is None else past.to(matrix.device)
-        new = consolidated_update(change, on_device, self.energy, self.gamma)
+        new = consolidated_update(change, past, self.energy, self.gamma)
         if not new.isfinite().all():  # waits for the device, once per task and matrix
             raise ValueError("its change is not finite")
         # what is taken away, so that what is not stays bit by bit
-        matrix.add_((new - change).view_as(matrix).to(matrix.dtype))
+        matrix.add_((new - change).view_as(matrix))
         row = new.reshape(1, -1).cpu()
         self._past[name] = row if past is None else torch.cat([past, row])
 
     def _choose(self, pl_module: LightningModule) -> dict[str, Tensor]:
         real = {clean_name(n): p for n, p in real_parameters(pl_module).kept.items() if not p.is_complex()}
         found = {name: p.detach() for name, p in real.items() if p.requires_grad and p.ndim > 1}
-        if self.parameters is None:
-            matching = {"*": set(found)}
-        else:
-            matching = {pattern: {n for n in found if fnmatchcase(n, pattern)} for pattern in self.parameters}
-        for pattern, names in matching.items():
-            if not names:
+        patterns = ["*"] if self.parameters is None else self.parameters
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in found):
                 raise MisconfigurationException(
                     f"`ConsolidateUpdate(parameters=[{pattern!r}])` matches no trainable parameter of two or more"
                     f" dimensions in {type(pl_module).__name__}. It has: {', '.join(found) or 'none'}."
                 )
-        return {name: matrix for name, matrix in found.items() if any(name in names for names in matching.values())}
+        return {
+            name: matrix for name, matrix in found.items() if any(fnmatchcase(name, pattern) for pattern in patterns)
+        }
 
 
 def _copy(matrix: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ from lightning_collapse.utilities.preserved_state import preserved_state
 from lightning_collapse.utilities.trainer import ends_step, logging_step, loss_scale, planned_steps, refuse_sharded
 from lightning_collapse.utilities.training_step import silent, unwrapped
 
+T = TypeVar("T")
+
 
 class FPF(TaskAware):
     r"""Tunes the few modules that forget on a balanced buffer, when a task ends (FPF) or several times in it (k-FPF).
@@ -36,16 +40,14 @@ class FPF(TaskAware):
     :math:`d_\ell = \|\theta_\ell - \theta_\ell^{\text{before}}\|_1 / |\theta_\ell|`, those of the running statistics of
     a normalization beside those of its weights, as :class:`~lightning_collapse.ForgettingMonitor` draws them. The top
     ``fraction`` is then trained by gradient descent on ``data``, through the module's own ``training_step`` under the
-    trainer's precision; all else is frozen, the statistics of other normalizations too. Published with any method
-    before it, or with nothing but plain training (k-FPF) [1]; the authors' threshold was not to be found, so the
-    fraction is yours to choose.
+    trainer's precision; all else is frozen, the statistics of other normalizations too. The authors choose by a
+    threshold that was not to be found [1].
 
     The training does not notice: optimizers, schedules, counters, gradients, modes, ``requires_grad``, random states
     and metrics are as they were, nothing is logged, and what callbacks add to a loss is not added here. Gradients are
     means over the samples of all processes. An optimizer that keeps weights of its own (a schedule-free one) brings
-    back what is tuned before the fit ends. Kept, and in the state, is one copy of parameters and buffers.
-
-    Put it before callbacks that measure or remember a task when that ends.
+    back what is tuned within a task. Kept, and in the state, is one copy of parameters and buffers. Put it before
+    callbacks that measure or remember a task when that ends.
 
     Args:
         data: Batches as ``training_step`` takes them, or a function that returns them, such as a method of a replay
@@ -165,7 +167,6 @@ class FPF(TaskAware):
         top = select_top(mean_changes(self._snapshot, self._tensors, self._groups), self.fraction)
         names = {name for group in top for name in self._groups[group]}
         weights = [p for n, p in pl_module.named_parameters() if n in names and p.requires_grad and not p.is_complex()]
-        moving = {group.removesuffix(".buffers") for group in top}
         before = [weight.detach().clone() for weight in weights]
         try:
             with (
@@ -176,7 +177,7 @@ class FPF(TaskAware):
             ):
                 for seed in (torch.manual_seed, random.seed, np.random.seed):  # the same when it is repeated
                     seed(1009 * self._tunings + process_rank())
-                buffers = _freeze(pl_module, weights, moving)
+                buffers = _freeze(pl_module, weights, {group.removesuffix(".buffers") for group in top})
                 self._descend(trainer, pl_module, weights)
                 values = [getattr(module, name).clone() for module, name in buffers]
         except Exception:
@@ -191,33 +192,37 @@ class FPF(TaskAware):
         self._snapshot = ParameterSnapshot(self._tensors)
 
     def _descend(self, trainer: Trainer, pl_module: LightningModule, weights: list[nn.Parameter]) -> None:
-        batches = self._batches(trainer)
-        for index in range(self.iterations):
-            rows, problem, gradient = 0, "", torch.zeros(())
-            try:
-                rows, gradient = _gradient(trainer, pl_module, next(batches), index, weights)
-            except StopIteration:
-                problem = "`data` holds no batch: fill the buffer before the task ends"
-            except Exception as error:
-                problem = repr(error)
-            everyone = from_all_processes((rows, problem))
-            if problems := [problem for _, problem in everyone if problem]:
-                raise RuntimeError(problems[0])
-            total = sum(rows for rows, _ in everyone)
-            if not weights or not total:
-                continue
-            mean = all_reduce_sum(gradient * rows) / total
-            parts = torch.split(torch.where(mean.sum().isfinite(), mean, 0.0), [weight.numel() for weight in weights])
-            for weight, part in zip(weights, parts, strict=True):
-                weight.data.sub_((self.lr * part.view_as(weight)).to(weight.dtype))
+        sizes = [weight.numel() for weight in weights]
+        with closing(self._batches(trainer)) as batches:
+            for index in range(self.iterations):
+                batch = _on_all(batches.__next__)
+                rows, gradient = _on_all(partial(_gradient, trainer, pl_module, batch, index, weights))
+                total = all_reduce_sum(torch.cat([gradient * rows, gradient.new_tensor([rows])]))
+                mean = total[:-1] / total[-1]  # of no number where there were no samples
+                parts = torch.split(torch.where(mean.sum().isfinite(), mean, 0.0), sizes)
+                for weight, part in zip(weights, parts, strict=True):
+                    weight.data.sub_((self.lr * part.view_as(weight)).to(weight.dtype))
 
-    def _batches(self, trainer: Trainer) -> Iterator[Any]:
+    def _batches(self, trainer: Trainer) -> Generator[Any, None, None]:
         found = True
         while found:
             found = False
             for batch in TaskBatches(trainer, self.data):
                 found = True
                 yield batch
+        raise RuntimeError("`data` holds no batch: fill the buffer before the task ends")
+
+
+def _on_all(function: Callable[[], T]) -> T:
+    """What a function returns, or on every process an error if it has failed on one; collective."""
+    result, problem = None, ""
+    try:
+        result = function()
+    except Exception as error:
+        problem = repr(error)
+    if problems := [problem for problem in from_all_processes(problem) if problem]:
+        raise RuntimeError(problems[0])
+    return cast(T, result)
 
 
 def _gradient(
@@ -236,7 +241,7 @@ def _gradient(
         found = torch.autograd.grad(loss if scale is None else loss * scale, weights, allow_unused=True)
     dense = [torch.zeros_like(w) if g is None else g.to_dense() for g, w in zip(found, weights, strict=True)]
     parts = [part.flatten().to(torch.promote_types(part.dtype, torch.float32)) for part in dense]
-    flat = torch.cat(parts) if parts else torch.zeros(())
+    flat = torch.cat(parts) if parts else torch.zeros(0, device=pl_module.device)
     return rows, flat if scale is None else flat / scale
 
 
@@ -244,8 +249,7 @@ def _freeze(pl_module: LightningModule, weights: list[nn.Parameter], moving: set
     """Leave alone all but some weights and the buffers of some modules, which are returned."""
     chosen = {id(weight) for weight in weights}
     for parameter in pl_module.parameters():
-        if parameter.requires_grad and id(parameter) not in chosen:
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(id(parameter) in chosen)
     buffers = []
     for name, module in pl_module.named_modules():
         own = [key for key, buffer in module._buffers.items() if buffer is not None]
