@@ -46,7 +46,7 @@ class ConsolidateUpdate(TaskAware):
 
     Example::
 
-        consolidate = ConsolidateUpdate(parameters=["*lora_A*", "*lora_B*"])
+        consolidate = ConsolidateUpdate()  # or of adapters alone: parameters=["*lora_A*", "*lora_B*"]
         fit_tasks(lambda: Trainer(max_epochs=1, callbacks=[consolidate, metrics]), model, tasks)
     """
 

@@ -72,7 +72,7 @@ class FPF(TaskAware):
 
     Example::
 
-        fpf = FPF(lambda: DataLoader(kept_samples, batch_size=32, shuffle=True), times=3)
+        fpf = FPF(train_loaders[0], iterations=100)  # or the batches of a replay buffer
         fit_tasks(lambda: Trainer(max_epochs=5, callbacks=[fpf, metrics]), model, tasks)
     """
 
