@@ -109,7 +109,7 @@ class DynamicEMA(TaskAware):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._aside:
             self._aside = {name: self._named[name].detach().clone() for name in self._kept if name in self._named}
-            self._copy(self.averages)
+            self._put_in()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,7 +122,7 @@ class DynamicEMA(TaskAware):
 
     @override
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._copy(self.averages)
+        self._put_in()
         self._kept = {}
 
     @override
@@ -159,16 +159,26 @@ class DynamicEMA(TaskAware):
             if name not in self._kept:  # the first factor is a fallback, and moves nothing
                 self._kept[name] = [weight.clone(), torch.full_like(weight, torch.nan), weight.clone()]
         averages, past, before = (list(kept) for kept in zip(*map(self._kept.__getitem__, owned), strict=True))
-        gaps = foreach.sub(weights, averages)
-        changes = (gradients, foreach.sub(gradients, past), foreach.sub(weights, before), gaps)
-        gradient, change, weight, gap = (torch.stack(foreach.norm(tensors, 1)) for tensors in changes)
-        decay, fallback = dynamic_ema_decay(gradient, change, weight, gap, self.form)
-        foreach.mul_(gaps, (1 - decay).unbind())
-        usable = gap.isfinite().unbind()  # weights that are no numbers any more do not enter
-        foreach.add_(averages, [torch.where(ok, step, 0.0) for ok, step in zip(usable, gaps, strict=True)])
+        # in place, in copies that are written anew: room for others would take longer than the arithmetic
+        foreach.sub_(past, gradients)
+        foreach.sub_(before, weights)
+        change, step = _lengths(past), _lengths(before)
+        foreach.copy_(before, weights)
+        foreach.sub_(before, averages)
+        gradient, gap = torch.stack(foreach.norm(gradients, 1)), _lengths(before)
+        decay, fallback = dynamic_ema_decay(gradient, change, step, gap, self.form)
+        rates = (1 - decay).unbind()
+        foreach.lerp_(averages, weights, [rate.to(a.dtype) for rate, a in zip(rates, averages, strict=True)])
         foreach.copy_(past, gradients)
         foreach.copy_(before, weights)
         self._factors.append((decay, fallback))
+
+    def _put_in(self) -> None:
+        averages = self.averages
+        with self.containment("putting averages in place", "weights stay as they are trained"):
+            if not all(average.isfinite().all() for average in averages.values()):
+                raise ValueError("they are not finite, as weights were not at some step")
+            self._copy(averages)
 
     def _put_back(self) -> None:
         aside, self._aside = self._aside, {}
@@ -178,6 +188,14 @@ class DynamicEMA(TaskAware):
     def _copy(self, tensors: dict[str, Tensor]) -> None:
         for name in tensors.keys() & self._named.keys():
             self._named[name].copy_(tensors[name])
+
+
+def _lengths(tensors: list[Tensor]) -> Tensor:
+    """Sums of absolute values, which on a CPU take the place of the tensors: norms are slower there."""
+    if not tensors[0].is_cpu:
+        return torch.stack(foreach.norm(tensors, 1))
+    foreach.abs_(tensors)
+    return torch.stack([tensor.sum() for tensor in tensors])
 
 
 def _wide(tensor: Any) -> Tensor:

@@ -156,21 +156,22 @@ def test_a_gradient_scaler_does_not_scale_what_is_read():
         torch.testing.assert_close(value, runs[1][name], rtol=1e-2, atol=1e-3)
 
 
-def test_weights_that_are_no_numbers_for_a_while_stay_out():
+def test_weights_that_were_no_numbers_for_a_while_leave_no_average_and_say_so():
     class Spoil(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.value = pl_module.head.weight.detach().clone()
-            if batch_idx == 2:
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.weights = weights(pl_module)
+            if trainer.global_step == 2:
                 pl_module.head.weight.data.fill_(torch.nan)
 
-        def on_before_zero_grad(self, trainer, pl_module, optimizer):
-            if not pl_module.head.weight.isfinite().all():
-                pl_module.head.weight.data.copy_(self.value)
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                pl_module.load_state_dict(self.weights)
 
-    ema = DynamicEMA()
-    stop = Stop(ema)
-    fit(Learner(), ema, Spoil(), stop)
-    assert stop.averages["head.weight"].isfinite().all()
+    recorder, model = Recorder(), Learner()
+    with pytest.warns(UserWarning, match="putting averages in place failed with .*they are not finite"):
+        fit(model, Spoil(), DynamicEMA(), recorder)
+    assert same(weights(model), recorder.after[-1])
+    assert model.head.weight.isfinite().all()
 
 
 def test_what_measures_a_task_finds_the_averages_there():
