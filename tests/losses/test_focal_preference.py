@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from lightning_collapse.losses import FocalPreference, TooFewRowsError, focal_preference_loss
+from tests.losses.test_no_wait import NoWait
 
 
 def pairs(rows=7, scale=20.0, dtype=torch.float64):
@@ -60,6 +61,12 @@ def test_half_precision_and_autocast_are_computed_in_full(dtype):
         loss = FocalPreference()(*given)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(naive(*(row.tolist() for row in given)), rel=1e-5)
+
+
+def test_it_does_not_wait_for_the_device():
+    given = pairs()
+    with NoWait():
+        FocalPreference()(*given).backward()
 
 
 def test_bad_input_is_named():

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_collapse import ContinualMetrics, DynamicEMA, TaskBoundary
 from tests.continual import Learner, held_out, ordered, steady, training
+from tests.losses.test_no_wait import NoWait
 from tests.toys import QUIET, ManualToy, MemoryLogger, batches, weights
 
 
@@ -200,6 +201,17 @@ def test_a_resumed_fit_is_the_uninterrupted_one(tmp_path):
     trainer = Trainer(**{**QUIET, "logger": False, "max_epochs": 2}, callbacks=[DynamicEMA()])
     trainer.fit(resumed, ordered(0), ckpt_path=tmp_path / "half.ckpt")
     assert same(weights(whole), weights(resumed))
+
+
+def test_no_step_waits_for_the_device():
+    class Watched(DynamicEMA):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            with NoWait():
+                super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    ema = Watched()
+    fit(Learner(), ema)
+    assert not ema.containment.failed
 
 
 def test_an_error_in_validation_leaves_the_weights_of_training():
