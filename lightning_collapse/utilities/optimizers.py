@@ -27,6 +27,16 @@ def _needs_closure(kind: Any) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
+def keeps_own_weights(optimizer: Any) -> bool:
+    """Whether it trains other weights than it hands over, and so has a ``train()`` and an ``eval()``.
+
+    Example:
+        >>> keeps_own_weights(torch.optim.SGD([torch.zeros(2, requires_grad=True)]))
+        False
+    """
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+
+
 @contextmanager
 def evaluation_weights(optimizers: Iterable[Any]) -> Iterator[None]:
     """The weights that optimizers with ``train()`` and ``eval()`` hand over in eval mode, such as schedule-free ones.
@@ -35,7 +45,7 @@ def evaluation_weights(optimizers: Iterable[Any]) -> Iterator[None]:
     """
     switched = []
     for optimizer in optimizers:
-        if callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None)):
+        if keeps_own_weights(optimizer):
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             before = [weight.detach().clone() for weight in weights]
             optimizer.eval()

@@ -39,7 +39,8 @@ class ConsolidateUpdate(TaskAware):
 
     Raises:
         ValueError: If ``energy`` is not above 0 and up to 1, ``gamma`` not from 0 to 1, or ``parameters`` no list.
-        MisconfigurationException: When the fit starts, if a pattern matches none, or parameters are sharded.
+        MisconfigurationException: When the fit starts, if a pattern matches none, parameters are sharded, or an
+            optimizer is schedule-free.
 
     References:
         *LifeAlign*, AAAI 2026; both defaults of the code at https://github.com/real-ljs/LifeAlign.

@@ -45,7 +45,7 @@ class DynamicEMA(TaskAware):
 
     Raises:
         ValueError: If ``form`` is another.
-        MisconfigurationException: When the fit starts, if parameters are sharded.
+        MisconfigurationException: When the fit starts, if parameters are sharded, or an optimizer is schedule-free.
 
     References:
         Qiao et al., *Large continual instruction assistant*, ICML 2025. https://arxiv.org/abs/2410.10868

@@ -41,13 +41,12 @@ class FPF(TaskAware):
     a normalization beside those of its weights, as :class:`~lightning_collapse.ForgettingMonitor` draws them. The top
     ``fraction`` is then trained by gradient descent on ``data``, through the module's own ``training_step`` under the
     trainer's precision; all else is frozen, the statistics of other normalizations too. The authors choose by a
-    threshold that was not to be found [1].
+    threshold and not by a share [1].
 
     The training does not notice: optimizers, schedules, counters, gradients, modes, ``requires_grad``, random states
     and metrics are as they were, nothing is logged, and what callbacks add to a loss is not added here. Gradients are
-    means over the samples of all processes. An optimizer that keeps weights of its own (a schedule-free one) brings
-    back what is tuned within a task. Kept, and in the state, is one copy of parameters and buffers. Put it before
-    callbacks that measure or remember a task when that ends.
+    means over the samples of all processes. Kept, and in the state, is one copy of parameters and buffers. Put it
+    before callbacks that measure or remember a task when that ends.
 
     Args:
         data: Batches as ``training_step`` takes them, or a function that returns them, such as a method of a replay
@@ -64,7 +63,8 @@ class FPF(TaskAware):
     Raises:
         ValueError: If ``data`` are no batches, or a number is out of range.
         MisconfigurationException: When the fit starts, for manual optimization, a ``training_step`` that takes an
-            iterator, sharded parameters, or with ``times`` above 1 for a fit of unknown length or with fewer steps.
+            iterator, sharded parameters, a schedule-free optimizer, or with ``times`` above 1 for a fit of unknown
+            length or with fewer steps.
 
     References:
         [1] Zhao et al., *Does continual learning equally forget all parameters?*, ICML 2023.

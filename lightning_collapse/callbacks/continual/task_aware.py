@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.copies import checksum
-from lightning_collapse.utilities.optimizers import evaluation_weights
+from lightning_collapse.utilities.optimizers import evaluation_weights, keeps_own_weights
 from lightning_collapse.utilities.training_step import wrap_method
 
 
@@ -28,7 +29,7 @@ class TaskAware(Callback, ABC):
     Attributes:
         task_index: Index of the running task, from 0.
         changes_weights: Whether it changes weights when a task ends and keeps no account of them, so that others may
-            change them after it.
+            change them after it. An optimizer that trains other weights than it hands over is refused then.
 
     Example::
 
@@ -68,6 +69,12 @@ class TaskAware(Callback, ABC):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = False
         self._learned = None
+        own = [type(optimizer).__name__ for optimizer in trainer.optimizers if keeps_own_weights(optimizer)]
+        if own and self.changes_weights:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` changes weights when a task ends, and {own[0]} brings back those that it"
+                " keeps itself. Take an optimizer without `train()` and `eval()`."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
@@ -117,6 +118,30 @@ def test_an_optimizer_hands_its_weights_over():
     model.ends = False
     with pytest.warns(UserWarning, match="optimizers into eval mode"):
         fit(model, [WeightPenalty(penalty)], loader(0))
+
+
+def test_what_changes_weights_is_refused_beside_an_optimizer_that_brings_its_own_back():
+    class Changing(Counting):
+        changes_weights = True
+
+    with pytest.raises(MisconfigurationException, match=r"`Changing` changes weights .* Averaged brings back those"):
+        fit(ScheduleFree(), [Changing()], loader(0))
+
+
+def test_a_change_by_another_that_changes_weights_is_no_surprise(recwarn):
+    class Changing(Counting):
+        changes_weights = True
+
+        def end_task(self, trainer, pl_module):
+            pl_module.encoder[0].weight.data.mul_(0.5)
+
+    class Again(Changing):
+        pass
+
+    fit(Classifier(), [Changing(), Again(), Counting()], loader(0))
+    assert not [warning for warning in recwarn if "have changed since" in str(warning.message)]
+    with pytest.warns(UserWarning, match="`Counting`: the weights that the fit leaves"):
+        fit(Classifier(), [Counting(), Changing()], loader(0))
 
 
 def test_between_tasks_it_trains_on_as_if_nobody_had_looked():
