@@ -30,6 +30,7 @@ from lightning_collapse.callbacks import (
     ParsevalStep,
     PlasticityMonitor,
     PrototypeMemory,
+    Projection,
     QKClip,
     RegressionCollapseMonitor,
     Regularizer,
@@ -58,7 +59,6 @@ from lightning_collapse.utilities.registry import register_measure
 __version__ = "0.1.0"
 
 __all__ = [
-    "FPF",
     "ActivationMonitor",
     "AntiCollapseMixin",
     "AttentionEntropyMonitor",
@@ -75,6 +75,7 @@ __all__ = [
     "DriftMonitor",
     "DynamicEMA",
     "EWCMixin",
+    "FPF",
     "FeatureLearningMonitor",
     "FirstNonFinite",
     "ForgettingMonitor",
@@ -89,6 +90,7 @@ __all__ = [
     "OutputMonitor",
     "ParsevalStep",
     "PlasticityMonitor",
+    "Projection",
     "PrototypeMemory",
     "QKClip",
     "RegressionCollapseMonitor",

@@ -22,6 +22,7 @@ LEVEL = {
     "layers": 3,
     "optimizers": 3,
     "rules": 3,
+    "projections": 4,
     "monitoring": 4,
     "reporting": 5,
     "callbacks": 6,

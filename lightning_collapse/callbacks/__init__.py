@@ -4,6 +4,7 @@ from lightning_collapse.callbacks.constraints.constraint import Constraint
 from lightning_collapse.callbacks.constraints.max_norm import MaxNorm
 from lightning_collapse.callbacks.constraints.parseval_step import ParsevalStep
 from lightning_collapse.callbacks.continual.consolidate_update import ConsolidateUpdate
+from lightning_collapse.callbacks.constraints.projection import Projection
 from lightning_collapse.callbacks.continual.continual_metrics import ContinualMetrics
 from lightning_collapse.callbacks.continual.dynamic_ema import DynamicEMA
 from lightning_collapse.callbacks.continual.fit_tasks import fit_tasks
@@ -83,6 +84,7 @@ __all__ = [
     "OutputMonitor",
     "ParsevalStep",
     "PlasticityMonitor",
+    "Projection",
     "PrototypeMemory",
     "QKClip",
     "RegressionCollapseMonitor",

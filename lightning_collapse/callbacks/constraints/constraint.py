@@ -56,6 +56,14 @@ class Constraint(Callback):
     def apply(self, name: str, weight: Tensor) -> None:
         """Act on one that has moved, without graph; sharded with FSDP2 it is a ``DTensor``, on every process."""
 
+    def prepare(self, weights: Mapping[str, Tensor]) -> None:
+        """See those that an optimizer is about to move; asked for only where a subclass writes it."""
+
+    def apply_all(self, weights: Mapping[str, Tensor]) -> None:
+        """Act on all that one optimizer step has moved; one after another by default."""
+        for name, weight in weights.items():
+            self.apply(name, weight)
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -68,8 +76,10 @@ class Constraint(Callback):
         # the parameters that optimizers hold: FSDP2 puts gathered ones in their place for a while
         self._weights = dict(self.choose(pl_module))
         for optimizer in trainer.optimizers:
-            hook = optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped))
-            self._removers.append(hook.remove)
+            hooks = [optimizer.register_step_post_hook(lambda stepped, *_: self._run(self.apply_all, stepped))]
+            if type(self).prepare is not Constraint.prepare:
+                hooks.append(optimizer.register_step_pre_hook(lambda stepped, *_: self._run(self.prepare, stepped)))
+            self._removers += [hook.remove for hook in hooks]
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -80,13 +90,11 @@ class Constraint(Callback):
         self._stop()
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer) -> None:
-        """Act on what this optimizer has stepped. Collective where weights are sharded."""
+    def _run(self, act: Callable[[Mapping[str, Tensor]], None], optimizer: Optimizer) -> None:
+        """Act on what this optimizer steps. Collective where weights are sharded."""
         with self.contained("acting on weights", self.consequence, self._stop):
-            moved = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-            for name, weight in self._weights.items():
-                if id(weight) in moved:
-                    self.apply(name, weight)
+            held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+            act({name: weight for name, weight in self._weights.items() if id(weight) in held})
 
     def _stop(self) -> None:
         for remove in self._removers:
