@@ -1,4 +1,4 @@
-"""Hebbian subspace (HLOP): principal input directions by Oja's rule, for devices without a decomposition."""
+"""Hebbian subspace (HLOP): principal input directions by Oja's rule, for layers too wide to decompose."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_collapse.functional.projection import deflated, oja_directions
 from lightning_collapse.projections.input_subspace import InputSubspace, Subspace
+from lightning_collapse.spectral.eigenvalues import eigenvectors
 from lightning_collapse.utilities.arguments import require_whole
 
 
@@ -50,6 +51,9 @@ class HebbianSubspace(InputSubspace):
     def grow(self, second_moment: Tensor, known: Subspace) -> Subspace:
         number = self.number(self.learned) if callable(self.number) else self.number
         width, rank = known.directions.shape
-        new = oja_directions(deflated(second_moment, known.directions), min(number, width - rank), steps=self.steps)
-        directions = torch.cat([known.directions, new.to(second_moment)], dim=1)
+        rest = deflated(second_moment, known.directions)
+        new = oja_directions(rest, min(number, width - rank), steps=self.steps)
+        energies, turns = eigenvectors(new.T @ rest @ new)  # as small as the number of directions
+        there = energies > width * torch.finfo(energies.dtype).eps * second_moment.trace()
+        directions = torch.cat([known.directions, (new @ turns)[:, there]], dim=1)
         return Subspace(directions, torch.ones_like(directions[0]))

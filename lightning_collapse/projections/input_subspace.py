@@ -144,13 +144,12 @@ class InputSubspace(UpdateProjection):
 
     @override
     def readings(self) -> dict[str, dict[str, float]]:
+        left = {
+            name: 1.0 - float(space.importance.sum()) / len(space.directions) for name, space in self.subspaces.items()
+        }
         return {
-            layer.name: {
-                "rank": float(self._rank(name)),
-                "capacity_left": 1.0 - float(self.subspaces[name].importance.sum()) / layer.width,
-            }
-            for name, layer in self._layers.items()
-            if name in self.subspaces
+            name.rpartition(".")[0]: {"rank": float(self._rank(name)), "capacity_left": left.get(name, 1.0)}
+            for name in {**self._layers, **self.subspaces}
         }
 
     @override

@@ -108,10 +108,9 @@ class OGD(UpdateProjection):
 
     @override
     def readings(self) -> dict[str, dict[str, float]]:
-        if not self.bases:
-            return {}
-        rank, size = next(iter(self.bases.values())).shape[1], sum(map(len, self.bases.values()))
-        return {"all": {"rank": float(rank), "capacity_left": 1.0 - rank / size}}
+        size = sum(map(len, self.bases.values()))
+        rank = next(iter(self.bases.values())).shape[1] if size else 0
+        return {"all": {"rank": float(rank), "capacity_left": 1.0 - rank / max(size, 1)}}
 
     @override
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_collapse import ContinualMixin, WeightPenalty
+from lightning_collapse import ContinualMixin, Projection, WeightPenalty
 from lightning_collapse.penalties import (
     EWC,
     KFACEWC,
@@ -23,6 +23,7 @@ from lightning_collapse.penalties import (
     SoftOrthogonality,
     SynapticIntelligence,
 )
+from lightning_collapse.projections import GPM, OGD, SGP
 from lightning_collapse.utilities.registry import PENALTIES
 from tests.distributed.launch import on_two_processes
 from tests.penalties.references import task
@@ -77,6 +78,14 @@ def data(index, batch_size):
     return DataLoader(TensorDataset(x, y), batch_size)
 
 
+def both(index):
+    """What two processes get in their batches of four."""
+    x, y = task(index, N, torch.float32)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))  # as a `DistributedSampler` draws it
+    padded = torch.cat([order, order[:1]])
+    return DataLoader(TensorDataset(x[padded], y[padded]), 8)
+
+
 def fit_two(model, callbacks, strategy, devices, batch_size, tasks=(0, 1), **kwargs):
     for index in tasks:
         options = {
@@ -107,12 +116,34 @@ def shards():
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
 
 
+def projected(model, method, strategy):
+    """Weights after two tasks, what is taken out of the updates of each layer, and the state."""
+    torch.manual_seed(0)
+    projection, model = Projection(method), model()
+    fit_two(model, [projection], strategy, 2, 4)
+    spaces = getattr(method, "subspaces", {})
+    taken = {name: space.directions * space.importance @ space.directions.T for name, space in spaces.items()}
+    return flat(model), taken, projection.state_dict()
+
+
 def _check_ddp(rank, folder):
     for name, make in MAKE.items():
         torch.manual_seed(0)
         model, penalty = Classifier(), make()
         trainer = fit_two(model, [WeightPenalty(penalty, name="it")], ddp, 2, 4)
         torch.save((flat(model), penalty.state_dict(), trainer.logger.rows), f"{folder}/{name}.{rank}")
+    for method in (SGP(0.9), OGD()):
+        torch.save(projected(Classifier, method, ddp), f"{folder}/{type(method).__name__}.{rank}")
+
+
+def _one_projected(method):
+    """As :func:`_one`, of a projection."""
+    torch.manual_seed(0)
+    model = Classifier()
+    for index in (0, 1):
+        projection = Projection(method, loader=data(index, 16))
+        Trainer(**QUIET, logger=False, callbacks=[projection]).fit(model, both(index))
+    return flat(model)
 
 
 def _one(name):
@@ -120,10 +151,7 @@ def _one(name):
     torch.manual_seed(0)
     model, penalty = Classifier(), MAKE[name]()
     for index in (0, 1):
-        x, y = task(index, N, torch.float32)
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(0))  # as a `DistributedSampler` draws it
-        padded = torch.cat([order, order[:1]])
-        loader = DataLoader(TensorDataset(x[padded], y[padded]), 8)
+        loader = both(index)
         callback = WeightPenalty(penalty, name="it", loader=data(index, 16))
         trainer = Trainer(**{**QUIET, "logger": MemoryLogger(), "log_every_n_steps": 1}, callbacks=[callback])
         trainer.fit(model, loader)
@@ -141,6 +169,11 @@ def test_replicated_they_are_those_of_one_process(tmp_path):
         torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
         assert rows[-1][1] == pytest.approx(expected_rows[-1][1], rel=1e-4)
+    for method in (SGP(0.9), OGD()):
+        name = type(method).__name__
+        found, other = (torch.load(tmp_path / f"{name}.{rank}", weights_only=True) for rank in (0, 1))
+        torch.testing.assert_close(found, other, rtol=0, atol=0)  # the very same directions on every process
+        torch.testing.assert_close(found[0], _one_projected(method), rtol=1e-4, atol=1e-5)
 
 
 def _check_sharded(rank, folder):
@@ -162,6 +195,13 @@ def _check_sharded(rank, folder):
         torch.save(state, file)
         file.seek(0)
         torch.load(file, weights_only=True)
+    (weights, taken, _), (expected, expected_taken, _) = (
+        projected(kind, GPM(0.9), strategy) for kind, strategy in ((Sharded, shards), (Classifier, ddp))
+    )
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(taken, expected_taken, rtol=1e-4, atol=1e-5)
+    with pytest.raises(MisconfigurationException, match="is sharded, and `OGD` needs whole gradients"):
+        projected(Sharded, OGD(), shards)
     doors = [
         lambda name: (NoMomentum(), [WeightPenalty(MAKE[name](), name="it")]),
         lambda name: (Mixed(name), []),

@@ -114,6 +114,7 @@ class TaskAware(Callback, ABC):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unwrap()
+        self._unwrap = _nothing  # what it held on to cannot be pickled
         with self.containment("comparing the weights at the end of a task with those that the fit leaves"):
             self._compare(pl_module)
         self._learned = None

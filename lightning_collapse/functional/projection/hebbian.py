@@ -1,4 +1,4 @@
-"""Oja's rule: principal directions of inputs by Hebbian learning, without a decomposition."""
+"""Oja's rule: principal directions of inputs by Hebbian learning, without a decomposition of their moment."""
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def oja_directions(second_moment: Tensor, number: int, lr: float = 0.5, steps: i
     """
     moment = second_moment.to(accumulation_dtype(second_moment.device))
     scale = torch.linalg.matrix_norm(moment, 1)
-    if not 0 < scale < torch.inf:
+    if not 0 < scale < torch.inf or not number:
         return moment[:, :0]
     moment = moment / scale
     generator = torch.Generator().manual_seed(len(moment))
