@@ -40,6 +40,11 @@ class UpdateProjection(ABC):
 
     Raises:
         ValueError: If ``n_samples`` is no positive integer.
+
+    Example:
+        >>> from lightning_collapse.projections import GPM
+        >>> isinstance(GPM(), UpdateProjection)
+        True
     """
 
     joint: ClassVar[bool] = False
@@ -105,7 +110,7 @@ class UpdateProjection(ABC):
 
         Args:
             now: Parameters that have moved, by name.
-            before: Where they were.
+            before: Where they were; overwritten.
         """
 
     @abstractmethod

@@ -42,8 +42,8 @@ class GPM(InputSubspace):
         >>> with torch.no_grad():
         ...     _ = layer.weight.add_(torch.ones(2, 3)), layer.bias.add_(1.0)
         >>> gpm.project_(gpm.parameters, before)
-        >>> torch.allclose(layer(inputs), old), (layer.weight - before["weight"])[0].detach().round().abs()
-        (True, tensor([0., 0., 1.]))
+        >>> torch.allclose(layer(inputs), old)
+        True
     """
 
     def __init__(self, threshold: Threshold | None = None, n_samples: int = 300, released: bool = False) -> None:

@@ -32,6 +32,10 @@ class Subspace(NamedTuple):
     Attributes:
         directions: Orthonormal columns, ``(D, K)``.
         importance: Share of an update along each that is taken out, ``(K,)``, 0 to 1.
+
+    Example:
+        >>> Subspace(torch.eye(3)[:, :2], torch.ones(2)).importance
+        tensor([1., 1.])
     """
 
     directions: Tensor
@@ -58,6 +62,16 @@ class InputSubspace(UpdateProjection):
 
     Attributes:
         subspaces: By name of the weight.
+
+    Example:
+        >>> class FirstInput(InputSubspace):
+        ...     def grow(self, second_moment, known):
+        ...         return Subspace(torch.eye(len(second_moment))[:, :1], torch.ones(1))
+        >>> layer, first = nn.Linear(2, 1), FirstInput(n_samples=100)
+        >>> first.start(layer)
+        >>> first.learn(layer, [torch.ones(4, 2)])
+        >>> first.readings()
+        {'': {'rank': 1.0, 'capacity_left': 0.5}}
     """
 
     def __init__(self, n_samples: int) -> None:
@@ -130,17 +144,19 @@ class InputSubspace(UpdateProjection):
 
     @override
     @torch.no_grad()
+    @full_precision
     def project_(self, now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
         if not self.learned:
             return
-        names = [name for name in now if name in self._layers and self._rank(name)]
-        if names:
-            moved = [local(now[name]) for name in names]
-            changes = foreach.sub(moved, [local(before[name]) for name in names])
-            foreach.sub_(moved, [self._protected(name, part) for name, part in zip(names, changes, strict=True)])
         frozen = [name for name in self.frozen if name in now]
         if frozen:
             foreach.copy_([local(now[name]) for name in frozen], [local(before[name]) for name in frozen])
+        names = [name for name in now if name in self._layers and self._rank(name)]
+        if names:
+            moved, backward = ([local(of[name]) for name in names] for of in (now, before))
+            foreach.sub_(backward, moved)
+            for name, weight, change in zip(names, moved, backward, strict=True):
+                self._add_protected(name, weight, change)
 
     @override
     def readings(self) -> dict[str, dict[str, float]]:
@@ -154,7 +170,7 @@ class InputSubspace(UpdateProjection):
 
     @override
     def nbytes(self) -> int:
-        copies = sum(2 * local(p).numel() * p.element_size() for p in self.parameters.values())
+        copies = sum(local(p).numel() * p.element_size() for p in self.parameters.values())
         # a basis and its product with the importance; in the pass a second moment, its sum and decomposition
         return copies + sum((2 * 4 + 4 * 8) * layer.width**2 for layer in self._layers.values())
 
@@ -180,19 +196,22 @@ class InputSubspace(UpdateProjection):
     def _rank(self, name: str) -> int:
         return len(self.subspaces[name].importance) if name in self.subspaces else 0
 
-    @full_precision
-    def _protected(self, name: str, change: Tensor) -> Tensor:
-        """The part of a change that is taken out."""
+    def _add_protected(self, name: str, weight: Tensor, change: Tensor) -> None:
+        """Add the part of a change that lies in the protected directions to a weight."""
         turned = self._layers[name].turned
         matrix = change.T if turned else change.flatten(1)
         if name not in self._factors:
             directions, importance = (part.to(matrix) for part in self.subspaces[name])
-            parts = directions * importance, directions.T.contiguous()
+            thin, flat = directions * importance, directions.T.contiguous()
             # one square product is cheaper than two thin ones from half of the width on
-            self._factors[name] = (parts[0] @ parts[1],) if 2 * len(importance) > len(directions) else parts
-        for factor in self._factors[name]:
+            self._factors[name] = (thin @ flat,) if 2 * len(importance) > len(directions) else (thin, flat)
+        *first, last = self._factors[name]
+        for factor in first:
             matrix = matrix @ factor
-        return matrix.T if turned else matrix.view(change.shape)
+        if turned or weight.is_contiguous():  # without a tensor as large as the weight
+            (weight.T if turned else weight.view(len(weight), -1)).addmm_(matrix, last)
+        else:
+            weight.add_((matrix @ last).view(change.shape))
 
 
 def _matrices(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, _Layer]:

@@ -102,9 +102,11 @@ class OGD(UpdateProjection):
         moved = [now[name] for name in names]
         self.bases |= {name: self.bases[name].to(now[name]) for name in names}
         bases = [self.bases[name] for name in names]
-        changes = foreach.sub(moved, [before[name] for name in names])
-        along = torch.stack([c.flatten() @ b.to(c.device) for c, b in zip(changes, bases, strict=True)]).sum(dim=0)
-        foreach.sub_(moved, [(b @ along).view(c.shape) for c, b in zip(changes, bases, strict=True)])
+        backward = [before[name] for name in names]
+        foreach.sub_(backward, moved)
+        along = torch.stack([c.flatten() @ b for c, b in zip(backward, bases, strict=True)]).sum(dim=0)
+        for weight, basis in zip(moved, bases, strict=True):
+            weight.add_((basis @ along).view(weight.shape))
 
     @override
     def readings(self) -> dict[str, dict[str, float]]:

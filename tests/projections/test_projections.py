@@ -71,7 +71,7 @@ def test_scaled_directions_keep_what_importance_leaves():
     before, change = copies(sgp), torch.randn(7, 20, dtype=DOUBLE)
     with torch.no_grad():
         layer.weight += change
-    sgp.project_(sgp.parameters, before)
+    sgp.project_(sgp.parameters, copy.deepcopy(before))
     directions, importance = sgp.subspaces["weight"]
     left = (layer.weight.detach() - before["weight"]) @ directions
     torch.testing.assert_close(left, change @ directions * (1 - importance))
@@ -111,7 +111,7 @@ def test_old_outputs_stay_in_layers_of_every_kind(kind):
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter += torch.randn_like(parameter)
-    gpm.project_(gpm.parameters, before)
+    gpm.project_(gpm.parameters, copy.deepcopy(before))
     torch.testing.assert_close(layer(old), outputs, rtol=1e-4, atol=2e-5)
     matrix = layer.weight.detach() - before["weight"]
     width = len(matrix) if kind == "turned" else matrix[0].numel()

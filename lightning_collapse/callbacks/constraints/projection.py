@@ -67,7 +67,7 @@ class Projection(TaskAware, Constraint):
 
     Example::
 
-        projection = Projection(GPM(threshold=0.97), layers=["encoder"])
+        projection = Projection(GPM(threshold=0.97), layers=["body"])
         for task in tasks:
             Trainer(callbacks=[projection], max_epochs=5).fit(model, task)
     """
