@@ -242,7 +242,7 @@ def _second_moments(over: FisherPass, layers: list[_Layer], totals: list[Tensor]
     def hook_of(index: int) -> Any:
         def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             received = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            if received is not None and not is_to_be_ignored():
+            if received is not None and received.is_floating_point() and not is_to_be_ignored():
                 calls.append((index, received, output))
 
         return capture
@@ -261,8 +261,9 @@ def _second_moments(over: FisherPass, layers: list[_Layer], totals: list[Tensor]
                 used: Any = layer.rule(layer.module, received.unsqueeze(1), output.unsqueeze(1))["weight"]
                 for pair in used.factors(rows if len(received) == len(outputs) else len(received)):
                     inputs = pair[layer.turned].flatten(0, -2)
-                    inputs = finite_rows(inputs, dtype=total.dtype)[0]
-                    total.addmm_(inputs.T, inputs)
+                    if inputs.shape[1] == layer.width:  # else it is no product with the weight
+                        inputs = finite_rows(inputs, dtype=total.dtype)[0]
+                        total.addmm_(inputs.T, inputs)
             count += rows
     finally:
         for handle in handles:

@@ -19,7 +19,7 @@ class SGP(GPM):
 
     Args:
         threshold: As in :class:`GPM`.
-        scale: :math:`a`; published are 5 to 25, 10 on split CIFAR-100. The larger, the nearer to :class:`GPM`.
+        scale: :math:`a`; 10 in [1] on split CIFAR-100. The larger, the nearer to :class:`GPM`.
         n_samples: As in :class:`GPM`.
         released: As in :class:`GPM`.
 

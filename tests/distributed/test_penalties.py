@@ -202,6 +202,10 @@ def _check_sharded(rank, folder):
     torch.testing.assert_close(taken, expected_taken, rtol=1e-4, atol=1e-5)
     with pytest.raises(MisconfigurationException, match="is sharded, and `OGD` needs whole gradients"):
         projected(Sharded, OGD(), shards)
+    with pytest.raises(MisconfigurationException, match=r"`head.weight` is sharded along its inputs"):
+        projected(TensorParallel, GPM(), shards)
+    with pytest.raises(MisconfigurationException, match=r"`head.weight` is a DTensor that `fully_shard` has not made"):
+        fit_two(TensorParallel(), [Projection(layers=["encoder"])], shards, 2, 4)
     doors = [
         lambda name: (NoMomentum(), [WeightPenalty(MAKE[name](), name="it")]),
         lambda name: (Mixed(name), []),

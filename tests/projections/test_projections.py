@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_collapse.projections import GPM, OGD, SGP, HebbianSubspace
 
@@ -135,6 +136,35 @@ def test_what_cannot_be_projected_is_frozen_and_what_lies_outside_is_free():
         gpm.start(net)
 
 
+def test_blocks_are_heard_where_eval_mode_would_compute_in_one_piece():
+    block, gpm = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), GPM(0.9)
+    gpm.start(block)
+    assert list(gpm.parameters)[:2] == ["linear1.weight", "linear2.weight"]
+    assert {"self_attn.in_proj_weight", "self_attn.out_proj.weight", "norm1.weight"} <= set(gpm.frozen)
+    gpm.learn(block, [torch.randn(4, 5, 8)])
+    assert all(0 < of["rank"] <= 16 for of in gpm.readings().values())
+    assert [*gpm.readings()] == ["linear1", "linear2"]
+
+
+class Table(nn.Module):
+    """Two dimensions, and no product."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, indices):
+        return self.weight[indices]
+
+
+def test_what_is_no_product_is_told():
+    net, gpm = nn.Sequential(Table(), nn.Linear(4, 2)), GPM()
+    gpm.start(net)
+    with pytest.warns(UserWarning, match="`0` saw no finite inputs"):
+        gpm.learn(net, [torch.arange(5)])
+    assert [of["rank"] > 0 for of in gpm.readings().values()] == [False, True]
+
+
 def test_bad_input_is_refused_by_name():
     for make, match in (
         (lambda: GPM(1.2), "`threshold` is a share of energy.*got 1.2"),
@@ -173,6 +203,27 @@ def test_thresholds_follow_the_task_and_bases_stay_orthonormal():
     other.load_state_dict(gpm.state_dict())
     assert torch.equal(other.subspaces["weight"].directions, directions)
     assert copy.deepcopy(gpm).parameters == {}
+
+
+class NoWait(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name() not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [lambda: GPM(0.9), lambda: SGP(0.9), lambda: OGD(n_samples=4)])
+def test_a_step_does_not_wait_for_the_device(method):
+    net, projection = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), method()
+    projection.start(net)
+    projection.learn(net, [torch.randn(8, 6)])
+    before = copies(projection)
+    with torch.no_grad():
+        net[0].weight += 1.0
+    with NoWait():
+        projection.project_(projection.parameters, before)
+    assert (net[0].weight - before["0.weight"]).isfinite().all()
+    with pytest.raises(AssertionError, match="local_scalar_dense"), NoWait():
+        before["0.weight"].sum().item()
 
 
 def test_hebbian_directions_protect_the_principal_inputs():

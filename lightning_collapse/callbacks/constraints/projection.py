@@ -26,7 +26,7 @@ from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.registry import register_curve
-from lightning_collapse.utilities.sharding import local
+from lightning_collapse.utilities.sharding import local, unsharded
 
 
 class Projection(TaskAware, Constraint):
@@ -135,6 +135,13 @@ class Projection(TaskAware, Constraint):
         super().on_train_start(trainer, pl_module)
         if self.loader is None:
             check_training_data(trainer, "`Projection`")
+        with unsharded(pl_module):
+            for name, parameter in pl_module.named_parameters():
+                if hasattr(parameter, "full_tensor"):
+                    raise MisconfigurationException(
+                        f"`Projection` runs the module when a task ends, and `{name}` is a DTensor that `fully_shard`"
+                        " has not made and cannot gather. Use `fully_shard`, or `strategy='ddp'`."
+                    )
         self.choose(pl_module)  # once more: strategies that shard restore a checkpoint after the fit has started
         self._steps.start(trainer)
         curves = [Point("continual", layer, "capacity_left", 0, 0.0).key for layer in self.method.readings()]
@@ -167,6 +174,8 @@ class Projection(TaskAware, Constraint):
 
     @override
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._weights:
+            return  # it has failed, and has said so
         with preserved_fit(trainer, pl_module, gradients=True):
             self.method.learn(pl_module, TaskBatches(trainer, self.loader), self.outputs)
         step, found = self._steps.step(trainer), self.method.readings().items()

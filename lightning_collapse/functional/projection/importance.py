@@ -54,7 +54,7 @@ def accumulated_importance(
         Shape ``(K,)``, 0 to 1.
 
     References:
-        [1] Saha & Roy, AAAI 2023, eqs. 2 and 7. https://arxiv.org/abs/2302.01386
+        [1] Saha & Roy, AAAI 2023, and the authors' code. https://arxiv.org/abs/2302.01386
 
     Example:
         >>> accumulated_importance(torch.diag(torch.tensor([0.25, 1.0])), torch.eye(2), torch.tensor([0.05]))

@@ -177,6 +177,17 @@ def test_capacity_is_published_when_a_task_ends_and_the_start_says_what_it_takes
     assert "MiB at most" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.compile")
+def test_compiled_it_learns_and_projects_the_same():
+    found = []
+    for compiled in (False, True):
+        model, projection = made(), Projection(GPM(0.9))
+        for index in (0, 1):
+            fit(torch.compile(model, backend="eager") if compiled else model, [projection], loader(index))
+        found.append((flat(model), projection.state_dict()["method"]))
+    torch.testing.assert_close(*found)
+
+
 def test_a_layer_that_saw_nothing_and_a_loader_that_fails_are_told():
     class Unused(Classifier):
         def __init__(self):
