@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_collapse.penalties.support.fisher_pass import Outputs
 from lightning_collapse.utilities.arguments import require_whole
+from lightning_collapse.utilities.distributed import max_over_processes
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import clean_name, find_modules
 from lightning_collapse.utilities.parameters import why_no_number
@@ -71,6 +73,8 @@ class UpdateProjection(ABC):
         """
         roots = list(find_modules(model, layers).values()) if layers is not None else [model]
         inside = {id(parameter) for root in roots for parameter in root.parameters()}
+        if lazy := [name for name, p in model.named_parameters() if id(p) in inside and nn.parameter.is_lazy(p)]:
+            raise ValueError(f"`{lazy[0]}` has no shape yet. Run the model on a batch before the fit.")
         named = {
             clean_name(name): parameter
             for name, parameter in model.named_parameters()
@@ -135,3 +139,9 @@ class UpdateProjection(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "parameters": {}}  # of a copy: not the model
+
+
+def raise_together(problem: Exception | None, device: torch.device) -> None:
+    """Raise on every process what has gone wrong on any, so that none waits for another. Collective."""
+    if any(max_over_processes([problem is not None], device)):
+        raise problem or RuntimeError("the pass over the data failed in another process")

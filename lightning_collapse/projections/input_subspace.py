@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,11 +14,11 @@ from typing_extensions import override
 
 from lightning_collapse.penalties.support.fisher_pass import FisherPass, Outputs
 from lightning_collapse.penalties.support.grad_samplers import Rule, rule_of
-from lightning_collapse.projections.base import UpdateProjection
+from lightning_collapse.projections.base import UpdateProjection, raise_together
 from lightning_collapse.spectral.precision import accumulation_dtype, full_precision
 from lightning_collapse.spectral.rows import finite_rows
 from lightning_collapse.utilities.batch import batch_size
-from lightning_collapse.utilities.distributed import from_first_process, max_over_processes
+from lightning_collapse.utilities.distributed import from_first_process
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.module_tree import clean_name, is_transposed
 from lightning_collapse.utilities.modules import is_to_be_ignored
@@ -121,10 +122,9 @@ class InputSubspace(UpdateProjection):
             try:
                 with preserved_state(model), torch.no_grad():
                     count = _second_moments(over, list(layers.values()), found)
-            except Exception as error:  # the others wait for this process
+            except Exception as error:
                 problem = error
-        if any(max_over_processes([problem is not None], over.device)):
-            raise problem or RuntimeError("the pass over the data failed in another process")
+        raise_together(problem, over.device)
         moments, _ = over.reduced(found, count)
         grown = {}
         for (name, layer), moment in zip(layers.items(), moments, strict=True):
@@ -217,14 +217,14 @@ class InputSubspace(UpdateProjection):
 def _matrices(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, _Layer]:
     """Layers that multiply all of their input by one weight of their own, by name of the weight."""
     names = {id(parameter): name for name, parameter in named.items()}
-    owners = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     packed = {
         id(kid) for module in model.modules() if isinstance(module, nn.MultiheadAttention) for kid in module.modules()
     }
     found = {}
     for path, module in model.named_modules():
         weight, rule = module._parameters.get("weight"), rule_of(module)
-        if weight is None or rule is None or id(weight) not in names or owners.count(id(weight)) > 1:
+        if weight is None or rule is None or id(weight) not in names or owners[id(weight)] > 1:
             continue
         other = isinstance(module, nn.Embedding) or hasattr(module, "normalized_shape") or id(module) in packed
         if other or weight.ndim < 2 or weight.is_complex() or getattr(module, "groups", 1) != 1:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_collapse.penalties.support.fisher_pass import FisherPass, Outputs
 from lightning_collapse.penalties.support.output_gradients import Columns
-from lightning_collapse.projections.base import UpdateProjection
+from lightning_collapse.projections.base import UpdateProjection, raise_together
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.spectral.row_space import row_space
 from lightning_collapse.utilities.arguments import require_whole
@@ -75,13 +75,18 @@ class OGD(UpdateProjection):
         over.parameters = {n: p for n, p in over.parameters.items() if clean_name(n) in self.parameters}
         zeros, count = {name: zero.flatten().unsqueeze(0) for name, zero in over.zeros().items()}, 0
         found = [torch.cat(list(zeros.values()), dim=1)[:0]]
-        with over.engine() as engine:
-            for batch, values, rows in over.each(engine.forward):
-                columns = engine.by_rule(values, _told(values, batch), rows)
-                parts = {name: g.rows(0, rows).flatten(1) for of in columns for name, g in of}
-                whole = [parts.get(name, zero.expand(rows, -1)) for name, zero in zeros.items()]
-                found.append(torch.cat(whole, dim=1))
-                count += rows
+        problem = None
+        try:
+            with over.engine() as engine:
+                for batch, values, rows in over.each(engine.forward):
+                    columns = engine.by_rule(values, _told(values, batch), rows)
+                    parts = {name: g.rows(0, rows).flatten(1) for of in columns for name, g in of}
+                    whole = [parts.get(name, zero.expand(rows, -1)) for name, zero in zeros.items()]
+                    found.append(torch.cat(whole, dim=1))
+                    count += rows
+        except Exception as error:
+            problem = error
+        raise_together(problem, over.device)
         if slow := [name for name, method in over.agreed(engine.methods).items() if method in ("vmap", "loop")]:
             raise ValueError(f"no gradients of single samples are known of {slow}. Leave them out with `layers=[...]`")
         over.reduced([], count)

@@ -134,6 +134,10 @@ def _check_ddp(rank, folder):
         torch.save((flat(model), penalty.state_dict(), trainer.logger.rows), f"{folder}/{name}.{rank}")
     for method in (SGP(0.9), OGD()):
         torch.save(projected(Classifier, method, ddp), f"{folder}/{type(method).__name__}.{rank}")
+        broken = type(method)()
+        loader = [data(0, 4), [None]][rank]  # one process cannot read its data: neither learns, and none waits
+        fit_two(Classifier(), [Projection(broken, loader=loader)], ddp, 2, 4, tasks=(0,))
+        assert broken.learned == 0
 
 
 def _one_projected(method):

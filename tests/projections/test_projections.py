@@ -173,6 +173,7 @@ def test_bad_input_is_refused_by_name():
         (lambda: HebbianSubspace(0), "`number` must be an integer"),
         (lambda: OGD(max_directions=0), "`max_directions` must be an integer"),
         (lambda: GPM().start(nn.Linear(2, 2).bfloat16()), "`weight` is kept in torch.bfloat16.*float32"),
+        (lambda: GPM().start(nn.LazyLinear(2)), "`weight` has no shape yet"),
         (lambda: GPM().start(nn.Linear(2, 2), ["head"]), "'head' matches no submodule"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -188,6 +189,7 @@ def test_bad_input_is_refused_by_name():
         projection.learn(net, [torch.randn(5, 3)])
         with pytest.raises(ValueError, match=match):
             projection.start(nn.Linear(4, 2))
+    gpm.start(nn.Linear(3, 5))  # a head with more classes
 
 
 def test_thresholds_follow_the_task_and_bases_stay_orthonormal():

@@ -40,7 +40,8 @@ class Projection(TaskAware, Constraint):
     own rows.
 
     Running statistics of batch normalization follow the new task and change what old ones get: take
-    ``track_running_stats=False``, or a normalization without statistics. Heads of other tasks, and outputs that shall
+    ``track_running_stats=False``, or a normalization without statistics. What changes weights after it in the list of
+    callbacks, such as ``MaxNorm``, is not projected. Heads of other tasks, and outputs that shall
     learn freely, are left out by ``layers``.
 
     **Logged curves**, when a task ends: ``continual/{layer}/rank``, the number of protected directions, and
