@@ -29,8 +29,8 @@ from lightning_collapse.callbacks import (
     OutputMonitor,
     ParsevalStep,
     PlasticityMonitor,
-    PrototypeMemory,
     Projection,
+    PrototypeMemory,
     QKClip,
     RegressionCollapseMonitor,
     Regularizer,
@@ -59,6 +59,7 @@ from lightning_collapse.utilities.registry import register_measure
 __version__ = "0.1.0"
 
 __all__ = [
+    "FPF",
     "ActivationMonitor",
     "AntiCollapseMixin",
     "AttentionEntropyMonitor",
@@ -75,7 +76,6 @@ __all__ = [
     "DriftMonitor",
     "DynamicEMA",
     "EWCMixin",
-    "FPF",
     "FeatureLearningMonitor",
     "FirstNonFinite",
     "ForgettingMonitor",

@@ -3,14 +3,14 @@
 from lightning_collapse.callbacks.constraints.constraint import Constraint
 from lightning_collapse.callbacks.constraints.max_norm import MaxNorm
 from lightning_collapse.callbacks.constraints.parseval_step import ParsevalStep
-from lightning_collapse.callbacks.continual.consolidate_update import ConsolidateUpdate
 from lightning_collapse.callbacks.constraints.projection import Projection
+from lightning_collapse.callbacks.continual.consolidate_update import ConsolidateUpdate
 from lightning_collapse.callbacks.continual.continual_metrics import ContinualMetrics
 from lightning_collapse.callbacks.continual.dynamic_ema import DynamicEMA
 from lightning_collapse.callbacks.continual.fit_tasks import fit_tasks
 from lightning_collapse.callbacks.continual.forgetting_monitor import ForgettingMonitor
-from lightning_collapse.callbacks.continual.prototype_memory import PrototypeMemory
 from lightning_collapse.callbacks.continual.fpf import FPF
+from lightning_collapse.callbacks.continual.prototype_memory import PrototypeMemory
 from lightning_collapse.callbacks.continual.shrink_and_perturb import ShrinkAndPerturb
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.continual.task_boundary import TaskBoundary
@@ -55,6 +55,7 @@ from lightning_collapse.callbacks.monitors.weight_spectrum_monitor import Weight
 from lightning_collapse.rules import Verdict
 
 __all__ = [
+    "FPF",
     "Action",
     "ActivationMonitor",
     "AttentionEntropyMonitor",
@@ -69,7 +70,6 @@ __all__ = [
     "Distillation",
     "DriftMonitor",
     "DynamicEMA",
-    "FPF",
     "FeatureLearningMonitor",
     "FirstNonFinite",
     "ForgettingMonitor",
