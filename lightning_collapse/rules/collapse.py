@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import LOSS, RECALL, falls, learns, learns_in_turn, may_begin
+from lightning_collapse.rules.progress import LOSS, RECALL, begins, falls, learns, learns_in_turn, may_begin
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
@@ -179,7 +179,7 @@ class DimensionalCollapse(Rule):
 
     def weigh(self, evidence: Evidence) -> float:
         """The severity; a fall is left to :class:`PartialCollapse` where there are views, and birth is no failure."""
-        if may_begin(evidence) or (learns_in_turn(evidence) and falls(evidence)):
+        if may_begin(evidence) or begins(evidence) or (learns_in_turn(evidence) and falls(evidence)):
             return min(self.severity(evidence.points, evidence.baseline), UNDECIDED)
         few, lost = self._few(evidence.points, evidence.baseline), self._lost(evidence.points, evidence.baseline)
         if evidence.baseline[self.measures[0]] <= RANK_LINES[0] and learns(evidence):

@@ -38,6 +38,14 @@ def falls(evidence: Evidence) -> bool:
     return loss is not None and loss.level < loss.first and loss.drop > PROGRESS
 
 
+def begins(evidence: Evidence) -> bool:
+    """Whether too few points tell if such a network learns, and its loss has not risen since it began."""
+    loss = evidence.history.get(LOSS)
+    if loss is None or not learns_in_turn(evidence) or loss.count >= SURE:
+        return False
+    return loss.level <= loss.first + PROGRESS * abs(loss.first)
+
+
 def learns_in_turn(evidence: Evidence) -> bool:
     """Whether the task is one of :data:`IN_TURN`."""
     task = evidence.task
