@@ -19,6 +19,7 @@ LEVEL = {
     "metrics": 3,
     "losses": 3,
     "penalties": 3,
+    "replay": 3,
     "layers": 3,
     "optimizers": 3,
     "rules": 3,

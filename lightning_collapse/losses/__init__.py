@@ -14,7 +14,11 @@ from lightning_collapse.losses.dcca import DCCA, canonical_correlations, dcca_lo
 from lightning_collapse.losses.decorrelation import FeatureDecorrelation, feature_decorrelation_terms
 from lightning_collapse.losses.deep_svdd import DeepSVDD, svdd_scores
 from lightning_collapse.losses.delta_vae import DeltaVAE, ar1_divergence, committed_rate
-from lightning_collapse.losses.distillation import distillation_loss, feature_distillation_loss
+from lightning_collapse.losses.distillation import (
+    distillation_loss,
+    feature_distillation_loss,
+    squared_distillation_loss,
+)
 from lightning_collapse.losses.dot_regression import DotRegression, dot_regression
 from lightning_collapse.losses.effective_rank import EffectiveRankHinge, effective_rank_terms
 from lightning_collapse.losses.entropy_guided_attention import EntropyGuidedAttention
@@ -149,6 +153,7 @@ __all__ = [
     "spectral_decoupling",
     "spectral_transformation_terms",
     "spread_terms",
+    "squared_distillation_loss",
     "sup_con_terms",
     "svdd_scores",
     "token_relation_terms",

@@ -88,3 +88,38 @@ def feature_distillation_loss(features: Tensor, teacher_features: Tensor) -> Ten
     student, teacher = separate_views("feature_distillation_loss", **pair)
     distance = 1 - (unit_rows(student) * unit_rows(teacher)).sum(dim=1, keepdim=True)
     return mean_of_rows("feature_distillation_loss", distance).squeeze(0)
+
+
+@full_precision
+def squared_distillation_loss(outputs: Tensor, teacher_outputs: Tensor) -> Tensor:
+    r"""Half the squared distance of outputs from those of a teacher: generative distillation of diffusion models [1].
+
+    .. math:: \tfrac{1}{N} \sum_i \tfrac12 \| f_i - t_i \|^2
+
+    a sum over the numbers of a row: with outputs that are predicted noise, :math:`\epsilon_\theta(x)`, on what the
+    teacher has generated, it is the loss that [1] adds to a penalty of rank one, with a weight of 1.
+
+    Collective: every process must call it; one all-reduce of 3 numbers.
+
+    Args:
+        outputs: Of the student, shape ``(N, D)``; ``N`` may differ between processes.
+        teacher_outputs: The same shape, constants; they get no gradient.
+
+    Returns:
+        Scalar, at least ``float32``, 0 or more, the value on the global batch.
+
+    Raises:
+        ValueError: If one is not a matrix or their shapes differ; if there is no row over all processes.
+
+    References:
+        [1] Wang et al., *Rank-1 elastic weight consolidation*, ICLR 2026. https://arxiv.org/abs/2509.23593
+
+    Example:
+        >>> import torch
+        >>> squared_distillation_loss(torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        tensor(6.2500)
+    """
+    pair = {"outputs": outputs, "teacher_outputs": teacher_outputs.detach()}
+    student, teacher = separate_views("squared_distillation_loss", **pair)
+    values = (student - teacher).square().sum(dim=1, keepdim=True) / 2
+    return mean_of_rows("squared_distillation_loss", values).squeeze(0)

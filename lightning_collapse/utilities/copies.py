@@ -20,6 +20,8 @@ _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 def bare_copy(module: Module) -> Module:
     """A deep copy without hooks and, of a ``LightningModule``, without trainer, wrapped steps and compiled code.
 
+    An attribute that says ``left_out_of_copies`` is an empty tuple there.
+
     Example:
         >>> layer = nn.Linear(2, 2)
         >>> handle = layer.register_forward_hook(lambda *_: 1 / 0)
@@ -33,6 +35,8 @@ def bare_copy(module: Module) -> Module:
                 memo[id(value)] = OrderedDict()  # what a hook belongs to would be copied too
             elif isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()  # kept from the last step; it cannot be copied
+            elif getattr(value, "left_out_of_copies", False):
+                memo[id(value)] = ()
     compiled = is_compiled_whole(module)
     forget_compilation(None, memo, module)
     copy = deepcopy(module, memo)

@@ -124,6 +124,22 @@ def from_all_processes(value: T) -> list[T]:
     return found
 
 
+def to_first_process(value: T) -> list[T]:
+    """What every process brings, in their order, on the first process alone; on the others none.
+
+    Collective: every process must call it.
+
+    Example:
+        >>> to_first_process("encoder")
+        ['encoder']
+    """
+    if world_size() == 1:
+        return [value]
+    found: list[Any] | None = [None] * world_size() if process_rank() == 0 else None
+    dist.gather_object(value, found)
+    return found or []
+
+
 def all_gather_rows(
     rows: Tensor, mask: Tensor | None = None, group: "ProcessGroup | None" = None
 ) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,11 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def batch_hook_owner(trainer: Trainer, hook: str) -> Any:
+    """The module or data module whose hook a batch goes through on its way to the device."""
+    return trainer._data_connector._datahook_selector.get_instance(hook)  # type: ignore[union-attr]
+
+
 def synchronizes_last(trainer: Trainer) -> bool:
     """Whether processes accumulate gradients each on its own until the last micro-batch of a step."""
     return isinstance(trainer.model, DistributedDataParallel)

@@ -2,27 +2,42 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from random import Random
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_collapse.callbacks.continual.replay import rehearsal_batch
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.evaluation.evaluation_pass import has_forward
 from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss, one_name
 from lightning_collapse.losses.base import TooFewRowsError, nothing
-from lightning_collapse.losses.distillation import distillation_loss, feature_distillation_loss
+from lightning_collapse.losses.distillation import (
+    distillation_loss,
+    feature_distillation_loss,
+    squared_distillation_loss,
+)
 from lightning_collapse.losses.schedule import Weight
+from lightning_collapse.replay.replay_buffer import ReplayBuffer
 from lightning_collapse.utilities.arguments import require_not_negative, require_one_of, require_positive
+from lightning_collapse.utilities.batch import batch_size
 from lightning_collapse.utilities.copies import fill, frozen_copy, tensors_of
+from lightning_collapse.utilities.distributed import process_rank
 from lightning_collapse.utilities.hooks import ModuleHook
 from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first
 from lightning_collapse.utilities.private_torch import tree_leaves
+from lightning_collapse.utilities.targets import call_on
 from lightning_collapse.utilities.trainer import is_sharded
+
+Kind = Literal["logits", "features", "squared"]
+TERMS = {"logits": "divergence", "features": "cosine_distance", "squared": "squared_distance"}
+"""What the curve without the weight is called."""
 
 
 class Distillation(AuxiliaryLoss, TaskAware):
@@ -40,22 +55,31 @@ class Distillation(AuxiliaryLoss, TaskAware):
     a ``layer`` returns. The teacher is called as the student was: the outermost module that was called around the
     layer, on the same arguments. Where that does not hold the whole path from the inputs, as in
     ``self.head(self.encoder(x))`` with ``layer="head"``, say with ``outputs`` how the answer to a batch is had. Tokens
-    ``(N, L, D)`` are a row each, maps ``(N, C, *spatial)`` are averaged over space.
+    ``(N, L, D)`` are a row each, maps ``(N, C, *spatial)`` are averaged over space; with ``kind="squared"`` all numbers
+    of a sample are one row.
+
+    With ``replay`` both answer on rehearsal in place of the training batch, as many rows as that has: rows of a buffer,
+    which a :class:`~lightning_collapse.Replay` fills, or what a function makes of the teacher, as in generative
+    distillation. This is one more forward pass of the student, in training mode, through ``forward`` or ``outputs``.
+    The random numbers of such a function are its own, others in every step.
 
     At logging steps it publishes ``regularizer/{name}/value``, which is what was added to the loss, and without the
-    weight ``regularizer/{name}/divergence`` or, of features, ``regularizer/{name}/cosine_distance``.
+    weight ``regularizer/{name}/divergence``, of features ``cosine_distance``, or ``squared_distance``.
 
     Args:
         layer: Name of the layer, or a glob that matches exactly one; ``None`` for ``forward`` of the module.
         weight: Factor of the loss, 1 in the paper: a number, or a function of the step.
         temperature: Of the softened probabilities, 2 in the paper.
-        kind: ``"logits"``, or ``"features"`` for their directions.
+        kind: ``"logits"``, ``"features"`` for their directions, or ``"squared"`` for
+            :func:`~lightning_collapse.losses.squared_distillation_loss`.
         outputs: Returns the output of a module, the teacher, on a batch; ``None`` repeats the calls of the student.
         name: Name of the curves.
+        replay: A :class:`~lightning_collapse.replay.ReplayBuffer`, or a function of the teacher and a number of rows
+            that returns a batch.
         on: The older name of ``layer``, which YAML 1.1 reads as a boolean.
 
     Raises:
-        ValueError: If ``temperature`` is not positive or ``kind`` is neither.
+        ValueError: If ``temperature`` is not positive, ``kind`` is none of these or ``replay`` is neither.
         MisconfigurationException: At the start of the fit, if the module optimizes by hand, is sharded or cannot be
             copied, if there is no such layer or no ``forward``, or if the name is taken; at the first training step, if
             the layer did not run, or did not run on inputs that the teacher can be given.
@@ -77,20 +101,24 @@ class Distillation(AuxiliaryLoss, TaskAware):
         layer: str | None = None,
         weight: Weight = 1.0,
         temperature: float = 2.0,
-        kind: Literal["logits", "features"] = "logits",
+        kind: Kind = "logits",
         outputs: Callable[[Any, Any], Any] | None = None,
         name: str = "distillation",
         *,
+        replay: ReplayBuffer | Callable[[Any, int], Any] | None = None,
         on: str | None = None,
     ) -> None:
         require_positive(temperature=temperature)
-        require_one_of(("logits", "features"), kind=kind)
+        require_one_of(get_args(Kind), kind=kind)
+        if not (replay is None or callable(replay) or isinstance(replay, ReplayBuffer)):
+            raise ValueError(f"`replay` must be a `ReplayBuffer` or a function, got {replay!r:.80}.")
         super().__init__(one_name(layer, on), weight, name)
         if not callable(weight):
             require_not_negative(weight=weight)
         self.temperature = temperature
         self.kind = kind
         self.outputs = outputs
+        self.replay = replay
         self._teacher: _Teacher | None = None
         self._saved: dict[str, Tensor] | None = None
         self._call: _Call | None = None
@@ -138,12 +166,27 @@ class Distillation(AuxiliaryLoss, TaskAware):
         return [row for call in self._calls for row in call.rows if row is not None]
 
     @override
+    def rows_of(self, output: Any) -> Tensor | None:
+        if self.kind != "squared":
+            return super().rows_of(output)
+        whole = isinstance(output, Tensor) and output.is_floating_point() and output.ndim > 0
+        return output.reshape(len(output), -1).clone() if whole else None
+
+    @override
     def term(self, trainer: Trainer, batch: Any) -> Tensor | None:
-        if self._teacher is None and self._no_rows is not None:
+        if self._teacher is None and (self.replay is not None or self._no_rows is not None):
             return None
-        problem, student, teacher = self._problem(), None, None
+        student: Tensor | None = None
+        teacher: Tensor | None = None
+        if self.replay is not None and self._teacher is not None:
+            batch = self._rehearsal(trainer, self._teacher, batch_size(batch))
+            if batch is None:  # here, and others may have rows
+                none = torch.zeros(0, 1, device=trainer.strategy.root_device)
+                return self._evaluate(trainer, none.clone().requires_grad_(), none)
+            student = self._student_on(trainer.lightning_module, batch)
+        problem = self._problem() if student is None else None
         if problem is None:
-            student = torch.cat(self.captured())
+            student = torch.cat(self.captured()) if student is None else student
             if self._teacher is not None:
                 teacher = self._answer(self._teacher, batch)
                 problem = self._mismatch(student, teacher)
@@ -183,7 +226,7 @@ class Distillation(AuxiliaryLoss, TaskAware):
     def _layer(self, pl_module: LightningModule) -> tuple[str, nn.Module]:
         if self.layer is not None:
             return self.find(pl_module, self.layer)
-        if not has_forward(pl_module):
+        if not (has_forward(pl_module) or (self.replay is not None and self.outputs is not None)):
             raise MisconfigurationException(
                 f"`Distillation` compares what `forward` returns, and {type(pl_module).__name__} has none. Write one"
                 " and call it in `training_step`, or name a layer: `Distillation(layer=...)`."
@@ -210,6 +253,29 @@ class Distillation(AuxiliaryLoss, TaskAware):
 
         return leave
 
+    def _rehearsal(self, trainer: Trainer, teacher: "_Teacher", n: int) -> Any:
+        """What both answer on in place of the training batch; ``None`` where a buffer has no rows."""
+        if isinstance(self.replay, ReplayBuffer):
+            return rehearsal_batch(trainer, self.replay, n)
+        assert self.replay is not None
+        device = trainer.strategy.root_device
+        own = Random(f"rehearsal {self.task_index} {trainer.fit_loop.total_batch_idx} {process_rank()}").getrandbits(63)
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(own)
+            return move_data_to_device(self.replay(teacher.module, n), device)
+
+    def _student_on(self, module: LightningModule, batch: Any) -> Tensor | None:
+        """Have the student answer on rehearsal; ``None`` where its calls were captured."""
+        self.reset()  # of what it answered in the step
+        if self.outputs is not None:
+            return self.rows_of(self.outputs(module, batch))
+        self._open = True
+        try:
+            call_on(module, batch)
+        finally:
+            self._open = False
+        return None
+
     def _answer(self, teacher: "_Teacher", batch: Any) -> Tensor | None:
         """What the teacher returns where the student was captured."""
         device = next((p.device for p in teacher.module.parameters()), torch.device("cpu"))
@@ -228,12 +294,13 @@ class Distillation(AuxiliaryLoss, TaskAware):
             if self.kind == "logits":
                 value = distillation_loss(student_rows, teacher_rows, self.temperature)
             else:
-                value = feature_distillation_loss(student_rows, teacher_rows)
+                loss = feature_distillation_loss if self.kind == "features" else squared_distillation_loss
+                value = loss(student_rows, teacher_rows)
         except TooFewRowsError as error:
             self.warn_once("skipped", f"{error} Steps like this one go without the term.")
             return nothing(student)
         value = value if counts is None else torch.where(counts, value, torch.zeros_like(value))
-        return self.add(trainer, value, {"divergence" if self.kind == "logits" else "cosine_distance": value})
+        return self.add(trainer, value, {TERMS[self.kind]: value})
 
     def _problem(self) -> str | None:
         """Why the student's calls are none that a teacher can repeat, and what to do."""

@@ -1,0 +1,284 @@
+"""Experience replay: rows of earlier tasks beside those of every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from inspect import signature
+from typing import Any, ClassVar
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
+from lightning_collapse.callbacks.continual.task_aware import TaskAware
+from lightning_collapse.replay.batch_rows import concatenate, map_rows
+from lightning_collapse.replay.replay_buffer import ReplayBuffer
+from lightning_collapse.reporting import publish
+from lightning_collapse.utilities.arguments import require_whole
+from lightning_collapse.utilities.batch import batch_size as size_of
+from lightning_collapse.utilities.distributed import process_rank, to_first_process, world_size
+from lightning_collapse.utilities.points import Point
+from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.trainer import batch_hook_owner, to_device
+from lightning_collapse.utilities.training_step import wrap_method
+
+_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
+"""Whether a batch on its way to the device is one of rehearsal, and none of the training's own."""
+
+
+class Replay(TaskAware):
+    """Rehearse: from the second task on every training batch has rows of a buffer behind its own [1].
+
+    The buffer is offered the rows of each training batch, as they come from the loader, and never those that it
+    rehearses. A batch is made longer on its way to the device, before the module's own batch hooks, so that these,
+    ``training_step`` and every callback see one batch, and what augments a batch on its way augments rehearsed rows
+    afresh. A buffer with ``storage="device"`` takes rows, and gives them, behind the transfer. Validation, and passes
+    that others make over data, are left alone.
+
+    When a task ends the buffers of all processes become one sample of all their rows, see
+    :meth:`~lightning_collapse.replay.ReplayBuffer.synchronize`; until then a process rehearses what it holds itself.
+    What they hold is in the checkpoint, of all processes, with their random numbers.
+
+    At ends of tasks it publishes ``replay/rows``, how many rows all processes hold, and where the batches have labels
+    ``replay/classes`` and ``replay/largest_share``, of the most frequent of them.
+
+    Args:
+        buffer: Where rows are kept.
+        batch_size: Rows to rehearse with a batch; ``None`` for as many as it has, 0 for none: they are only kept.
+        from_start: Whether to rehearse in the first task too.
+        rows: Returns what is kept of a batch, any nest of tensors with a row for each sample; the whole by default.
+        labels: Returns the classes of these rows from the batch; where they usually are by default.
+        combine: Returns the batch to train on from the batch and what is rehearsed, which has the form of what was
+            kept; by default the tensors of both, one behind the other.
+
+    Raises:
+        ValueError: If an argument is none of these.
+        MisconfigurationException: When the fit starts, if ``training_step`` takes an iterator or the buffer is for
+            ``"herding"``; at the first training batch, if it cannot be kept or the buffer is larger than the memory.
+
+    References:
+        [1] Chaudhry et al., *On Tiny Episodic Memories in Continual Learning*, 2019. https://arxiv.org/abs/1902.10486
+
+    Example::
+
+        replay = Replay(ReplayBuffer(size=2000))
+        for task in tasks:
+            Trainer(callbacks=[replay]).fit(model, task)
+    """
+
+    streams: ClassVar[bool] = True
+    """Whether rows are kept batch by batch."""
+    left_out_of_copies: ClassVar[bool] = True
+    """A teacher that is copied from a module holds no rows."""
+
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        batch_size: int | None = None,
+        from_start: bool = False,
+        rows: Callable[[Any], Any] | None = None,
+        labels: Callable[[Any], Tensor] | None = None,
+        combine: Callable[[Any, Any], Any] = concatenate,
+    ) -> None:
+        super().__init__()
+        if not isinstance(buffer, ReplayBuffer):
+            raise ValueError(f"`buffer` must be a `ReplayBuffer`, got {buffer!r:.80}.")
+        if batch_size is not None:
+            require_whole(0, batch_size=batch_size)
+        for name, function in (("rows", rows), ("labels", labels), ("combine", combine)):
+            if not (callable(function) or (function is None and name != "combine")):
+                raise ValueError(f"`{name}` must be a function, got {function!r:.80}.")
+        self.buffer, self.batch_size, self.from_start = buffer, batch_size, from_start
+        self.rows, self.labels, self.combine = rows, labels, combine
+        self.rows_of_batch = 0
+        self._tried = False
+        self._pending: tuple[Any, Tensor | None] | None = None  # kept when the step on it is over
+        self._unwrap_hook: Callable[[], None] = lambda: None
+        self._steps = ContinuedSteps()
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._detach()
+        if "dataloader_iter" in signature(pl_module.training_step).parameters:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` adds rows to a batch on its way, and `training_step(dataloader_iter)` fetches"
+                " batches itself. Take `batch` instead."
+            )
+        if self.streams == (self.buffer.policy == "herding"):
+            raise MisconfigurationException(
+                "`ReplayBuffer(policy='herding')` looks at all rows of a class at once, with their features. Use"
+                " `Herding(buffer, features=...)`, and `Replay` for the other policies."
+            )
+        if any(other is not self and getattr(other, "buffer", None) is self.buffer for other in _replays(trainer)):
+            raise MisconfigurationException("Two `Replay`s keep rows in one `buffer`. Make one for each.")
+        self._tried = False
+        hook = "on_before_batch_transfer" if self.buffer.storage == "host" else "on_after_batch_transfer"
+
+        def around(inner: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+            if trainer.training and not _rehearsing.get():
+                batch = self._rehearse(pl_module, batch)
+            return inner(batch, *args, **kwargs)
+
+        self._unwrap_hook = wrap_method(batch_hook_owner(trainer, hook), hook, around)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._steps.start(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._steps.after_batch(trainer)
+
+    @override
+    def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._keep()
+        labels = self.buffer.synchronize()
+        counts = labels[labels >= 0].unique(return_counts=True)[1].tolist()
+        readings = {"rows": len(labels)}
+        if counts:
+            readings |= {"classes": len(counts), "largest_share": max(counts) / sum(counts)}
+        step = self._steps.step(trainer)
+        publish(trainer, pl_module, [Point("replay", "", name, step, value) for name, value in readings.items()])
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._detach()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._detach()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._keep()
+        own = {"buffer": self.buffer.state_dict(), "rank": process_rank(), "steps": self._steps.state_dict()}
+        return {**super().state_dict(), **own}
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the buffers of the other processes. Collective."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is not None:
+            gather_buffers(state)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._pending = None
+        self._steps.load_state_dict(state_dict["steps"])
+        rank, ranks = process_rank(), world_size()
+        states = state_dict.get("buffers") or {state_dict["rank"]: state_dict["buffer"]}
+        if rank in states:
+            self.buffer.load_state_dict(states.pop(rank))
+        for other in (state for of, state in states.items() if of >= ranks and of % ranks == rank):
+            self.buffer.merge(other)  # of a process that is no more
+
+    def _rehearse(self, pl_module: LightningModule, batch: Any) -> Any:
+        """The batch to train on in place of one."""
+        if self._tried:
+            with self.containment("rehearsing with a batch", "batches like it stay as they are, and are not kept"):
+                return self._combined(pl_module, batch)
+            return batch
+        try:
+            if self.streams:
+                self.buffer.check(*self._kept_of(batch))
+            combined = self._combined(pl_module, batch)
+        except (ValueError, TypeError, KeyError, MemoryError) as error:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` cannot keep the first training batch, or add to it: {error} What to keep can"
+                " be said with `rows=` and `labels=`, and how to add it with `combine=`."
+            ) from error
+        self._tried = True
+        if self.streams:
+            rank_zero_info(
+                f"`{type(self).__name__}`: the buffer takes {self.buffer.nbytes / 1e6:.3g} MB when it is full"
+                f" ({self.buffer.storage}), and so much in every checkpoint."
+            )
+        return combined
+
+    def _combined(self, pl_module: LightningModule, batch: Any) -> Any:
+        self._keep()
+        self.rows_of_batch = size_of(batch)
+        wanted = self.rows_of_batch if self.batch_size is None else self.batch_size
+        rehearsal = self.buffer.sample(wanted) if wanted and (self.from_start or self.task_index) else None
+        kept = self._kept_of(batch) if self.streams else None
+        if rehearsal is not None:
+            batch = self.combine(batch, rehearsal)
+        elif kept is not None:
+            # what follows may change a batch in place, where it is not copied to a device before
+            kept = tuple(map_rows(lambda t: t.clone() if t.device == pl_module.device else t, part) for part in kept)  # type: ignore[assignment]
+        self._pending = kept
+        return batch
+
+    def _kept_of(self, batch: Any) -> tuple[Any, Tensor | None]:
+        rows = batch if self.rows is None else self.rows(batch)
+        return rows, None if self.labels is None else self.labels(batch)
+
+    def _keep(self) -> None:
+        """Offer the latest batch to the buffer: behind the step on it, whichever way that asks for rows."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with self.containment("keeping a batch", "batches like it are not kept"):
+                self.buffer.add(*pending)
+
+    def _detach(self) -> None:
+        self._keep()
+        self._unwrap_hook()
+        self._unwrap_hook = lambda: None
+
+
+def gather_buffers(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with the buffers of all processes, by rank, for the first one to save. Collective."""
+    if world_size() > 1:
+        state["buffers"] = dict(enumerate(to_first_process(state["buffer"])))
+    return state
+
+
+def rehearsal_batch(trainer: Trainer, buffer: ReplayBuffer, n: int) -> Any:
+    """Rows of a buffer as a training step would get them; ``None`` if there are none."""
+    rows = buffer.sample(n)
+    if rows is None:
+        return None
+    with _apart():
+        if buffer.storage == "host":
+            return to_device(trainer, rows)
+        return trainer.strategy.batch_to_device(rows, dataloader_idx=0)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    token = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(token)
+
+
+def _replays(trainer: Trainer) -> list[Any]:
+    of_module = getattr(trainer.lightning_module, "replay", None)
+    return [c for c in (*trainer.callbacks, of_module) if isinstance(c, Replay)]
+
+
+def _register() -> None:
+    source = "Chaudhry et al. 2019, arXiv 1902.10486"
+    for name, reads, span, collapsed in (
+        ("rows", "rows that are kept, of all processes", "0 to size", "no failure"),
+        ("classes", "their classes", "0 to C", "fewer than were seen"),
+        ("largest_share", "share of the most frequent class", "1 / C to 1", "1: one class"),
+    ):
+        register_curve("replay", name, reads=reads, range=span, collapsed=collapsed, source=source)
+
+
+_register()
