@@ -77,7 +77,6 @@ __all__ = [
     "ForgettingMonitor",
     "GeometryPhaseMonitor",
     "GradientMonitor",
-    "Herding",
     "IntrinsicDimensionMonitor",
     "LabelledGeometryMonitor",
     "LatentMonitor",

@@ -174,7 +174,7 @@ class ReplayBuffer:
         first = sum(len(keys) for keys, *_ in found[: process_rank()])
         mine = best[(best >= first) & (best < first + len(keys))].sort().values - first
         if self._rows is not None:
-            self._keep(mine)
+            self._write(keys[mine], labels[mine], self._at(mine))
         if not self.needs_labels and len(best) == self.size:
             self._least = float(every[best[-1]])
         if self.policy in ("ring", "class_ring"):
@@ -195,8 +195,12 @@ class ReplayBuffer:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`; the best rows stay if this buffer is smaller."""
-        self._rows, self._used = None, 0
-        self.merge(state)
+        self._rows, self._used, self.seen = None, 0, 0
+        if state["rows"] is not None and len(state["keys"]) <= self.size:
+            self._make_room(state["rows"], next(leaves(state["rows"]))[1].device)
+            self._write(state["keys"], state["labels"], state["rows"])  # in the same places
+        else:
+            self.merge(state)
         self.seen, self._least = state["seen"], state["least"]
         self._random().set_state(state["random"].cpu())
 
@@ -246,10 +250,10 @@ class ReplayBuffer:
             got = tuple(features.shape) if isinstance(features, Tensor) else features
             raise ValueError(
                 f"`features` must have shape ({count}, D) for `policy='herding'`, got {got!r:.80}. Pass those of all"
-                " rows of each class in one call, or use the callback `Herding`."
+                " rows of each class in one call."
             )
         keys = torch.full((count,), NONE, dtype=torch.float64)
-        for label in labels.unique().tolist():
+        for label in sorted(set(labels.tolist())):
             of_class = (labels == label).nonzero().squeeze(1).cpu()
             order = herding_order(features[of_class.to(features.device)], self.size).cpu()
             keys[of_class[order]] = -torch.arange(len(order), dtype=torch.float64)
@@ -281,14 +285,13 @@ class ReplayBuffer:
         home = where if self.needs_labels else torch.device("cpu")
         self._keys = torch.full((room,), NONE, dtype=torch.float64, device=home)
 
-    def _keep(self, places: Tensor) -> None:
-        """Keep these rows alone, in this order."""
-        keys, labels, rows = self._keys[places.to(self._keys.device)], self._labels[places], self._at(places)
+    def _write(self, keys: Tensor, labels: Tensor, rows: Any) -> None:
+        """Hold these rows alone, in this order."""
+        self._used = len(keys)
         self._keys.fill_(NONE)
-        self._used = len(places)
         self._keys[: self._used], self._labels[: self._used] = keys, labels
-        for (_, kept), (_, left) in zip(leaves(self._rows), leaves(rows), strict=True):
-            kept[: self._used] = left
+        for (_, kept), (_, row) in zip(leaves(self._rows), leaves(rows), strict=True):
+            kept[: self._used] = row
 
     def _at(self, places: Tensor) -> Any:
         return map_rows(lambda t: t.index_select(0, places.to(t.device, non_blocking=True)), self._rows)
@@ -318,9 +321,8 @@ class ReplayLoader:
             own = torch.Generator().manual_seed(self.buffer.seed + self._passes)
             self._passes += 1
             places = places[torch.randperm(len(places), generator=own).to(places.device)]
-        for part in places.split(self.batch_size):
-            if len(part):
-                yield self.buffer._at(part)
+        for first in range(0, len(places), self.batch_size):
+            yield self.buffer._at(places[first : first + self.batch_size])
 
 
 def _described(form: tuple[Any, Any] | None) -> str:

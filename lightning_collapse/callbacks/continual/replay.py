@@ -42,7 +42,8 @@ class Replay(TaskAware):
 
     When a task ends the buffers of all processes become one sample of all their rows, see
     :meth:`~lightning_collapse.replay.ReplayBuffer.synchronize`; until then a process rehearses what it holds itself.
-    What they hold is in the checkpoint, of all processes, with their random numbers.
+    What they hold is in the checkpoint, of all processes, with their random numbers. A buffer for ``"herding"`` is
+    offered nothing here, since it looks at whole classes and their features: add to it when a task ends.
 
     At ends of tasks it publishes ``replay/rows``, how many rows all processes hold, and where the batches have labels
     ``replay/classes`` and ``replay/largest_share``, of the most frequent of them.
@@ -58,8 +59,8 @@ class Replay(TaskAware):
 
     Raises:
         ValueError: If an argument is none of these.
-        MisconfigurationException: When the fit starts, if ``training_step`` takes an iterator or the buffer is for
-            ``"herding"``; at the first training batch, if it cannot be kept or the buffer is larger than the memory.
+        MisconfigurationException: When the fit starts, if ``training_step`` takes an iterator or another has the same
+            buffer; at the first training batch, if it cannot be kept or the buffer is larger than the memory.
 
     References:
         [1] Chaudhry et al., *On Tiny Episodic Memories in Continual Learning*, 2019. https://arxiv.org/abs/1902.10486
@@ -71,8 +72,6 @@ class Replay(TaskAware):
             Trainer(callbacks=[replay]).fit(model, task)
     """
 
-    streams: ClassVar[bool] = True
-    """Whether rows are kept batch by batch."""
     left_out_of_copies: ClassVar[bool] = True
     """A teacher that is copied from a module holds no rows."""
 
@@ -96,6 +95,7 @@ class Replay(TaskAware):
         self.buffer, self.batch_size, self.from_start = buffer, batch_size, from_start
         self.rows, self.labels, self.combine = rows, labels, combine
         self.rows_of_batch = 0
+        self._streams = buffer.policy != "herding"
         self._tried = False
         self._pending: tuple[Any, Tensor | None] | None = None  # kept when the step on it is over
         self._unwrap_hook: Callable[[], None] = lambda: None
@@ -109,11 +109,6 @@ class Replay(TaskAware):
             raise MisconfigurationException(
                 f"`{type(self).__name__}` adds rows to a batch on its way, and `training_step(dataloader_iter)` fetches"
                 " batches itself. Take `batch` instead."
-            )
-        if self.streams == (self.buffer.policy == "herding"):
-            raise MisconfigurationException(
-                "`ReplayBuffer(policy='herding')` looks at all rows of a class at once, with their features. Use"
-                " `Herding(buffer, features=...)`, and `Replay` for the other policies."
             )
         if any(other is not self and getattr(other, "buffer", None) is self.buffer for other in _replays(trainer)):
             raise MisconfigurationException("Two `Replay`s keep rows in one `buffer`. Make one for each.")
@@ -143,7 +138,7 @@ class Replay(TaskAware):
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._keep()
         labels = self.buffer.synchronize()
-        counts = labels[labels >= 0].unique(return_counts=True)[1].tolist()
+        counts = labels[labels >= 0].unique(return_counts=True)[1].tolist()  # type: ignore[no-untyped-call]
         readings = {"rows": len(labels)}
         if counts:
             readings |= {"classes": len(counts), "largest_share": max(counts) / sum(counts)}
@@ -192,7 +187,7 @@ class Replay(TaskAware):
                 return self._combined(pl_module, batch)
             return batch
         try:
-            if self.streams:
+            if self._streams:
                 self.buffer.check(*self._kept_of(batch))
             combined = self._combined(pl_module, batch)
         except (ValueError, TypeError, KeyError, MemoryError) as error:
@@ -201,7 +196,7 @@ class Replay(TaskAware):
                 " be said with `rows=` and `labels=`, and how to add it with `combine=`."
             ) from error
         self._tried = True
-        if self.streams:
+        if self._streams:
             rank_zero_info(
                 f"`{type(self).__name__}`: the buffer takes {self.buffer.nbytes / 1e6:.3g} MB when it is full"
                 f" ({self.buffer.storage}), and so much in every checkpoint."
@@ -213,12 +208,13 @@ class Replay(TaskAware):
         self.rows_of_batch = size_of(batch)
         wanted = self.rows_of_batch if self.batch_size is None else self.batch_size
         rehearsal = self.buffer.sample(wanted) if wanted and (self.from_start or self.task_index) else None
-        kept = self._kept_of(batch) if self.streams else None
+        kept = self._kept_of(batch) if self._streams else None
         if rehearsal is not None:
             batch = self.combine(batch, rehearsal)
         elif kept is not None:
             # what follows may change a batch in place, where it is not copied to a device before
-            kept = tuple(map_rows(lambda t: t.clone() if t.device == pl_module.device else t, part) for part in kept)  # type: ignore[assignment]
+            copied = map_rows(lambda t: t.clone() if t.device == pl_module.device else t, list(kept))
+            kept = copied[0], copied[1]
         self._pending = kept
         return batch
 

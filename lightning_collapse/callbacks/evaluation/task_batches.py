@@ -25,16 +25,12 @@ class TaskBatches:
         trainer: Whose data.
         loader: Batches, or a function that returns them; ``None`` for the training data.
         limit: How many batches at most.
-        raw: Whether batches are left as the loader has them.
     """
 
-    def __init__(
-        self, trainer: Trainer, loader: Loader | None = None, limit: int | None = None, raw: bool = False
-    ) -> None:
+    def __init__(self, trainer: Trainer, loader: Loader | None = None, limit: int | None = None) -> None:
         self.trainer = trainer
         self.loader = loader
         self.limit = limit
-        self.raw = raw
 
     def __iter__(self) -> Iterator[Any]:
         limit = self.limit or int(self.trainer.fast_dev_run) or None
@@ -45,7 +41,7 @@ class TaskBatches:
             loader = batches_of(self.loader)
         with rewound(loader):
             for batch in islice(loader, limit):
-                yield batch if self.raw else to_device(self.trainer, batch)
+                yield to_device(self.trainer, batch)
 
 
 def check_training_data(trainer: Trainer, who: str) -> None:
