@@ -225,7 +225,7 @@ class ReplayBuffer:
             beyond = beyond_quota(every, torch.cat([self._labels[:used], labels]), self.size)
             every = every.masked_fill(beyond, NONE)
             self._keys[:used], keys = every[:used], every[used:]
-        weakest = self._keys[:used].topk(min(len(keys), used), largest=False).indices
+        weakest = self._keys[:used].topk(min(len(keys), used), largest=False).indices.sort().values
         pool = torch.cat([self._keys[weakest], keys])
         stays = torch.zeros(len(pool), dtype=torch.bool, device=home)
         stays[pool.argsort(descending=True, stable=True)[: len(weakest)]] = True

@@ -98,7 +98,7 @@ class Replay(TaskAware):
         self._streams = buffer.policy != "herding"
         self._tried = False
         self._pending: tuple[Any, Tensor | None] | None = None  # kept when the step on it is over
-        self._unwrap_hook: Callable[[], None] = lambda: None
+        self._unwrap_hook: Callable[[], None] = _nothing
         self._steps = ContinuedSteps()
 
     @override
@@ -154,6 +154,11 @@ class Replay(TaskAware):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
         self._detach()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(policy=self.buffer.policy, size=self.buffer.size)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -232,7 +237,7 @@ class Replay(TaskAware):
     def _detach(self) -> None:
         self._keep()
         self._unwrap_hook()
-        self._unwrap_hook = lambda: None
+        self._unwrap_hook = _nothing
 
 
 def gather_buffers(state: dict[str, Any]) -> dict[str, Any]:
@@ -265,6 +270,10 @@ def _apart() -> Iterator[None]:
 def _replays(trainer: Trainer) -> list[Any]:
     of_module = getattr(trainer.lightning_module, "replay", None)
     return [c for c in (*trainer.callbacks, of_module) if isinstance(c, Replay)]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _register() -> None:

@@ -1,0 +1,444 @@
+"""Rehearsal through both doors is what one would write by hand, and nobody else notices."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_collapse import CollapseMonitor, ContinualMixin, Distillation, Replay, TaskBoundary, WeightPenalty
+from lightning_collapse.penalties import EWC
+from lightning_collapse.replay import ReplayBuffer
+from tests.continual import Learner, held_out, task, training
+from tests.toys import QUIET, MemoryLogger, PointKeeper, weights
+
+
+class Net(LightningModule):
+    """Six numbers in, three classes out, and no random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body, self.head = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh()), nn.Linear(8, 3)
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        self.seen.append(len(x))
+        return cross_entropy(self(x), y)
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Mixed(ContinualMixin, Net):
+    """The other door."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_replay(ReplayBuffer(10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        rehearsal = self.replay_batch()
+        if rehearsal is not None:
+            batch = [torch.cat(pair) for pair in zip(batch, rehearsal, strict=True)]
+        return super().training_step(batch, batch_idx)
+
+
+class ByHand(Net):
+    """Experience replay written out: rows come from the buffer before it is offered those of the batch."""
+
+    task = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = [ReplayBuffer(10)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        rehearsal = self.rows[0].sample(len(batch[0])) if self.task else None
+        self.rows[0].add(batch)
+        if rehearsal is not None:
+            batch = [torch.cat(pair) for pair in zip(batch, rehearsal, strict=True)]
+        return super().training_step(batch, batch_idx)
+
+    def on_train_end(self) -> None:
+        self.task += 1
+
+
+class Manual(Net):
+    """Two optimizers, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        loss = super().training_step(batch, batch_idx)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.head)]
+
+
+def loader(seed: int = 0) -> DataLoader:
+    return DataLoader(task(seed, n=36), batch_size=8)  # the last batch is short
+
+
+def fit(model: Any, *callbacks: Any, data: Any = None, ckpt_path: Any = None, **kwargs: Any) -> Trainer:
+    trainer = Trainer(**{**QUIET, "logger": MemoryLogger(), "callbacks": list(callbacks), **kwargs})
+    data = DataLoader(data, batch_size=None) if isinstance(data, list) else data
+    trainer.fit(model, loader() if data is None else data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def tasks(model: Any, *callbacks: Any, count: int = 3, **kwargs: Any) -> Any:
+    for index in range(count):
+        fit(model, *callbacks, data=loader(index), **kwargs)
+    return model
+
+
+def same(first: Any, second: Any) -> bool:
+    first, second = weights(first), weights(second)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def every_row(buffer: ReplayBuffer) -> Tensor:
+    return torch.cat([batch[0] for batch in buffer.loader(100, shuffle=False)])
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}, {"precision": "bf16-mixed"}]
+)
+def test_both_doors_are_replay_written_out(kwargs: Any) -> None:
+    buffer = ReplayBuffer(10)
+    ours, mixed, theirs = tasks(Net(), Replay(buffer), **kwargs), tasks(Mixed(), **kwargs), tasks(ByHand(), **kwargs)
+    assert same(ours, theirs)
+    assert same(mixed, theirs)
+    assert not same(ours, tasks(Net(), **kwargs))
+    assert ours.seen == mixed.seen == theirs.seen == [8, 8, 8, 8, 4, *2 * (16, 16, 16, 16, 8)]
+    assert torch.equal(every_row(buffer), every_row(theirs.rows[0]))
+    assert torch.equal(every_row(buffer), every_row(mixed.replay.buffer))
+    assert list(mixed.state_dict()) == list(Net().state_dict())
+
+
+def test_manual_optimization_and_two_optimizers() -> None:
+    model = tasks(Manual(), Replay(ReplayBuffer(10), batch_size=4, from_start=True), count=2)
+    assert model.seen == [8, 12, 12, 12, 8, 12, 12, 12, 12, 8]
+
+
+@pytest.mark.parametrize("storage", ["host", "device"])
+@pytest.mark.parametrize("policy", ["reservoir", "class_ring"])
+def test_rows_that_are_only_kept_change_nothing(policy: Any, storage: Any) -> None:
+    """Neither weights nor random numbers, beside a monitor and a penalty that passes over the data too."""
+    buffer = ReplayBuffer(10, policy=policy, storage=storage)
+    models = []
+    for callbacks in ([], [Replay(buffer, batch_size=0)]):
+        torch.manual_seed(1)
+        model = Learner()
+        shared = WeightPenalty(EWC(weight=1.0)), CollapseMonitor(every_n_steps=2)
+        for index in range(2):
+            fit(model, *callbacks, *shared, data=training(index))
+        models.append((model, torch.rand(1)))
+    assert same(models[0][0], models[1][0])
+    assert torch.equal(models[0][1], models[1][1])
+    assert buffer.seen == 96  # of the training alone
+
+
+class Watching(Callback):
+    """Looks at what callbacks are given, and at copies of the module in mid-fit."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch)
+        copies = deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))
+        assert not any("batch_transfer" in name for copy in copies for name in vars(copy))
+
+
+class Augmenting(Net):
+    """Its hook changes batches in place, on the way."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch[0].mul_(-2.0)
+        return batch
+
+
+class Data(LightningDataModule):
+    """The same, as a hook of the data module, and tasks that follow."""
+
+    task_index = 0
+
+    def train_dataloader(self) -> DataLoader:
+        return loader(self.task_index)
+
+    def val_dataloader(self) -> DataLoader:
+        return held_out(0)
+
+    on_after_batch_transfer = Augmenting.on_after_batch_transfer
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] + 1, batch[1]]
+
+
+@pytest.mark.parametrize("storage", ["host", "device"])
+@pytest.mark.parametrize("hooks", ["module", "data module"])
+def test_all_see_one_batch_and_raw_rows_are_kept(hooks: str, storage: Any) -> None:
+    buffer, watching = ReplayBuffer(100, storage=storage), Watching()
+    model, replay = Augmenting() if hooks == "module" else Net(), Replay(buffer)
+    for index in range(2):
+        data: Any = loader(index) if hooks == "module" else Data()
+        if hooks == "data module":
+            data.task_index = index
+        fit(model, watching, replay, data=data, limit_val_batches=2)
+    own = torch.cat([task(index, n=36).tensors[0] for index in range(2)])
+    if hooks == "data module" and storage == "device":
+        own = own + 1  # behind its first hook
+    kept = every_row(buffer)
+    assert torch.equal(kept, own)  # as they came, in their order: nothing that was rehearsed, nothing of validation
+    seen = watching.batches[-1][0]
+    assert len(seen) == 8
+    inputs = (own + 1 if hooks == "data module" and storage == "host" else own) * -2
+    assert all((inputs == row).all(dim=1).any() for row in seen)
+    assert "on_before_batch_transfer" not in vars(model)
+    assert not any("batch_transfer" in name for name in vars(data))
+
+
+class Saver(Callback):
+    """Saves a checkpoint in the middle of a task."""
+
+    def __init__(self, path: Any) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("policy", ["reservoir", "class_balanced"])
+@pytest.mark.parametrize("door", ["callback", "mixin"])
+def test_a_fit_that_is_killed_in_mid_task_goes_on(door: str, policy: Any, tmp_path: Any) -> None:
+    def make() -> tuple[Any, list[Any]]:
+        if door == "callback":
+            return Net(), [Replay(ReplayBuffer(10, policy=policy))]
+        model = Mixed()
+        model.set_replay(ReplayBuffer(10, policy=policy))
+        return model, []
+
+    class Rest(DataLoader):
+        """What a loader that knows where it was has left."""
+
+        def __iter__(self) -> Any:
+            batches = list(super().__iter__())
+            return iter(batches[3:])
+
+        def __len__(self) -> int:
+            return 2
+
+    whole, callbacks = make()
+    fit(whole, *callbacks)
+    first = callbacks[0] if callbacks else whole.replay
+    fit(whole, *callbacks, Saver(tmp_path / "mid.ckpt"), data=loader(1))
+    torch.load(tmp_path / "mid.ckpt", weights_only=True)
+    resumed, callbacks = make()
+    second = callbacks[0] if callbacks else resumed.replay
+    fit(resumed, *callbacks, data=Rest(task(1, n=36), batch_size=8), ckpt_path=tmp_path / "mid.ckpt", max_epochs=1)
+    assert resumed.seen == [16, 8]
+    assert same(whole, resumed)
+    assert torch.equal(*(every_row(replay.buffer) for replay in (first, second)))
+
+
+def test_tasks_within_one_fit_and_curves() -> None:
+    points, model, buffer = PointKeeper(), Net(), ReplayBuffer(9, policy="class_balanced")
+    fit(
+        model,
+        TaskBoundary(every_n_epochs=1),
+        Replay(buffer, batch_size=2),
+        points,
+        data=Data(),
+        max_epochs=3,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    assert model.seen == [8, 8, 8, 8, 4, *2 * (10, 10, 10, 10, 6)]
+    assert [(p.step, p.value) for p in points.curve("replay/rows")] == [(5, 9), (10, 9), (15, 9)]
+    assert points.curve("replay/classes")[-1].value == 3
+    assert points.curve("replay/largest_share")[-1].value == pytest.approx(1 / 3)
+
+
+def test_rows_without_labels_and_a_part_of_the_batch() -> None:
+    class Autoencoder(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x = batch["x"] if isinstance(batch, dict) else batch
+            self.seen.append(len(x))
+            return self(x).square().mean()
+
+    points = PointKeeper()
+    model = tasks_of(Autoencoder(), Replay(ReplayBuffer(5)), points, data=list(torch.randn(4, 6, 6)))
+    assert model.seen == [6] * 4 + [11] * 4
+    assert [p.value for p in points.curve("replay/rows")] == [5, 5]
+    assert not points.curve("replay/classes")
+
+    def combine(batch: Any, rehearsal: Any) -> Any:
+        return {**batch, "x": torch.cat([batch["x"], rehearsal])}
+
+    data = [{"x": torch.randn(6, 6), "names": ["a"] * 6, "kind": torch.arange(6) % 2} for _ in range(4)]
+    buffer = ReplayBuffer(6, policy="class_balanced")
+    chosen = Replay(
+        buffer, batch_size=2, rows=lambda batch: batch["x"], labels=lambda batch: batch["kind"], combine=combine
+    )
+    model = tasks_of(Autoencoder(), chosen, data=data)
+    assert model.seen == [6] * 4 + [8] * 4
+    assert buffer.labels.bincount().tolist() == [3, 3]
+
+
+def tasks_of(model: Any, *callbacks: Any, data: Any) -> Any:
+    for _ in range(2):
+        fit(model, *callbacks, data=data)
+    return model
+
+
+def test_herding_is_added_to_when_a_task_ends() -> None:
+    buffer = ReplayBuffer(6, policy="herding")
+    x, y = task(0, n=36).tensors
+    replay = Replay(buffer)
+    model = Net()
+    fit(model, replay)
+    assert len(buffer) == 0
+    buffer.add([x, y], features=x)
+    fit(model, replay, data=loader(1))
+    assert model.seen == [8, 8, 8, 8, 4, 14, 14, 14, 14, 8]
+    assert len(buffer) == 6
+
+
+def test_batches_that_do_not_fit_go_without_once_training_runs() -> None:
+    data = [[torch.randn(4, 6), torch.zeros(4, dtype=torch.long)] for _ in range(2)]
+    odd = [torch.randn(4, 6), torch.zeros(4, dtype=torch.int32)]
+
+    class AnyLabels(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step([batch[0], batch[1].long()], batch_idx)
+
+    replay, model = Replay(ReplayBuffer(20)), AnyLabels()
+    with pytest.warns(UserWarning, match=r"keeping a batch failed with .*`batch\[1\]` has rows .*int32.*Training goes"):
+        fit(model, replay, data=[*data, odd, *data])
+    assert replay.buffer.seen == 16
+    with pytest.warns(UserWarning, match="rehearsing with a batch failed with .*batches like it stay as they are"):
+        fit(model, replay, data=[*data, [torch.randn(4, 6), torch.zeros(4, dtype=torch.long), "odd"], *data])
+    assert model.seen == [4] * 5 + [8, 8, 4, 8, 8]
+
+
+class Fetching(Net):
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+SHARED = Mixed()
+
+
+@pytest.mark.parametrize(
+    ("make", "callbacks", "data", "match"),
+    [
+        (Fetching, [Replay(ReplayBuffer(5))], None, r"`training_step\(dataloader_iter\)` fetches batches itself. Take"),
+        (lambda: SHARED, [Replay(SHARED.replay.buffer)], None, "Two `Replay`s keep rows in one `buffer`"),
+        (Net, [Replay(ReplayBuffer(5))], [["a", "b"]], r"`batch\[0\]` is a str.*`rows=`"),
+        (Net, [Replay(ReplayBuffer(10**12))], None, r"cannot keep the first.*take 4.8e\+04 GB.*smaller `size`"),
+        (Net, [Replay(ReplayBuffer(5, policy="class_ring"))], [torch.ones(3, 2)], r"`labels` must be integers.*None"),
+    ],
+)
+def test_misuse_is_refused_at_the_first_batch(make: Any, callbacks: Any, data: Any, match: str) -> None:
+    with pytest.raises(MisconfigurationException, match=match):
+        fit(make(), *callbacks, data=data)
+
+
+def test_arguments() -> None:
+    buffer = ReplayBuffer(5)
+    for arguments, match in (
+        ({"buffer": 5}, "`buffer` must be a `ReplayBuffer`, got 5"),
+        ({"buffer": buffer, "batch_size": -1}, "`batch_size` must be an integer of at least 0, got -1"),
+        ({"buffer": buffer, "rows": 3}, "`rows` must be a function, got 3"),
+        ({"buffer": buffer, "combine": None}, "`combine` must be a function, got None"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Replay(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`buffer` must be"):
+        Mixed().set_replay(3)  # type: ignore[arg-type]
+
+    class Without(ContinualMixin, Net): ...
+
+    with pytest.raises(MisconfigurationException, match="`Without` has no replay buffer"):
+        Without().replay_batch()
+
+
+def test_a_teacher_that_is_copied_from_a_module_holds_no_rows() -> None:
+    lwf, model = Distillation(), Mixed()
+    tasks(model, lwf, count=2)
+    assert lwf._teacher is not None
+    assert lwf._teacher.module.replay == ()
+    assert len(deepcopy(model).replay.buffer) == 10
+    assert len(pickle.loads(pickle.dumps(model)).replay.buffer) == 10
+
+
+def test_the_rows_of_a_loaded_module_are_back(tmp_path: Any) -> None:
+    model = Mixed()
+    trainer = fit(model)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    loaded = Mixed.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert torch.equal(every_row(loaded.replay.buffer), every_row(model.replay.buffer))
+    assert loaded.replay.task_index == 1
+
+
+def test_a_wrapper_goes_with_the_fit_that_fails() -> None:
+    class Failing(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 2:
+                raise RuntimeError("boom")
+            return super().training_step(batch, batch_idx)
+
+    model, replay = Failing(), Replay(ReplayBuffer(50))
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(model, replay)
+    assert "on_before_batch_transfer" not in vars(model)
+    assert replay.task_index == 0
+
+
+def test_combined_loaders() -> None:
+    """Of several streams one may be kept."""
+
+    class Two(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch["labelled"], batch_idx)
+
+    data = {"labelled": loader(), "rest": DataLoader(TensorDataset(torch.randn(9, 2)), batch_size=3)}
+    with pytest.raises(MisconfigurationException, match="as many rows as each other"):
+        fit(Two(), Replay(ReplayBuffer(5)), data=data)
+    replay = Replay(
+        ReplayBuffer(5),
+        rows=lambda batch: batch["labelled"],
+        labels=lambda batch: batch["labelled"][1],
+        combine=lambda batch, old: {
+            **batch,
+            "labelled": [torch.cat(p) for p in zip(batch["labelled"], old, strict=True)],
+        },
+    )
+    model = Two()
+    for _ in range(2):
+        fit(model, replay, data=data)
+    assert model.seen[-3:] == [13, 13, 8]
