@@ -7,12 +7,36 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_collapse import Distillation
-from lightning_collapse.losses import distillation_loss, feature_distillation_loss
+from lightning_collapse.losses import distillation_loss, feature_distillation_loss, squared_distillation_loss
+from lightning_collapse.replay import ReplayBuffer
+from lightning_collapse.utilities.distributed import process_rank, world_size
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, MemoryLogger, batches
 
-LOSSES = {"logits": distillation_loss, "features": feature_distillation_loss}
+LOSSES = {"logits": distillation_loss, "features": feature_distillation_loss, "squared": squared_distillation_loss}
 PARTS = slice(0, 5), slice(5, 16)
+
+
+def _generated(teacher, n):
+    """On two processes the part of each."""
+    rows = torch.randn(16, 16, generator=torch.Generator().manual_seed(7))
+    return rows if world_size() == 1 else rows[PARTS[process_rank()]]
+
+
+def _buffer():
+    """Of which the second process has no rows."""
+    buffer = ReplayBuffer(6)
+    if process_rank() == 0:
+        buffer.add(torch.randn(6, 16, generator=torch.Generator().manual_seed(8)))
+    return buffer
+
+
+CASES = {
+    "logits": dict,
+    "features": lambda: {"kind": "features"},
+    "squared": lambda: {"kind": "squared", "replay": _generated},
+    "buffer": lambda: {"replay": _buffer()},
+}
 
 
 class Lit(LightningModule):
@@ -43,9 +67,9 @@ def _fit(callback, model, devices=1):
     return [value for _, value in logger.curve("regularizer/distillation/value")]
 
 
-def _two_tasks(kind, devices=1):
+def _two_tasks(case, devices=1):
     torch.manual_seed(0)
-    callback, model = Distillation(kind=kind), Lit()
+    callback, model = Distillation(**CASES[case]()), Lit()
     _fit(callback, model, devices)
     torch.manual_seed(1)
     nn.init.normal_(model.net[2].weight)
@@ -54,8 +78,8 @@ def _two_tasks(kind, devices=1):
 
 
 def _check(rank, alone, functions):
-    for kind, (weights, curve) in alone.items():
-        found, values = _two_tasks(kind, devices=2)
+    for case, (weights, curve) in alone.items():
+        found, values = _two_tasks(case, devices=2)
         torch.testing.assert_close(found, weights, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.tensor(values), torch.tensor(curve), rtol=1e-4, atol=1e-6)
     student, teacher = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(2))
@@ -76,7 +100,7 @@ def _check(rank, alone, functions):
 
 
 def test_two_processes():
-    alone = {kind: _two_tasks(kind) for kind in ("logits", "features")}
+    alone = {case: _two_tasks(case) for case in CASES}
     assert all(curve[-1] < curve[0] for _, curve in alone.values())
     functions = {}
     student, teacher = torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(2))

@@ -1,17 +1,18 @@
-"""Both processes draw the same fresh network, tune and average the same weights, and shards are refused."""
+"""Both processes draw the same fresh network, tune and average the same weights; shards are refused, rows are one."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
-from lightning_collapse import FPF, ConsolidateUpdate, Distillation, DynamicEMA, ShrinkAndPerturb
+from lightning_collapse import FPF, ConsolidateUpdate, Distillation, DynamicEMA, Replay, ShrinkAndPerturb
 from lightning_collapse.losses import focal_preference_loss
+from lightning_collapse.replay import ReplayBuffer
 from tests.distributed.launch import on_two_processes
-from tests.toys import QUIET, Toy, batches
+from tests.toys import QUIET, PointKeeper, Toy, batches
 
 
 class Sharded(Toy):
@@ -77,7 +78,54 @@ def _focal(rows):
     return (1 - p) ** 2 * p.log()
 
 
-def _check(rank):
+class Saver(Callback):
+    """Saves in the middle of a task."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            trainer.save_checkpoint(self.path)
+
+
+def _replay(rank, path):
+    """Four times as many rows on the second process: what is kept is one sample, and a resumed fit goes on."""
+
+    def fit(model, *callbacks, first=0, **kwargs):
+        torch.manual_seed(0)
+        data = list(batches(n=4, size=4 + 12 * rank, seed=rank))[first:]
+        options = {**QUIET, "devices": 2, "strategy": DDPStrategy(process_group_backend="gloo"), "logger": False}
+        trainer = Trainer(**options, use_distributed_sampler=False, callbacks=list(callbacks))
+        trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=None), **kwargs)
+
+    def gathered(value):
+        found = [None, None]
+        dist.all_gather_object(found, value)
+        return found
+
+    torch.manual_seed(0)
+    whole, replay, points = Toy(), Replay(ReplayBuffer(20)), PointKeeper()
+    start = {name: value.clone() for name, value in whole.state_dict().items()}
+    fit(whole, replay, points)
+    kept = gathered(len(replay.buffer))
+    assert sum(kept) == 20
+    assert min(kept) > 0
+    assert gathered([point.value for point in points.points]) == [[20.0], [20.0]]
+    fit(whole, replay, Saver(path))
+    resumed, again = Toy(), Replay(ReplayBuffer(20))
+    resumed.load_state_dict(start)
+    fit(resumed, again, first=2, ckpt_path=path)
+    for first, second in (
+        (whole.state_dict(), resumed.state_dict()),
+        *[(r.buffer.state_dict() for r in (replay, again))],
+    ):
+        for name, value in first.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(second[name])), name
+
+
+def _check(rank, path):
+    _replay(rank, path)
     torch.manual_seed(rank)  # a run whose processes draw different numbers
     model, callback = Toy(), ShrinkAndPerturb()
     for _ in range(2):
@@ -92,5 +140,12 @@ def _check(rank):
             _fit(rank, Sharded(), callback, sharded)
 
 
-def test_two_processes():
-    on_two_processes(_check)
+def test_two_processes(tmp_path):
+    path = tmp_path / "mid.ckpt"
+    on_two_processes(_check, path)
+    # on one process, those of both
+    (state,) = [s for key, s in torch.load(path, weights_only=True)["callbacks"].items() if key.startswith("Replay")]
+    replay = Replay(ReplayBuffer(100))
+    replay.load_state_dict(state)
+    assert len(replay.buffer) == sum(int(b["keys"].isfinite().sum()) for b in state["buffers"].values()) > 20
+    assert replay.buffer.seen == 6 * (4 + 16)

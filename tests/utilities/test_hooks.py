@@ -14,11 +14,13 @@ from lightning_collapse import (
     CollapseMonitor,
     Distillation,
     Regularizer,
+    Replay,
     SpectralAlignmentMonitor,
     WeightPenalty,
 )
 from lightning_collapse.losses import VarianceLoss
 from lightning_collapse.penalties import L2Init
+from lightning_collapse.replay import ReplayBuffer
 from lightning_collapse.utilities.hooks import ModuleHook
 from lightning_collapse.utilities.training_step import wrap_method, wrap_training_step
 from tests.toys import Toy, fit
@@ -61,6 +63,7 @@ WATCHERS = {
     "regularizer": lambda: Regularizer(VarianceLoss(), layer="encoder"),
     "penalty": lambda: WeightPenalty(L2Init(weight=1.0)),
     "distillation": lambda: Distillation(layer="encoder"),
+    "replay": lambda: Replay(ReplayBuffer(8)),
 }
 
 

@@ -180,10 +180,11 @@ class Replay(TaskAware):
         self._steps.load_state_dict(state_dict["steps"])
         rank, ranks = process_rank(), world_size()
         states = state_dict.get("buffers") or {state_dict["rank"]: state_dict["buffer"]}
-        if rank in states:
-            self.buffer.load_state_dict(states.pop(rank))
-        for other in (state for of, state in states.items() if of >= ranks and of % ranks == rank):
-            self.buffer.merge(other)  # of a process that is no more
+        for of, state in states.items():
+            if of == rank:
+                self.buffer.load_state_dict(state)
+            elif of >= ranks and of % ranks == rank:  # of a process that is no more
+                self.buffer.merge(state)
 
     def _rehearse(self, pl_module: LightningModule, batch: Any) -> Any:
         """The batch to train on in place of one."""
