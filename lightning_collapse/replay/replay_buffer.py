@@ -233,6 +233,11 @@ class ReplayBuffer:
         # places of old rows that go, one for each new row that stays; what does not stay goes to the last place
         free = weakest[olds.int().argsort(stable=True)]
         places = torch.where(news, free[(news.cumsum(0) - 1).clamp(0, max(len(free) - 1, 0))], self.size)
+        if home.type == "cpu":  # where the host knows which rows stay, no others are copied
+            stay = news.nonzero().squeeze(1)
+            places, keys = places[stay], keys[stay]
+            rows = map_rows(lambda t: t.index_select(0, stay.to(t.device, non_blocking=True)), rows)
+            labels = labels.index_select(0, stay.to(store, non_blocking=True))
         self._keys.index_copy_(0, places, keys)
         self._keys[self.size] = NONE
         places = places.to(store, non_blocking=True)

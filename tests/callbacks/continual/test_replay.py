@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_collapse import CollapseMonitor, ContinualMixin, Distillation, Replay, TaskBoundary, WeightPenalty
+from lightning_collapse import (
+    CollapseMonitor,
+    ContinualMixin,
+    Distillation,
+    Replay,
+    TaskBoundary,
+    WeightPenalty,
+    fit_tasks,
+)
 from lightning_collapse.penalties import EWC
 from lightning_collapse.replay import ReplayBuffer
 from tests.continual import Learner, held_out, task, training
@@ -442,3 +450,22 @@ def test_combined_loaders() -> None:
     for _ in range(2):
         fit(model, replay, data=data)
     assert model.seen[-3:] == [13, 13, 8]
+
+
+def test_tasks_that_are_cut_off_go_on_with_their_rows(tmp_path: Any) -> None:
+    """`fit_tasks` finds the rows in the checkpoint of the last task, for callbacks that are new in every trainer."""
+
+    def run(directory: Any, count: int) -> Any:
+        model = Net()
+
+        def trainer() -> Trainer:
+            return Trainer(**{**QUIET, "logger": False, "callbacks": [Replay(ReplayBuffer(10))]})
+
+        fit_tasks(trainer, model, [loader(index) for index in range(count)], directory=directory)
+        return model
+
+    whole = run(None, 3)
+    run(tmp_path, 2)
+    resumed = run(tmp_path, 3)
+    assert same(whole, resumed)
+    assert resumed.seen == [16, 16, 16, 16, 8]
