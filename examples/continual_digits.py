@@ -1,4 +1,4 @@
-"""What keeps a small network from forgetting? Permuted and split handwritten digits, every penalty against none.
+"""What keeps a small network from forgetting? Permuted and split handwritten digits, every penalty and replay.
 
 Run: ``python examples/continual_digits.py`` (ten minutes on one core; with ``--quick`` one short run each).
 """
@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_collapse import ContinualMetrics, Distillation, ShrinkAndPerturb, WeightPenalty, fit_tasks
+from lightning_collapse import ContinualMetrics, Distillation, Replay, ShrinkAndPerturb, WeightPenalty, fit_tasks
 from lightning_collapse.optimizers import CLASSP
 from lightning_collapse.penalties import (
     EWC,
@@ -30,6 +30,7 @@ from lightning_collapse.penalties import (
     RWalk,
     SynapticIntelligence,
 )
+from lightning_collapse.replay import ReplayBuffer
 
 BATCH, TRAIN, EPOCHS, WIDTH = 32, 600, 4, 128
 TUNING_SEED = 100
@@ -75,6 +76,11 @@ def _penalty(penalty: Any, *weights: float, **arguments: Any) -> Method:
     return Method(weights, lambda weight: [WeightPenalty(penalty(weight=weight, **arguments))])
 
 
+def _replay(rows: float, distill: bool) -> Sequence[Callback]:
+    buffer = ReplayBuffer(size=int(rows))
+    return [Replay(buffer), Distillation(replay=buffer)] if distill else [Replay(buffer)]
+
+
 METHODS = {
     "nothing": Method((0.0,), lambda weight: []),
     "EWC": _penalty(EWC, 10.0, 100.0, 1000.0, 10000.0),
@@ -88,6 +94,8 @@ METHODS = {
     "L2-SP": _penalty(L2SP, 1e-4, 1e-3, 1e-2, 1e-1),
     "LwF": Method((0.3, 1.0, 3.0, 10.0), lambda weight: [Distillation(weight=weight)]),
     "shrink and perturb": Method((0.4, 0.6, 0.8, 0.9), lambda shrink: [ShrinkAndPerturb(shrink=shrink)]),
+    "replay of 100 rows": Method((100.0,), lambda rows: _replay(rows, distill=False)),
+    "and LwF on replay": Method((100.0,), lambda rows: _replay(rows, distill=True)),
     "CLASSP": Method((1e-5, 1e-4, 1e-3, 1e-2), lambda threshold: []),
 }
 
