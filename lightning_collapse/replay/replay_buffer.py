@@ -76,11 +76,7 @@ class ReplayBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes of the full buffer: of each row, and 16 for its key and label; 0 before the first batch."""
-        return (
-            0
-            if self._rows is None
-            else sum(t.nbytes for _, t in leaves(self._rows)) // (self.size + 1) * (self.size) + 16 * self.size
-        )
+        return 0 if self._rows is None else self.size * (16 + sum(t[0].nbytes for _, t in leaves(self._rows)))
 
     def __len__(self) -> int:
         return int(self._valid().sum())
@@ -103,6 +99,10 @@ class ReplayBuffer:
         found = self._labels_of(batch, labels, count)
         if self._rows is None:
             self._make_room(rows, device)
+        elif self.storage == "device" and (where := self._place(device)) != self._labels.device:
+            state = self.state_dict()  # loaded on another
+            self._make_room(rows, where)
+            self._write(state["keys"], state["labels"], state["rows"])
         known, given = ({path: (t.shape[1:], t.dtype) for path, t in leaves(nest)} for nest in (self._rows, rows))
         for path in known.keys() | given.keys():
             if known.get(path) != given.get(path):
@@ -137,6 +137,7 @@ class ReplayBuffer:
 
         Of classes on a device, where their number is not known without a wait, rows come twice rather than fewer.
         """
+        require_whole(0, n=n)
         valid = self._valid()
         count = int(valid.sum()) if valid.device.type == "cpu" else self._used
         if not (n := min(n, count)):
@@ -274,8 +275,12 @@ class ReplayBuffer:
         got = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{found!r:.80}"
         raise ValueError(f"`labels` must be integers of shape ({count},), one class per row, got {got}. Pass them.")
 
+    def _place(self, device: torch.device) -> torch.device:
+        """Where rows are stored of batches on a device; MPS lacks the precision of the keys."""
+        return device if self.storage == "device" and device.type != "mps" else torch.device("cpu")
+
     def _make_room(self, rows: Any, device: torch.device) -> None:
-        where = device if self.storage == "device" and device.type != "mps" else torch.device("cpu")
+        where = self._place(device)
         shapes = [(t.shape[1:], t.dtype) for _, t in leaves(rows)]
         needed = self.size * (16 + sum(prod(shape) * dtype.itemsize for shape, dtype in shapes))
         memory = _memory(where)

@@ -257,6 +257,8 @@ def test_arguments() -> None:
             ReplayBuffer(**kwargs)
     with pytest.raises(ValueError, match=r"`features` must have shape \(4, D\) for `policy='herding'`, got None"):
         ReplayBuffer(5, policy="herding").add((X, Y))
+    with pytest.raises(ValueError, match="`n` must be an integer of at least 0, got -1"):
+        ReplayBuffer(5).sample(-1)
     with pytest.raises(ValueError, match="`batch_size` must be"):
         ReplayBuffer(5).loader(0)
     with pytest.raises(MemoryError, match=r"`size=1000000000000` rows of 36 bytes take 3.6e\+04 GB, and cpu has"):

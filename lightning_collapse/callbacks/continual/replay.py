@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from inspect import signature
 from typing import Any, ClassVar
@@ -110,7 +109,8 @@ class Replay(TaskAware):
                 f"`{type(self).__name__}` adds rows to a batch on its way, and `training_step(dataloader_iter)` fetches"
                 " batches itself. Take `batch` instead."
             )
-        if any(other is not self and getattr(other, "buffer", None) is self.buffer for other in _replays(trainer)):
+        holders = [*trainer.callbacks, getattr(pl_module, "replay", None)]
+        if sum(isinstance(holder, Replay) and holder.buffer is self.buffer for holder in holders) > 1:
             raise MisconfigurationException("Two `Replay`s keep rows in one `buffer`. Make one for each.")
         self._tried = False
         hook = "on_before_batch_transfer" if self.buffer.storage == "host" else "on_after_batch_transfer"
@@ -196,10 +196,10 @@ class Replay(TaskAware):
             if self._streams:
                 self.buffer.check(*self._kept_of(batch))
             combined = self._combined(pl_module, batch)
-        except (ValueError, TypeError, KeyError, MemoryError) as error:
+        except Exception as error:
             raise MisconfigurationException(
-                f"`{type(self).__name__}` cannot keep the first training batch, or add to it: {error} What to keep can"
-                " be said with `rows=` and `labels=`, and how to add it with `combine=`."
+                f"`{type(self).__name__}` cannot keep the first training batch, or add to it: {error!s:.400} What to"
+                " keep can be said with `rows=` and `labels=`, and how to add it with `combine=`."
             ) from error
         self._tried = True
         if self._streams:
@@ -253,24 +253,13 @@ def rehearsal_batch(trainer: Trainer, buffer: ReplayBuffer, n: int) -> Any:
     rows = buffer.sample(n)
     if rows is None:
         return None
-    with _apart():
+    token = _rehearsing.set(True)
+    try:
         if buffer.storage == "host":
             return to_device(trainer, rows)
         return trainer.strategy.batch_to_device(rows, dataloader_idx=0)
-
-
-@contextmanager
-def _apart() -> Iterator[None]:
-    token = _rehearsing.set(True)
-    try:
-        yield
     finally:
         _rehearsing.reset(token)
-
-
-def _replays(trainer: Trainer) -> list[Any]:
-    of_module = getattr(trainer.lightning_module, "replay", None)
-    return [c for c in (*trainer.callbacks, of_module) if isinstance(c, Replay)]
 
 
 def _nothing() -> None:

@@ -469,3 +469,17 @@ def test_tasks_that_are_cut_off_go_on_with_their_rows(tmp_path: Any) -> None:
     resumed = run(tmp_path, 3)
     assert same(whole, resumed)
     assert resumed.seen == [16, 16, 16, 16, 8]
+
+
+def test_a_task_of_other_rows_is_refused_at_its_first_batch() -> None:
+    replay, model = Replay(ReplayBuffer(10)), Net()
+    fit(model, replay)
+    wider = [[torch.randn(4, 7), torch.zeros(4, dtype=torch.long)]]
+    with pytest.raises(
+        MisconfigurationException, match=r"`batch\[0\]` has rows of shape \(7,\).*holds of shape \(6,\)"
+    ):
+        fit(model, replay, data=wider)
+    one = Replay(ReplayBuffer(10), combine=lambda batch, rehearsal: torch.cat([batch[0], rehearsal[1]]))
+    fit(model, one)
+    with pytest.raises(MisconfigurationException, match=r"or add to it: .*with `combine=`"):
+        fit(model, one)
