@@ -202,7 +202,7 @@ class Replay(TaskAware):
                 " keep can be said with `rows=` and `labels=`, and how to add it with `combine=`."
             ) from error
         self._tried = True
-        if self._streams:
+        if self._streams and not self.buffer.seen:
             rank_zero_info(
                 f"`{type(self).__name__}`: the buffer takes {self.buffer.nbytes / 1e6:.3g} MB when it is full"
                 f" ({self.buffer.storage}), and so much in every checkpoint."

@@ -152,8 +152,7 @@ def test_manual_optimization_and_two_optimizers() -> None:
     assert model.seen == [8, 12, 12, 12, 8, 12, 12, 12, 12, 8]
 
 
-@pytest.mark.parametrize("storage", ["host", "device"])
-@pytest.mark.parametrize("policy", ["reservoir", "class_ring"])
+@pytest.mark.parametrize(("policy", "storage"), [("reservoir", "host"), ("class_ring", "device")])
 def test_rows_that_are_only_kept_change_nothing(policy: Any, storage: Any) -> None:
     """Neither weights nor random numbers, beside a monitor and a penalty that passes over the data too."""
     buffer = ReplayBuffer(10, policy=policy, storage=storage)
