@@ -11,7 +11,6 @@ from lightning_collapse.callbacks.continual.fit_tasks import fit_tasks
 from lightning_collapse.callbacks.continual.forgetting_monitor import ForgettingMonitor
 from lightning_collapse.callbacks.continual.fpf import FPF
 from lightning_collapse.callbacks.continual.prototype_memory import PrototypeMemory
-from lightning_collapse.callbacks.continual.herding import Herding
 from lightning_collapse.callbacks.continual.replay import Replay
 from lightning_collapse.callbacks.continual.shrink_and_perturb import ShrinkAndPerturb
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
@@ -57,6 +56,7 @@ from lightning_collapse.callbacks.monitors.weight_spectrum_monitor import Weight
 from lightning_collapse.rules import Verdict
 
 __all__ = [
+    "FPF",
     "Action",
     "ActivationMonitor",
     "AttentionEntropyMonitor",
@@ -71,7 +71,6 @@ __all__ = [
     "Distillation",
     "DriftMonitor",
     "DynamicEMA",
-    "FPF",
     "FeatureLearningMonitor",
     "FirstNonFinite",
     "ForgettingMonitor",
