@@ -7,6 +7,7 @@ from lightning_collapse.callbacks.constraints.projection import Projection
 from lightning_collapse.callbacks.continual.consolidate_update import ConsolidateUpdate
 from lightning_collapse.callbacks.continual.continual_metrics import ContinualMetrics
 from lightning_collapse.callbacks.continual.dynamic_ema import DynamicEMA
+from lightning_collapse.callbacks.continual.curve_jump import CurveJump
 from lightning_collapse.callbacks.continual.fit_tasks import fit_tasks
 from lightning_collapse.callbacks.continual.forgetting_monitor import ForgettingMonitor
 from lightning_collapse.callbacks.continual.fpf import FPF
@@ -56,7 +57,6 @@ from lightning_collapse.callbacks.monitors.weight_spectrum_monitor import Weight
 from lightning_collapse.rules import Verdict
 
 __all__ = [
-    "FPF",
     "Action",
     "ActivationMonitor",
     "AttentionEntropyMonitor",
@@ -68,9 +68,11 @@ __all__ = [
     "ConsolidateUpdate",
     "Constraint",
     "ContinualMetrics",
+    "CurveJump",
     "Distillation",
     "DriftMonitor",
     "DynamicEMA",
+    "FPF",
     "FeatureLearningMonitor",
     "FirstNonFinite",
     "ForgettingMonitor",

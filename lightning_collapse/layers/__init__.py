@@ -9,6 +9,7 @@ from lightning_collapse.layers.ema_vector_quantizer import EMAVectorQuantizer
 from lightning_collapse.layers.etf_classifier import ETFClassifier, simplex_etf
 from lightning_collapse.layers.fed_etf_head import FedETFHead
 from lightning_collapse.layers.fixed_classifier import FixedClassifier
+from lightning_collapse.layers.growing_classifier import GrowingClassifier, grow_head
 from lightning_collapse.layers.ha_frame_classifier import HAFrameClassifier
 from lightning_collapse.layers.head_temperature import HeadTemperature
 from lightning_collapse.layers.inverse_lipschitz import InverseLipschitzDecoder
@@ -37,6 +38,7 @@ __all__ = [
     "ETFClassifier",
     "FedETFHead",
     "FixedClassifier",
+    "GrowingClassifier",
     "HAFrameClassifier",
     "HeadTemperature",
     "InverseLipschitzDecoder",
@@ -55,6 +57,7 @@ __all__ = [
     "VBLLRegression",
     "VectorQuantizer",
     "convert_modules",
+    "grow_head",
     "layer_scale_init",
     "required_scale",
     "revert_modules",

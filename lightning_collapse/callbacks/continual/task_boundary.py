@@ -1,4 +1,4 @@
-"""Task boundaries inside one long fit."""
+"""Task boundaries inside one long fit: known beforehand, or found where a curve jumps (task-free)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.task_aware import TaskAware, after_hook
+from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.containment import Containment
+from lightning_collapse.utilities.trainer import is_due
 
 
 class TaskBoundary(Callback):
@@ -30,15 +32,20 @@ class TaskBoundary(Callback):
     Args:
         every_n_epochs: A task ends after this many epochs, and again after as many.
         at_epochs: After how many epochs, counted from the start of the fit, tasks end.
-        when: A function of the trainer, asked at the end of every epoch whether a task ends; a task ends on all
-            processes if it does on one.
+        when: A function of the trainer, asked at the end of every epoch whether a task ends, such as
+            :class:`~lightning_collapse.CurveJump`; a task ends on all processes if it does on one. What its
+            ``state_dict()`` returns, if it has one, is in the state of this callback.
+        every_n_steps: Ask ``when`` after every so many optimizer steps instead of at the ends of epochs. The task ends
+            before the next batch, so that a checkpoint saved in between knows of it. What reads training data then
+            starts a second pass over the loader.
 
     Attributes:
         task_index: Index of the running task, from 0.
 
     Raises:
-        ValueError: If not exactly one of the three is given, or it makes no sense.
-        MisconfigurationException: When the fit starts, if the data module would not be asked for the next task.
+        ValueError: If not exactly one of the first three is given, or it makes no sense.
+        MisconfigurationException: When the fit starts, if the data module would not be asked for the next task, or
+            tasks may end in the middle of an epoch and the training data have persistent workers.
 
     Example::
 
@@ -52,6 +59,7 @@ class TaskBoundary(Callback):
         every_n_epochs: int | None = None,
         at_epochs: Collection[int] | None = None,
         when: Callable[[Trainer], bool] | None = None,
+        every_n_steps: int | None = None,
     ) -> None:
         choices = {"every_n_epochs": every_n_epochs, "at_epochs": at_epochs, "when": when}
         given = [f"`{name}`" for name, value in choices.items() if value is not None]
@@ -70,8 +78,14 @@ class TaskBoundary(Callback):
             raise ValueError(f"`at_epochs` takes whole numbers of at least 1, got {at_epochs!r}.")
         if when is not None and not callable(when):
             raise ValueError(f"`when` takes a function of the trainer, got {when!r}.")
-        self.every_n_epochs, self.at_epochs, self.when = every_n_epochs, at_epochs, when
+        if every_n_steps is not None:
+            require_whole(1, every_n_steps=every_n_steps)
+            if when is None:
+                raise ValueError("`every_n_steps` says how often `when` is asked, and is given without it.")
+        self.every_n_epochs, self.at_epochs = every_n_epochs, at_epochs
+        self.when, self.every_n_steps = when, every_n_steps
         self.task_index = 0
+        self._pending = False  # whether the task ends before the next batch
         self._containment = Containment(type(self).__name__)
         self._unwrap: Callable[[], None] | None = None
 
@@ -88,6 +102,27 @@ class TaskBoundary(Callback):
         self._tell(trainer)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_steps and getattr(trainer.train_dataloader, "persistent_workers", False):
+            raise MisconfigurationException(
+                f"`TaskBoundary(every_n_steps={self.every_n_steps})` ends tasks in the middle of an epoch, and what"
+                " reads the training data then would take the workers of the running epoch. Set"
+                " `persistent_workers=False`."
+            )
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._pending:
+            self._end(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every_n_steps and not trainer.fast_dev_run and is_due(trainer, self.every_n_steps):
+            self._pending = self._pending or self._asked(trainer)
+
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.fast_dev_run and self._is_due(trainer):
             self._unwrap = after_hook(pl_module, "on_train_epoch_end", lambda: self._end(trainer, pl_module))
@@ -99,13 +134,18 @@ class TaskBoundary(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"task": self.task_index}
+        own = {"task": self.task_index, "pending": self._pending}
+        remembers = callable(getattr(self.when, "state_dict", None))
+        return {**own, "when": self.when.state_dict()} if remembers else own  # type: ignore[union-attr]
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.task_index = state_dict["task"]
+        self.task_index, self._pending = state_dict["task"], state_dict.get("pending", False)
+        if "when" in state_dict and callable(getattr(self.when, "load_state_dict", None)):
+            self.when.load_state_dict(state_dict["when"])  # type: ignore[union-attr]
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pending = False
         finish_task(trainer, pl_module)
         self.task_index += 1
         self._tell(trainer)
@@ -116,6 +156,9 @@ class TaskBoundary(Callback):
             return epoch % self.every_n_epochs == 0
         if self.at_epochs is not None:
             return epoch in self.at_epochs
+        return self._pending if self.every_n_steps else self._asked(trainer)
+
+    def _asked(self, trainer: Trainer) -> bool:
         assert self.when is not None
         ends = False
         with self._containment("`when`", "no task ends there"):

@@ -21,19 +21,18 @@ from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forward, check_pass
 from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
 from lightning_collapse.callbacks.evaluation.task_batches import TaskBatches, check_training_data
+from lightning_collapse.callbacks.loss_terms.gradient_changes import dense_gradients, squared_change
 from lightning_collapse.callbacks.loss_terms.learning_trial import try_to_learn
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.support.consolidation import check_gathers, check_optimizers
 from lightning_collapse.penalties.support.real_parameters import real_ones
 from lightning_collapse.reporting.loss_term_curves import offer_terms, publish_terms, term_curves, terms_are_due
-from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
-from lightning_collapse.utilities.gradients import shards_of, squared_norms
+from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.modules import clean_name
 from lightning_collapse.utilities.optimizers import searches_line
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import register_curve
-from lightning_collapse.utilities.sharding import local
 from lightning_collapse.utilities.trainer import loss_scale
 from lightning_collapse.utilities.training_step import wrap_training_step
 from lightning_collapse.utilities.twin_packages import is_kind
@@ -116,6 +115,7 @@ class WeightPenalty(TaskAware):
         self._tried = False
         self._evaluated: dict[int, bool] = {}  # of optimizers within a step, whether its gradient was seen
         self._parameters: dict[str, nn.Parameter] = {}
+        self._ids: list[int] = []  # of what optimizers step
         self._owned: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._squares: dict[str, list[Tensor]] = {"task": [], "penalty": []}
         self._value: Tensor | None = None
@@ -155,12 +155,19 @@ class WeightPenalty(TaskAware):
             raise MisconfigurationException(f"`WeightPenalty`, {self.name!r}: {error}") from error
         for optimizer in trainer.optimizers:
             self._meet(pl_module, optimizer)
+        self._ids = _ids_of(trainer.optimizers)
         if self.penalty.needs_data and self.loader is not None:
             self._try(trainer, pl_module, TaskBatches(trainer, self.loader, limit=1))
         self._warn_of_overshoot(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if (ids := _ids_of(trainer.optimizers)) != self._ids:  # a head has grown within the fit
+            self._ids = ids
+            self._owned.clear()
+            with self.containment("meeting new parameters", "it goes on with those that it knows"):
+                self._parameters = self._choose(pl_module)
+                self.penalty.start(self._parameters)
         if self.penalty.needs_data and not self._tried and batch is not None:
             self._try(trainer, pl_module, [batch])
 
@@ -283,7 +290,7 @@ class WeightPenalty(TaskAware):
         self.penalty.skip_step()  # had the one before been made, it would be settled
         self.penalty.observe(owned, scale)
         if self._is_due(trainer):
-            self._squares["task"].append(_square(_dense_gradients(owned), {}, pl_module.device))
+            self._squares["task"].append(squared_change(dense_gradients(owned), {}, pl_module.device))
 
     def _pull(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, scale: Tensor | None) -> None:
         owned, again = self._of(optimizer), self._evaluated.get(id(optimizer))
@@ -292,11 +299,11 @@ class WeightPenalty(TaskAware):
         if again or not self._is_due(trainer):
             self.penalty.add_gradients(owned, scale)
             return
-        past = {name: (gradient.clone(), share) for name, (gradient, share) in _dense_gradients(owned).items()}
+        past = {name: (gradient.clone(), share) for name, (gradient, share) in dense_gradients(owned).items()}
         if self._value is None:
             self._value = self.penalty.value(self._parameters).detach()
         self.penalty.add_gradients(owned, scale)
-        self._squares["penalty"].append(_square(_dense_gradients(owned), past, pl_module.device))
+        self._squares["penalty"].append(squared_change(dense_gradients(owned), past, pl_module.device))
 
     def _settle(self, optimizer: Optimizer) -> None:
         self._evaluated.pop(id(optimizer), None)
@@ -323,7 +330,7 @@ class WeightPenalty(TaskAware):
         """Parameters that an optimizer steps, by name."""
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         if self._owned.get(id(optimizer), (-1, {}))[0] != size:
-            ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            ids = set(_ids_of([optimizer]))
             self._owned[id(optimizer)] = size, {n: p for n, p in self._parameters.items() if id(p) in ids}
         return self._owned[id(optimizer)][1]
 
@@ -352,6 +359,11 @@ def weight_penalties(trainer: Trainer) -> list[WeightPenalty]:
     return [*callbacks, *getattr(trainer.lightning_module, "weight_penalties", {}).values()]
 
 
+def _ids_of(optimizers: Iterable[Any]) -> list[int]:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [id(parameter) for group in groups for parameter in group["params"]]
+
+
 def _largest_curvature(group: dict[str, Any]) -> float:
     """Up to which SGD with momentum converges on a parabola."""
     lr, momentum = float(group["lr"]), float(group["momentum"])
@@ -360,28 +372,6 @@ def _largest_curvature(group: dict[str, Any]) -> float:
     if group["nesterov"]:
         return 2 * (1 + momentum) / (lr * (1 + 2 * momentum))
     return 2 * (1 + momentum) / (lr * (1 - float(group["dampening"]) if momentum else 1))
-
-
-def _dense_gradients(parameters: dict[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
-    """This process's parts of the gradients there are, and what to multiply their squares by for the sum over all."""
-    return {
-        name: (_dense(local(p.grad.detach())), shards_of(p.grad) / world_size())
-        for name, p in parameters.items()
-        if p.grad is not None
-    }
-
-
-def _dense(part: Tensor) -> Tensor:
-    return part.to_dense() if part.is_sparse else part
-
-
-def _square(
-    now: dict[str, tuple[Tensor, float]], past: dict[str, tuple[Tensor, float]], device: torch.device
-) -> Tensor:
-    """This process's share of the squared norm of what gradients have changed by, from zero or from ``past``."""
-    changes = [part - past[name][0] if name in past else part for name, (part, _) in now.items()]
-    squares = squared_norms(changes, device)
-    return (squares * squares.new_tensor([share for _, share in now.values()])).sum()
 
 
 register_curve(
