@@ -70,7 +70,7 @@ def fit(boundary, *callbacks, ckpt_path=None, **kwargs):
 
 
 def test_a_task_ends_right_behind_the_change():
-    counting, boundary = Counting(), TaskBoundary(when=CurveJump("train_loss"), every_n_steps=1)
+    counting, boundary = Counting(), TaskBoundary(when=CurveJump("train_loss", Burst(planned=N)), every_n_steps=1)
     fit(boundary, counting)
     steps = [step for step, _ in counting.ends]
     assert steps == [CHANGE + 1, N]  # one batch of the new data is in it, and the last task ends with the fit
@@ -117,8 +117,8 @@ def test_a_resumed_run_decides_the_same(tmp_path):
 
     def callbacks():
         saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
-        boundary = TaskBoundary(when=CurveJump("train_loss"), every_n_steps=1)
-        return boundary, Counting(), WeightPenalty(SynapticIntelligence(0.01), name="si"), saver
+        boundary = TaskBoundary(when=CurveJump("train_loss", Burst(planned=N)), every_n_steps=1)
+        return boundary, Counting(), WeightPenalty(SynapticIntelligence(0.001), name="si"), saver
 
     boundary, counting, *others = callbacks()
     whole = weights(fit(boundary, counting, *others, enable_checkpointing=True))
