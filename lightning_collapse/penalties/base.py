@@ -41,6 +41,9 @@ class Penalty(ABC):
         follows_steps: Whether what is learned comes from the steps of the training.
         remembers: What it keeps of a task, in words, and ``source``: authors, year, identifier; for the tables.
         state: Tables of tensors by kind and name of a parameter, each as large as the parameter.
+        rank_one_shares: How near to rank one the Fisher information of the latest task is, by module and for ``"all"``,
+            where :meth:`consolidate` has it for little, see
+            :func:`~lightning_collapse.functional.sample_gradients.rank_one_share`.
 
     Raises:
         ValueError: If ``weight`` is negative or not finite.
@@ -67,6 +70,7 @@ class Penalty(ABC):
             raise ValueError(f"`weight` must be a number, finite and not negative, got {weight!r}.")
         self.weight = weight
         self.state = ParameterState()
+        self.rank_one_shares: dict[str, Tensor] = {}
 
     @property
     def memory(self) -> ParameterState:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_collapse.penalties.support.coherence import Coherence
 from lightning_collapse.penalties.support.fisher_pass import FisherPass, Outputs, Sums
 from lightning_collapse.penalties.support.output_gradients import (
     Columns,
@@ -33,11 +34,15 @@ class DiagonalFisher(NamedTuple):
         count: Number of samples.
         methods: How each was computed: ``"rule"`` from what its layer received and was sent back, ``"vmap"`` or
             ``"loop"`` sample by sample, ``"batch"`` from gradients of batches; ``"unused"`` took no part and is zero.
+        rank_one_shares: Of ``"empirical"``, by name of the module and for ``"all"``: which share of the trace lies
+            along the mean gradient, from the first samples, see
+            :func:`~lightning_collapse.functional.sample_gradients.rank_one_share`.
     """
 
     values: dict[str, Tensor]
     count: int  # type: ignore[assignment]  # hides `tuple.count`, as intended
     methods: dict[str, str]
+    rank_one_shares: dict[str, Tensor] = {}  # noqa: RUF012 -- never changed
 
 
 @on_whole_weights
@@ -125,8 +130,10 @@ def diagonal_fisher(
         sums = _of_batches(over, columns_of)
         methods = {name: "unused" if how == "unused" else "batch" for name, how in sums.methods.items()}
         return DiagonalFisher(_divided(sums.values, sums.batches), sums.samples, methods)
-    sums = over.sums(columns_of, "squares")
-    return DiagonalFisher(_divided(sums.values, sums.samples), sums.samples, sums.methods)
+    coherence = Coherence(over.zeros()) if estimator == "empirical" else None
+    sums = over.sums(columns_of, "squares", coherence)
+    shares = {} if coherence is None else coherence.shares(over.reduced)
+    return DiagonalFisher(_divided(sums.values, sums.samples), sums.samples, sums.methods, shares)
 
 
 def _of_batches(over: FisherPass, columns_of: Callable[[Any, Tensor], Columns]) -> Sums:

@@ -132,6 +132,7 @@ class EWC(QuadraticPenalty):
             labels=self.labels,
             parameters=list(names),
         )
+        self.rank_one_shares = fisher.rank_one_shares
         importance = {names[name]: value for name, value in fisher.values.items()}
         if self.normalize is not None:
             everything = torch.cat([value.flatten() for value in importance.values()])

@@ -122,6 +122,7 @@ class RankOneEWC(Penalty):
             parameters=list(names),
             **options,
         )
+        self.rank_one_shares = found.rank_one_shares
         if not is_finite(self, [*found.mean.values(), found.coefficient]):
             return
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_collapse.penalties.support.coherence import Coherence
 from lightning_collapse.penalties.support.fisher_pass import FisherPass, Outputs
-from lightning_collapse.penalties.support.output_gradients import Likelihood, check_estimator, output_columns
+from lightning_collapse.penalties.support.output_gradients import Columns, Likelihood, check_estimator, output_columns
 from lightning_collapse.penalties.support.sample_gradients import wide
 from lightning_collapse.penalties.support.vmap_gradients import Called
 from lightning_collapse.utilities.loaders import Loader
@@ -28,11 +30,16 @@ class RankOneFisher(NamedTuple):
         mean: Mean gradient :math:`\mu` by name of the parameter, of its shape, at least ``float32``.
         coefficient: The number :math:`c`, a scalar; 0 where the mean is zero.
         count: Number of samples.
+        rank_one_shares: By name of the module, and for ``"all"``: which share of the trace of the Fisher information
+            lies along the mean, from the first samples, see
+            :func:`~lightning_collapse.functional.sample_gradients.rank_one_share`. Modules whose gradients of samples
+            have no rule are left out, and then ``"all"`` is, too.
     """
 
     mean: dict[str, Tensor]
     coefficient: Tensor
     count: int  # type: ignore[assignment]  # hides `tuple.count`, as intended
+    rank_one_shares: dict[str, Tensor] = {}  # noqa: RUF012 -- never changed
 
 
 @on_whole_weights
@@ -104,7 +111,7 @@ def rank_one_fisher(
             raise ValueError(f"`losses` must return one loss per sample, (B,), it returned {tuple(values.shape)}.")
         return torch.ones_like(wide(values))
 
-    mean, count = _mean(over, column_of)
+    mean, count, shares = _mean(over, column_of)
     norm = torch.stack([torch.linalg.vector_norm(value) for value in mean.values()]).norm()
     tangents = _Tangents(over, {name: value / norm.clamp_min(_tiny(norm)) for name, value in mean.items()})
     second = torch.zeros_like(norm)
@@ -115,7 +122,7 @@ def rank_one_fisher(
             second += along.flatten(1).sum(dim=1).square().sum() if along.ndim > 1 else along.square().sum()
     [second], _ = over.reduced([second], count)
     coefficient = second / count / norm.square().clamp_min(_tiny(norm))
-    return RankOneFisher(mean, coefficient.masked_fill(norm == 0, 0.0), count)
+    return RankOneFisher(mean, coefficient.masked_fill(norm == 0, 0.0), count, shares)
 
 
 class _Tangents:
@@ -159,14 +166,32 @@ class _Tangents:
         return torch.stack([wide(values.detach()), wide(change)], dim=1)
 
 
-def _mean(over: FisherPass, column_of: Callable[[Any, Tensor], Tensor]) -> tuple[dict[str, Tensor], int]:
-    count, totals = 0, over.zeros()
-    for found, rows in over.batch_gradients(column_of):
-        for name, gradient in found.items():
-            totals[name] += gradient
-        count += rows
+def _mean(
+    over: FisherPass, column_of: Callable[[Any, Tensor], Tensor]
+) -> tuple[dict[str, Tensor], int, dict[str, Tensor]]:
+    """The mean gradient, the number of samples, and rank-one shares where norms of sample gradients have a rule."""
+    count, totals, coherence = 0, over.zeros(), Coherence(over.zeros())
+    with over.engine() as engine:
+        for batch, outputs, rows in over.each(engine.forward):
+            count += rows
+            if coherence.complete:
+                for name, gradient in over.gradients(outputs, column_of(batch, outputs), rows).items():
+                    totals[name] += gradient
+                continue
+            engine.sums = totals
+            for found in engine.by_rule(outputs, Columns(1, partial(_column, column_of, batch, outputs)), rows):
+                for name, gradients in found:
+                    coherence.squares[name] += gradients.square_norms()
+            coherence.count = count
+            coherence.sums = {name: total.clone() for name, total in totals.items()}
     sums, [samples] = over.reduced(list(totals.values()), count)
-    return {name: value / samples for name, value in zip(totals, sums, strict=True)}, samples
+    ruled = [name for name, how in over.agreed(engine.methods).items() if how in ("rule", "unused")]
+    mean = {name: value / samples for name, value in zip(totals, sums, strict=True)}
+    return mean, samples, coherence.shares(over.reduced, ruled)
+
+
+def _column(column_of: Callable[[Any, Tensor], Tensor], batch: Any, outputs: Tensor, _: int) -> Tensor:
+    return column_of(batch, outputs)
 
 
 def _tiny(number: Tensor) -> float:

@@ -46,6 +46,7 @@ def _check(rank, alone):
         rank_one = rank_one_fisher(model, shards[rank])
         torch.testing.assert_close(rank_one.mean, alone[name]["rank one"].mean)
         torch.testing.assert_close(rank_one.coefficient, alone[name]["rank one"].coefficient)
+        torch.testing.assert_close(rank_one.rank_one_shares, alone[name]["rank one"].rank_one_shares)
         factors, expected = kronecker_factors(model, shards[rank]), alone[name]["factors"]
         assert factors.left_out == expected.left_out
         for layer, factor in factors.factors.items():

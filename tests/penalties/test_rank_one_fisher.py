@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_collapse.penalties import rank_one_fisher
+from lightning_collapse.penalties import diagonal_fisher, rank_one_fisher
 from tests.penalties.models import CASES, batched, case
 
 
@@ -42,6 +42,43 @@ def test_equals_a_loop_over_samples(name):
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rank_one_shares_are_those_of_a_loop(name):
+    """Of modules whose gradients have a rule; of the diagonal, which squares them anyway, of all."""
+    model, data = case(name)
+    named = dict(model.named_parameters())
+    model.eval()
+    rows = []
+    for x, y in batched(data, 1):
+        found = torch.autograd.grad(
+            cross_entropy(functional_call(model, named, (x,)), y), list(named.values()), allow_unused=True
+        )
+        rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), found, strict=True)])
+    modules = {key.rpartition(".")[0] or "self" for key in named}
+    rank_one, diagonal = rank_one_fisher(model, batched(data, 4)), diagonal_fisher(model, batched(data, 4), "empirical")
+    assert {*diagonal.rank_one_shares} == {*modules, "all"}
+    assert {*rank_one.rank_one_shares} <= {*modules, "all"}
+    for module in (*modules, "all"):
+        own = [i for i, key in enumerate(named) if module == "all" or (key.rpartition(".")[0] or "self") == module]
+        flat = torch.stack([torch.cat([row[i].flatten() for i in own]) for row in rows])
+        squares, n = flat.square().sum(dim=1).mean(), len(flat)
+        share = (n * flat.mean(dim=0).square().sum() - squares) / (n - 1) / squares
+        for found in (rank_one.rank_one_shares, diagonal.rank_one_shares):
+            if module in found:
+                torch.testing.assert_close(found[module], share, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+def test_only_the_first_samples_tell_of_shares():
+    """So that the rest costs no sum of gradients: up to 128, in whole batches."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(5, 3), torch.randn(300, 5), torch.randint(3, (300,))
+    for estimate in (rank_one_fisher, lambda *args: diagonal_fisher(*args, "empirical")):
+        whole, first = estimate(model, batched((x, y), 50)), estimate(model, batched((x[:150], y[:150]), 50))
+        assert {*whole.rank_one_shares} == {"self", "all"}
+        torch.testing.assert_close(whole.rank_one_shares, first.rank_one_shares)
+    assert diagonal_fisher(model, batched((x, y), 50)).rank_one_shares == {}
 
 
 def test_without_forward_mode():

@@ -44,8 +44,8 @@ class CurveJump:
         curve: Name of the curve: one that the module logs, or a callback of this library.
         detector: What judges points; by default ``Burst()``, a jump upwards from the 18th point on, at 1 % false
             alarms per 1,000 points of Gaussian noise; ``Burst(planned=200)`` sees smaller ones where a run has no more
-            points, and a noisy loss of few points needs that. ``rules.Detector`` sees small lasting shifts of a curve that is
-            level. ``None`` takes the curve itself for a score of which 1 and more is an alarm, such as
+            points, and a noisy loss of few points needs that. ``rules.Detector`` sees small lasting shifts of a curve
+            that is level. ``None`` takes the curve itself for a score of which 1 and more is an alarm, such as
             ``drift/{layer}/jump`` and ``drift/{layer}/changed`` of ``DriftMonitor``; it alarms where the score rises
             to that, and not while it stays there.
 

@@ -1,7 +1,8 @@
-"""Learning trial: whether a penalty can learn a task is found out on one batch, before hours of training."""
+"""Learning trial: whether a penalty can learn a task, and what that costs, is found out on one batch beforehand."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
@@ -31,7 +33,7 @@ def try_to_learn(
     batches: Iterable[Any],
     may_be_empty: bool = False,
 ) -> None:
-    """Have a copy of a penalty learn from one batch; neither it nor the fit notices. Collective.
+    """Have a copy of a penalty learn from one batch; neither it nor the fit notices. Says what it costs. Collective.
 
     Args:
         penalty: Whose; its own state stays as it is.
@@ -51,9 +53,10 @@ def try_to_learn(
     trial.start(parameters)
     try:
         with preserved_fit(trainer, pl_module, gradients=True):
-            found = list(batches)
+            found, started = list(batches), time.perf_counter()
             if found or not may_be_empty:
                 trial.consolidate(pl_module, found)
+                _tell_costs(trial, name, time.perf_counter() - started)
     except Exception as error:
         layer = _layer_of(error.__traceback__, pl_module)
         remedies = [text for argument, text in _REMEDIES.items() if hasattr(penalty, argument)]
@@ -64,6 +67,17 @@ def try_to_learn(
             f" batch it fails{f' in layer `{layer}`' if layer else ''}: {cause}. What"
             f" may fit: {'; '.join(remedies)}."
         ) from error
+
+
+def _tell_costs(penalty: Penalty, name: str, seconds: float) -> None:
+    tables = [table for table in penalty.state.tables.values() if table]
+    size = sum(part.numel() * part.element_size() for table in tables for part in table.values()) / 2**20
+    limit = getattr(penalty, "n_samples", None)
+    rank_zero_info(
+        f"`WeightPenalty`, {name!r}: {len(tables)} tables of weights, {size:.2f} MiB, are kept beside the model after a"
+        f" task. To learn from one batch took {seconds:.2f} s; when a task ends it reads"
+        f" {'all of its data' if limit is None else f'up to {limit} samples'}."
+    )
 
 
 def _layer_of(trace: TracebackType | None, root: nn.Module) -> str:

@@ -21,6 +21,7 @@ from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forward, check_pass
 from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
 from lightning_collapse.callbacks.evaluation.task_batches import TaskBatches, check_training_data
+from lightning_collapse.callbacks.loss_terms.coherence_curves import publish_shares
 from lightning_collapse.callbacks.loss_terms.gradient_changes import dense_gradients, squared_change
 from lightning_collapse.callbacks.loss_terms.learning_trial import try_to_learn
 from lightning_collapse.penalties.base import Penalty
@@ -55,7 +56,9 @@ class WeightPenalty(TaskAware):
 
     **Logged curves**, at logging steps: ``penalty/{name}/value``, its value, weight included, and
     ``penalty/{name}/gradient_ratio``, the norm of its gradient over that of the task. ``trainer.callback_metrics`` has
-    them from the first step on.
+    them from the first step on. When a task has ended, ``continual/{module}/rank_one_share`` and
+    ``continual/all/rank_one_share`` of ``RankOneEWC`` and ``EWC(estimator="empirical")``: which share of the trace of
+    the Fisher information a rank-one penalty keeps.
 
     A checkpoint that a ``ModelCheckpoint`` saves during a fit does not know yet that the task has ended: save one
     after the fit, as ``fit_tasks`` does.
@@ -202,6 +205,8 @@ class WeightPenalty(TaskAware):
         consequence = "it is not remembered, those before it are. Which data to read can be said with `loader=...`"
         with self.containment(task, consequence), preserved_fit(trainer, pl_module, gradients=True):
             self.penalty.consolidate(pl_module, TaskBatches(trainer, self.loader))
+        with self.containment("publishing rank-one shares", "they may have gaps"):
+            publish_shares(trainer, pl_module, self.penalty)
         if task not in self.containment.failed:
             self._warn_of_overshoot(trainer)
 

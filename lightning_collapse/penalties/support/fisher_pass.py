@@ -14,6 +14,7 @@ from lightning_utilities import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_collapse.penalties.support.coherence import Coherence
 from lightning_collapse.penalties.support.output_gradients import Columns
 from lightning_collapse.penalties.support.per_sample import METHODS, PerSampleGradients, check_outputs
 from lightning_collapse.penalties.support.real_parameters import real_ones
@@ -136,12 +137,15 @@ class FisherPass:
 
         with preserved_state(self.model):
             for batch, outputs, rows in self.each(forward):
-                column = column_of(batch, outputs)
-                column[rows:] = 0
-                leaves = list(self.parameters.values())
-                found = torch.autograd.grad(outputs, leaves, column.to(outputs.dtype), allow_unused=True)
-                pairs = zip(self.parameters, found, strict=True)
-                yield {name: dense(gradient) for name, gradient in pairs if gradient is not None}, rows
+                yield self.gradients(outputs, column_of(batch, outputs), rows), rows
+
+    def gradients(self, outputs: Tensor, column: Tensor, rows: int) -> dict[str, Tensor]:
+        """What autograd sums over the first rows of a batch, at least ``float32``; the graph is gone then."""
+        column[rows:] = 0
+        leaves = list(self.parameters.values())
+        found = torch.autograd.grad(outputs, leaves, column.to(outputs.dtype), allow_unused=True)
+        pairs = zip(self.parameters, found, strict=True)
+        return {name: dense(gradient) for name, gradient in pairs if gradient is not None}
 
     def _tell(self, done: int) -> None:
         now = time.monotonic()
@@ -172,14 +176,22 @@ class FisherPass:
             raise ValueError("`loader` brought no samples. Is it a generator that was used up before?")
         return totals, numbers
 
-    def sums(self, columns_of: Callable[[Any, Tensor], Columns], power: Power) -> Sums:
-        """Sums over samples and columns. Collective."""
+    def sums(
+        self,
+        columns_of: Callable[[Any, Tensor], Columns],
+        power: Power,
+        coherence: Coherence | None = None,
+    ) -> Sums:
+        """Sums over samples and columns; ``coherence``, for squares of one column, gets the first ones. Collective."""
         count, batches = 0, 0
         with self.engine() as engine:
             totals = self.zeros()
             for batch, outputs, rows in self.each(engine.forward):
+                engine.sums = {} if coherence is None or coherence.complete else coherence.sums
                 engine.add_to(totals, outputs, columns_of(batch, outputs), rows, power)
                 count, batches = count + rows, batches + 1
+                if coherence is not None and engine.sums:
+                    coherence.squares, coherence.count = {name: t.sum() for name, t in totals.items()}, count
         return self.summed(totals, count, batches, engine.methods)
 
 

@@ -62,6 +62,9 @@ class PerSampleGradients:
         outputs: How it is called on a batch; returns ``(B, ...)``.
         parameters: Whose gradients, by their names in the model.
         chunk_size: Samples at a time where no rule helps.
+
+    Attributes:
+        sums: If there is a tensor for every parameter, autograd's sums over samples are added to them; of one column.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class PerSampleGradients:
         self.model, self.outputs, self.parameters = model, outputs, parameters
         self.layers = _layers(model, parameters)
         self.one_by_one = OneByOne(model, outputs, parameters, chunk_size)
+        self.sums: Mapping[str, Tensor] = {}
         self._holds: dict[tuple[str, int], bool] = {}  # whether a rule does, of a parameter, in a kind of graph
         self._used: dict[str, set[str]] = {"rule": set(), "slow": set()}
         self._slow: list[str] = []  # of the running batch
@@ -163,9 +167,12 @@ class PerSampleGradients:
         reached, structure = _graph(outputs)
         weights = sample_weights(outputs)
         names = [name for name, parameter in self.parameters.items() if id(parameter) in reached]
-        unknown = [name for name in names if (name, structure) not in self._holds]
+        unknown = names if self.sums else [name for name in names if (name, structure) not in self._holds]
         sent, truth = _backward(outputs, self._calls, column, [self.parameters[name] for name in unknown])
         expected = dict(zip(unknown, truth, strict=True))
+        for name, gradient in expected.items() if self.sums else ():
+            self.sums[name].add_(dense(gradient) if gradient is not None else 0.0)
+        expected = {name: g for name, g in expected.items() if (name, structure) not in self._holds}
         weighted, _ = _backward(outputs, self._calls, column * weights, retain_graph=retain_graph)
         axes: dict[nn.Module, int] = {}
         ruled: set[str] = set()

@@ -49,6 +49,10 @@ class SampleGradients(ABC):
         for rows in self.chunks():
             total += apply_power(rows, power).sum(dim=0)
 
+    def square_norms(self) -> Tensor:
+        r""":math:`\sum_n \|G_n\|^2`, 0-dimensional."""
+        return torch.stack([rows.square().sum() for rows in self.chunks()]).sum()
+
     def chunks(self) -> Iterator[Tensor]:
         """All of them, a few at a time."""
         step = max(1, CHUNK // max(1, self.work))
@@ -97,6 +101,15 @@ class Outer(SampleGradients):
     @override
     def rows(self, start: int, stop: int) -> Tensor:
         return self.gradients[start:stop].transpose(1, 2) @ self.inputs[start:stop]
+
+    @override
+    def square_norms(self) -> Tensor:
+        """Without a matrix per sample: of one position a product of norms, of few one of Gram matrices."""
+        positions, wide, tall = self.inputs.shape[1], *self.shape
+        if positions * (wide + tall) > wide * tall:
+            return super().square_norms()
+        inputs, gradients = (part @ part.transpose(1, 2) for part in (self.inputs, self.gradients))
+        return (inputs * gradients).sum()
 
     def factors(self, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs ``(n, P, I)`` and gradients ``(n, P, O)`` of the first samples, a few at a time."""
