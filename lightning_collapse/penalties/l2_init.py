@@ -18,7 +18,8 @@ class L2Init(QuadraticPenalty):
     .. math:: w \|\theta - \theta_0\|^2
 
     with :math:`\theta_0` the weights at the very first start, through all tasks and resumed runs; what a parameter
-    grows by is pulled to where it was first seen. No factor 1/2, as in the paper. It acts from the first step.
+    grows by is pulled to where it was first seen, and a frozen one is not copied before it is trained. No factor 1/2,
+    as in the paper. It acts from the first step.
 
     Args:
         weight: ``w``. The paper chooses from 1e-2, 1e-3, 1e-4 and 1e-5.
@@ -51,6 +52,11 @@ class L2Init(QuadraticPenalty):
     def start(self, parameters: Parameters) -> None:
         super().start(parameters)
         self._take_anchors(parameters)
+
+    @override
+    def add_gradients(self, parameters: Parameters, scale: Tensor | None = None) -> None:
+        self._take_anchors(parameters)  # of those that were frozen until now
+        super().add_gradients(parameters, scale)
 
     @override
     def consolidate(self, model: nn.Module, loader: Loader | None = None) -> None:

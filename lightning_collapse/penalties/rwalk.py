@@ -74,13 +74,17 @@ class RWalk(PathPenalty):
     @override
     def start(self, parameters: Parameters) -> None:
         super().start(parameters)
-        parameters = {name: parameter for name, parameter in parameters.items() if name in self.state.layouts}
-        self._steps = {name: self._steps.get(name, 0) for name in parameters}
+        self._steps = {name: self._steps.get(name, 0) for name in self.state.layouts}
+
+    @override
+    def _take_anchors(self, parameters: Parameters) -> None:
+        super()._take_anchors(parameters)
+        known = {name: p for name, p in parameters.items() if name in self.state["anchor"]}
         for kind in ("squares", "drop", "score"):
             table = self.state[kind]
-            table.update({n: torch.zeros_like(copy_of(p)) for n, p in parameters.items() if n not in table})
+            table.update({n: torch.zeros_like(copy_of(p)) for n, p in known.items() if n not in table})
         marks = self.state["mark"]
-        marks.update({name: copy_of(parameter) for name, parameter in parameters.items() if name not in marks})
+        marks.update({name: copy_of(parameter) for name, parameter in known.items() if name not in marks})
 
     @override
     @torch.no_grad()

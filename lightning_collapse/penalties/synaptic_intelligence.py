@@ -52,8 +52,8 @@ class SynapticIntelligence(PathPenalty):
         self.damping = damping
 
     @override
-    def start(self, parameters: Parameters) -> None:
-        super().start(parameters)
+    def _take_anchors(self, parameters: Parameters) -> None:
+        super()._take_anchors(parameters)
         paths, anchors = self.state["path"], self.state["anchor"]
         paths.update({name: torch.zeros_like(anchors[name]) for name in anchors if name not in paths})
 
@@ -69,6 +69,7 @@ class SynapticIntelligence(PathPenalty):
             {
                 name: paths[name].clamp_min(0) / ((copy_of(parameter) - anchors[name]) ** 2 + self.damping)
                 for name, parameter in parameters.items()
+                if name in paths
             },
         )
         foreach.zero_(list(paths.values()))

@@ -1,7 +1,7 @@
 """Copies of a module that stand alone: without hooks, trainer or compiled steps."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import Any, TypeVar
@@ -17,10 +17,14 @@ Module = TypeVar("Module", bound=nn.Module)
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-def bare_copy(module: Module) -> Module:
+def bare_copy(module: Module, shared: Iterable[Tensor] = ()) -> Module:
     """A deep copy without hooks and, of a ``LightningModule``, without trainer, wrapped steps and compiled code.
 
     An attribute that says ``left_out_of_copies`` is an empty tuple there.
+
+    Args:
+        module: What is copied.
+        shared: Parameters that both have, and that are not copied.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -28,7 +32,7 @@ def bare_copy(module: Module) -> Module:
         >>> layer.extra_repr() == bare_copy(layer).extra_repr(), len(bare_copy(layer)._forward_hooks)
         (True, 0)
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     for part in module.modules():
         for name, value in vars(part).items():
             if is_hook_table(name):
@@ -48,9 +52,9 @@ def bare_copy(module: Module) -> Module:
     return copy
 
 
-def frozen_copy(module: Module) -> Module:
-    """A :func:`bare_copy` in eval mode whose parameters take no gradient."""
-    copy = bare_copy(module).requires_grad_(False)
+def frozen_copy(module: Module, shared: Iterable[Tensor] = ()) -> Module:
+    """A :func:`bare_copy` in eval mode whose parameters take no gradient; shared ones must take none already."""
+    copy = bare_copy(module, shared).requires_grad_(False)
     for part in copy.modules():
         part.training = False  # not by `eval()`: a `train` that changes weights must not
     return copy
@@ -85,8 +89,14 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             part._buffers[leaf] = new
 
 
+def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that take no gradient, tied ones under each of their names."""
+    return {name: p for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
 @torch.no_grad()
-def checksum(module: nn.Module) -> dict[str, int]:
-    """A number for each parameter and buffer by name, on every device the same while no bit of it changes."""
-    parts = {name: local(tensor).reshape(-1).view(torch.uint8) for name, tensor in tensors_of(module).items()}
+def checksum(tensors: nn.Module | Mapping[str, Tensor]) -> dict[str, int]:
+    """A number for each, of a module each parameter and buffer, by name: the same while no bit of it changes."""
+    named = tensors_of(tensors) if isinstance(tensors, nn.Module) else tensors
+    parts = {name: local(tensor.detach()).reshape(-1).view(torch.uint8) for name, tensor in named.items()}
     return {name: int(part.sum(dtype=torch.int64)) for name, part in parts.items()}

@@ -1,6 +1,6 @@
 """Knowledge distillation from the network before a task: learning without forgetting (LwF)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from random import Random
 from typing import Any, Literal, NamedTuple, get_args
@@ -27,7 +27,7 @@ from lightning_collapse.losses.schedule import Weight
 from lightning_collapse.replay.replay_buffer import ReplayBuffer
 from lightning_collapse.utilities.arguments import require_not_negative, require_one_of, require_positive
 from lightning_collapse.utilities.batch import batch_size
-from lightning_collapse.utilities.copies import fill, frozen_copy, tensors_of
+from lightning_collapse.utilities.copies import checksum, fill, frozen_copy, frozen_parameters, tensors_of
 from lightning_collapse.utilities.distributed import process_rank
 from lightning_collapse.utilities.hooks import ModuleHook
 from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first
@@ -49,7 +49,10 @@ class Distillation(AuxiliaryLoss, TaskAware):
     :func:`~lightning_collapse.losses.feature_distillation_loss`. Of a head that has grown since, the old classes, which
     come first, are compared. The teacher draws no random number of the run, its BatchNorm statistics stand still, and
     it is no part of the model: not of its ``state_dict``, its optimizers or its data-parallel wrapper. Its weights are
-    in the state of the callback, so a resumed run has it too. Hooks of the module are not copied.
+    in the state of the callback, so a resumed run has it too. Hooks of the module are not copied. Nor are
+    parameters that were frozen, and unchanged, all through the fit: student and teacher share them, in memory and in a
+    checkpoint, so that beside a large model with adapters the teacher is as large as the adapters. One that is trained
+    later is copied before.
 
     What is compared is what the module's own ``forward`` returns where ``training_step`` calls it, ``self(x)``, or what
     a ``layer`` returns. The teacher is called as the student was: the outermost module that was called around the
@@ -121,6 +124,8 @@ class Distillation(AuxiliaryLoss, TaskAware):
         self.replay = replay
         self._teacher: _Teacher | None = None
         self._saved: dict[str, Tensor] | None = None
+        self._frozen: dict[str, int] = {}  # checksums when the fit began
+        self._shared: dict[str, int] = {}  # of what the teacher has of the student
         self._call: _Call | None = None
         self._calls: list[_Call] = []
         self._no_rows: Tensor | None = None  # set by the first step that went well
@@ -135,17 +140,20 @@ class Distillation(AuxiliaryLoss, TaskAware):
             )
         self._channels_first = is_channels_first(layer)
         self._no_rows = None
+        frozen = frozen_parameters(pl_module)
+        self._frozen = checksum(frozen)
         if self._saved is not None or self._teacher is None:
             try:
-                copy = frozen_copy(pl_module)  # now, that it fails before the training of a task and not after it
+                copy = frozen_copy(pl_module, frozen.values())  # now, that it fails before the training of a task
                 if self._saved is not None:
                     fill(copy, self._saved)
-                    self._teacher, self._saved = _Teacher(copy), None
+                    self._teacher, self._saved = _Teacher(copy, self._shared), None
             except Exception as error:
                 raise MisconfigurationException(
                     f"`Distillation` needs a copy of {type(pl_module).__name__} as it was, and has none: {error!r:.400}"
                 ) from error
         if self._teacher is not None:
+            self._check_shared(self._teacher)
             self._teacher.hook(pl_module.device, name, self.rows_of)
         around = {key: part for key, part in _parts(pl_module).items() if any(m is layer for m in part.modules())}
         if self.outputs is not None:
@@ -176,6 +184,8 @@ class Distillation(AuxiliaryLoss, TaskAware):
     def term(self, trainer: Trainer, batch: Any) -> Tensor | None:
         if self._teacher is None and (self.replay is not None or self._no_rows is not None):
             return None
+        if self._teacher is not None:
+            self._keep_apart(self._teacher)
         student: Tensor | None = None
         teacher: Tensor | None = None
         if self.replay is not None and self._teacher is not None:
@@ -203,25 +213,52 @@ class Distillation(AuxiliaryLoss, TaskAware):
     @override
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._teacher = None  # first, for its memory
+        frozen = frozen_parameters(pl_module)
+        self._shared = {name: c for name, c in checksum(frozen).items() if self._frozen.get(name) == c}
         try:
-            copy = frozen_copy(pl_module)
+            copy = frozen_copy(pl_module, [frozen[name] for name in self._shared])
         except Exception as error:
             rank_zero_warn(f"`Distillation` could not copy the module, so there is no teacher: {error!r:.400}")
             return
         for buffer in copy.buffers():  # those of BatchNorm differ between processes
             buffer.copy_(trainer.strategy.broadcast(buffer))
-        self._teacher = _Teacher(copy)
+        self._teacher = _Teacher(copy, self._shared)
         self._teacher.hook(pl_module.device, self._layer(pl_module)[0], self.rows_of)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        teacher = self._saved if self._teacher is None else tensors_of(self._teacher.module)
-        return {**super().state_dict(), "teacher": teacher}
+        teacher = self._saved
+        if self._teacher is not None:
+            named = tensors_of(self._teacher.module)
+            teacher = {name: tensor for name, tensor in named.items() if name not in self._teacher.shared}
+        return {**super().state_dict(), "teacher": teacher, "shared": dict(self._shared)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._teacher, self._saved = None, state_dict["teacher"]
+        self._shared = dict(state_dict.get("shared", {}))  # version 0.1.0 has none
+
+    def _check_shared(self, teacher: "_Teacher") -> None:
+        """Whether what is shared is still what the task ended with."""
+        now = checksum(teacher.shared)
+        changed = [name for name, number in now.items() if self._shared[name] != number]
+        self._shared = now
+        if changed:
+            self.warn_once(
+                "changed",
+                f"`Distillation`: {changed[0]} and {len(changed) - 1} others are frozen, so that the teacher has them"
+                " of the model, and they are not what they were when the task ended. Load the model with the weights"
+                " that it had, or unfreeze what is to change.",
+            )
+
+    def _keep_apart(self, teacher: "_Teacher") -> None:
+        """Copy what the student has begun to train, before its first step."""
+        trained = {name: p.detach() for name, p in teacher.shared.items() if p.requires_grad}
+        if trained:
+            fill(teacher.module, trained)
+            for name in trained:
+                del teacher.shared[name], self._shared[name]
 
     def _layer(self, pl_module: LightningModule) -> tuple[str, nn.Module]:
         if self.layer is not None:
@@ -349,10 +386,11 @@ class _Call(NamedTuple):
 
 
 class _Teacher:
-    """A frozen module that is no submodule of anything, and what its layer returns."""
+    """A frozen module that is no submodule of anything, what its layer returns, and what it has of the student."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, shared: Iterable[str]) -> None:
         self.module = module
+        self.shared = {name: module.get_parameter(name) for name in shared}
         self.parts: dict[str, nn.Module] = _parts(module)
         self._rows: list[Tensor | None] | None = None
         self._remove: Callable[[], None] = lambda: None

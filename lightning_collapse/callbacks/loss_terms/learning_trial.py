@@ -10,8 +10,9 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
 from lightning_collapse.penalties.base import Penalty
@@ -70,13 +71,15 @@ def try_to_learn(
 
 
 def _tell_costs(penalty: Penalty, name: str, seconds: float) -> None:
-    tables = [table for table in penalty.state.tables.values() if table]
-    size = sum(part.numel() * part.element_size() for table in tables for part in table.values()) / 2**20
+    kept: list[Tensor] = []
+    for value in (penalty.state.tables, *vars(penalty).values()):
+        apply_to_collection(value, Tensor, kept.append, wrong_dtype=nn.Parameter)
+    size = sum(part.numel() * part.element_size() for part in kept) / 2**20
     limit = getattr(penalty, "n_samples", None)
+    reads = "all of its data" if limit is None else f"up to {limit} samples"
     rank_zero_info(
-        f"`WeightPenalty`, {name!r}: {len(tables)} tables of weights, {size:.2f} MiB, are kept beside the model after a"
-        f" task. To learn from one batch took {seconds:.2f} s; when a task ends it reads"
-        f" {'all of its data' if limit is None else f'up to {limit} samples'}."
+        f"`WeightPenalty`, {name!r}: {size:.2f} MiB are kept beside the model after a task. To learn from one batch"
+        f" took {seconds:.2f} s; when a task ends it reads {reads}."
     )
 
 

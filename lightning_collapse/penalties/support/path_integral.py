@@ -47,6 +47,8 @@ class PathPenalty(QuadraticPenalty):
     @torch.no_grad()
     def observe(self, parameters: Parameters, scale: Tensor | None = None) -> None:
         self._settle()  # of several optimizer steps in a batch the one before
+        if any(p.grad is not None and name not in self.state["anchor"] for name, p in parameters.items()):
+            self._take_anchors(parameters)  # some were frozen until now
         moving = {name: p for name, p in parameters.items() if p.grad is not None and name in self.state["anchor"]}
         if not moving:
             return

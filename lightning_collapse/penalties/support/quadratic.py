@@ -169,14 +169,19 @@ class QuadraticPenalty(Penalty):
         return self._parts("importance", parameters)
 
     def _take_anchors(self, parameters: Parameters) -> None:
-        """Anchor where they are now those that have no anchor yet."""
+        """Anchor where they are now those that have no anchor yet; frozen ones wait, for they stay where they are."""
         anchors = self.state["anchor"]
         new = {name: p for name, p in parameters.items() if name in self.state.layouts and name not in anchors}
+        new = {name: parameter for name, parameter in new.items() if not _is_frozen(parameter)}
         anchors.update({name: copy_of(parameter) for name, parameter in new.items()})
 
     def _parts(self, kind: str, parameters: Parameters) -> list[Tensor]:
         table = self.state[kind]
         return [table[name] for name in parameters]
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
 
 
 def _nothing(parameters: Parameters) -> Tensor:
