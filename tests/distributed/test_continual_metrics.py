@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import Metric
 
 from lightning_collapse import ContinualMetrics, PrototypeMemory
 from tests.continual import Learner, task
@@ -24,6 +25,28 @@ def _share(seed, rank):
     x, y = task(seed).tensors
     part = slice(30, 48) if rank else slice(0, 30)
     return DataLoader(TensorDataset(x[part], y[part]), batch_size=18 if rank else 10)
+
+
+class _Streamed(ContinualMetrics):
+    pass
+
+
+class _Classes(ContinualMetrics):
+    pass
+
+
+class _Accuracy(Metric):
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("sums", torch.zeros(2), dist_reduce_fx="sum")
+
+    def update(self, outputs, labels):
+        self.sums += torch.stack([(outputs.argmax(dim=1) == labels).float().sum(), torch.tensor(float(len(labels)))])
+
+    def compute(self):
+        return self.sums[0] / self.sums[1]
 
 
 def _whole(model, seed):
@@ -57,7 +80,14 @@ def _check(rank):
         torch.manual_seed(0)
         lit = model()
         start = {name: value.clone() for name, value in lit.state_dict().items()}
-        Trainer(**options, callbacks=[metrics, keeper, memory, lost, lonely]).fit(lit, _share(2, 1))
+        streamed = _Streamed([_share(1, rank), _share(2, rank)], metric=_Accuracy())
+        classes = _Classes([_share(1, rank), _share(2, rank)], num_classes=3)
+        Trainer(**options, callbacks=[metrics, streamed, classes, keeper, memory, lost, lonely]).fit(lit, _share(2, 1))
+        assert streamed.values[0].tolist() == pytest.approx(metrics.values[1, :2].tolist())
+        assert classes.values[0].tolist() == pytest.approx(metrics.values[1, :2].tolist())
+        seen = classes.class_values[0].tolist()
+        torch.distributed.all_gather_object(everyone := [None, None], seen)
+        assert everyone[0] == everyone[1]
         everyone = [None, None]
         torch.distributed.all_gather_object(everyone, repr(keeper.points))
         assert everyone[0] == everyone[1]

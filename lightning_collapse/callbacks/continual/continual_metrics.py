@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite, nan
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.monitored_curves import require_available
 from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
+from lightning_collapse.callbacks.continual.task_pictures import GapHistory, log_matrix, markdown
+from lightning_collapse.callbacks.continual.task_scores import Evaluation, Outputs, Score, TaskScores, correct
 from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forward
-from lightning_collapse.callbacks.evaluation.preserved_fit import batches_on_device, preserved_fit
 from lightning_collapse.functional.continual import (
     average_accuracy,
     backward_transfer,
@@ -25,43 +27,16 @@ from lightning_collapse.functional.continual import (
     learning_accuracy,
 )
 from lightning_collapse.functional.stability_gap import min_accuracy, worst_case_accuracy
-from lightning_collapse.reporting import labelled_heat_map, log_image, log_text, publish
-from lightning_collapse.utilities.distributed import all_reduce_sum, max_over_processes
+from lightning_collapse.reporting import publish
+from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import register_curve
-from lightning_collapse.utilities.targets import call_on, targets_of
 from lightning_collapse.utilities.trainer import is_due
 
 GAP_MEASURES = ("min_accuracy", "worst_case_accuracy")
 MEASURES = ("accuracy", "learning_accuracy", "backward_transfer", "forward_transfer", "forgetting", *GAP_MEASURES)
-Outputs = Callable[[Any, Any], Tensor]
-Metric = Callable[[Tensor, Tensor], Tensor]
-
-
-def correct(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Whether the largest output of each sample is at its label: 1 or 0, NaN where the label is negative.
-
-    Args:
-        outputs: Logits ``(N, C, ...)``.
-        labels: Whole numbers ``(N, ...)``.
-
-    Returns:
-        The shape of ``labels``.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-
-    Example:
-        >>> correct(torch.tensor([[0.0, 1.0], [2.0, 1.0], [2.0, 1.0]]), torch.tensor([1, 1, -100]))
-        tensor([1., 0., nan])
-    """
-    if outputs.ndim < 2 or labels.shape != outputs.shape[:1] + outputs.shape[2:]:
-        raise ValueError(
-            f"accuracy needs logits (N, C, ...) and labels (N, ...), got {tuple(outputs.shape)} and"
-            f" {tuple(labels.shape)}; give another `metric`"
-        )
-    return torch.where(labels < 0, torch.nan, (outputs.argmax(dim=1) == labels).float())
+MOST_CLASSES = 1000
 
 
 class ContinualMetrics(TaskAware):
@@ -73,9 +48,15 @@ class ContinualMetrics(TaskAware):
       null the same before the first step, if that is known;
     - ``continual/accuracy``, ``continual/learning_accuracy``, ``continual/backward_transfer`` and
       ``continual/forgetting``, and ``continual/forward_transfer`` if it is asked for; NaN where not defined yet;
-    - a picture ``continual/accuracies``, one row per task learned, and a table of the same name as text;
+    - a picture ``continual/accuracies``, one row per task learned, and a table of the same name as text; the same of
+      classes, ``continual/class_accuracies``, with ``num_classes``;
     - with ``every_n_steps``, then and while later tasks are learned: ``continual/min_accuracy`` and
-      ``continual/worst_case_accuracy``, and the curves of all tasks so far.
+      ``continual/worst_case_accuracy``, the curves of all tasks so far, and when a task ends a picture of them,
+      ``continual/stability_gap``, with the worst reading of each task and its step.
+
+    With another ``metric`` all of these are of that one, under the same names. Where less is better, ``mode="min"``,
+    transfer and forgetting are of its negative: forgetting is positive, and backward transfer negative, if earlier
+    tasks have become worse, whatever the metric; the lowest accuracy is the highest loss.
 
     The x-axis goes on from task to task, although a new ``Trainer`` counts its steps from 0. Every submodule is in eval
     mode meanwhile, without gradient; flags, buffers, random states and the generators of loaders are put back. Scores
@@ -90,10 +71,14 @@ class ContinualMetrics(TaskAware):
         outputs: How the model is called on a batch, a function of the module and the batch;
             ``utilities.targets.call_on`` by default.
         labels: Labels of a batch; ``utilities.targets.targets_of`` by default.
-        metric: A function of outputs and labels that returns one score per sample, more is better, NaN for a sample
-            that does not count; by default 1 for the correct class and 0 for others.
+        metric: A function of outputs and labels that returns one score per sample, NaN for a sample that does not
+            count; by default 1 for the correct class and 0 for others. Or a ``torchmetrics.Metric`` of one number,
+            which is updated with outputs and labels; every task gets a copy.
         forward_transfer: Whether to evaluate tasks to come, too, and all of them before the first step: the model is
             taken for one of random initialization then.
+        mode: Whether more (``"max"``) or less (``"min"``, of a loss or a perplexity) is better; ``None`` goes by
+            ``higher_is_better`` of a ``torchmetrics.Metric``, and is ``"max"`` otherwise.
+        num_classes: How many classes to tell apart, at most 1000, of scores per sample.
 
     Attributes:
         names: Names of the tasks.
@@ -125,8 +110,10 @@ class ContinualMetrics(TaskAware):
         *,
         outputs: Outputs | None = None,
         labels: Callable[[Any], Tensor] | None = None,
-        metric: Metric = correct,
+        metric: Score | Metric = correct,
         forward_transfer: bool = True,
+        mode: Literal["max", "min"] | None = None,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         self.names, self.loaders = _named(loaders)
@@ -135,13 +122,20 @@ class ContinualMetrics(TaskAware):
         for name, function in (("outputs", outputs), ("labels", labels), ("metric", metric)):
             if function is not None and not callable(function):
                 raise ValueError(f"`{name}` must be a function, got {function!r}.")
+        if mode not in (None, "max", "min"):
+            raise ValueError(f"`mode` must be 'max', 'min' or None, got {mode!r}.")
+        _check_classes(num_classes, metric)
         self.every_n_steps = every_n_steps
         self.outputs, self.labels, self.metric = outputs, labels, metric
-        self.forward_transfer = forward_transfer
+        self.forward_transfer, self.num_classes = forward_transfer, num_classes
+        self.mode = mode or ("min" if getattr(metric, "higher_is_better", None) is False else "max")
+        self._sign = 1 if self.mode == "max" else -1
         self._steps = ContinuedSteps()
         self._values = torch.full((len(self.names), len(self.names)), nan)
         self._baseline = torch.full((len(self.names),), nan)
-        self._lowest = torch.full((len(self.names),), nan)  # since the end of each task
+        self._lowest = torch.full((len(self.names),), nan)  # worst, since the end of each task
+        self._classes = torch.full((len(self.names), num_classes or 0), nan)
+        self._gap = GapHistory(len(self.names), self._sign)
         self._warned: set[str] = set()
 
     @property
@@ -156,12 +150,16 @@ class ContinualMetrics(TaskAware):
 
     def table(self) -> str:
         """Markdown: a row per task learned, after one for the start, and a column per task."""
-        rows = zip(["before", *self.names], [self._baseline, *self._values], strict=True)
-        lines = [["after", *self.names], ["---"] * (len(self.names) + 1)]
-        for name, row in rows:
-            if not row.isnan().all():
-                lines.append([name, *("" if value.isnan() else f"{value:.3f}" for value in row)])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return markdown(["before", *self.names], self.names, torch.cat([self._baseline.unsqueeze(0), self._values]))
+
+    @property
+    def class_values(self) -> Tensor:
+        """Score on class ``c`` after learning task ``i``, shape ``(T, C)``, on the host; NaN where unknown."""
+        return self._classes.clone()
+
+    def class_table(self) -> str:
+        """Markdown: a row per task learned, and a column per class."""
+        return markdown(self.names, [str(label) for label in range(self._classes.shape[1])], self._classes)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -175,7 +173,7 @@ class ContinualMetrics(TaskAware):
         self._announce(trainer)
         if self.forward_transfer and self.task_index == 0 and trainer.global_step == 0:
             with self.containment("the evaluation before the first step", "forward transfer stays unknown"):
-                baseline = self._evaluate(trainer, pl_module, range(len(self.names)))[0]
+                baseline = self._evaluate(trainer, pl_module, range(len(self.names))).values
                 self._baseline = self._baseline if trainer.fast_dev_run else baseline
 
     @override
@@ -187,9 +185,10 @@ class ContinualMetrics(TaskAware):
         if self.every_n_steps and 0 < self.task_index < len(self.names) and is_due(trainer, self.every_n_steps):
             with self.containment("an evaluation while a task is learned", "its points are missing"):
                 seen = range(self.task_index + 1)
-                values, counts = self._evaluate(trainer, pl_module, seen)
-                points = self._points_of_tasks(trainer, seen, values, counts)
-                publish(trainer, pl_module, points + self._points_of_gap(trainer, values))
+                found = self._evaluate(trainer, pl_module, seen)
+                points = self._points_of_tasks(trainer, seen, found.values, found.counts)
+                publish(trainer, pl_module, points + self._points_of_gap(trainer, found.values))
+                self._remember(trainer, found.values, self.task_index)
 
     @override
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,21 +197,24 @@ class ContinualMetrics(TaskAware):
             self._warn_once(f"task {self.task_index} has ended, and `loaders` has {tasks}: it is not measured.")
             return
         evaluated = range(tasks if self.forward_transfer else self.task_index + 1)
-        self._values[self.task_index], counts = self._evaluate(trainer, pl_module, evaluated)
+        found = self._evaluate(trainer, pl_module, evaluated)
+        self._values[self.task_index], self._classes[self.task_index] = found.values, found.classes
         learned = self._values[: self.task_index + 1]
+        signed = self._sign * learned  # more is better
         readings = {
             "accuracy": average_accuracy(learned),
             "learning_accuracy": learning_accuracy(learned),
-            "backward_transfer": backward_transfer(learned),
-            "forgetting": forgetting(learned),
+            "backward_transfer": backward_transfer(signed),
+            "forgetting": forgetting(signed),
         }
         if self.forward_transfer:
-            readings["forward_transfer"] = forward_transfer(learned, self._baseline)
+            readings["forward_transfer"] = forward_transfer(signed, self._sign * self._baseline)
         step = self._steps.step(trainer)
-        points = self._points_of_tasks(trainer, evaluated, learned[-1], counts)
+        points = self._points_of_tasks(trainer, evaluated, learned[-1], found.counts)
         points += [Point("continual", "", name, step, value.item()) for name, value in readings.items()]
         if self.every_n_steps:
             points += self._points_of_gap(trainer, learned[-1])
+            self._remember(trainer, learned[-1], self.task_index + 1)
         publish(trainer, pl_module, points)
         with self.containment("the picture of accuracies"):
             self._draw(trainer, step)
@@ -220,8 +222,10 @@ class ContinualMetrics(TaskAware):
     @override
     def state_dict(self) -> dict[str, Any]:
         tensors = {"values": self._values, "baseline": self._baseline, "lowest": self._lowest}
+        tensors["classes"] = self._classes
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        return {**super().state_dict(), **copies, "names": list(self.names), "steps": self._steps.state_dict()}
+        histories = {"steps": self._steps.state_dict(), "gap": self._gap.state_dict()}
+        return {**super().state_dict(), **copies, **histories, "names": list(self.names)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -236,41 +240,29 @@ class ContinualMetrics(TaskAware):
         old = len(state_dict["names"])
         self._values[:old, :old] = state_dict["values"]
         self._baseline[:old], self._lowest[:old] = state_dict["baseline"], state_dict["lowest"]
+        if "gap" in state_dict:  # version 0.1.0 has none
+            self._gap.load_state_dict(state_dict["gap"])
+            both = min(state_dict["classes"].shape[1], self._classes.shape[1])
+            self._classes[:old, :both] = state_dict["classes"][:, :both]
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, tasks: Iterable[int]) -> tuple[Tensor, list[int]]:
-        """Mean score of every task, ``(T,)``, NaN for those not asked for, and the numbers of samples. Collective."""
-        wide = torch.float32 if pl_module.device.type == "mps" else torch.float64
-        sums = torch.zeros(len(self.names), 2, dtype=wide, device=pl_module.device)
-        with preserved_fit(trainer, pl_module):
-            for task in tasks:
-                if not self._add_up(trainer, pl_module, task, sums[task]):
-                    sums[task] = nan
-        # the one transfer of an evaluation; whatever is read from scores afterwards is on the host
-        total, count = all_reduce_sum(sums).to("cpu", torch.float64).unbind(dim=1)
-        return (total / count).float(), [int(number) for number in count.nan_to_num(0)]
+    def _remember(self, trainer: Trainer, values: Tensor, learned: int) -> None:
+        """Scores of tasks that were learned, for the picture; that of the running one rises, and is no dip."""
+        kept = torch.full_like(values, nan)
+        kept[:learned] = values[:learned]
+        self._gap.add(self._steps.step(trainer), kept)
 
-    def _add_up(self, trainer: Trainer, pl_module: LightningModule, task: int, sums: Tensor) -> bool:
-        problem = ""
-        try:
-            for batch, counts in batches_on_device(self.loaders[task], trainer, pl_module):
-                labels = (self.labels or targets_of)(batch)
-                with trainer.precision_plugin.forward_context():
-                    outputs = (self.outputs or call_on)(pl_module, batch)
-                if labels is None:
-                    raise ValueError("a batch has no labels where they are looked for; say where with `labels`")
-                scores = self.metric(outputs, labels).to(sums)
-                if not scores.ndim:
-                    raise ValueError("`metric` returned one number for a batch; return one per sample")
-                if counts:
-                    sums += torch.stack([scores.nansum(), (~scores.isnan()).sum().to(sums)])
-        except Exception as error:  # of the user's loader or model: what is only watched goes on
-            problem = f"{type(error).__name__}: {error}"
-        [failed] = max_over_processes([bool(problem)], sums.device)
-        if failed:
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, tasks: Iterable[int]) -> Evaluation:
+        """Scores of tasks; what has failed is a warning. Collective."""
+        scores = TaskScores(self.loaders, self.metric, self.outputs, self.labels, self.num_classes or 0)
+        found = scores(trainer, pl_module, tasks)
+        for task, problem in found.problems.items():
+            self._warn_once(f"the evaluation of `{self.names[task]}` failed and reads NaN: {problem}.")
+        if self.num_classes and found.strangers:
             self._warn_once(
-                f"the evaluation of `{self.names[task]}` failed and reads NaN: {problem or 'in another process'}."
+                f"{found.strangers} samples have labels that are none of `num_classes={self.num_classes}` classes, and"
+                " are left out of the table of classes."
             )
-        return not failed
+        return found
 
     def _points_of_tasks(
         self, trainer: Trainer, tasks: Iterable[int], values: Tensor, counts: Sequence[int]
@@ -294,23 +286,30 @@ class ContinualMetrics(TaskAware):
         """Lowest readings, this one included."""
         if self.task_index == 0:
             return []
+        signed = self._sign * values
         earlier, now = self._lowest[: self.task_index], values[: self.task_index]
-        self._lowest[: self.task_index] = torch.fmin(earlier, now)
+        self._lowest[: self.task_index] = self._sign * torch.fmin(self._sign * earlier, self._sign * now)
         lowest, step = self._lowest[: self.task_index].unsqueeze(1), self._steps.step(trainer)
         readings = {
-            "min_accuracy": min_accuracy(lowest),
-            "worst_case_accuracy": worst_case_accuracy(values[self.task_index], lowest),
+            "min_accuracy": self._sign * min_accuracy(self._sign * lowest),
+            "worst_case_accuracy": self._sign * worst_case_accuracy(signed[self.task_index], self._sign * lowest),
         }
         return [Point("continual", "", name, step, value.item()) for name, value in readings.items()]
 
     def _draw(self, trainer: Trainer, step: int) -> None:
-        """Draw the matrix, which lies on the host, when a task has ended."""
+        """Draw what lies on the host, when a task has ended."""
         ends = (0.0, 1.0) if self.metric is correct else (None, None)
-        rows, title = [f"after {name}" for name in self.names], "accuracy of every task, by what was learned before"
-        for logger in trainer.loggers:
-            picture = labelled_heat_map(self._values.numpy(), rows, self.names, title, "task", *ends)
-            log_image(logger, "continual/accuracies", picture, step)
-            log_text(logger, "continual/accuracies", self.table(), step)
+        rows, what = [f"after {name}" for name in self.names], "accuracy" if self.metric is correct else "score"
+        if self._sign < 0:
+            what += " (less is better)"
+        title = f"{what} of every task, by what was learned before"
+        log_matrix(trainer, "continual/accuracies", rows, self.names, self._values, title, step, ends, self.table())
+        classes = [str(label) for label in range(self._classes.shape[1])]
+        title, table = f"{what} of every class, by what was learned before", self.class_table()
+        log_matrix(trainer, "continual/class_accuracies", rows, classes, self._classes, title, step, ends, table)
+        names, steps = self._gap.marked(self.names), [str(at) for at in self._gap.steps]
+        title = f"{what} since each task was learned, with the worst and its step"
+        log_matrix(trainer, "continual/stability_gap", names, steps, self._gap.values.T, title, step, ends)
 
     def _announce(self, trainer: Trainer) -> None:
         """Give curves that go on what they read last, and refuse to have others waited for."""
@@ -349,6 +348,18 @@ def _named(loaders: Sequence[Loader] | Mapping[str, Loader]) -> tuple[list[str],
             f"`loaders` has a task called {taken[0]!r}, which is no name, or that of a curve. Take another."
         )
     return names, list(named.values())
+
+
+def _check_classes(num_classes: int | None, metric: Score | Metric) -> None:
+    if num_classes is None:
+        return
+    require_whole(1, num_classes=num_classes)
+    if num_classes > MOST_CLASSES:
+        raise ValueError(f"`num_classes` must be at most {MOST_CLASSES}, the columns of a picture, got {num_classes}.")
+    if isinstance(metric, Metric):
+        raise ValueError(
+            "`num_classes` tells scores of samples apart, and `metric` is of all. Pass a function instead."
+        )
 
 
 def _register() -> None:

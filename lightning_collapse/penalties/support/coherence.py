@@ -47,7 +47,7 @@ class Coherence:
         """
         totals, [count] = reduced([*self.sums.values(), torch.stack(list(self.squares.values()))], self.count)
         means = torch.stack([(value / count).square().sum() for value in totals[:-1]])
-        parts = means, totals[-1].to(means) / count
+        squares = totals[-1].to(means) / count
         modules: dict[str, list[int]] = {"all": list(range(len(means)))}
         unknown: set[str] = set()
         for i, name in enumerate(self.sums):
@@ -55,7 +55,7 @@ class Coherence:
             modules.setdefault(module, []).append(i)
             unknown |= set() if names is None or name in names else {module, "all"}
         return {
-            module: rank_one_share(*(part[own].sum() for part in parts), count)
+            module: rank_one_share(means[own].sum(), squares[own].sum(), count)
             for module, own in modules.items()
             if module not in unknown
         }

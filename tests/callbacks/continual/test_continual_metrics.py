@@ -1,17 +1,21 @@
 """Every task after every task, against accuracies taken by hand, and unseen by the training."""
 
+from itertools import pairwise
 from math import isnan
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import Metric
 
 from lightning_collapse import ContinualMetrics
+from lightning_collapse.callbacks.continual.task_pictures import GapHistory
 from lightning_collapse.functional import average_accuracy, backward_transfer, forgetting, forward_transfer
 from lightning_collapse.utilities.points import Flag
-from tests.continual import Learner, accuracy, held_out, task, training
+from tests.continual import CLASSES, WIDTH, Learner, accuracy, held_out, task, training
 from tests.toys import QUIET, MemoryLogger, PointKeeper, Toy, batches, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
@@ -124,6 +128,145 @@ def test_state_goes_through_a_checkpoint(tmp_path):
     assert more.values[3].isnan().all()
     with pytest.warns(UserWarning, match="Add loaders at the end only"):
         ContinualMetrics({"a": held_out(1)}).load_state_dict(metrics.state_dict())
+
+
+def by_loss(outputs, labels):
+    return torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+
+class MeanLoss(Metric):
+    """The same, streamed."""
+
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("sums", torch.zeros(2), dist_reduce_fx="sum")
+
+    def update(self, outputs, labels):
+        self.sums += torch.stack([by_loss(outputs, labels).sum(), torch.tensor(float(len(labels)))])
+
+    def compute(self):
+        return self.sums[0] / self.sums[1]
+
+
+class Planted(Callback):
+    """Weights of a head that set the loss of every task by hand, before the task is measured."""
+
+    def __init__(self, model, tables):
+        self.model, self.tables = model, iter(tables)
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.table = next(self.tables)
+
+
+class Told(Learner):
+    """Returns what a table says of a task, which its inputs name."""
+
+    table = None
+
+    def forward(self, x):
+        if self.table is None:
+            return super().forward(x)
+        return torch.tensor(self.table)[x[:, 0].long()].unsqueeze(1)
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_signs_of_a_hand_matrix(mode):
+    """[[.9, .1], [.6, .8]] as accuracies, and as losses: a task forgets where its loss rises."""
+
+    def loader(task):
+        return DataLoader(TensorDataset(torch.full((4, WIDTH), float(task)), torch.zeros(4)), batch_size=4)
+
+    def value(outputs, labels):
+        return outputs[:, 0]
+
+    model, keeper = Told(), PointKeeper()
+    metrics = ContinualMetrics([loader(0), loader(1)], metric=value, mode=mode)
+    metrics._baseline = torch.tensor([0.05, 0.05])
+    metrics.forward_transfer = True
+    tables = [[0.9, 0.1], [0.6, 0.8]]
+    for seed, table in enumerate(tables):
+        planted = Planted(model, [table])
+        model.table = None
+        trainer = learn(model, [planted, metrics, keeper], (seed + 1,), max_epochs=1)
+    torch.testing.assert_close(metrics.values, torch.tensor(tables))
+    sign = 1 if mode == "max" else -1
+    expected = {"accuracy": 0.7, "learning_accuracy": 0.85, "backward_transfer": -0.3 * sign, "forgetting": 0.3 * sign}
+    for name, number in expected.items():
+        assert trainer.callback_metrics[f"continual/{name}"].item() == pytest.approx(number), name
+
+
+def test_a_metric_that_streams_is_that_of_samples():
+    """In its own mode, with a copy for every task."""
+    found = []
+    for metric in (by_loss, MeanLoss()):
+        torch.manual_seed(0)
+        metrics = ContinualMetrics(
+            [held_out(seed) for seed in TASKS], 2, metric=metric, mode=None if isinstance(metric, Metric) else "min"
+        )
+        keeper = PointKeeper()
+        learn(Learner(), [metrics, keeper], TASKS[:2])
+        found.append((metrics, keeper))
+    (one, points), (other, same) = found
+    assert (one.mode, other.mode) == ("min", "min")
+    torch.testing.assert_close(one.values, other.values, equal_nan=True)
+    assert [p.key for p in points.points] == [p.key for p in same.points]
+    assert [p.value for p in points.points] == pytest.approx([p.value for p in same.points], rel=1e-5, nan_ok=True)
+    assert [p.n for p in points.points] == [p.n for p in same.points]
+    worst = points.curve("continual/min_accuracy")[-1].value
+    readings = [p.value for p in points.curve("continual/task0/accuracy")]
+    assert worst == max(readings[1:])
+    assert other.metric.sums.tolist() == [0.0, 0.0]
+
+
+def test_every_class_after_every_task():
+    model, logger = Learner(), MemoryLogger()
+    metrics = ContinualMetrics([held_out(seed) for seed in TASKS], num_classes=CLASSES)
+    learn(model, [metrics], TASKS, logger)
+    x = torch.cat([task(seed).tensors[0] for seed in TASKS])
+    y = torch.cat([task(seed).tensors[1] for seed in TASKS])
+    with torch.no_grad():
+        right = (model.eval()(x).argmax(dim=1) == y).float()
+    expected = torch.stack([right[y == label].mean() for label in range(CLASSES)])
+    torch.testing.assert_close(metrics.class_values[-1], expected)
+    assert metrics.class_table().count("\n") == 4
+    with pytest.warns(UserWarning, match=r"samples have labels that are none of `num_classes=2` classes"):
+        learn(Learner(), [ContinualMetrics([held_out(1)], num_classes=2)], TASKS[:1])
+
+
+def test_dips_are_kept_in_bounded_memory_and_marked():
+    history = GapHistory(2, 1)
+    for step in range(1000):
+        values = torch.tensor([0.9 - 0.6 * (step == 333), torch.nan if step < 500 else 0.5])
+        history.add(step, values)
+    assert len(history.steps) <= 128
+    assert history.steps == sorted(history.steps)
+    first, second = history.marked(["a", "b"])
+    assert first == "a: 0.3 at 333"
+    assert second == "b: 0.5 at 500"
+    assert len({b - a for a, b in pairwise(history.steps[:-1])}) == 1
+    assert history.values[:, 0].min() == pytest.approx(0.3)
+    assert GapHistory(1, -1).marked(["a"]) == ["a"]
+    losses = GapHistory(1, -1)
+    for step, value in enumerate([0.1, 4.0, 0.2]):
+        losses.add(step, torch.tensor([value]))
+    assert losses.marked(["a"]) == ["a: 4 at 1"]
+
+
+def test_pictures_of_classes_and_of_the_gap(tmp_path):
+    logger = CSVLogger(tmp_path)
+    metrics = ContinualMetrics([held_out(seed) for seed in TASKS], every_n_steps=3, num_classes=CLASSES)
+    learn(Learner(), [metrics], TASKS[:2], logger)
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    for name in ("accuracies", "class_accuracies", "stability_gap"):
+        assert any(name in found and found.endswith(".png") for found in names), names
+    again = ContinualMetrics([held_out(seed) for seed in TASKS], every_n_steps=3, num_classes=CLASSES)
+    again.load_state_dict(metrics.state_dict())
+    assert torch.equal(again.class_values.nan_to_num(), metrics.class_values.nan_to_num())
+    assert again._gap.steps == metrics._gap.steps
+    assert again._gap.marked(again.names) == metrics._gap.marked(metrics.names)
 
 
 class Broken:
