@@ -28,8 +28,8 @@ def publish_shares(trainer: Trainer, pl_module: LightningModule, penalty: Penalt
 register_curve(
     "continual",
     "rank_one_share",
-    reads="gradients of the first samples of a task that has ended",
-    range="-1 / (N - 1) to 1",
+    reads="gradients of samples",
+    range="about 0 to 1",
     collapsed="does not tell",
-    source="Wang et al., ICLR 2026, arXiv 2509.23593; unbiased",
+    source="arXiv 2509.23593",
 )
