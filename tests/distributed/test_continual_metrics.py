@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 
-from lightning_collapse import ContinualMetrics, PrototypeMemory
+from lightning_collapse import ContinualMetrics, CurveJump, PrototypeMemory
 from tests.continual import Learner, task
 from tests.distributed.launch import on_two_processes
 from tests.toys import QUIET, PointKeeper
@@ -25,6 +25,18 @@ def _share(seed, rank):
     x, y = task(seed).tensors
     part = slice(30, 48) if rank else slice(0, 30)
     return DataLoader(TensorDataset(x[part], y[part]), batch_size=18 if rank else 10)
+
+
+class _Jumps(Callback):
+    """Each process has a curve of its own, that jumps on the second alone."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        jump, self.found = CurveJump("loss"), []
+        for step in range(30):
+            number = 1.0 + 0.01 * (step * 7 % 5) + trainer.global_rank + 90 * (step == 25) * trainer.global_rank
+            trainer.callback_metrics["loss"] = torch.tensor(number)
+            self.found.append(jump(trainer))
+        self.state = jump.state_dict()
 
 
 class _Streamed(ContinualMetrics):
@@ -82,7 +94,12 @@ def _check(rank):
         start = {name: value.clone() for name, value in lit.state_dict().items()}
         streamed = _Streamed([_share(1, rank), _share(2, rank)], metric=_Accuracy())
         classes = _Classes([_share(1, rank), _share(2, rank)], num_classes=3)
-        Trainer(**options, callbacks=[metrics, streamed, classes, keeper, memory, lost, lonely]).fit(lit, _share(2, 1))
+        jumps = _Jumps()
+        watchers = [metrics, streamed, classes, keeper, jumps, memory, lost, lonely]
+        Trainer(**options, callbacks=watchers).fit(lit, _share(2, 1))
+        torch.distributed.all_gather_object(same := [None, None], (jumps.found, jumps.state))
+        assert same[0] == same[1]
+        assert jumps.found == [step == 25 for step in range(30)]
         assert streamed.values[0].tolist() == pytest.approx(metrics.values[1, :2].tolist())
         assert classes.values[0].tolist() == pytest.approx(metrics.values[1, :2].tolist())
         seen = classes.class_values[0].tolist()

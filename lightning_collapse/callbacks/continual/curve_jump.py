@@ -54,8 +54,8 @@ class CurveJump:
 
     Example::
 
-        boundary = TaskBoundary(when=CurveJump("train_loss", Burst(planned=500)), every_n_steps=10)
-        Trainer(callbacks=[boundary, WeightPenalty(SynapticIntelligence())]).fit(model, stream)
+        boundary = TaskBoundary(when=CurveJump("val/perplexity", Burst(planned=100)))
+        trainer = Trainer(callbacks=[boundary, WeightPenalty(SynapticIntelligence())])
     """
 
     _DEFAULT: Any = object()

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.task_aware import TaskAware, after_hook
+from lightning_collapse.callbacks.loss_terms.weight_penalty import weight_penalties
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.trainer import is_due
@@ -45,7 +46,7 @@ class TaskBoundary(Callback):
     Raises:
         ValueError: If not exactly one of the first three is given, or it makes no sense.
         MisconfigurationException: When the fit starts, if the data module would not be asked for the next task, or
-            tasks may end in the middle of an epoch and the training data have persistent workers.
+            tasks may end in the middle of an epoch and a penalty would take the persistent workers of the data.
 
     Example::
 
@@ -103,11 +104,12 @@ class TaskBoundary(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.every_n_steps and getattr(trainer.train_dataloader, "persistent_workers", False):
+        reads = any(p.penalty.needs_data and p.loader is None for p in weight_penalties(trainer))
+        if self.every_n_steps and reads and getattr(trainer.train_dataloader, "persistent_workers", False):
             raise MisconfigurationException(
-                f"`TaskBoundary(every_n_steps={self.every_n_steps})` ends tasks in the middle of an epoch, and what"
-                " reads the training data then would take the workers of the running epoch. Set"
-                " `persistent_workers=False`."
+                f"`TaskBoundary(every_n_steps={self.every_n_steps})` ends tasks in the middle of an epoch, and a"
+                " penalty that reads the training data then would take the workers of the running epoch. Set"
+                " `persistent_workers=False`, or `WeightPenalty(..., loader=...)`."
             )
 
     @override

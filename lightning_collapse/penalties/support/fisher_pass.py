@@ -151,7 +151,8 @@ class FisherPass:
         now = time.monotonic()
         if now - self._told > PATIENCE:
             self._told = now
-            rank_zero_info(f"Importances of weights: {done} samples after {now - self._started:.0f} s.")
+            of = "" if self.n_samples is None else f" of {_share(self.n_samples)}"
+            rank_zero_info(f"Importances of weights: {done}{of} samples after {now - self._started:.0f} s.")
 
     def summed(self, values: Mapping[str, Tensor], count: int, batches: int, methods: Mapping[str, str]) -> Sums:
         """Sums of all processes. Collective."""

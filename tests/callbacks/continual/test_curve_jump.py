@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_collapse import CurveJump, TaskBoundary, WeightPenalty
-from lightning_collapse.penalties import SynapticIntelligence
+from lightning_collapse.penalties import EWC, SynapticIntelligence
 from lightning_collapse.rules import Burst
 from tests.continual import Counting
 from tests.toys import QUIET, weights
@@ -27,6 +29,9 @@ class Regressor(LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.net = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.net(x)
 
     def training_step(self, batch, batch_idx):
         loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
@@ -129,6 +134,15 @@ def test_a_resumed_run_decides_the_same(tmp_path):
         resumed = fit(boundary, again, *others, enable_checkpointing=True, ckpt_path=path)
         assert again.ends == counting.ends
         assert all(torch.equal(value, whole[name]) for name, value in weights(resumed).items())
+
+
+def test_workers_of_a_running_epoch_are_not_taken():
+    """By a penalty that reads the training data; others do not mind."""
+    loader = DataLoader(TensorDataset(torch.randn(8, 3), torch.randn(8, 1)), num_workers=1, persistent_workers=True)
+    boundary = TaskBoundary(when=CurveJump("train_loss"), every_n_steps=1)
+    trainer = Trainer(**{**QUIET, "logger": False}, callbacks=[boundary, WeightPenalty(EWC(likelihood="gaussian"))])
+    with pytest.raises(MisconfigurationException, match=r"`persistent_workers=False`, or `WeightPenalty\(..., loader="):
+        trainer.fit(Regressor(), loader)
 
 
 def test_what_is_wrong_is_said():
