@@ -6,8 +6,8 @@ from lightning_collapse.callbacks.constraints.parseval_step import ParsevalStep
 from lightning_collapse.callbacks.constraints.projection import Projection
 from lightning_collapse.callbacks.continual.consolidate_update import ConsolidateUpdate
 from lightning_collapse.callbacks.continual.continual_metrics import ContinualMetrics
-from lightning_collapse.callbacks.continual.dynamic_ema import DynamicEMA
 from lightning_collapse.callbacks.continual.curve_jump import CurveJump
+from lightning_collapse.callbacks.continual.dynamic_ema import DynamicEMA
 from lightning_collapse.callbacks.continual.fit_tasks import fit_tasks
 from lightning_collapse.callbacks.continual.forgetting_monitor import ForgettingMonitor
 from lightning_collapse.callbacks.continual.fpf import FPF
@@ -57,6 +57,7 @@ from lightning_collapse.callbacks.monitors.weight_spectrum_monitor import Weight
 from lightning_collapse.rules import Verdict
 
 __all__ = [
+    "FPF",
     "Action",
     "ActivationMonitor",
     "AttentionEntropyMonitor",
@@ -72,7 +73,6 @@ __all__ = [
     "Distillation",
     "DriftMonitor",
     "DynamicEMA",
-    "FPF",
     "FeatureLearningMonitor",
     "FirstNonFinite",
     "ForgettingMonitor",
