@@ -1,9 +1,8 @@
 """Knowledge distillation from the network before a task: learning without forgetting (LwF)."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from random import Random
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -17,6 +16,7 @@ from lightning_collapse.callbacks.continual.replay import rehearsal_batch
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.evaluation.evaluation_pass import has_forward
 from lightning_collapse.callbacks.loss_terms.auxiliary_loss import AuxiliaryLoss, one_name
+from lightning_collapse.callbacks.loss_terms.teacher import Call, Teacher, named_parts
 from lightning_collapse.losses.base import TooFewRowsError, nothing
 from lightning_collapse.losses.distillation import (
     distillation_loss,
@@ -30,7 +30,7 @@ from lightning_collapse.utilities.batch import batch_size
 from lightning_collapse.utilities.copies import checksum, fill, frozen_copy, frozen_parameters, tensors_of
 from lightning_collapse.utilities.distributed import process_rank
 from lightning_collapse.utilities.hooks import ModuleHook
-from lightning_collapse.utilities.modules import find_modules, in_backward, is_channels_first
+from lightning_collapse.utilities.modules import in_backward, is_channels_first
 from lightning_collapse.utilities.private_torch import tree_leaves
 from lightning_collapse.utilities.targets import call_on
 from lightning_collapse.utilities.trainer import is_sharded
@@ -122,12 +122,12 @@ class Distillation(AuxiliaryLoss, TaskAware):
         self.kind = kind
         self.outputs = outputs
         self.replay = replay
-        self._teacher: _Teacher | None = None
+        self._teacher: Teacher | None = None
         self._saved: dict[str, Tensor] | None = None
         self._frozen: dict[str, int] = {}  # checksums when the fit began
         self._shared: dict[str, int] = {}  # of what the teacher has of the student
-        self._call: _Call | None = None
-        self._calls: list[_Call] = []
+        self._call: Call | None = None
+        self._calls: list[Call] = []
         self._no_rows: Tensor | None = None  # set by the first step that went well
 
     @override
@@ -147,7 +147,7 @@ class Distillation(AuxiliaryLoss, TaskAware):
                 copy = frozen_copy(pl_module, frozen.values())  # now, that it fails before the training of a task
                 if self._saved is not None:
                     fill(copy, self._saved)
-                    self._teacher, self._saved = _Teacher(copy, self._shared), None
+                    self._teacher, self._saved = Teacher(copy, self._shared), None
             except Exception as error:
                 raise MisconfigurationException(
                     f"`Distillation` needs a copy of {type(pl_module).__name__} as it was, and has none: {error!r:.400}"
@@ -155,7 +155,7 @@ class Distillation(AuxiliaryLoss, TaskAware):
         if self._teacher is not None:
             self._check_shared(self._teacher)
             self._teacher.hook(pl_module.device, name, self.rows_of)
-        around = {key: part for key, part in _parts(pl_module).items() if any(m is layer for m in part.modules())}
+        around = {key: part for key, part in named_parts(pl_module).items() if any(m is layer for m in part.modules())}
         if self.outputs is not None:
             around = {name: layer}
         hooks = [ModuleHook(layer, function=self._capture)]
@@ -222,7 +222,7 @@ class Distillation(AuxiliaryLoss, TaskAware):
             return
         for buffer in copy.buffers():  # those of BatchNorm differ between processes
             buffer.copy_(trainer.strategy.broadcast(buffer))
-        self._teacher = _Teacher(copy, self._shared)
+        self._teacher = Teacher(copy, self._shared)
         self._teacher.hook(pl_module.device, self._layer(pl_module)[0], self.rows_of)
 
     @override
@@ -239,7 +239,7 @@ class Distillation(AuxiliaryLoss, TaskAware):
         self._teacher, self._saved = None, state_dict["teacher"]
         self._shared = dict(state_dict.get("shared", {}))  # version 0.1.0 has none
 
-    def _check_shared(self, teacher: "_Teacher") -> None:
+    def _check_shared(self, teacher: Teacher) -> None:
         """Whether what is shared is still what the task ended with."""
         now = checksum(teacher.shared)
         changed = [name for name, number in now.items() if self._shared[name] != number]
@@ -252,7 +252,7 @@ class Distillation(AuxiliaryLoss, TaskAware):
                 " that it had, or unfreeze what is to change.",
             )
 
-    def _keep_apart(self, teacher: "_Teacher") -> None:
+    def _keep_apart(self, teacher: Teacher) -> None:
         """Copy what the student has begun to train, before its first step."""
         trained = {name: p.detach() for name, p in teacher.shared.items() if p.requires_grad}
         if trained:
@@ -273,7 +273,7 @@ class Distillation(AuxiliaryLoss, TaskAware):
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self._open and self._call is None:
-                self._call = _Call(name, args, kwargs, [])
+                self._call = Call(name, args, kwargs, [])
 
         return enter
 
@@ -290,7 +290,7 @@ class Distillation(AuxiliaryLoss, TaskAware):
 
         return leave
 
-    def _rehearsal(self, trainer: Trainer, teacher: "_Teacher", n: int) -> Any:
+    def _rehearsal(self, trainer: Trainer, teacher: Teacher, n: int) -> Any:
         """What both answer on in place of the training batch; ``None`` where a buffer has no rows."""
         if isinstance(self.replay, ReplayBuffer):
             return rehearsal_batch(trainer, self.replay, n)
@@ -313,7 +313,7 @@ class Distillation(AuxiliaryLoss, TaskAware):
             self._open = False
         return None
 
-    def _answer(self, teacher: "_Teacher", batch: Any) -> Tensor | None:
+    def _answer(self, teacher: Teacher, batch: Any) -> Tensor | None:
         """What the teacher returns where the student was captured."""
         device = next((p.device for p in teacher.module.parameters()), torch.device("cpu"))
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -374,53 +374,3 @@ class Distillation(AuxiliaryLoss, TaskAware):
                 f" {'no fewer columns' if self.kind == 'logits' else 'as many columns'}."
             )
         return None
-
-
-class _Call(NamedTuple):
-    """One outermost call of the student and what the layer returned within it."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    rows: list[Tensor | None]
-
-
-class _Teacher:
-    """A frozen module that is no submodule of anything, what its layer returns, and what it has of the student."""
-
-    def __init__(self, module: nn.Module, shared: Iterable[str]) -> None:
-        self.module = module
-        self.shared = {name: module.get_parameter(name) for name in shared}
-        self.parts: dict[str, nn.Module] = _parts(module)
-        self._rows: list[Tensor | None] | None = None
-        self._remove: Callable[[], None] = lambda: None
-
-    def hook(self, device: torch.device, name: str, rows_of: Callable[[Any], Tensor | None]) -> None:
-        """Move to a device and hook the layer of a name, in place of any other."""
-        self.module.to(device)
-        self._remove()
-        if name not in self.parts:
-            raise MisconfigurationException(
-                f"The teacher of `Distillation`, of an earlier task, has no layer {name!r}."
-            )
-
-        def capture(module: nn.Module, args: Any, output: Any) -> None:
-            if self._rows is not None:
-                self._rows.append(rows_of(output))
-
-        self._remove = self.parts[name].register_forward_hook(capture).remove
-
-    @contextmanager
-    def captured(self) -> Iterator[list[Tensor | None]]:
-        """What the layer returns meanwhile."""
-        rows: list[Tensor | None] = []
-        self._rows = rows
-        try:
-            yield rows
-        finally:
-            self._rows = None
-
-
-def _parts(module: nn.Module) -> dict[str, nn.Module]:
-    """A module and all submodules by clean name."""
-    return {"": module, **(find_modules(module, ["*"]) if any(True for _ in module.children()) else {})}
