@@ -52,13 +52,15 @@ class CompleteCollapse(Rule):
     not enough, nor is anything above a thousandth where rows were within a tenth of each other at the beginning:
     healthy layers fall as low for a while, and codebooks begin with one code. It learns while the loss falls, and a
     joint embedding, whose loss falls as it collapses, while one view finds the other better and better. Nor is anything
-    said of the last layers of a classifier or a language model that has not begun to learn more than frequencies, for
-    seven tenths of the run or 64 points: healthy transformers lie on such a plateau, and leave it all at once.
+    said of the last layers of a classifier or a language model that has not begun to learn more than frequencies, nor
+    of an autoencoder that has one code, or one mean of all inputs, for seven tenths of the run or 64 points: healthy
+    ones lie on such a plateau, and leave it all at once.
 
     Ranks cannot see this: they do not change when a representation shrinks. Rows that point one way are equal to every
     loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the directions, unless
     rows lie on a ray, which is dimensional collapse: so the rank, which tells the two apart, has no direction in which
-    it is worse. Outputs that the loss compares with targets are not judged, nor is what holds little by design, such as
+    it is worse. Where the loss sees lengths, in classifiers, language models and autoencoders, features that spread
+    more than at the beginning, beside a mean that grows faster, lie in a cone and not on a point. Outputs that the loss compares with targets are not judged, nor is what holds little by design, such as
     the embedding of a time, nor are single features.
 
     Example:
@@ -103,10 +105,11 @@ class CompleteCollapse(Rule):
             return min(severity, UNDECIDED)
         if equal:
             return severity
-        cone = points["feature_std"].value > evidence.baseline["feature_std"] and evidence.task.name == "reconstruction"
+        sees_lengths = learns_in_turn(evidence) or evidence.task.name == "reconstruction"
+        cone = sees_lengths and points["feature_std"].value > evidence.baseline["feature_std"]
         if not (cone or learns(evidence)):
             return severity
-        names = ("relative_spread",) if on_a_ray(points) else ("relative_spread", "direction_spread")
+        names = ("relative_spread",) if cone or on_a_ray(points) else ("relative_spread", "direction_spread")
         spreads = [points[name].value for name in names if name in points]
         narrow = min(evidence.baseline[name] for name in names if name in evidence.baseline) < DEEP
         line = SHARE_FROM_BIRTH if narrow else SHARE

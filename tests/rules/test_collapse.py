@@ -107,7 +107,8 @@ def test_a_classifier_may_learn_one_direction_after_the_other(ranks):
     named = [Task(name) for name in ("classification", "multi-label", "language model")]
     for task in [*named, Task(outputs=frozenset({"head"}))]:
         assert found(FALLING, task) == []
-        assert found(None, task) == found(FLAT, task) == [BEGINNING]
+        assert found(None, task) == [BEGINNING]
+        assert found(FLAT, task) == [SURE - 1]  # it may not have begun to learn
         assert found(lambda step: 1.1**step, task) == [BEGINNING]
         # it falls back to where it began
         assert found(lambda step: 1.0 if not step else 99 * 0.9**step, task) == [BEGINNING]
@@ -134,6 +135,28 @@ def test_a_classifier_that_has_not_begun_to_learn_has_a_while(kind):
     assert since <= 30
     [early] = judge(FLAT, Task("classification", last=frozenset({"head"})))  # layers before the last ones do not wait
     assert early <= SURE
+
+
+def test_an_autoencoder_may_begin_with_one_mean_of_all_inputs():
+    def judge(readings, loss, task):
+        return sinces(run(readings, loss, task, n=100))
+
+    one_code = {"relative_spread": 0.0, "direction_spread": 0.0}
+    for name in ("reconstruction", "regression"):
+        [since] = judge(one_code, lambda step: 1.0 - min(step, 3) / 9, Task(name))  # and no further
+        assert (since >= 40) == (name == "reconstruction")
+    [since] = judge(one_code, lambda step: 1.0 if step < 20 else 1.4, Task("reconstruction"))  # it has got worse
+    assert since <= 30
+
+
+@pytest.mark.parametrize("name", ["classification", "language model", "reconstruction"])
+def test_features_that_spread_more_lie_in_a_cone_where_the_loss_sees_lengths(name):
+    wider = {"feature_std": 3 * HEALTHY["feature_std"], "direction_spread": HUNDREDTH}
+    loss = lambda step: 1.0 if step < 20 else 1.4  # noqa: E731
+    assert sinces(run(wider, loss, Task(name), n=100)) == []
+    assert sinces(run(wider, loss, SELF, n=100))
+    assert sinces(run({"direction_spread": HUNDREDTH}, loss, Task(name), n=100))
+    assert sinces(run({**wider, "relative_spread": HUNDREDTH}, loss, Task(name), n=100))
 
 
 def test_severities_of_the_two_lines_are_ordered():
