@@ -46,22 +46,23 @@ def on_a_ray(points: Mapping[str, Point]) -> bool:
 class CompleteCollapse(Rule):
     """All rows are equal, or as good as.
 
-    Their spread is a hundredth of the features' root mean square; or it is a tenth of it, and a quarter of what it was
-    at the beginning of the run, or the square of that where it was narrow then. Or the standard deviation of the
-    features is a hundredth of that at the beginning. Before the eighth point, and while the network learns, a tenth is
-    not enough, nor is anything above a thousandth where rows were within a tenth of each other at the beginning:
-    healthy layers fall as low for a while, and codebooks begin with one code. It learns while the loss falls, and a
-    joint embedding, whose loss falls as it collapses, while one view finds the other better and better. Nor is anything
-    said of the last layers of a classifier or a language model that has not begun to learn more than frequencies, nor
-    of an autoencoder that has one code, or one mean of all inputs, for seven tenths of the run or 64 points: healthy
-    ones lie on such a plateau, and leave it all at once.
+    Their spread is a hundredth of the features' root mean square; or it is a tenth of it, and a quarter of what it
+    was at the beginning of the run, or the square of that where it was narrow then. Or the standard deviation of
+    the features is a hundredth of that at the beginning. Before the eighth point, and while the network learns, a
+    tenth is not enough, nor is anything above a thousandth where rows were within a tenth of each other at the
+    beginning: healthy layers fall as low for a while, and codebooks begin with one code. It learns while the loss
+    falls, and a joint embedding, whose loss falls as it collapses, while one view finds the other better and
+    better. Nor is anything said of the last layers of a classifier or a language model that has not begun to learn
+    more than frequencies, nor of an autoencoder that has one code, or one mean of all inputs, for seven tenths of
+    the run or 64 points: healthy ones lie on such a plateau, and leave it all at once.
 
-    Ranks cannot see this: they do not change when a representation shrinks. Rows that point one way are equal to every
-    loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the directions, unless
-    rows lie on a ray, which is dimensional collapse: so the rank, which tells the two apart, has no direction in which
-    it is worse. Where the loss sees lengths, in classifiers, language models and autoencoders, features that spread
-    more than at the beginning, beside a mean that grows faster, lie in a cone and not on a point. Outputs that the loss compares with targets are not judged, nor is what holds little by design, such as
-    the embedding of a time, nor are single features.
+    Ranks cannot see this: they do not change when a representation shrinks. Rows that point one way are equal to
+    every loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the
+    directions, unless rows lie on a ray, which is dimensional collapse: so the rank, which tells the two apart, has
+    no direction in which it is worse. Where the loss sees lengths, in classifiers, language models and
+    autoencoders, features that spread more than at the beginning, beside a mean that grows faster, lie in a cone
+    and not on a point. Outputs that the loss compares with targets are not judged, nor is what holds little by
+    design, such as the embedding of a time, nor are single features.
 
     Example:
         >>> values = {"feature_std": 0.01, "relative_spread": 0.02}

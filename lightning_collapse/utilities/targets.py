@@ -78,6 +78,26 @@ def shifted_labels(batch: Any, labels: Tensor, module: nn.Module) -> Tensor:
     return torch.where(((labels == inputs) | ~counts).all() & counts.any(), moved, labels)
 
 
+def last_token_of(root: nn.Module, head: nn.Module) -> int | None:
+    """-1 for a head that scores every token of a sequence, of which the model compares the last; else ``None``.
+
+    That is the ``score`` of decoders of Hugging Face that classify sequences: reward models and their like.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class TinyForSequenceClassification(nn.Module):
+        ...     config = SimpleNamespace(pad_token_id=0)
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.score = nn.Linear(4, 2)
+        >>> model = TinyForSequenceClassification()
+        >>> last_token_of(nn.Sequential(model), model.score), last_token_of(model, nn.Linear(4, 2))
+        (-1, None)
+    """
+    named = (part for part in root.modules() if type(part).__name__.endswith("ForSequenceClassification"))
+    return -1 if any(getattr(part, "score", None) is head for part in named) else None
+
+
 def call_on(model: nn.Module, batch: Any) -> Any:
     """Call a model on a batch: on the first of a pair, or on what a mapping holds beside the targets.
 

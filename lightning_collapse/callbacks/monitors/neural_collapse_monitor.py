@@ -38,6 +38,7 @@ from lightning_collapse.utilities.execution import Execution
 from lightning_collapse.utilities.modules import Tap, classifier_head
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
+from lightning_collapse.utilities.targets import last_token_of
 from lightning_collapse.utilities.trainer import logging_step
 from lightning_collapse.utilities.weight_matrices import whole
 
@@ -206,6 +207,7 @@ class NeuralCollapseMonitor(Monitor):
             wanted * world_size(),
             limit=wanted,
             paired=True,
+            position=last_token_of(pl_module, tap.module),
             take=self._take,
             containment=self.contained,
             choose=partial(self._follow, pl_module, tap) if self.layer is None else None,

@@ -191,3 +191,37 @@ def test_nothing_is_published_where_every_batch_is_mixed_unless_the_labels_are_t
     assert {name for name, point in found.items() if math.isfinite(point.value)} == {"n", "classes", "flag"}
     told = watch(Mixup(False, always=True), noise(), labels=lambda batch: batch[1], every_n_steps=4)
     assert math.isfinite(told["nc1"].value)
+
+
+class DecoderForSequenceClassification(nn.Module):
+    """Scores every token, as decoders of Hugging Face do, and takes the last one of each sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Linear(6, 5)
+
+    def forward(self, states, mask):
+        scores = self.score(states)
+        return scores[torch.arange(len(states)), mask.sum(dim=1) - 1]
+
+
+def test_of_sequences_that_are_classified_by_their_last_token_that_is_the_row():
+    class Last(Net):
+        def __init__(self):
+            super().__init__()
+            self.net = DecoderForSequenceClassification()
+            del self.head
+
+        def training_step(self, batch, batch_idx):
+            scores = self.net(self.features(batch["states"]), batch["attention_mask"])
+            return F.cross_entropy(scores, batch["labels"])
+
+    rows, labels = noise(1)[0]
+    lengths = 1 + torch.arange(60) % 4
+    mask = (torch.arange(4) < lengths.unsqueeze(1)).long()
+    states = torch.randn(60, 4, 6)
+    states[torch.arange(60), lengths - 1] = rows
+    found = watch(Last(), [{"states": states, "attention_mask": mask, "labels": labels}], every_n_steps=1, rows=60)
+    plain = watch(Net(), [(rows, labels)], every_n_steps=1, rows=60)
+    for name in ("nc1", "cdnv", "vci", "n"):
+        assert found[name].value == pytest.approx(plain[name].value, rel=1e-5), name
