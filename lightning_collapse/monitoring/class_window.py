@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_collapse.spectral.seen_classes import SeenClasses, SeenClassMoments
 
-MOST_NUMBERS = 2**20
+MOST_NUMBERS = 2**18
 """So many numbers of rows wait to be added up together, which costs a fraction of adding batch by batch."""
 
 
@@ -30,7 +30,8 @@ class ClassWindow:
 
     def __init__(self, make: Callable[[], SeenClassMoments]) -> None:
         self._make = make
-        self._moments, self._taken = make(), 0
+        self._moments: SeenClassMoments | None = None  # until rows are added up
+        self._taken = 0
         self._waiting: list[list[Tensor]] = []  # rows and labels of the latest batches
         self._latest: list[Tensor] = []
         self._filler: list[Tensor] = []
@@ -53,7 +54,7 @@ class ClassWindow:
         if self._taken < wanted and self._filler:  # the point fell on a short batch
             self._waiting.append(self._filler)
         self._add_up()
-        moments, self._moments, self._taken = self._moments, self._make(), 0
+        moments, self._moments, self._taken = self._moments or self._make(), None, 0
         earlier, self._filler, self._latest = self._filler, self._latest, []
         rows = max((kept[0] for kept in (self._filler, earlier) if kept), key=len, default=None)
         return moments.reduce(rows)
@@ -61,17 +62,22 @@ class ClassWindow:
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and lists."""
         rows = {"taken": self._taken, "waiting": self._waiting, "latest": self._latest, "filler": self._filler}
-        return {"moments": self._moments.states(), **rows}
+        return {"moments": {} if self._moments is None else self._moments.states(), **rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was called, if that was of as many features and classes."""
-        if self._moments.load_states(state["moments"]):
-            self._taken, device = state["taken"], self._moments.names.device
+        moments, waiting = self._make(), state.get("waiting", [])
+        width = moments.moments.shift.shape[1]
+        fits = not state["moments"] or moments.load_states(state["moments"])
+        if fits and all(rows.shape[1] == width for rows, _ in waiting):
+            self._moments = moments if state["moments"] else None
+            self._taken, device = state["taken"], moments.names.device
             self._latest, self._filler = ([x.to(device) for x in state[key]] for key in ("latest", "filler"))
-            self._waiting = [[x.to(device) for x in waiting] for waiting in state.get("waiting", [])]
+            self._waiting = [[x.to(device) for x in batch] for batch in waiting]
 
     def _add_up(self) -> None:
         if self._waiting:
             rows, labels = zip(*self._waiting, strict=True)
+            self._moments = self._moments or self._make()
             self._moments.update(torch.cat(rows), torch.cat(labels))
             self._waiting = []
