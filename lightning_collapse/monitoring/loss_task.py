@@ -21,13 +21,14 @@ _ORDER = ("language model", "classification", "multi-label", "regression", "reco
 def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> LossUse:
     """The task, where it ends, and what is compared; empty where nothing tells.
 
-    In this order: outputs that actions choose, weighed or compared with returns: reinforcement. Features compared with
-    each other, in networks that no target reaches: self-supervised; a probe beside is exempt and changes nothing.
-    Targets of the batch: those that are the tokens read, or the next, or of as many classes as there are tokens: a
-    language model; classes that exclude each other: classification; several that do not: multi-label; what the network
-    receives: reconstruction; other numbers: regression. Noise that was added to what the network receives: denoising.
-    Features compared with each other or with those of a network beside: self-supervised. Labels that the step has made
-    itself, such as those of a detector's anchors: no name, and outputs that are exempt.
+    In this order: outputs that actions choose, weighed or compared with returns: reinforcement. Features compared
+    with each other, in networks that no target reaches: self-supervised; a probe beside is exempt and changes
+    nothing. Targets of the batch: those that are the tokens read, or the next, or of as many classes as there are
+    tokens: a language model; classes that exclude each other: classification; several that do not: multi-label;
+    what the network receives: reconstruction, also beside features that hang on the same weights; other numbers:
+    regression. Noise that was added to what the network receives: denoising. Features compared with each other or
+    with those of a network beside: self-supervised. Labels that the step has made itself, such as those of a
+    detector's anchors: no name, and outputs that are exempt.
     """
     roles, nodes = dict(said[0]), said[1]
     graph, found = evidence.graph, evidence.found
@@ -48,7 +49,9 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
     assigned = _assigned(evidence, labels)
     features = _features(evidence, labels)
     reached = graph.weights_below([one.node for one in targets or assigned]) if features else set()
-    apart = [one for one in features if not graph.weights_below([one.node]) <= reached]
+    own = "reconstruction" in names.values()  # beside it two Gaussians may be compared, one of them a prior
+    below = [graph.weights_below([one.node]) for one in features]
+    apart = [w for w in below if (reached.isdisjoint(w) if own else not w <= reached)]
     if targets and not apart:
         first = min(targets, key=lambda one: _ORDER.index(names[id(one)]))
         name = names[id(first)]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Evidence
+from lightning_collapse.rules.progress import may_come_alive
 from lightning_collapse.utilities.points import Point
 
 PERPLEXITY, DEAD, MOTION, ERROR = "perplexity", "dead", "motion", "quantization_error"
@@ -16,7 +17,8 @@ class CodebookCollapse(Rule):
     For two points half of the codes are dead, each of them 20 hits overdue by its own share so far, and the perplexity
     is below half of what chance leaves of equally likely codes, and of the largest of the run's first points, or below
     a quarter of chance. Nothing is said before the sixteenth point, since most codebooks begin with a few codes until
-    others are drawn along or put elsewhere, nor while the perplexity rises.
+    others are drawn along or put elsewhere, nor while the perplexity rises; nor, for seven tenths of the run or 64
+    points, of one that has never used a quarter of what chance leaves.
 
     Neither alone is a failure. Skewed data have a low perplexity and rare codes, which are not overdue; later levels of
     a residual quantizer are flatter than the first; and small batches hit few codes, which chance explains. A codebook
@@ -63,6 +65,7 @@ class CodebookCollapse(Rule):
         """The severity; undecided at first, and while the perplexity rises."""
         severity, curve = self.severity(evidence.points, evidence.baseline), evidence.history.get(PERPLEXITY)
         early = curve is None or curve.count < self.least_points or curve.direction() == "rising"
+        early = early or may_come_alive(evidence, PERPLEXITY, self.share_of_chance * evidence.points[PERPLEXITY].null)
         return min(severity, UNDECIDED) if early else severity
 
     def excuse(self, evidence: Evidence) -> str:

@@ -23,6 +23,7 @@ class Curve(Trend):
         count: Points so far.
         first: The first value.
         lowest: The lowest level so far.
+        highest: The highest.
 
     Example:
         >>> curve = Curve()
@@ -35,7 +36,7 @@ class Curve(Trend):
     def __init__(self) -> None:
         super().__init__(transform="identity")
         self.count = 0
-        self.first = self.lowest = nan
+        self.first = self.lowest = self.highest = nan
 
     def update(self, step: int, value: float) -> None:
         """Take another point in; one that is not finite is left out."""
@@ -45,6 +46,7 @@ class Curve(Trend):
             self.count += 1
             self.first = self._values[0] if self.count == 1 else self.first
             self.lowest = min(self.level, self.lowest) if self.count > 1 else self.first
+            self.highest = max(self.level, self.highest) if self.count > 1 else self.first
 
     def restart(self) -> None:
         """Forget the last points, and not where the curve began: the next point does not follow the last."""
@@ -66,14 +68,15 @@ class Curve(Trend):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        ends = {"first": none_for_nan(self.first), "lowest": none_for_nan(self.lowest)}
+        ends = {name: none_for_nan(getattr(self, name)) for name in ("first", "lowest", "highest")}
         return {**super().state_dict(), "count": self.count, **ends}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state."""
         super().load_state_dict(state_dict)
         self.count = state_dict["count"]
-        self.first, self.lowest = (nan_for_none(state_dict[name]) for name in ("first", "lowest"))
+        for name in ("first", "lowest", "highest"):
+            setattr(self, name, nan_for_none(state_dict.get(name)))
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,26 @@ def may_begin(evidence: Evidence) -> bool:
     do autoencoders that begin with one code, or with one mean of all that they reconstruct, in any layer. It is none
     after seven tenths of the planned points, nor after the 64th, nor if the loss has risen again.
     """
-    loss = evidence.history.get(LOSS)
     ends = learns_in_turn(evidence) and evidence.layer in evidence.task.last
-    if loss is None or not (ends or evidence.task.name == "reconstruction"):
-        return False
-    if loss.count >= min(SHARE * (evidence.planned or MANY), MANY):
+    loss = evidence.history.get(LOSS)
+    if loss is None or not (ends or evidence.task.name == "reconstruction") or not has_time(evidence, LOSS):
         return False
     return loss.level <= loss.lowest + max(RETREAT * (loss.first - loss.lowest), PROGRESS * abs(loss.first))
+
+
+def may_come_alive(evidence: Evidence, curve: str, line: float) -> bool:
+    """Whether a latent or a codebook, which has never reached a line of its curve, may do so yet.
+
+    Healthy ones tell nothing, or use one code, until what is behind them has learned to read them, for as long as in
+    :func:`may_begin`; the loss may rise meanwhile, as it does where codes lag behind or a divergence is warmed up.
+    """
+    own = evidence.history.get(curve)
+    return own is not None and not own.highest >= line and has_time(evidence, curve)
+
+
+def has_time(evidence: Evidence, curve: str) -> bool:
+    """Whether a curve has had less than seven tenths of the planned points, and less than 64; no if there is none."""
+    return curve in evidence.history and evidence.history[curve].count < min(SHARE * (evidence.planned or MANY), MANY)
 
 
 def is_harmed(evidence: Evidence) -> bool:
