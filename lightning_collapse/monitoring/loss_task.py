@@ -14,6 +14,7 @@ from lightning_collapse.monitoring.loss_use import Evidence, LossUse
 from lightning_collapse.monitoring.value_comparison import is_masked_part, is_mixture, relation
 
 Said = tuple[dict[str, str], dict[str, tuple[str, ...]]]
+VALUE = "it ends in one number, the value of a state"
 TARGETS = ("classes", "numbers", "yes or no", "probabilities")
 _ORDER = ("language model", "classification", "multi-label", "regression", "reconstruction")
 
@@ -38,6 +39,7 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
     if actions and not [one for one in targets if one.sort == "classes"]:
         by = next((f"`{name}` of the batch" for one in actions for name in one.given), "what the step has drawn")
         why = f"its loss, which chooses outputs by {by} ({actions[0].name})"
+        blank = replace(blank, conditioning={**conditioning, **_of_values(evidence, actions)})
         return replace(_with_layers(replace(blank, task="reinforcement", why=why), evidence, actions, {}), last=())
     names = {id(one): _name(evidence, one) for one in targets}
     for one in targets:
@@ -96,6 +98,16 @@ def _picks(evidence: Evidence) -> tuple[list[Comparison], list[Comparison]]:
     numbers = [one for one in evidence.found if one.sort == "numbers" and one.given]
     actions += [one for one in numbers if _is_weighed(graph, evidence.found, one.node, signed=True)]
     return actions, chosen
+
+
+def _of_values(evidence: Evidence, actions: list[Comparison]) -> dict[str, str]:
+    """Layers of a critic, whose features may lie along the one number they end in, and none of the policy's."""
+    graph, chosen = evidence.graph, {id(one) for one in actions}
+    numbers = [one for one in evidence.found if one.sort == "numbers" and id(one) not in chosen]
+    values = [one.node for one in numbers if _outputs(evidence, one) == 1]
+    alone = graph.weights_below(values) - graph.weights_below([one.node for one in actions])
+    names = [name for node in alone for name in graph.returned.get(node, ()) if name in graph.record.layers]
+    return {place: VALUE for name in names for place in (name, f"{name}.input")}
 
 
 def _through_views(node: Node) -> Node:

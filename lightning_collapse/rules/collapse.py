@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import LOSS, RECALL, begins, falls, has_time, learns, learns_in_turn, may_begin
+from lightning_collapse.rules.progress import LOSS, RECALL, begins, falls, learns, learns_in_turn, may_begin
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
@@ -188,8 +188,7 @@ class DimensionalCollapse(Rule):
         few, lost = self._few(evidence.points, evidence.baseline), self._lost(evidence.points, evidence.baseline)
         if evidence.baseline[self.measures[0]] <= RANK_LINES[0] and learns(evidence):
             few = min(few, UNDECIDED)  # as narrow from birth, and learning
-        waits = RECALL in evidence.history or (evidence.task.name == "self-supervised" and has_time(evidence, LOSS))
-        return max(few, min(lost, UNDECIDED) if waits else lost)
+        return max(few, min(lost, UNDECIDED) if RECALL in evidence.history else lost)
 
     def _few(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """How near both ranks are to one, or the rows to a ray."""

@@ -61,7 +61,7 @@ def may_begin(evidence: Evidence) -> bool:
     """
     ends = learns_in_turn(evidence) and evidence.layer in evidence.task.last
     loss = evidence.history.get(LOSS)
-    if loss is None or not (ends or evidence.task.name == "reconstruction") or not has_time(evidence, LOSS):
+    if loss is None or not (ends or evidence.task.name == "reconstruction") or not _has_time(evidence, LOSS):
         return False
     return loss.level <= loss.lowest + max(RETREAT * (loss.first - loss.lowest), PROGRESS * abs(loss.first))
 
@@ -73,12 +73,11 @@ def may_come_alive(evidence: Evidence, curve: str, line: float) -> bool:
     :func:`may_begin`; the loss may rise meanwhile, as it does where codes lag behind or a divergence is warmed up.
     """
     own = evidence.history.get(curve)
-    return own is not None and not own.highest >= line and has_time(evidence, curve)
+    return own is not None and not own.highest >= line and _has_time(evidence, curve)
 
 
-def has_time(evidence: Evidence, curve: str) -> bool:
-    """Whether a curve has had less than seven tenths of the planned points, and less than 64; no if there is none."""
-    return curve in evidence.history and evidence.history[curve].count < min(SHARE * (evidence.planned or MANY), MANY)
+def _has_time(evidence: Evidence, curve: str) -> bool:
+    return evidence.history[curve].count < min(SHARE * (evidence.planned or MANY), MANY)
 
 
 def is_harmed(evidence: Evidence) -> bool:

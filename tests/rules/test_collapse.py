@@ -112,10 +112,7 @@ def test_a_classifier_may_learn_one_direction_after_the_other(ranks):
         assert found(lambda step: 1.1**step, task) == [BEGINNING]
         # it falls back to where it began
         assert found(lambda step: 1.0 if not step else 99 * 0.9**step, task) == [BEGINNING]
-    assert found(FALLING, Task("regression")) == found(FALLING, ANY) == [BEGINNING]
-    near = ranks["effective_rank"] == 1.5
-    assert found(FALLING, SELF) == [BEGINNING] * near  # healthy joint embeddings fall as low for a while
-    assert near or sinces(run(ranks, FALLING, SELF, n=100, kind="dimensional_collapse"))[0] >= 40
+    assert found(FALLING, Task("regression")) == found(FALLING, ANY) == found(FALLING, SELF) == [BEGINNING]
 
 
 CLASSES = Task("classification", last=frozenset({"z"}))
