@@ -61,6 +61,7 @@ class ReplayBuffer:
         require_one_of(get_args(Storage), storage=storage)
         self.size, self.policy, self.storage, self.seed = size, policy, storage, seed
         self.seen = 0
+        self._passes = 0  # over all rows, each in an order of its own
         self._generator: torch.Generator | None = None
         self._rows: Any = None  # a nest of tensors of `size + 1` rows; what is not kept is written to the last
         self._labels = torch.zeros(0, dtype=torch.long)
@@ -149,7 +150,7 @@ class ReplayBuffer:
         return self._at(places)
 
     def loader(self, batch_size: int, shuffle: bool = True) -> ReplayLoader:
-        """Passes over all rows, as batches; each in another order, without a draw from the buffer's own numbers."""
+        """Passes over all rows, as batches; each of this buffer in another order, and no row is drawn otherwise."""
         require_whole(1, batch_size=batch_size)
         return ReplayLoader(self, batch_size, shuffle)
 
@@ -190,6 +191,7 @@ class ReplayBuffer:
             "labels": self._labels[: self._used].clone(),
             "random": self._random().get_state(),
             "seen": self.seen,
+            "passes": self._passes,
             "least": self._least,
         }
 
@@ -202,7 +204,7 @@ class ReplayBuffer:
             self._write(state["keys"], state["labels"], state["rows"])  # in the same places
         else:
             self.merge(state)
-        self.seen, self._least = state["seen"], state["least"]
+        self.seen, self._least, self._passes = state["seen"], state["least"], state.get("passes", 0)
         self._random().set_state(state["random"].cpu())
 
     @torch.no_grad()
@@ -320,7 +322,6 @@ class ReplayLoader:
 
     def __init__(self, buffer: ReplayBuffer, batch_size: int, shuffle: bool) -> None:
         self.buffer, self.batch_size, self.shuffle = buffer, batch_size, shuffle
-        self._passes = 0
 
     def __len__(self) -> int:
         return -(-len(self.buffer) // self.batch_size)
@@ -328,8 +329,8 @@ class ReplayLoader:
     def __iter__(self) -> Iterator[Any]:
         places = self.buffer._valid().nonzero().squeeze(1)
         if self.shuffle:
-            own = torch.Generator().manual_seed(self.buffer.seed + self._passes)
-            self._passes += 1
+            own = torch.Generator().manual_seed(self.buffer.seed + self.buffer._passes)
+            self.buffer._passes += 1
             places = places[torch.randperm(len(places), generator=own).to(places.device)]
         for first in range(0, len(places), self.batch_size):
             yield self.buffer._at(places[first : first + self.batch_size])

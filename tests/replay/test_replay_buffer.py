@@ -204,6 +204,7 @@ def test_sampling_and_passes() -> None:
     assert len(loader) == 3
     assert sorted(passes[0]) == sorted(passes[1]) == held(buffer)
     assert passes[0] != passes[1]
+    assert [row for batch in ReplayBuffer.loader(buffer, 4) for row in batch["x"].tolist()] not in passes
     assert buffer.sample(5)["x"].tolist() == twin.sample(5)["x"].tolist()  # a pass draws nothing
 
 
