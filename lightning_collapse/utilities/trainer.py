@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from contextvars import ContextVar
 from inspect import signature
 from math import inf, isinf
 from typing import Any
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_collapse.utilities.twin_packages import is_kind, path_of
 
+_aside: ContextVar[bool] = ContextVar("aside", default=False)
 _PIPE = 8 * 1024
 """Far less than a pipe holds: 29 KB of curves were seen to block one."""
 
@@ -105,11 +107,27 @@ def unscaled_squares(trainer: Trainer, optimizer: Optimizer, squares: Tensor) ->
     return squares if scale is None else squares / scale.to(squares).square()
 
 
-def to_device(trainer: Trainer, batch: Any) -> Any:
-    """A batch as a step would get it: in the trainer's precision, through the batch hooks, on the device."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+def to_device(trainer: Trainer, batch: Any, prepared: bool = False) -> Any:
+    """A batch as a step would get it: in the trainer's precision, through the batch hooks, on the device.
+
+    Args:
+        trainer: Whose step.
+        batch: One that the training does not train on of itself, see :func:`is_aside`.
+        prepared: Whether it is in that precision and has been through the hooks before the transfer already.
+    """
+    token = _aside.set(True)
+    try:
+        if not prepared:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    finally:
+        _aside.reset(token)
+
+
+def is_aside() -> bool:
+    """Whether a batch in a batch hook is one of :func:`to_device`, and none of the training's own."""
+    return _aside.get()
 
 
 def batch_hook_owner(trainer: Trainer, hook: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -23,11 +22,8 @@ from lightning_collapse.utilities.batch import batch_size as size_of
 from lightning_collapse.utilities.distributed import process_rank, to_first_process, world_size
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import register_curve
-from lightning_collapse.utilities.trainer import batch_hook_owner, to_device
+from lightning_collapse.utilities.trainer import batch_hook_owner, is_aside, to_device
 from lightning_collapse.utilities.training_step import wrap_method
-
-_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
-"""Whether a batch on its way to the device is one of rehearsal, and none of the training's own."""
 
 
 class Replay(TaskAware):
@@ -71,6 +67,7 @@ class Replay(TaskAware):
             Trainer(callbacks=[replay]).fit(model, task)
     """
 
+    reads_weights = False
     left_out_of_copies: ClassVar[bool] = True
     """A teacher that is copied from a module holds no rows."""
 
@@ -116,7 +113,7 @@ class Replay(TaskAware):
         hook = "on_before_batch_transfer" if self.buffer.storage == "host" else "on_after_batch_transfer"
 
         def around(inner: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-            if trainer.training and not _rehearsing.get():
+            if trainer.training and not is_aside():
                 batch = self._rehearse(pl_module, batch)
             return inner(batch, *args, **kwargs)
 
@@ -251,15 +248,7 @@ def gather_buffers(state: dict[str, Any]) -> dict[str, Any]:
 def rehearsal_batch(trainer: Trainer, buffer: ReplayBuffer, n: int) -> Any:
     """Rows of a buffer as a training step would get them; ``None`` if there are none."""
     rows = buffer.sample(n)
-    if rows is None:
-        return None
-    token = _rehearsing.set(True)
-    try:
-        if buffer.storage == "host":
-            return to_device(trainer, rows)
-        return trainer.strategy.batch_to_device(rows, dataloader_idx=0)
-    finally:
-        _rehearsing.reset(token)
+    return None if rows is None else to_device(trainer, rows, prepared=buffer.storage == "device")
 
 
 def _nothing() -> None:

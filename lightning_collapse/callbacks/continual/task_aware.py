@@ -30,6 +30,7 @@ class TaskAware(Callback, ABC):
         task_index: Index of the running task, from 0.
         changes_weights: Whether it changes weights when a task ends and keeps no account of them, so that others may
             change them after it. An optimizer that trains other weights than it hands over is refused then.
+        reads_weights: Whether what it does when a task ends depends on weights, so that none may change after it.
 
     Example::
 
@@ -41,6 +42,7 @@ class TaskAware(Callback, ABC):
     """
 
     changes_weights: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.task_index = 0
@@ -61,7 +63,7 @@ class TaskAware(Callback, ABC):
         place = f"the end of task {self.task_index}"
         with self.containment(place, "it is left out"), evaluation_weights(trainer.optimizers):
             self.end_task(trainer, pl_module)
-            self._learned = None if self.changes_weights else checksum(pl_module)
+            self._learned = checksum(pl_module) if self.reads_weights and not self.changes_weights else None
         self._trained = False
         self.task_index += 1
 

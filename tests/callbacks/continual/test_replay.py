@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_collapse import (
+    FPF,
     CollapseMonitor,
     ContinualMixin,
     Distillation,
@@ -333,6 +334,41 @@ def test_herding_is_added_to_when_a_task_ends() -> None:
     fit(model, replay, data=loader(1))
     assert model.seen == [8, 8, 8, 8, 4, 14, 14, 14, 14, 8]
     assert len(buffer) == 6
+
+
+@pytest.mark.parametrize("storage", ["host", "device"])
+@pytest.mark.parametrize("first", [True, False])
+def test_batches_that_tune_a_model_are_neither_kept_nor_made_longer(storage: Any, first: bool) -> None:
+    sizes = []
+
+    class Noting(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            sizes.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    replay, model = Replay(ReplayBuffer(100, storage=storage)), Noting()
+    fpf = FPF(replay.buffer.loader(9), iterations=3)
+    for seed in range(2):
+        fit(model, *([fpf, replay] if first else [replay, fpf]), data=loader(seed), max_epochs=1)
+    assert sizes == [8, 8, 8, 8, 4, 9, 9, 9, 16, 16, 16, 16, 8, 9, 9, 9]
+    assert replay.buffer.seen == len(replay.buffer) == 72
+
+
+def test_a_tuning_on_the_buffer_that_was_cut_off_goes_on(tmp_path: Any) -> None:
+    class Half(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    def make() -> list[Any]:
+        replay = Replay(ReplayBuffer(20))
+        return [FPF(replay.buffer.loader(4), iterations=7, lr=0.1, times=2), replay]
+
+    whole, callbacks = Net(), make()
+    fit(whole, *callbacks, Half(), max_epochs=2)
+    resumed = Net()
+    fit(resumed, *make(), max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    assert same(whole, resumed)
 
 
 def test_batches_that_do_not_fit_go_without_once_training_runs() -> None:
