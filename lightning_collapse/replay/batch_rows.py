@@ -1,10 +1,11 @@
 """Rows of a batch: any nest of tensors whose first dimension is the sample."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection, apply_to_collections
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 
@@ -56,17 +57,42 @@ def count_rows(nest: Any) -> int:
     return next(iter(lengths.values()))
 
 
-def concatenate(batch: Any, rehearsal: Any) -> Any:
+def concatenate(batch: Any, rehearsal: Any, path: str = "batch") -> Any:
     """Rows of one batch behind those of another of the same form, on its devices and in its types.
+
+    Raises:
+        ValueError: If they are not of one form.
 
     Example:
         >>> concatenate((torch.ones(1, 2), torch.tensor([3])), (torch.zeros(1, 2), torch.tensor([4])))
         (tensor([[1., 1.],
                 [0., 0.]]), tensor([3, 4]))
     """
-    return apply_to_collections(
-        batch, rehearsal, Tensor, lambda own, other: torch.cat([own, other.to(device=own.device, dtype=own.dtype)])
+    if isinstance(batch, Tensor) and isinstance(rehearsal, Tensor):
+        return torch.cat([batch, rehearsal.to(device=batch.device, dtype=batch.dtype)])
+    if isinstance(batch, Mapping) and isinstance(rehearsal, Mapping) and batch.keys() == rehearsal.keys():
+        parts = {key: concatenate(part, rehearsal[key], f"{path}[{key!r}]") for key, part in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return type(batch)(parts)  # type: ignore[call-arg]
+        joined = copy(batch)  # with what else it knows, such as how it makes what is missing
+        joined.update(parts)
+        return joined
+    sequences = all(isinstance(of, Sequence) and not isinstance(of, str) for of in (batch, rehearsal))
+    if sequences and len(batch) == len(rehearsal):
+        pairs = enumerate(zip(batch, rehearsal, strict=True))
+        longer = [concatenate(*pair, f"{path}[{index}]") for index, pair in pairs]
+        return type(batch)(*longer) if hasattr(batch, "_fields") else type(batch)(longer)
+    raise ValueError(
+        f"`{path}` is {_form(batch)} and what is rehearsed for it {_form(rehearsal)}. Say with `combine=` how both"
+        " become one batch."
     )
+
+
+def _form(part: Any) -> str:
+    if isinstance(part, Mapping):
+        return f"a mapping of {', '.join(map(repr, part)) or 'nothing'}"
+    sized = isinstance(part, Sequence) and not isinstance(part, str)
+    return f"a {type(part).__name__}" + (f" of {len(part)}" if sized else "")
 
 
 def _kind(tensor: Tensor) -> str:

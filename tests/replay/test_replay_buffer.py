@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections import namedtuple
-from typing import Any
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_collapse.replay import ReplayBuffer, beyond_quota, herding_order, replay_buffer
+from lightning_collapse.replay.batch_rows import concatenate
 
 POLICIES = ("reservoir", "class_balanced", "ring", "class_ring", "herding")
 
@@ -264,3 +266,36 @@ def test_arguments() -> None:
         ReplayBuffer(5).loader(0)
     with pytest.raises(MemoryError, match=r"`size=1000000000000` rows of 36 bytes take 3.6e\+04 GB, and cpu has"):
         ReplayBuffer(10**12).add((X, Y))
+
+
+def test_batches_of_any_kind_become_longer_as_what_they_are() -> None:
+    class Encoding(UserDict[str, Any]):
+        """As tokenizers return it: made of more than a mapping."""
+
+        def __init__(self, data: Any = None, encodings: Any = None) -> None:
+            super().__init__(data)
+            self.encodings = encodings
+
+    class Pair(NamedTuple):
+        x: Any
+        y: Any
+
+    one = {"x": torch.zeros(2, 3), "y": torch.zeros(2, dtype=torch.long)}
+    for batch in (
+        defaultdict(list, one),
+        OrderedDict(one),
+        Encoding(one, "kept"),
+        MappingProxyType(one),
+        Pair(*one.values()),
+    ):
+        buffer = ReplayBuffer(4)
+        buffer.add(batch)
+        joined = concatenate(batch, buffer.sample(4))
+        assert type(joined) is type(batch)
+        assert [len(part) for part in (joined if isinstance(batch, Pair) else joined.values())] == [4, 4]
+        assert getattr(joined, "encodings", "kept") == "kept"
+    assert len(one["x"]) == 2
+    with pytest.raises(ValueError, match=r"`batch\['x'\]` is a list of 1 and what is rehearsed for it a Tensor"):
+        concatenate({"x": [one["x"]]}, {"x": one["x"]})
+    with pytest.raises(ValueError, match=r"`batch` is a mapping of 'x', 'y', 'id' and .* a mapping of 'x', 'y'"):
+        concatenate({**one, "id": ["a"]}, one)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any, ClassVar
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -14,13 +15,14 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
-from lightning_collapse.replay.batch_rows import concatenate, map_rows
+from lightning_collapse.replay.batch_rows import concatenate, count_rows, map_rows
 from lightning_collapse.replay.replay_buffer import ReplayBuffer
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.batch import batch_size as size_of
 from lightning_collapse.utilities.distributed import process_rank, to_first_process, world_size
 from lightning_collapse.utilities.points import Point
+from lightning_collapse.utilities.random_states import own_random_states, restore_own_random_states
 from lightning_collapse.utilities.registry import register_curve
 from lightning_collapse.utilities.trainer import batch_hook_owner, is_aside, to_device
 from lightning_collapse.utilities.training_step import wrap_method
@@ -191,11 +193,12 @@ class Replay(TaskAware):
             return batch
         try:
             if self._streams:
-                self.buffer.check(*self._kept_of(batch))
+                self._try_combining(batch, self.buffer.check(*self._kept_of(batch))[0])
             combined = self._combined(pl_module, batch)
         except Exception as error:
+            said = str(error) if isinstance(error, ValueError | MemoryError) else f"{error!r}."
             raise MisconfigurationException(
-                f"`{type(self).__name__}` cannot keep the first training batch, or add to it: {error!s:.400} What to"
+                f"`{type(self).__name__}` cannot keep the first training batch, or add to it: {said:.400} What to"
                 " keep can be said with `rows=` and `labels=`, and how to add it with `combine=`."
             ) from error
         self._tried = True
@@ -206,18 +209,27 @@ class Replay(TaskAware):
             )
         return combined
 
+    def _try_combining(self, batch: Any, rows: Any) -> None:
+        """With its own rows, as long as there are no others: before the first task, not behind it."""
+        if self.batch_size != 0 and count_rows(rows):
+            states = own_random_states()
+            try:
+                self.combine(map_rows(torch.clone, batch), map_rows(torch.clone, rows))
+            finally:
+                restore_own_random_states(states)
+
     def _combined(self, pl_module: LightningModule, batch: Any) -> Any:
         self._keep()
         self.rows_of_batch = size_of(batch)
         wanted = self.rows_of_batch if self.batch_size is None else self.batch_size
         rehearsal = self.buffer.sample(wanted) if wanted and (self.from_start or self.task_index) else None
         kept = self._kept_of(batch) if self._streams else None
-        if rehearsal is not None:
-            batch = self.combine(batch, rehearsal)
-        elif kept is not None:
+        if kept is not None and (rehearsal is None or self.combine is not concatenate):
             # what follows may change a batch in place, where it is not copied to a device before
             copied = map_rows(lambda t: t.clone() if t.device == pl_module.device else t, list(kept))
             kept = copied[0], copied[1]
+        if rehearsal is not None:
+            batch = self.combine(batch, rehearsal)
         self._pending = kept
         return batch
 

@@ -371,6 +371,25 @@ def test_a_tuning_on_the_buffer_that_was_cut_off_goes_on(tmp_path: Any) -> None:
     assert same(whole, resumed)
 
 
+def test_a_function_that_combines_draws_nothing_before_it_is_needed_and_changes_no_row() -> None:
+    def combine(batch: Any, old: Any) -> Any:
+        batch[0].mul_(torch.rand(()))
+        return [batch[0], batch[1]]
+
+    plain, model, replay = Net(), Net(), Replay(ReplayBuffer(99), combine=combine)
+    torch.manual_seed(0)
+    fit(plain)
+    drawn = torch.rand(2)
+    torch.manual_seed(0)
+    fit(model, replay)
+    assert torch.equal(torch.rand(2), drawn)
+    assert same(plain, model)
+    fit(model, replay, data=loader(1))
+    rows = every_row(replay.buffer)
+    given = torch.cat([task(seed, n=36).tensors[0] for seed in range(2)])
+    assert torch.equal(rows.sort(dim=0).values, given.sort(dim=0).values)
+
+
 def test_batches_that_do_not_fit_go_without_once_training_runs() -> None:
     data = [[torch.randn(4, 6), torch.zeros(4, dtype=torch.long)] for _ in range(2)]
     odd = [torch.randn(4, 6), torch.zeros(4, dtype=torch.int32)]
@@ -401,6 +420,13 @@ SHARED = Mixed()
     [
         (Fetching, [Replay(ReplayBuffer(5))], None, r"`training_step\(dataloader_iter\)` fetches batches itself. Take"),
         (lambda: SHARED, [Replay(SHARED.replay.buffer)], None, "Two `Replay`s keep rows in one `buffer`"),
+        (
+            Net,
+            [Replay(ReplayBuffer(5), rows=lambda b: b[:1])],
+            None,
+            "`batch` is a list of 2 and .* list of 1.*`combine=",
+        ),
+        (Net, [Replay(ReplayBuffer(5), combine=lambda b, old: old["x"])], None, r"TypeError\(.*`combine="),
         (Net, [Replay(ReplayBuffer(5))], [["a", "b"]], r"`batch\[0\]` is a str.*`rows=`"),
         (Net, [Replay(ReplayBuffer(10**12))], None, r"cannot keep the first.*take 4.8e\+04 GB.*smaller `size`"),
         (Net, [Replay(ReplayBuffer(5, policy="class_ring"))], [torch.ones(3, 2)], r"`labels` must be integers.*None"),
@@ -515,6 +541,5 @@ def test_a_task_of_other_rows_is_refused_at_its_first_batch() -> None:
     ):
         fit(model, replay, data=wider)
     one = Replay(ReplayBuffer(10), combine=lambda batch, rehearsal: torch.cat([batch[0], rehearsal[1]]))
-    fit(model, one)
     with pytest.raises(MisconfigurationException, match=r"or add to it: .*with `combine=`"):
         fit(model, one)
