@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
 from lightning_collapse.penalties.base import Penalty
+from lightning_collapse.utilities.batch import batch_size
+from lightning_collapse.utilities.distributed import max_over_processes
 from lightning_collapse.utilities.modules import clean_name
 
 _REMEDIES = {
@@ -33,7 +35,7 @@ def try_to_learn(
     pl_module: LightningModule,
     batches: Iterable[Any],
     may_be_empty: bool = False,
-) -> None:
+) -> bool:
     """Have a copy of a penalty learn from one batch; neither it nor the fit notices. Says what it costs. Collective.
 
     Args:
@@ -45,6 +47,9 @@ def try_to_learn(
         batches: One batch.
         may_be_empty: Whether there may be none yet, of a buffer that training fills.
 
+    Returns:
+        Whether it was tried: not on a batch without rows, on no process.
+
     Raises:
         MisconfigurationException: If it cannot.
     """
@@ -55,9 +60,12 @@ def try_to_learn(
     try:
         with preserved_fit(trainer, pl_module, gradients=True):
             found, started = list(batches), time.perf_counter()
-            if found or not may_be_empty:
+            empty = may_be_empty if not found else not any(map(batch_size, found))
+            [tried] = max_over_processes([not empty], pl_module.device)
+            if tried:
                 trial.consolidate(pl_module, found)
                 _tell_costs(trial, name, time.perf_counter() - started)
+            return bool(tried)
     except Exception as error:
         layer = _layer_of(error.__traceback__, pl_module)
         remedies = [text for argument, text in _REMEDIES.items() if hasattr(penalty, argument)]

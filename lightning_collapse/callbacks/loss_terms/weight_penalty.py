@@ -27,6 +27,7 @@ from lightning_collapse.callbacks.loss_terms.learning_trial import try_to_learn
 from lightning_collapse.penalties.base import Penalty
 from lightning_collapse.penalties.support.consolidation import check_gathers, check_optimizers
 from lightning_collapse.penalties.support.real_parameters import real_ones
+from lightning_collapse.replay.replay_buffer import ReplayLoader
 from lightning_collapse.reporting.loss_term_curves import offer_terms, publish_terms, term_curves, terms_are_due
 from lightning_collapse.utilities.distributed import all_reduce_sum
 from lightning_collapse.utilities.loaders import Loader
@@ -282,9 +283,11 @@ class WeightPenalty(TaskAware):
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
     def _try(self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any]) -> None:
-        self._tried = True
-        filled_later = self.loader is not None and not isinstance(self.loader, Iterable)
-        try_to_learn(self.penalty, self.name, self._parameters, trainer, pl_module, batches, filled_later)
+        filled = self.loader is None or (
+            isinstance(self.loader, Iterable) and not isinstance(self.loader, ReplayLoader)
+        )
+        told = self.penalty, self.name, self._parameters, trainer, pl_module, batches
+        self._tried = try_to_learn(*told, may_be_empty=not filled) or self.loader is not None
 
     def _observe(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, scale: Tensor | None

@@ -8,8 +8,9 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_collapse import ContinualMetrics, ContinualMixin, Distillation, EWCMixin, WeightPenalty
+from lightning_collapse import ContinualMetrics, ContinualMixin, Distillation, EWCMixin, Replay, WeightPenalty
 from lightning_collapse.penalties import EWC, MAS, L2Init, RankOneEWC, SynapticIntelligence
+from lightning_collapse.replay import ReplayBuffer
 from tests.penalties.toys import Classifier, fit_tasks, flat, loader
 from tests.toys import fit
 
@@ -344,6 +345,24 @@ def test_a_buffer_that_training_fills_may_be_empty_at_the_start():
     buffer, penalty = [], EWC(weight=1.0)
     fit(Fills(), [WeightPenalty(penalty, loader=lambda: buffer)], loader(0))
     assert penalty.memory["importance"]
+    replay, penalty = Replay(ReplayBuffer(20)), EWC(weight=1.0)
+    fit(Classifier(), [replay, WeightPenalty(penalty, loader=replay.buffer.loader(8))], loader(0))
+    assert penalty.memory["importance"]
+
+
+def test_a_first_batch_without_rows_is_not_the_one_that_is_tried():
+    class Skips(Classifier):
+        def training_step(self, batch, batch_idx):
+            if len(batch[0]):
+                return super().training_step(batch, batch_idx)
+            return 0 * sum(weight.sum() for weight in self.parameters())
+
+    x, y = next(iter(loader(0)))
+    batches, penalty = [[x[:0], y[:0]], [x, y]], EWC(weight=1.0)
+    fit(Skips(), [WeightPenalty(penalty)], DataLoader(batches, batch_size=None))
+    assert penalty.memory["importance"]
+    with pytest.raises(MisconfigurationException, match="could not learn the task"):
+        fit(Skips(), [WeightPenalty(EWC(labels=lambda batch: 1 / 0))], DataLoader(batches, batch_size=None))
 
 
 def test_the_trial_is_not_noticed():
