@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_collapse.callbacks.continual.replay import Replay, gather_buffers, rehearsal_batch
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
+from lightning_collapse.callbacks.continual.task_boundary import finish_task
 from lightning_collapse.callbacks.loss_terms.weight_penalty import WeightPenalty
 from lightning_collapse.mixins.bases import check_order
 from lightning_collapse.penalties.base import Penalty
@@ -76,8 +77,9 @@ class ContinualMixin:
         def on_train_end(self: ContinualMixin) -> None:
             # tasks end after all that the module does itself, which may put other weights in place
             own(self) if own else super(cls, self).on_train_end()  # type: ignore[misc]
-            if type(self) is cls and not self._trainer_now().fast_dev_run:
-                self.finish_task(self._trainer_now(), self)
+            trainer = self._trainer_now()
+            if type(self) is cls and not trainer.fast_dev_run:
+                finish_task(trainer, self)  # type: ignore[arg-type]  # callbacks that change weights go first
 
         cls.on_train_end = on_train_end  # type: ignore[method-assign]
 

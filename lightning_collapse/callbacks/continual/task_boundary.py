@@ -173,10 +173,13 @@ class TaskBoundary(Callback):
 
 
 def finish_task(trainer: Trainer, pl_module: LightningModule) -> None:
-    """End the running task for every callback that wants to know, and for the module if it does. Collective."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, TaskAware):
-            callback.finish_task(trainer, pl_module)
+    """End the running task for every callback that wants to know, and for the module if it does. Collective.
+
+    A buffer of the module's own is there for what callbacks do, and weights are those that they leave for the rest.
+    """
+    for part in (getattr(pl_module, "replay", None), *trainer.callbacks):
+        if isinstance(part, TaskAware):
+            part.finish_task(trainer, pl_module)
     of_module: Any = getattr(pl_module, "finish_task", None)
     if of_module is not None:
         of_module(trainer, pl_module)

@@ -354,6 +354,29 @@ def test_batches_that_tune_a_model_are_neither_kept_nor_made_longer(storage: Any
     assert replay.buffer.seen == len(replay.buffer) == 72
 
 
+@pytest.mark.parametrize("boundary", [False, True])
+def test_a_module_remembers_weights_as_callbacks_leave_them(boundary: bool) -> None:
+    def train(model: Any, make: Any) -> Any:
+        for _ in range(1 if boundary else 2):
+            fit(model, *make(), *([TaskBoundary(at_epochs=[1])] if boundary else []), max_epochs=1 + boundary)
+        return model
+
+    plain, replay, penalty = Net(), Replay(ReplayBuffer(20), batch_size=0), WeightPenalty(EWC(weight=10.0))
+    fpf = FPF(replay.buffer.loader(4), iterations=7, lr=0.1)
+    train(plain, lambda: [replay, fpf, penalty])
+
+    class Both(ContinualMixin, Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.set_replay(ReplayBuffer(20))
+            self.set_penalties({"ewc": EWC(weight=10.0)})
+
+    mixed = Both()
+    tuning = FPF(mixed.replay.buffer.loader(4), iterations=7, lr=0.1)
+    train(mixed, lambda: [tuning])
+    assert same(plain, mixed)
+
+
 def test_a_tuning_on_the_buffer_that_was_cut_off_goes_on(tmp_path: Any) -> None:
     class Half(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
