@@ -186,6 +186,7 @@ class ReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Rows and random numbers, as tensors, numbers and nests of them."""
         return {
+            "policy": self.policy,
             "rows": None if self._rows is None else map_rows(lambda t: t[: self._used].clone(), self._rows),
             "keys": self._keys[: self._used].clone(),
             "labels": self._labels[: self._used].clone(),
@@ -197,7 +198,12 @@ class ReplayBuffer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; the best rows stay if this buffer is smaller."""
+        """Go on from :meth:`state_dict`; the best rows stay if this buffer is smaller.
+
+        Raises:
+            ValueError: If it is of a buffer with another policy, whose keys mean something else.
+        """
+        self._check_policy(state)
         self._rows, self._used, self.seen = None, 0, 0
         if state["rows"] is not None and len(state["keys"]) <= self.size:
             self._make_room(state["rows"], next(leaves(state["rows"]))[1].device)
@@ -209,13 +215,25 @@ class ReplayBuffer:
 
     @torch.no_grad()
     def merge(self, state: Mapping[str, Any]) -> None:
-        """Take the rows of another buffer in, as if this one had seen them."""
+        """Take the rows of another buffer in, as if this one had seen them.
+
+        Raises:
+            ValueError: If it has another policy, whose keys mean something else.
+        """
+        self._check_policy(state)
         self.seen += state["seen"]
         if state["rows"] is None:
             return
         if self._rows is None:
             self._make_room(state["rows"], next(leaves(state["rows"]))[1].device)
         self._insert(state["rows"], state["labels"], state["keys"])
+
+    def _check_policy(self, state: Mapping[str, Any]) -> None:
+        if (policy := state.get("policy", self.policy)) != self.policy:
+            raise ValueError(
+                f"This `ReplayBuffer` has `policy={self.policy!r}`, and the state is of one with {policy!r}. Take that,"
+                " or begin with an empty buffer: `buffer.add(batch)` of the rows."
+            )
 
     def _insert(self, rows: Any, labels: Tensor, keys: Tensor) -> None:
         """Write the rows whose keys are large enough over those with the smallest."""

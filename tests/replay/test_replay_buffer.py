@@ -299,3 +299,10 @@ def test_batches_of_any_kind_become_longer_as_what_they_are() -> None:
         concatenate({"x": [one["x"]]}, {"x": one["x"]})
     with pytest.raises(ValueError, match=r"`batch` is a mapping of 'x', 'y', 'id' and .* a mapping of 'x', 'y'"):
         concatenate({**one, "id": ["a"]}, one)
+
+
+def test_keys_of_another_policy_are_refused() -> None:
+    state = filled(ReplayBuffer(5, policy="ring")).state_dict()
+    for load in (ReplayBuffer(5).load_state_dict, ReplayBuffer(5).merge):
+        with pytest.raises(ValueError, match="has `policy='reservoir'`, and the state is of one with 'ring'"):
+            load(state)

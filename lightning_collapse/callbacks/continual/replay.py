@@ -184,6 +184,8 @@ class Replay(TaskAware):
                 self.buffer.load_state_dict(state)
             elif of >= ranks and of % ranks == rank:  # of a process that is no more
                 self.buffer.merge(state)
+        if rank not in states and self.buffer.policy in ("ring", "class_ring"):  # its rows come after all of these
+            self.buffer.seen = max(state["seen"] for state in states.values())
 
     def _rehearse(self, pl_module: LightningModule, batch: Any) -> Any:
         """The batch to train on in place of one."""

@@ -334,7 +334,12 @@ class Distillation(AuxiliaryLoss, TaskAware):
                 loss = feature_distillation_loss if self.kind == "features" else squared_distillation_loss
                 value = loss(student_rows, teacher_rows)
         except TooFewRowsError as error:
-            self.warn_once("skipped", f"{error} Steps like this one go without the term.")
+            said = str(error)
+            if isinstance(self.replay, ReplayBuffer) and not len(self.replay):
+                said = (
+                    "`Distillation`: its `replay` holds no rows. Put `Replay(buffer)` among the callbacks, or fill it."
+                )
+            self.warn_once("skipped", f"{said} Steps like this one go without the term.")
             return nothing(student)
         value = value if counts is None else torch.where(counts, value, torch.zeros_like(value))
         return self.add(trainer, value, {TERMS[self.kind]: value})

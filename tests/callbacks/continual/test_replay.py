@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from copy import deepcopy
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -566,3 +567,16 @@ def test_a_task_of_other_rows_is_refused_at_its_first_batch() -> None:
     one = Replay(ReplayBuffer(10), combine=lambda batch, rehearsal: torch.cat([batch[0], rehearsal[1]]))
     with pytest.raises(MisconfigurationException, match=r"or add to it: .*with `combine=`"):
         fit(model, one)
+
+
+def test_rows_of_a_process_that_joins_come_after_those_that_a_ring_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = Replay(ReplayBuffer(10, policy="ring"))
+    fit(Net(), replay)
+    state = replay.state_dict()
+    module = import_module("lightning_collapse.callbacks.continual.replay")
+    monkeypatch.setattr(module, "process_rank", lambda: 1)
+    monkeypatch.setattr(module, "world_size", lambda: 2)
+    joins = Replay(ReplayBuffer(10, policy="ring"))
+    joins.load_state_dict(state)
+    assert len(joins.buffer) == 0
+    assert joins.buffer.seen == replay.buffer.seen == 36
