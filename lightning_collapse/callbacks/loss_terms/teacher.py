@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,8 @@ class Teacher:
         self.shared = {name: module.get_parameter(name) for name in shared}
         self.parts: dict[str, nn.Module] = named_parts(module)
         self._rows: list[Tensor | None] | None = None
-        self._remove: Callable[[], None] = lambda: None
+        self._rows_of: Callable[[Any], Tensor | None] = _nothing
+        self._remove: Callable[[], object] = partial(_nothing, None)
 
     def hook(self, device: torch.device, name: str, rows_of: Callable[[Any], Tensor | None]) -> None:
         """Move to a device and hook the layer of a name, in place of any other."""
@@ -38,12 +40,8 @@ class Teacher:
             raise MisconfigurationException(
                 f"The teacher of `Distillation`, of an earlier task, has no layer {name!r}."
             )
-
-        def capture(module: nn.Module, args: Any, output: Any) -> None:
-            if self._rows is not None:
-                self._rows.append(rows_of(output))
-
-        self._remove = self.parts[name].register_forward_hook(capture).remove
+        self._rows_of = rows_of
+        self._remove = self.parts[name].register_forward_hook(self._capture).remove
 
     @contextmanager
     def captured(self) -> Iterator[list[Tensor | None]]:
@@ -54,6 +52,15 @@ class Teacher:
             yield rows
         finally:
             self._rows = None
+
+    def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
+        # a method, and no function in a function: between two fits a teacher can be pickled
+        if self._rows is not None:
+            self._rows.append(self._rows_of(output))
+
+
+def _nothing(output: Any) -> None:
+    return None
 
 
 def named_parts(module: nn.Module) -> dict[str, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from copy import deepcopy
 from typing import Any
 
@@ -141,6 +142,17 @@ def test_a_buffer_without_rows_goes_without_the_term() -> None:
     with pytest.warns(UserWarning, match=r"its `replay` holds no rows. Put `Replay\(buffer\)`"):
         fit(model, lwf, data=loader(1), logger=logger, log_every_n_steps=1)
     assert same(model, tasks(Net(), count=2))
+
+
+@pytest.mark.parametrize("layer", [None, "body"])
+def test_a_copy_between_two_tasks_goes_on_as_the_original(layer: Any) -> None:
+    lwf, model = Distillation(layer=layer, weight=3.0), Net()
+    fit(model, lwf)
+    copies = [(pickle.loads(pickle.dumps(lwf)), deepcopy(model)), (deepcopy(lwf), deepcopy(model))]
+    fit(model, lwf, data=loader(1))
+    for callback, other in copies:
+        fit(other, callback, data=loader(1))
+        assert same(model, other)
 
 
 def test_squared_is_half_the_squared_distance() -> None:
