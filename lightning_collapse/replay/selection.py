@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+LAST = 1e30
+"""A distance beyond all others, and below that of what is chosen already."""
+
 
 def beyond_quota(keys: Tensor, labels: Tensor, size: int) -> Tensor:
     r"""Rows for which there is no room in a memory that all classes share equally.
@@ -51,7 +54,7 @@ def herding_order(features: Tensor, count: int) -> Tensor:
     shorter one. Costs ``count * N * D``; waits for the device at no row.
 
     Args:
-        features: Rows of one class, shape ``(N, D)``; a row of zeros stays one.
+        features: Rows of one class, shape ``(N, D)``; a row of zeros stays one; NaN and infinity come last.
         count: Length of the order; all rows if there are fewer.
 
     Returns:
@@ -66,9 +69,12 @@ def herding_order(features: Tensor, count: int) -> Tensor:
         tensor([1, 0, 2])
     """
     rows = features.detach().to(torch.float32 if features.device.type == "mps" else torch.float64)
+    there = rows.isfinite().all(dim=1, keepdim=True)
+    rows = torch.where(there, rows, 0.0)
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     rows = rows / length.masked_fill(length == 0, 1.0)
-    mean, squares, total = rows.mean(dim=0), rows.square().sum(dim=1), torch.zeros_like(rows[:1].sum(0))
+    mean, total = rows.sum(dim=0) / there.sum().clamp_min(1), torch.zeros_like(rows[:1].sum(0))
+    squares = rows.square().sum(dim=1).masked_fill(~there.squeeze(1), LAST)
     chosen: list[Tensor] = []
     for k in range(1, min(count, len(rows)) + 1):
         # ||k mu - total - x||^2 without what is the same for all x

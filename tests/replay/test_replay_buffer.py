@@ -306,3 +306,12 @@ def test_keys_of_another_policy_are_refused() -> None:
     for load in (ReplayBuffer(5).load_state_dict, ReplayBuffer(5).merge):
         with pytest.raises(ValueError, match="has `policy='reservoir'`, and the state is of one with 'ring'"):
             load(state)
+
+
+def test_rows_whose_features_are_no_numbers_are_the_last_exemplars() -> None:
+    features = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    broken = torch.cat([features, torch.full((1, 3), torch.nan), torch.full((1, 3), torch.inf)])[
+        [6, 0, 1, 2, 7, 3, 4, 5]
+    ]
+    places = torch.tensor([1, 2, 3, 5, 6, 7])
+    assert herding_order(broken, 8).tolist() == [*places[herding_order(features, 6)].tolist(), 0, 4]
