@@ -96,6 +96,7 @@ class Replay(TaskAware):
         self._streams = buffer.policy != "herding"
         self._tried = False
         self._pending: tuple[Any, Tensor | None] | None = None  # kept when the step on it is over
+        self._in_step = False
         self._unwrap_hook: Callable[[], None] = _nothing
         self._steps = ContinuedSteps()
 
@@ -131,6 +132,7 @@ class Replay(TaskAware):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._in_step = False
         self._steps.after_batch(trainer)
 
     @override
@@ -147,6 +149,8 @@ class Replay(TaskAware):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
+        if self._in_step:
+            self._pending = None  # a resumed run trains on the batch, and offers it, again
         self._detach()
 
     @override
@@ -232,7 +236,7 @@ class Replay(TaskAware):
             kept = copied[0], copied[1]
         if rehearsal is not None:
             batch = self.combine(batch, rehearsal)
-        self._pending = kept
+        self._pending, self._in_step = kept, True
         return batch
 
     def _kept_of(self, batch: Any) -> tuple[Any, Tensor | None]:

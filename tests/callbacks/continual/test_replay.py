@@ -569,6 +569,25 @@ def test_a_task_of_other_rows_is_refused_at_its_first_batch() -> None:
         fit(model, one)
 
 
+def test_the_batch_that_a_fit_fails_on_is_not_kept() -> None:
+    class Fails(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 2:
+                raise KeyError("a label")
+            return super().training_step(batch, batch_idx)
+
+    class Saves(Callback):
+        """As `OnExceptionCheckpoint` does."""
+
+        def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+            saved.load_state_dict(replay.state_dict())
+
+    replay, saved = Replay(ReplayBuffer(50)), Replay(ReplayBuffer(50))
+    with pytest.raises(KeyError, match="a label"):
+        fit(Fails(), replay, Saves())
+    assert [len(of.buffer) for of in (replay, saved)] == [16, 16]
+
+
 def test_rows_of_a_process_that_joins_come_after_those_that_a_ring_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     replay = Replay(ReplayBuffer(10, policy="ring"))
     fit(Net(), replay)
