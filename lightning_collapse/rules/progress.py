@@ -13,6 +13,8 @@ IN_TURN = ("classification", "multi-label", "language model")
 such as detection."""
 SHARE, MANY = 0.7, 64
 """Share of the planned points, and points, after which a network that has not begun to tell its inputs apart is ill."""
+BEFORE = 4
+"""Points by which a latent or a codebook is told before the layers behind it, which fall silent with it."""
 
 UNHARMED = "the loss has come to no harm, and as long as that is so this is no failure"
 """What excuses a rule whose findings alone are no failure."""
@@ -73,11 +75,11 @@ def may_come_alive(evidence: Evidence, curve: str, line: float) -> bool:
     :func:`may_begin`; the loss may rise meanwhile, as it does where codes lag behind or a divergence is warmed up.
     """
     own = evidence.history.get(curve)
-    return own is not None and not own.highest >= line and _has_time(evidence, curve)
+    return own is not None and not own.highest >= line and _has_time(evidence, curve, BEFORE)
 
 
-def _has_time(evidence: Evidence, curve: str) -> bool:
-    return evidence.history[curve].count < min(SHARE * (evidence.planned or MANY), MANY)
+def _has_time(evidence: Evidence, curve: str, less: int = 0) -> bool:
+    return evidence.history[curve].count < min(SHARE * (evidence.planned or MANY), MANY) - less
 
 
 def is_harmed(evidence: Evidence) -> bool:

@@ -220,7 +220,7 @@ def test_a_codebook_of_one_code_is_a_failure_though_the_loss_falls():
     with torch.no_grad():
         model.table[1:] += 100  # too far to be the nearest of anything
     monitor = CollapseMonitor(every_n_steps=1, rows=32)
-    fit(model, [monitor, guard], batches(30))
+    fit(model, [monitor, guard], batches(60))
     [verdict] = [verdict for verdict in guard.judge.verdicts if verdict.kind == "prototype_collapse"]
     assert verdict.layer == "table"
     assert "92 % of the codes are chosen by none" in verdict.evidence

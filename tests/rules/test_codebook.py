@@ -58,7 +58,7 @@ def test_collapse_from_the_start_and_later_on():
     assert told([first(8)] * 40).verdicts == []  # they may be drawn along yet
     [verdict] = told([first(8)] * 80).verdicts
     assert (verdict.kind, verdict.layer) == ("codebook_collapse", "vq")
-    assert verdict.step == 45
+    assert verdict.step == 41
     assert "97 % of them are dead" in verdict.evidence
     shrinking = [first(max(K - 12 * max(step - 20, 0), 6)) for step in range(50)]
     [verdict] = told([*shrinking]).verdicts
