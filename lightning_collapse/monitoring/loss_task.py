@@ -105,8 +105,11 @@ def _of_values(evidence: Evidence, actions: list[Comparison]) -> dict[str, str]:
     graph, chosen = evidence.graph, {id(one) for one in actions}
     numbers = [one for one in evidence.found if one.sort == "numbers" and id(one) not in chosen]
     values = [one.node for one in numbers if _outputs(evidence, one) == 1]
-    alone = graph.weights_below(values) - graph.weights_below([one.node for one in actions])
-    names = [name for node in alone for name in graph.returned.get(node, ()) if name in graph.record.layers]
+    of_values, of_policy = (
+        {name for node in graph.weights_below(nodes) for name in graph.returned.get(node, ())}
+        for nodes in (values, [one.node for one in actions])
+    )
+    names = [name for name in of_values - of_policy if name in graph.record.layers]
     return {place: VALUE for name in names for place in (name, f"{name}.input")}
 
 

@@ -166,6 +166,8 @@ class TokenHooks(HookOwner):
         own = [self._sums.get(name, zeros).to(device) for name in self.names]
         for name in self._writers:
             own += [self._gradients.get(name, zeros[:3]).to(device), self._energy.get(name, zeros[:1]).to(device)]
+        if not own:
+            return {}
         sizes = [len(_COLUMNS)] * len(self.names) + [4] * len(self._writers)
         parts = torch.split(all_reduce_sum(torch.cat(own)), sizes)
         found = {name: _readings(sums) for name, sums in zip(self.names, parts, strict=False)}

@@ -428,6 +428,13 @@ def _(net: Net, batch: Any) -> Tensor:
     return F.mse_loss(net.decoder(net.features(batch["x"])), batch["x"])
 
 
+@row("VAE whose prior is learned", {"x": X}, "reconstruction", 0, LAST_OF_DECODER, {"x": "own target"})
+def _(net: Net, batch: Any) -> Tensor:
+    mean, prior = net.features(batch["x"]), net.latent(torch.randn(N, 8))
+    divergence = (mean - prior).square().mean()
+    return F.mse_loss(net.decoder(mean + torch.randn_like(mean)), batch["x"]) + divergence
+
+
 @row("VAE", {"x": X}, "reconstruction", 0, LAST_OF_DECODER, {"x": "own target"})
 def _(net: Net, batch: Any) -> Tensor:
     features = net.features(batch["x"])

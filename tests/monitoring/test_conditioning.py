@@ -18,6 +18,7 @@ from lightning_collapse.monitoring.conditioning import (
     VARIANCE,
     WAVES,
 )
+from lightning_collapse.monitoring.loss_task import VALUE
 
 N, D = 16, 12
 
@@ -121,6 +122,24 @@ def test_variance_heads():
         return F.mse_loss(out, x) + (mean**2 + deviation**2 - 2 * deviation.log()).mean()
 
     assert conditioning(net, softened) == {"log_variance": VARIANCE}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_leads_to_the_value_of_a_state_alone(shared):
+    net = nn.ModuleDict({"body": nn.Linear(D, 8), "actor": nn.Linear(8, 3), "critic": nn.Linear(8, 8)})
+    net["trunk"], net["value"] = nn.Linear(D, 8), nn.Linear(8, 1)
+    x, returns = torch.randn(N, D), torch.randn(N)
+
+    def step():
+        scores = net["actor"](net["body"](x).relu())
+        chosen = scores.log_softmax(1).gather(1, scores.softmax(1).multinomial(1)).squeeze(1)
+        values = net["value"](net["critic"](net["body" if shared else "trunk"](x).relu()).relu()).squeeze(1)
+        return F.mse_loss(values, returns) - (chosen * (returns - values).detach()).mean()
+
+    found = {name for name, reason in conditioning(net, step).items() if reason == VALUE}
+    assert found == {
+        f"{name}{end}" for name in ("value", "critic", *["trunk"] * (not shared)) for end in ("", ".input")
+    }
 
 
 @pytest.mark.parametrize("kind", ["labels", "softmax", "contrast", "tables", "waves and data", "number and data"])

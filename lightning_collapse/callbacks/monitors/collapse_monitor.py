@@ -346,7 +346,7 @@ class CollapseMonitor(Monitor):
             drawn.update((self.window.pairs.layers & self.window.lidar_widths().keys()) - has)
         twice = ", and as many of validation" if self.validation else ""
         curves = f": {drawn.total()} curves, at most {max(drawn.values())} of a layer{twice}" if drawn else ""
-        names = ", ".join(drawn) or "nothing: no layer holds a weight"
+        names = ", ".join(drawn) or "nothing: no linear layer, convolution or normalization runs"
         hint = " Choose others with `layers=[...]`." if self.layers is None else ""
         rank_zero_info(f"`CollapseMonitor` watches {names}{curves}.{hint}")
 
@@ -355,7 +355,7 @@ class CollapseMonitor(Monitor):
         share = self._measures[0].kind == "spectrum"
         title = f"{name}, as a share of what isotropic noise reads" if share else name
         top = 1.0 if share else None
-        for logger in trainer.loggers if history.steps else ():
+        for logger in trainer.loggers if history.steps and history.layers else ():
             picture = labelled_heat_map(history.values, history.layers, history.steps, title, low=0.0, high=top)
             log_image(logger, f"collapse/{name}", picture, step)
 
