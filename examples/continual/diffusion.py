@@ -104,7 +104,7 @@ def learn(method: Method, weight: float, seed: int, updates: int) -> tuple[Score
     model, (train, test) = Denoiser(), tasks_of(seed)
     reading = [fixed_batches(*data, seed=seed) for data in train]
     metrics = ContinualMetrics(
-        [fixed_batches(*data, seed=seed + 1) for data in test], metric=_less_is_better, forward_transfer=False
+        [fixed_batches(*data, seed=seed + 1) for data in test], metric=_error, mode="min", forward_transfer=False
     )
     old, task, curve = Generated(), [0], list[tuple[float, float]]()
     callbacks: list[Callback] = [metrics]
@@ -117,16 +117,17 @@ def learn(method: Method, weight: float, seed: int, updates: int) -> tuple[Score
         task[0] = old.tasks = index
         if index == 1:
             curve.extend(_coherences(model, train[0], seed))
-        return quiet_trainer(max_epochs=1, callbacks=list(callbacks))
+        trainer: Trainer = quiet_trainer(max_epochs=1, callbacks=list(callbacks))
+        return trainer
 
     trainer = fit_tasks(make_trainer, model, [training_batches(*data, updates) for data in train])
     read = trainer.callback_metrics
     loss, transfer = (read[f"continual/{name}"].item() for name in ("accuracy", "backward_transfer"))
-    return Score(-loss, -transfer, _right(model, train, test)), curve
+    return Score(loss, -transfer, _right(model, train, test)), curve
 
 
-def _less_is_better(outputs: Tensor, noise: Tensor) -> Tensor:
-    return (outputs - noise).square().sum(dim=1) / -2
+def _error(outputs: Tensor, noise: Tensor) -> Tensor:
+    return (outputs - noise).square().sum(dim=1) / 2
 
 
 def _coherences(model: Denoiser, data: Data, seed: int) -> list[tuple[float, float]]:

@@ -77,7 +77,8 @@ def learn(
 
     def make_trainer() -> Trainer:
         kept.append(_kilobytes(own, model))
-        return quiet_trainer(max_epochs=epochs, callbacks=[*own, *metrics])
+        trainer: Trainer = quiet_trainer(max_epochs=epochs, callbacks=[*own, *metrics])
+        return trainer
 
     begin = time.process_time()
     trainer = fit_tasks(make_trainer, model, [DataLoader(train, batch_size=BATCH, shuffle=True) for train, _ in tasks])
@@ -92,7 +93,8 @@ def learn(
 def _kilobytes(callbacks: Sequence[Callback], model: Classifier) -> float:
     optimizer = model.optimizer.made if isinstance(model.optimizer, OneForAllTasks) else None
     states = [callback.state_dict() for callback in callbacks]
-    return bytes_kept([*states, optimizer.state_dict() if optimizer else {}]) / 1000
+    kept: int = bytes_kept([*states, optimizer.state_dict() if optimizer else {}])
+    return kept / 1000
 
 
 def compare(problem: str, name: str, epochs: int, seeds: int, tune: bool) -> Row:

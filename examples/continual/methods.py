@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from small_tasks import Classifier
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -62,9 +61,10 @@ class Exemplars(TaskAware):
     @torch.no_grad()
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Offer all rows with their hidden features."""
-        images, labels = trainer.train_dataloader.dataset.tensors
-        assert isinstance(pl_module, Classifier)
-        hidden = pl_module.net[:2](images)
+        loader: Any = trainer.train_dataloader
+        images, labels = loader.dataset.tensors
+        network: Any = pl_module.net
+        hidden = network[:2](images)
         self.buffer.add([images, labels], features=nn.functional.normalize(hidden, dim=1))
 
 
@@ -122,7 +122,7 @@ def _nearest_of_all_tasks(callbacks: Sequence[Callback], module: Any, batch: Any
     scores = prototype_logits(nn.functional.normalize(module.net[:2](batch[0]), dim=1), memory.prototypes)
     missing = -scores.shape[1] % MOST_CLASSES
     padded = nn.functional.pad(scores, (0, missing), value=-torch.inf)
-    return padded.unflatten(1, (-1, MOST_CLASSES)).amax(dim=1)[:, : logits.shape[1]]
+    return padded.reshape(len(logits), -1, MOST_CLASSES).amax(dim=1)[:, : logits.shape[1]]
 
 
 def _classp(threshold: float) -> Callable[..., Optimizer]:

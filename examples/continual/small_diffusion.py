@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
+from lightning_collapse.functional.sample_gradients import rank_one_share
+
 PIXELS, CLASSES, STEPS, WIDTH, BATCH, RATE = 64, 10, 1000, 192, 64, 2e-3
 SIGNAL = (0.98 * torch.linspace(0.001, 1, STEPS) + 0.008).div(1.008).mul(math.pi / 2).cos().square()
 """Share of the variance that is the signal's at each step: the cosine schedule, down to a ratio to noise of 1e-3."""
@@ -36,7 +38,8 @@ class Denoiser(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Half the squared distance, summed over pixels."""
         seen, noise = batch
-        return (self(seen) - noise).square().sum(dim=1).mean() / 2
+        loss: Tensor = (self(seen) - noise).square().sum(dim=1).mean() / 2
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """As in the paper, at a higher rate."""
@@ -119,7 +122,6 @@ def coherence(model: Denoiser, batch: Batch) -> tuple[float, float]:
         found = vmap(grad(loss), in_dims=(None, 0, 0))(weights, *batch)
         rows = torch.cat([gradient.flatten(1) for gradient in found.values()], dim=1)
         products = (rows @ rows.T).double()
-    count, squares = len(rows), products.diagonal().mean()
-    share = (products.mean() * count - squares) / (count - 1) / squares
+    share = rank_one_share(products.mean(), products.diagonal().mean(), len(rows))
     largest = torch.linalg.eigvalsh(products)[-2:]
     return share.item(), (largest[0] / largest[1]).item()

@@ -69,9 +69,14 @@ def split(seed: int) -> list[Task]:
 
 def quiet_trainer(**arguments: Any) -> Trainer:
     """One that writes nothing."""
-    silent = {"logger": False, "enable_checkpointing": False}
-    shown = {"enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(accelerator="cpu", **silent, **shown, **arguments)
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **arguments,
+    )
 
 
 def bytes_kept(state: Any) -> int:
