@@ -12,7 +12,7 @@ from lightning_collapse.__main__ import main
 from lightning_collapse.utilities.registry import MEASURES
 
 FOLDER = Path(__file__).parent.parent / "examples"
-PARTS = ("depth", "dynamics", "heads", "latents")
+PARTS = ("continual", "depth", "dynamics", "heads", "latents")
 SCRIPTS = sorted([*FOLDER.glob("*.py"), *(path for name in PARTS for path in FOLDER.glob(f"{name}/*.py"))])
 EXAMPLES = [path for path in SCRIPTS if "def main(" in path.read_text(encoding="utf-8")]
 """The others are what these import."""

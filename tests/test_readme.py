@@ -57,5 +57,5 @@ def test_links_and_pictures_of_a_page_are_there_and_it_is_short_enough(path):
 def test_the_gallery_shows_every_example():
     gallery = (ROOT / "examples" / "README.md").read_text()
     shown = set(re.findall(r"\]\(([\w/]+(?:\.py)?)\)", gallery))
-    folders = {"depth", "dynamics", "heads", "latents", "zoo"}
+    folders = {"continual", "depth", "dynamics", "heads", "latents", "zoo"}
     assert shown == {path.name for path in (ROOT / "examples").glob("[a-z]*.py")} | folders

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 
 from lightning_collapse.functional.sample_gradients import rank_one_share
 
-PIXELS, CLASSES, STEPS, WIDTH, BATCH, RATE = 64, 10, 1000, 192, 64, 2e-3
+PIXELS, CLASSES, STEPS, WIDTH, BATCH, RATE = 64, 10, 1000, 192, 128, 2e-3
 SIGNAL = (0.98 * torch.linspace(0.001, 1, STEPS) + 0.008).div(1.008).mul(math.pi / 2).cos().square()
 """Share of the variance that is the signal's at each step: the cosine schedule, down to a ratio to noise of 1e-3."""
 Batch = tuple[Tensor, Tensor]
