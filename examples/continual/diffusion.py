@@ -1,6 +1,6 @@
 """Does a Fisher information of rank one keep what a diffusion model has learned? Digits, two classes at a time.
 
-Run: ``python examples/continual/diffusion.py`` (ten minutes on one core; with ``--quick`` one short run each).
+Run: ``python examples/continual/diffusion.py`` (five minutes on one core; with ``--quick`` one short run each).
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What keeps a small network from forgetting? Permuted and split handwritten digits, every method against none.
 
-Run: ``python examples/continual/digits.py`` (half an hour on two cores, one problem on each with ``--problem``;
+Run: ``python examples/continual/digits.py`` (twenty minutes on one core; ``--problem`` takes one of the two;
 with ``--quick`` one short run each).
 """
 
