@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -63,6 +63,7 @@ class InputSubspace(UpdateProjection):
 
     Attributes:
         subspaces: By name of the weight.
+        accumulates: Whether :meth:`grow` is given the second moment of all tasks so far; the sum is in ``moments``.
 
     Example:
         >>> class FirstInput(InputSubspace):
@@ -75,9 +76,12 @@ class InputSubspace(UpdateProjection):
         {'': {'rank': 1.0, 'capacity_left': 0.5}}
     """
 
+    accumulates: ClassVar[bool] = False
+
     def __init__(self, n_samples: int) -> None:
         super().__init__(n_samples)
         self.subspaces: dict[str, Subspace] = {}
+        self.moments: dict[str, Tensor] = {}
         self._layers: dict[str, _Layer] = {}
         self._factors: dict[str, tuple[Tensor, ...]] = {}
 
@@ -86,8 +90,8 @@ class InputSubspace(UpdateProjection):
         """The subspace of a layer after another task, of index ``learned``.
 
         Args:
-            second_moment: Sum of outer products of the task's inputs, not centered, ``(D, D)``, in ``float64`` where
-                the device has it.
+            second_moment: Sum of outer products of the task's inputs, or those of all tasks if it ``accumulates``, not
+                centered, ``(D, D)``, in ``float64`` where the device has it.
             known: The subspace so far, on the same device and in the same dtype.
         """
 
@@ -126,18 +130,22 @@ class InputSubspace(UpdateProjection):
                 problem = error
         raise_together(problem, over.device)
         moments, _ = over.reduced(found, count)
-        grown = {}
+        grown, summed = {}, {}
         for (name, layer), moment in zip(layers.items(), moments, strict=True):
             empty = Subspace(moment[:, :0], moment[0, :0])
             known = Subspace(*(part.to(moment) for part in self.subspaces.get(name, empty)))
             if not moment.trace().isfinite() or not moment.any():
                 rank_zero_warn(f"`{layer.name}` saw no finite inputs of the task: nothing of it is protected there.")
             else:
+                if self.accumulates:
+                    moment += self.moments[name].to(moment) if name in self.moments else 0
+                    summed[name] = moment.to("cpu")
                 known = self.grow(moment, known)
             # of float32 parts the sum is not orthonormal for ever; and the start keeps its span and its order
             basis = torch.linalg.qr(known.directions)[0]
             wide = torch.promote_types(self.parameters[name].dtype, torch.float32)
             grown[name] = Subspace(basis.to("cpu", wide), known.importance.to("cpu", wide))
+        self.moments |= summed
         self.subspaces |= from_first_process(grown)  # decompositions may differ by a sign or a tie
         self._factors = {}
         self.learned += 1

@@ -7,6 +7,8 @@ from lightning_collapse.functional.projection import (
     accumulated_importance,
     direction_importance,
     input_directions,
+    null_share,
+    null_space,
     oja_directions,
     oja_step,
     trust_region,
@@ -91,3 +93,29 @@ def test_the_nearest_tasks_are_trusted():
     assert trust_region(torch.tensor([[3.0, 0.0, 2.0, 2.0, 0.1, 0.0]]), bases) == [0, 1]
     assert trust_region(torch.ones(2, 6), bases, most=1) == [0]
     assert trust_region(torch.zeros(2, 6), bases) == []
+
+
+def test_the_null_space_is_what_the_least_eigenvalue_allows():
+    basis = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0]
+    values = torch.tensor([50.0, 12.0, 9.9, 2.0, 1.0], dtype=torch.float64)
+    moment = basis * values @ basis.T
+    for scale in (1e-8, 1.0, 1e8):
+        protected, null = null_space(scale * moment)
+        torch.testing.assert_close(protected @ protected.T, basis[:, :2] @ basis[:, :2].T)
+        torch.testing.assert_close(null @ null.T, basis[:, 2:] @ basis[:, 2:].T)
+        torch.testing.assert_close(null_share(scale * moment, protected), 12.9 / values.sum())
+    assert null_space(moment, factor=1.0)[0].shape == (5, 4)
+    assert null_space(moment, factor=50.1)[0].shape == (5, 0)
+    with pytest.raises(ValueError, match=r"`factor` must be at least 1, got 0.5"):
+        null_space(moment, 0.5)
+
+
+def test_a_least_eigenvalue_of_zero_leaves_the_exact_null_space():
+    x = torch.randn(3, 8, dtype=torch.float64)
+    protected, null = null_space(x.T @ x)
+    assert (protected.shape, null.shape) == ((8, 3), (8, 5))
+    assert (x @ null).abs().max() < 1e-12
+    assert null_share(x.T @ x, protected) < 1e-14
+    for moment in (torch.zeros(4, 4), torch.eye(4), torch.full((4, 4), torch.nan)):
+        assert null_space(moment)[0].shape == (4, 0)
+    assert null_share(torch.zeros(4, 4), torch.eye(4)[:, :1]) == 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_collapse.projections import GPM, OGD, SGP, HebbianSubspace
+from lightning_collapse.projections import GPM, OGD, SGP, HebbianSubspace, NullSpace
 
 DOUBLE = torch.float64
 
@@ -171,6 +171,7 @@ def test_bad_input_is_refused_by_name():
         (lambda: GPM(n_samples=0), "`n_samples` must be an integer"),
         (lambda: SGP(scale=-1.0), "`scale` must not be negative"),
         (lambda: HebbianSubspace(0), "`number` must be an integer"),
+        (lambda: NullSpace(0.5), "`factor` must be at least 1, got 0.5"),
         (lambda: OGD(max_directions=0), "`max_directions` must be an integer"),
         (lambda: GPM().start(nn.Linear(2, 2).bfloat16()), "`weight` is kept in torch.bfloat16.*float32"),
         (lambda: GPM().start(nn.LazyLinear(2)), "`weight` has no shape yet"),
@@ -242,6 +243,35 @@ def test_hebbian_directions_protect_the_principal_inputs():
     for _ in range(4):
         hebbian.learn(layer, [x])
     assert hebbian.readings() == {"": {"rank": 12.0, "capacity_left": 0.0}}
+
+
+def test_the_null_space_is_of_all_tasks_together_and_directions_can_become_free_again():
+    layer, null, moment = nn.Linear(6, 4, dtype=DOUBLE), NullSpace(), torch.zeros(6, 6, dtype=DOUBLE)
+    null.start(layer)
+    ranks = []
+    for scale in ((9, 3, 1, 0.5, 0.1, 0.1), (0.1, 0.1, 0.1, 0.1, 1, 1)):
+        x = torch.randn(400, 6, dtype=DOUBLE) * torch.tensor(scale, dtype=DOUBLE)
+        null.learn(layer, [x[:150], x[150:]])
+        moment += x.T @ x
+        values = torch.linalg.eigvalsh(moment)
+        read = null.readings()[""]
+        assert read["rank"] == (values > 10 * values[0]).sum()
+        ranks.append(read["rank"])
+        assert read["null_share"] == pytest.approx((values[values <= 10 * values[0]].sum() / values.sum()).item())
+        again = NullSpace()
+        again.load_state_dict(copy.deepcopy(null.state_dict()))
+        assert again.readings() == null.readings()
+        null = again
+        null.start(layer)
+    assert ranks[1] < ranks[0]
+    torch.testing.assert_close(null.moments["weight"], moment)
+    before, change = copies(null), torch.randn(4, 6, dtype=DOUBLE)
+    with torch.no_grad():
+        layer.weight += change
+    null.project_(null.parameters, copy.deepcopy(before))
+    _, vectors = torch.linalg.eigh(moment)
+    free = vectors[:, : 6 - int(ranks[1])]
+    torch.testing.assert_close(layer.weight.detach() - before["weight"], change @ free @ free.T)
 
 
 def test_gradient_steps_change_old_outputs_to_second_order_alone():

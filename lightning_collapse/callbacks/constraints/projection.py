@@ -45,10 +45,12 @@ class Projection(TaskAware, Constraint):
     learn freely, are left out by ``layers``.
 
     **Logged curves**, when a task ends: ``continual/{layer}/rank``, the number of protected directions, and
-    ``continual/{layer}/capacity_left``, the share of directions that are free.
+    ``continual/{layer}/capacity_left``, the share of directions that are free; ``NullSpace`` adds
+    ``continual/{layer}/null_share``, the share of old inputs' energy in these.
 
     Args:
-        method: Such as ``GPM(threshold=0.97)``, the default, ``SGP()``, ``HebbianSubspace()`` or ``OGD()``.
+        method: Such as ``GPM(threshold=0.97)``, the default, ``SGP()``, ``NullSpace()``,
+            ``HebbianSubspace()`` or ``OGD()``.
         layers: Names of modules, or glob patterns of them, each with all inside it; what lies outside is free. All by
             default.
         loader: Data of the task that ends: batches, or a function that returns them. By default the training data.
@@ -225,12 +227,13 @@ class Projection(TaskAware, Constraint):
 
 
 def _register() -> None:
-    gpm = "Saha et al., ICLR 2021, arXiv 2103.09762"
-    for name, span, collapsed in (
-        ("rank", "0 to the width of the inputs", "the width: nothing new can be learned"),
-        ("capacity_left", "0 to 1", "near 0: nothing new can be learned"),
+    gpm, nscl = "Saha et al., ICLR 2021, arXiv 2103.09762", "Wang et al., CVPR 2021, arXiv 2103.07113"
+    for name, span, collapsed, source in (
+        ("rank", "0 to the width of the inputs", "the width: nothing new can be learned", gpm),
+        ("capacity_left", "0 to 1", "near 0: nothing new can be learned", gpm),
+        ("null_share", "0 to 1", "above 0.05: old outputs change", nscl),
     ):
-        register_curve("continual", name, reads="layer inputs", range=span, collapsed=collapsed, source=gpm)
+        register_curve("continual", name, reads="layer inputs", range=span, collapsed=collapsed, source=source)
 
 
 _register()

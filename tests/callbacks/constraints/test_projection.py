@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_collapse import Projection, TaskBoundary
-from lightning_collapse.projections import GPM, OGD, SGP, HebbianSubspace
+from lightning_collapse.projections import GPM, OGD, SGP, HebbianSubspace, NullSpace
 from tests.penalties.toys import Classifier, Manual, loader
 from tests.toys import QUIET, MemoryLogger, PointKeeper
 
@@ -141,7 +141,7 @@ class Killed(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
-@pytest.mark.parametrize("method", [lambda: SGP(0.9), lambda: OGD(n_samples=4)])
+@pytest.mark.parametrize("method", [lambda: SGP(0.9), NullSpace, lambda: OGD(n_samples=4)])
 def test_resumed_in_mid_task_it_is_bit_by_bit_the_same(method, tmp_path):
     """Tasks end after two epochs; the checkpoint is of the third, the momentum from before."""
     whole, projection = made(), Projection(method())
