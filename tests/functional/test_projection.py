@@ -11,6 +11,7 @@ from lightning_collapse.functional.projection import (
     null_space,
     oja_directions,
     oja_step,
+    scaled_weight,
     trust_region,
 )
 
@@ -119,3 +120,18 @@ def test_a_least_eigenvalue_of_zero_leaves_the_exact_null_space():
     for moment in (torch.zeros(4, 4), torch.eye(4), torch.full((4, 4), torch.nan)):
         assert null_space(moment)[0].shape == (4, 0)
     assert null_share(torch.zeros(4, 4), torch.eye(4)[:, :1]) == 0
+
+
+def test_a_scaled_weight_begins_as_the_weight_and_acts_in_the_subspace_alone():
+    basis, rest = torch.linalg.qr(torch.randn(6, 6))[0].split([2, 4], dim=1)
+    weight, scale = torch.randn(3, 6), torch.eye(2, requires_grad=True)
+    start = scaled_weight(weight, basis, scale)
+    assert torch.equal(start, weight)
+    start.sum().backward()
+    torch.testing.assert_close(scale.grad, (weight @ basis).T @ torch.ones(3, 6) @ basis)
+    other = torch.randn(2, 2)
+    turned = scaled_weight(weight, basis, other)
+    torch.testing.assert_close(turned, weight - weight @ basis @ basis.T + weight @ basis @ other @ basis.T)
+    torch.testing.assert_close(turned @ rest, weight @ rest)
+    with pytest.raises(ValueError, match=r"must fit, got \(3, 6\), \(6, 2\) and \(3,\)"):
+        scaled_weight(weight, basis, torch.ones(3))
