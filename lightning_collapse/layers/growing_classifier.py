@@ -68,7 +68,7 @@ def grow_head(head: nn.Linear, classes: int, optimizers: Iterable[Optimizer] = (
 
 
 class GrowingClassifier(nn.Linear):
-    """A linear layer that grows, by :meth:`grow` or by what a checkpoint holds.
+    """A linear layer that grows, by ``grow`` or by what a checkpoint holds.
 
     A checkpoint with more classes makes it grow before it is loaded, so that a model that was built for the first task
     resumes a later one. One with fewer classes fills the first rows; the others stay as they are, with a warning.
@@ -77,7 +77,7 @@ class GrowingClassifier(nn.Linear):
         in_features: Width ``D`` of the features.
         classes: Number of classes ``C`` at first.
         bias: Whether there is a bias.
-        init: Of new rows, see :func:`grow_head`.
+        init: Of new rows, see ``grow_head``.
 
     Raises:
         ValueError: If a size is not positive, or ``init`` is neither.

@@ -66,7 +66,7 @@ def focal_preference_loss(
 
 
 class FocalPreference(nn.Module):
-    """:func:`focal_preference_loss` as a module.
+    """Module form of ``focal_preference_loss``.
 
     It takes four log-probabilities per pair and no features, so it stands in a ``training_step`` and in no callback.
 

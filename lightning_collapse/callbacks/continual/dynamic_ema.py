@@ -89,6 +89,7 @@ class DynamicEMA(TaskAware):
                 self._kept[name] = [tensor.to(at.device, copy=True) for tensor in kept]
 
     @override
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         with self.containment("averaging weights", "averages miss steps"):
             self._update(optimizer, loss_scale(trainer, optimizer))

@@ -34,7 +34,7 @@ class TaskBoundary(Callback):
         every_n_epochs: A task ends after this many epochs, and again after as many.
         at_epochs: After how many epochs, counted from the start of the fit, tasks end.
         when: A function of the trainer, asked at the end of every epoch whether a task ends, such as
-            :class:`~lightning_collapse.CurveJump`; a task ends on all processes if it does on one. What its
+            ``CurveJump``; a task ends on all processes if it does on one. What its
             ``state_dict()`` returns, if it has one, is in the state of this callback.
         every_n_steps: Ask ``when`` after every so many optimizer steps instead of at the ends of epochs. The task ends
             before the next batch, so that a checkpoint saved in between knows of it. What reads training data then

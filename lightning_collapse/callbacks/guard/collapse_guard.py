@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -209,6 +210,7 @@ class CollapseGuard(Callback):
                 self._reader.before_batch(batch)
 
     @override
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         try:  # at every step, where a context costs as much as what is inside
             self._health.note_loss(loss)

@@ -74,10 +74,10 @@ class Distillation(AuxiliaryLoss, TaskAware):
         weight: Factor of the loss, 1 in the paper: a number, or a function of the step.
         temperature: Of the softened probabilities, 2 in the paper.
         kind: ``"logits"``, ``"features"`` for their directions, or ``"squared"`` for
-            :func:`~lightning_collapse.losses.squared_distillation_loss`.
+            ``squared_distillation_loss``.
         outputs: Returns the output of a module, the teacher, on a batch; ``None`` repeats the calls of the student.
         name: Name of the curves.
-        replay: A :class:`~lightning_collapse.replay.ReplayBuffer`, or a function of the teacher and a number of rows
+        replay: A ``ReplayBuffer``, or a function of the teacher and a number of rows
             that returns a batch.
         on: The older name of ``layer``, which YAML 1.1 reads as a boolean.
 

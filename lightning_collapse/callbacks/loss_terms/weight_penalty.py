@@ -176,6 +176,7 @@ class WeightPenalty(TaskAware):
             self._try(trainer, pl_module, [batch])
 
     @override
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         scale = loss_scale(trainer, optimizer)
         everyone = weight_penalties(trainer)

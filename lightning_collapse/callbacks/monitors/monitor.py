@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -27,6 +28,9 @@ from lightning_collapse.utilities.trainer import batches_until, is_due, is_resum
 Detail = Literal["high", "low"]
 Name = tuple[str, str]
 """Of a reading: the layer and the measure."""
+
+_IN_STEP = {"on_before_backward", "on_after_backward", "on_before_optimizer_step"}
+"""Hooks of Lightning that the compiler would take for a part of such a step, and make graphs of."""
 
 
 class Monitor(Callback, ABC):
@@ -74,6 +78,8 @@ class Monitor(Callback, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for name in _IN_STEP & vars(cls).keys():  # manual optimization in a step that is compiled as a whole
+            setattr(cls, name, torch.compiler.disable(vars(cls)[name]))  # type: ignore[no-untyped-call]
         if cls.family:
             register_monitor(cls, cls.family, cls.declares)
             lines = (curve.line for curve in cls.declares)
