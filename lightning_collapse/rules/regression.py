@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from math import log, nan, sqrt
 
-from lightning_collapse.rules.base import Rule, register_rule
+from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
+from lightning_collapse.rules.history import Evidence
+from lightning_collapse.rules.progress import SURE
 from lightning_collapse.utilities.points import Point
 
 
@@ -17,6 +19,7 @@ class RegressionOverCompression(Rule):
     Neural collapse as such, which leaves as many dimensions as there are targets, is no failure here. Not judged are
     points whose targets repeat: either the window is longer than an epoch, so that the nearest neighbor of a sample is
     its own copy of some steps ago and the estimate far too low, or the targets are too discrete to have a dimension.
+    Nothing is said before the eighth point.
 
     Example:
         >>> values = {"intrinsic_dimension": 1.0, "target_dimension": 3.0}
@@ -36,6 +39,7 @@ class RegressionOverCompression(Rule):
     least = 0.1
     distinct = 0.9
     tasks = ("regression",)
+    follows = ("intrinsic_dimension",)
     advice = "Lower the weight decay, or add `Regularizer(EffectiveRankHinge(), layer=...)` to the layer."
     paper = "2025, arXiv 2510.01105"
 
@@ -51,6 +55,11 @@ class RegressionOverCompression(Rule):
             return 0.0
         error = self.errors * sqrt(1 / features.n + 1 / targets.n)
         return max(log(targets.value / features.value) / max(error, self.least), 0.0)
+
+    def weigh(self, evidence: Evidence) -> float:
+        """The severity; undecided before the eighth point, since fresh networks have a few dimensions only."""
+        severity, curve = self.severity(evidence.points, evidence.baseline), evidence.history.get("intrinsic_dimension")
+        return min(severity, UNDECIDED) if curve is None or curve.count < SURE else severity
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Both dimensions, and the features' baseline."""

@@ -37,25 +37,25 @@ def judged(script: Script, flag: Flag = Flag.OK, distinct: float = 1.0) -> tuple
 
 
 def test_features_poorer_than_the_targets() -> None:
-    guard, keeper = judged([(6.0, 3.0, 500)] * 4 + [(2.0, 3.0, 500)] * 3 + [(4.0, 3.0, 500)] * 3)
+    guard, keeper = judged([(6.0, 3.0, 500)] * 8 + [(2.0, 3.0, 500)] * 3 + [(4.0, 3.0, 500)] * 2)
     [verdict] = guard.verdicts
-    assert (verdict.kind, verdict.layer, verdict.since, verdict.step) == ("regression_over_compression", "head", 4, 5)
+    assert (verdict.kind, verdict.layer, verdict.since, verdict.step) == ("regression_over_compression", "head", 8, 9)
     assert verdict.evidence == (
         "over 500 rows the intrinsic dimension of the features is 2, below the 3 of the targets; the run began with 6"
     )
     values = [point.value for point in keeper.curve("guard/regression_over_compression")]
-    assert values == [0.0] * 5 + [1.0] * 3 + [0.0] * 2
+    assert values == [0.0] * 9 + [1.0] * 3 + [0.0]
 
 
 @pytest.mark.parametrize(
     "script",
     [
-        [(3.0, 3.0, 500)] * 8,  # neural collapse leaves as many dimensions as targets
-        [(2.75, 3.0, 100_000)] * 8,  # too little to matter, however sure
-        [(2.6, 3.0, 100)] * 8,  # too little for so few rows
-        [(6.0, 3.0, 500), (2.0, 3.0, 500)] * 4,  # one bad point is not two
-        [(nan, 3.0, 500)] * 8,
-        [(0.0, 3.0, 0)] * 8,
+        [(3.0, 3.0, 500)] * 12,  # neural collapse leaves as many dimensions as targets
+        [(2.75, 3.0, 100_000)] * 12,  # too little to matter, however sure
+        [(2.6, 3.0, 100)] * 12,  # too little for so few rows
+        [(6.0, 3.0, 500), (2.0, 3.0, 500)] * 8,  # one bad point is not two
+        [(nan, 3.0, 500)] * 12,
+        [(0.0, 3.0, 0)] * 12,
     ],
     ids=["collapsed", "small", "noise", "flicker", "unknown", "nothing"],
 )
@@ -64,19 +64,25 @@ def test_what_only_looks_poorer_gets_no_verdict(script: Script) -> None:
     assert guard.verdicts == []
 
 
+def test_a_fresh_network_of_few_dimensions_has_eight_points() -> None:
+    assert judged([(2.0, 3.0, 500)] * 7 + [(3.0, 3.0, 500)] * 3)[0].verdicts == []
+    [verdict] = judged([(2.0, 3.0, 500)] * 10)[0].verdicts
+    assert verdict.step == 8
+
+
 def test_points_without_rows_are_not_judged() -> None:
-    guard, _ = judged([(1.0, 3.0, 500)] * 8, Flag.NOT_CALLED)
+    guard, _ = judged([(1.0, 3.0, 500)] * 12, Flag.NOT_CALLED)
     assert guard.verdicts == []
 
 
 @pytest.mark.parametrize("n", [50, 500, 50_000])
 def test_the_line_is_three_standard_errors_or_a_tenth(n: int) -> None:
     line = exp(-max(3 * sqrt(2 / n), 0.1))
-    assert judged([(3 * line * 0.999, 3.0, n)] * 3)[0].verdicts
-    assert not judged([(3 * line * 1.001, 3.0, n)] * 3)[0].verdicts
+    assert judged([(3 * line * 0.999, 3.0, n)] * 10)[0].verdicts
+    assert not judged([(3 * line * 1.001, 3.0, n)] * 10)[0].verdicts
 
 
 def test_samples_that_repeat_in_the_window_say_nothing() -> None:
-    script = [(6.0, 3.0, 500)] * 4 + [(2.0, 3.0, 500)] * 3
+    script = [(6.0, 3.0, 500)] * 8 + [(2.0, 3.0, 500)] * 3
     assert judged(script, distinct=0.8)[0].verdicts == []
     assert judged(script, distinct=0.95)[0].verdicts
