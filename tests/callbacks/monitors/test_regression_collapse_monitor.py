@@ -246,8 +246,8 @@ def test_the_guard_reads_it() -> None:
             self.body = nn.Sequential(nn.Linear(7, 1), nn.Linear(1, 16))
 
     guard = CollapseGuard(action="log")
-    fit(Poor(), [RegressionCollapseMonitor(every_n_steps=6, rows=200), guard], loader(), max_epochs=2)
+    fit(Poor(), [RegressionCollapseMonitor(every_n_steps=6, rows=200), guard], loader(), max_epochs=5)
     assert [(verdict.kind, verdict.layer) for verdict in guard.verdicts] == [("regression_over_compression", "head")]
     guard = CollapseGuard(action="log")
-    fit(Regressor(), [RegressionCollapseMonitor(every_n_steps=6, rows=200), guard], loader(), max_epochs=2)
+    fit(Regressor(), [RegressionCollapseMonitor(every_n_steps=6, rows=200), guard], loader(), max_epochs=5)
     assert guard.verdicts == []
