@@ -82,7 +82,7 @@ class AntiCollapseLoss(nn.Module):
         """Weighted sum of the terms, a scalar of at least ``float32``; ``views`` of shape ``(N, D)`` each.
 
         Raises:
-            ValueError: If there are more or fewer arguments than :attr:`views` and :attr:`takes_labels` say, or if one
+            ValueError: If there are more or fewer arguments than :attr:`views` and ``takes_labels`` say, or if one
                 is no tensor.
         """
         if len(views) != self.views + bool(self.takes_labels):

@@ -162,7 +162,7 @@ class AuxiliaryLoss(Callback, ABC):
         return total
 
     def rows_of(self, output: Any) -> Tensor | None:
-        """What a layer returned as rows; ``None`` where that cannot be had, and :attr:`_unreadable` says why."""
+        """What a layer returned as rows; ``None`` where that cannot be had, and ``_unreadable`` says why."""
         try:
             rows = as_rows(output, self._channels_first)
         except Exception as error:
