@@ -83,7 +83,7 @@ def mean_changes(
     belongs = torch.zeros(len(groups), len(places), dtype=sums.dtype)
     for row, names in zip(belongs, groups.values(), strict=True):
         row[[places[name] for name in names]] = 1 / sum(tensors[name].numel() for name in names)
-    values = (belongs.to(sums.device) @ all_reduce_sum(sums)).tolist()
+    values = (belongs.to(sums.device) @ all_reduce_sum(sums)).tolist()  # of a point: the one transfer
     return dict(zip(groups, values, strict=True))
 
 

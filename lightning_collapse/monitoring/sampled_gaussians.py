@@ -124,7 +124,7 @@ class SampledGaussians:
             self._multiply(given, made[0])
         elif name in _SUMS and len(given) == 2:
             self._add(given, made[0])
-        elif name == "square" or (name == "pow" and 2 in args[1:]):
+        elif given and (name == "square" or (name == "pow" and _is_two(*args[1:2], *kwargs.values()))):
             self._squared.add(self._root_of(given[0]))
         self._trace(made, given, self._compare(name, given) if name in _COMPARED and given else None)
 
@@ -196,6 +196,11 @@ class SampledGaussians:
 
 def _key(tensor: Tensor) -> Key:
     return storage_of(tensor), int(tensor.storage_offset())
+
+
+def _is_two(*exponents: Any) -> bool:
+    """Whether an exponent is the number 2; those that are tensors are not read, which would wait for the device."""
+    return any(isinstance(exponent, int | float) and exponent == 2 for exponent in exponents)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

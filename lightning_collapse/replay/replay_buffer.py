@@ -115,7 +115,7 @@ class ReplayBuffer:
 
     @torch.no_grad()
     def add(self, batch: Any, labels: Tensor | None = None, features: Tensor | None = None) -> None:
-        """Offer the rows of a batch; waits for nothing where they are stored on their device.
+        """Offer the rows of a batch; waits for nothing where they are stored on their device, but for ``"herding"``.
 
         Args:
             batch: A tensor, or any nest of dictionaries, lists and tuples of tensors, with ``N`` rows each.
@@ -164,6 +164,7 @@ class ReplayBuffer:
         Returns:
             Labels of all rows that are kept, of all processes, shape ``(n,)``.
         """
+        # waits for the device, once per task
         keys, labels = self._keys[: self._used].cpu(), self._labels[: self._used].cpu()
         found = from_all_processes((keys, labels, self.seen))
         every, of_every = torch.cat([keys for keys, *_ in found]), torch.cat([labels for _, labels, _ in found])
@@ -279,7 +280,7 @@ class ReplayBuffer:
                 " rows of each class in one call."
             )
         keys = torch.full((count,), NONE, dtype=torch.float64)
-        for label in sorted(set(labels.tolist())):
+        for label in sorted(set(labels.tolist())):  # waits for the device: of a task's rows at its end, not of a step's
             of_class = (labels == label).nonzero().squeeze(1).cpu()
             order = herding_order(features[of_class.to(features.device)], self.size).cpu()
             keys[of_class[order]] = -torch.arange(len(order), dtype=torch.float64)

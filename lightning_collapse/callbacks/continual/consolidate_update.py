@@ -120,7 +120,7 @@ class ConsolidateUpdate(TaskAware):
             raise ValueError("its change is not finite")
         # what is taken away, so that what is not stays bit by bit
         matrix.add_((new - change).view_as(matrix))
-        row = new.reshape(1, -1).cpu()
+        row = new.reshape(1, -1).cpu()  # likewise
         self._past[name] = row if past is None else torch.cat([past, row])
 
     def _choose(self, pl_module: LightningModule) -> dict[str, Tensor]:

@@ -143,7 +143,7 @@ class PrototypeMemory(TaskAware):
         found = None
         if passed and dim:  # a process without rows takes part in the sums
             found = (seen[0] if seen else make(int(dim)).to(device)).compute()
-        if found is None or bool(found["radius"].isnan()):
+        if found is None or bool(found["radius"].isnan()):  # waits for the device, once per task
             rank_zero_warn(
                 f"`PrototypeMemory`: task {self.task_index} leaves no prototypes, since no row had a class. Those of"
                 " earlier tasks stay."

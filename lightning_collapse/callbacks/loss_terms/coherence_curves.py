@@ -17,7 +17,7 @@ def publish_shares(trainer: Trainer, pl_module: LightningModule, penalty: Penalt
     shares, penalty.rank_one_shares = penalty.rank_one_shares, {}
     if not shares:
         return
-    numbers = torch.stack(list(shares.values())).tolist()
+    numbers = torch.stack(list(shares.values())).tolist()  # at the end of a task
     step = logging_step(trainer)
     points = [
         Point("continual", module, "rank_one_share", step, value) for module, value in zip(shares, numbers, strict=True)

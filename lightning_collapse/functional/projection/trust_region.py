@@ -34,6 +34,7 @@ def trust_region(gradient: Tensor, bases: Sequence[Tensor], threshold: float = 0
         [1]
     """
     norm = torch.linalg.vector_norm(gradient)
+    # waits for the device: once, when a task begins
     shares = [(torch.linalg.vector_norm(gradient @ basis.to(gradient)) / norm).item() for basis in bases]
     near = [j for j, share in enumerate(shares) if share >= threshold]
     return sorted(near, key=lambda j: -shares[j])[:most]

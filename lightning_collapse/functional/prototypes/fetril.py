@@ -41,6 +41,7 @@ def fetril_features(features: Tensor, labels: Tensor, means: Tensor) -> tuple[Te
         ([0.0, 2.0], [0, 0])
     """
     require_rows(means.shape[-1], features=features, means=means)
+    # waits for the device; for the data of a task at once, and no step
     if unseen := (~means.isfinite().all(dim=1)).nonzero().flatten().tolist():
         raise ValueError(
             f"`means` must hold the mean of every old class, got NaN for {unseen}: nobody has seen them. Leave them"

@@ -82,7 +82,7 @@ def _require_below(num_classes: int, function: str, labels: Tensor) -> None:
         return
     if not _FIRST_STEP.get() and (labels.device.type != "cpu" or world_size() > 1):
         return
-    largest = int(labels.cpu().numpy().max())
+    largest = int(labels.cpu().numpy().max())  # of a device in the first step of a training only
     if largest >= num_classes:
         raise UnknownClassError(
             f"`labels` of `{function}` must be below {num_classes}, the number of classes, got {largest}. A row that"

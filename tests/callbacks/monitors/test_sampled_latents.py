@@ -77,6 +77,14 @@ def of_one_sample(self, h):
     return z, (posterior.log_prob(z) - prior.log_prob(z)).mean(), posterior.mean, posterior.stddev
 
 
+def beside_other_powers(self, h):
+    """What has exponents of its own is no square, and is not read to see whether it is."""
+    mean, logs = self.fc1(h), self.fc2(h)
+    z = mean + torch.randn_like(mean) * (logs / 2).exp()
+    powers = torch.pow(h.abs() + 1, torch.full_like(h, 2.0)).mean() + torch.pow(input=mean, exponent=2).mean()
+    return z, divergence_of(mean, logs) + 0 * powers, mean, (logs / 2).exp()
+
+
 def of_several_samples(self, h):
     posterior = Normal(self.fc1(h), self.fc2(h).exp())
     z = posterior.rsample((4,))
@@ -92,6 +100,7 @@ FOUND = {
     normal: "fc1",
     of_one_sample: "fc1",
     of_several_samples: "fc1",
+    beside_other_powers: "fc1",
 }
 
 
