@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.constraints.constraint import Constraint
 from lightning_collapse.callbacks.continual.monitored_curves import require_available
-from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
+from lightning_collapse.callbacks.continual.step_offset import StepsAcrossTasks
 from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forward, check_pass
 from lightning_collapse.callbacks.evaluation.preserved_fit import preserved_fit
@@ -29,7 +29,7 @@ from lightning_collapse.utilities.registry import register_curve
 from lightning_collapse.utilities.sharding import local, unsharded
 
 
-class Projection(TaskAware, Constraint):
+class Projection(StepsAcrossTasks, Constraint):
     """Keeps old tasks by moving weights only in directions that these do not look along.
 
     Right after each optimizer step of the second task and later ones the update is projected, whatever the optimizer,
@@ -85,7 +85,7 @@ class Projection(TaskAware, Constraint):
         freeze: bool = True,
         outputs: Outputs | None = None,
     ) -> None:
-        TaskAware.__init__(self)
+        StepsAcrossTasks.__init__(self)
         Constraint.__init__(self)
         if method is not None and not isinstance(method, UpdateProjection):
             raise ValueError(f"`method` takes an object such as `GPM(threshold=0.97)`, got {method!r}.")
@@ -98,7 +98,6 @@ class Projection(TaskAware, Constraint):
         self.loader = loader
         self.freeze = freeze
         self.outputs = outputs
-        self._steps = ContinuedSteps()
         self._before: dict[str, Tensor] = {}
 
     @property
@@ -146,16 +145,8 @@ class Projection(TaskAware, Constraint):
                         " has not made and cannot gather. Use `fully_shard`, or `strategy='ddp'`."
                     )
         self.choose(pl_module)  # once more: strategies that shard restore a checkpoint after the fit has started
-        self._steps.start(trainer)
         curves = [Point("continual", layer, "capacity_left", 0, 0.0).key for layer in self.method.readings()]
         require_available(trainer, curves, "a task ends, and so does the fit", "Projection")
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._steps.after_batch(trainer)
 
     @override
     def prepare(self, weights: Mapping[str, Tensor]) -> None:
@@ -197,13 +188,12 @@ class Projection(TaskAware, Constraint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "method": self.method.state_dict(), "steps": self._steps.state_dict()}
+        return {**super().state_dict(), "method": self.method.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.method.load_state_dict(state_dict["method"])
-        self._steps.load_state_dict(state_dict["steps"])
 
     @override
     def _stop(self) -> None:

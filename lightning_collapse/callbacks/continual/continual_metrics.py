@@ -14,8 +14,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.monitored_curves import require_available
-from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
-from lightning_collapse.callbacks.continual.task_aware import TaskAware
+from lightning_collapse.callbacks.continual.step_offset import StepsAcrossTasks
 from lightning_collapse.callbacks.continual.task_pictures import GapHistory, log_matrix, markdown
 from lightning_collapse.callbacks.continual.task_scores import Evaluation, Outputs, Score, TaskScores, correct
 from lightning_collapse.callbacks.evaluation.evaluation_pass import check_forward
@@ -39,7 +38,7 @@ MEASURES = ("accuracy", "learning_accuracy", "backward_transfer", "forward_trans
 MOST_CLASSES = 1000
 
 
-class ContinualMetrics(TaskAware):
+class ContinualMetrics(StepsAcrossTasks):
     """Measure every task after every task: accuracy, transfer, forgetting and, in between, the stability gap.
 
     **Logged metrics**, to every logger and to ``trainer.callback_metrics``, when a task ends:
@@ -130,7 +129,6 @@ class ContinualMetrics(TaskAware):
         self.forward_transfer, self.num_classes = forward_transfer, num_classes
         self.mode = mode or ("min" if getattr(metric, "higher_is_better", None) is False else "max")
         self._sign = 1 if self.mode == "max" else -1
-        self._steps = ContinuedSteps()
         self._values = torch.full((len(self.names), len(self.names)), nan)
         self._baseline = torch.full((len(self.names),), nan)
         self._lowest = torch.full((len(self.names),), nan)  # worst, since the end of each task
@@ -169,7 +167,6 @@ class ContinualMetrics(TaskAware):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._steps.start(trainer)
         self._announce(trainer)
         if self.forward_transfer and self.task_index == 0 and trainer.global_step == 0:
             with self.containment("the evaluation before the first step", "forward transfer stays unknown"):
@@ -181,7 +178,6 @@ class ContinualMetrics(TaskAware):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._steps.after_batch(trainer)
         if self.every_n_steps and 0 < self.task_index < len(self.names) and is_due(trainer, self.every_n_steps):
             with self.containment("an evaluation while a task is learned", "its points are missing"):
                 seen = range(self.task_index + 1)
@@ -224,13 +220,12 @@ class ContinualMetrics(TaskAware):
         tensors = {"values": self._values, "baseline": self._baseline, "lowest": self._lowest}
         tensors["classes"] = self._classes
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        histories = {"steps": self._steps.state_dict(), "gap": self._gap.state_dict()}
+        histories = {"gap": self._gap.state_dict()}
         return {**super().state_dict(), **copies, **histories, "names": list(self.names)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._steps.load_state_dict(state_dict["steps"])
         if state_dict["names"] != self.names[: len(state_dict["names"])]:
             self._warn_once(
                 f"a checkpoint of the tasks {', '.join(state_dict['names'])} is read by one of"

@@ -13,8 +13,7 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.continual.continual_metrics import MEASURES
 from lightning_collapse.callbacks.continual.monitored_curves import require_available
-from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
-from lightning_collapse.callbacks.continual.task_aware import TaskAware
+from lightning_collapse.callbacks.continual.step_offset import StepsAcrossTasks
 from lightning_collapse.monitoring.parameter_snapshot import ParameterSnapshot, mean_changes
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.arguments import check_layers
@@ -26,7 +25,7 @@ from lightning_collapse.utilities.trainer import refuse_flattened
 Kind = Literal["epoch_change", "task_change"]
 
 
-class ForgettingMonitor(TaskAware):
+class ForgettingMonitor(StepsAcrossTasks):
     r"""Log how far every module has moved, from epoch to epoch and from task to task: the few that forget move most.
 
     .. math:: d_\ell = \frac{1}{|\theta_\ell|} \big\| \theta_\ell - \theta_\ell^{\text{before}} \big\|_1
@@ -70,7 +69,6 @@ class ForgettingMonitor(TaskAware):
         self.changes: dict[str, dict[str, float]] = {"epoch_change": {}, "task_change": {}}
         """The latest reading of every layer, by kind and layer."""
         self._state_key = self._generate_state_key(layers=layers)  # Lightning asks for it at every hook
-        self._steps = ContinuedSteps()
         self._groups: dict[str, list[str]] = {}
         self._tensors: dict[str, Tensor] = {}
         self._of_epoch: ParameterSnapshot | None = None
@@ -99,7 +97,6 @@ class ForgettingMonitor(TaskAware):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._steps.start(trainer)
         late = [Point("continual", layer, "task_change", 0, nan).key for layer in self._groups]
         require_available(trainer, late, "a task ends, and so does the fit", type(self).__name__)
         self._of_epoch = ParameterSnapshot(self._tensors, self._restored.get("of_epoch"))
@@ -115,7 +112,6 @@ class ForgettingMonitor(TaskAware):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._steps.after_batch(trainer)
         self._in_epoch = True
 
     @override
@@ -136,7 +132,7 @@ class ForgettingMonitor(TaskAware):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state = {**super().state_dict(), "steps": self._steps.state_dict(), "in_epoch": self._in_epoch}
+        state = {**super().state_dict(), "in_epoch": self._in_epoch}
         state["changes"] = {kind: dict(readings) for kind, readings in self.changes.items()}
         if self._of_task is not None:
             state["of_task"] = self._of_task.state_dict()
@@ -147,7 +143,6 @@ class ForgettingMonitor(TaskAware):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._steps.load_state_dict(state_dict["steps"])
         self._in_epoch, self.changes = state_dict["in_epoch"], state_dict["changes"]
         self._restored = state_dict
 

@@ -13,8 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_collapse.callbacks.continual.step_offset import ContinuedSteps
-from lightning_collapse.callbacks.continual.task_aware import TaskAware
+from lightning_collapse.callbacks.continual.step_offset import StepsAcrossTasks
 from lightning_collapse.replay.batch_rows import concatenate, count_rows, map_rows
 from lightning_collapse.replay.replay_buffer import ReplayBuffer
 from lightning_collapse.reporting import publish
@@ -28,7 +27,7 @@ from lightning_collapse.utilities.trainer import batch_hook_owner, is_aside, to_
 from lightning_collapse.utilities.training_step import wrap_method
 
 
-class Replay(TaskAware):
+class Replay(StepsAcrossTasks):
     """Rehearse: from the second task on every training batch has rows of a buffer behind its own [1].
 
     The buffer is offered the rows of each training batch, as they come from the loader, and never those that it
@@ -98,7 +97,6 @@ class Replay(TaskAware):
         self._pending: tuple[Any, Tensor | None] | None = None  # kept when the step on it is over
         self._in_step = False
         self._unwrap_hook: Callable[[], None] = _nothing
-        self._steps = ContinuedSteps()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,17 +121,11 @@ class Replay(TaskAware):
         self._unwrap_hook = wrap_method(batch_hook_owner(trainer, hook), hook, around)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._steps.start(trainer)
-
-    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._in_step = False
-        self._steps.after_batch(trainer)
 
     @override
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,7 +158,7 @@ class Replay(TaskAware):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._keep()
-        own = {"buffer": self.buffer.state_dict(), "rank": process_rank(), "steps": self._steps.state_dict()}
+        own = {"buffer": self.buffer.state_dict(), "rank": process_rank()}
         return {**super().state_dict(), **own}
 
     @override
@@ -180,7 +172,6 @@ class Replay(TaskAware):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._pending = None
-        self._steps.load_state_dict(state_dict["steps"])
         rank, ranks = process_rank(), world_size()
         states = state_dict.get("buffers") or {state_dict["rank"]: state_dict["buffer"]}
         for of, state in states.items():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
 
+from lightning_collapse.callbacks.continual.task_aware import TaskAware
 from lightning_collapse.utilities.trainer import ends_step, logging_step
 
 
@@ -39,3 +42,32 @@ class ContinuedSteps:
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Go on from :meth:`state_dict`."""
         self._before, self._here = state_dict["before"], state_dict["here"]
+
+
+class StepsAcrossTasks(TaskAware):
+    """What acts on tasks and publishes points on one x-axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps = ContinuedSteps()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._steps.start(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._steps.after_batch(trainer)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self._steps.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._steps.load_state_dict(state_dict["steps"])
