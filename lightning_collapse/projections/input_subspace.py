@@ -152,7 +152,6 @@ class InputSubspace(UpdateProjection):
 
     @override
     @torch.no_grad()
-    @full_precision
     def project_(self, now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
         if not self.learned:
             return
@@ -163,8 +162,7 @@ class InputSubspace(UpdateProjection):
         if names:
             moved, backward = ([local(of[name]) for name in names] for of in (now, before))
             foreach.sub_(backward, moved)
-            for name, weight, change in zip(names, moved, backward, strict=True):
-                self._add_protected(name, weight, change)
+            self._add_protected(backward[0], names, moved, backward)
 
     @override
     def readings(self) -> dict[str, dict[str, float]]:
@@ -202,24 +200,31 @@ class InputSubspace(UpdateProjection):
         return {**super().__getstate__(), "_layers": {}, "_factors": {}}
 
     def _rank(self, name: str) -> int:
-        return len(self.subspaces[name].importance) if name in self.subspaces else 0
+        return self.subspaces[name].importance.numel() if name in self.subspaces else 0
 
-    def _add_protected(self, name: str, weight: Tensor, change: Tensor) -> None:
-        """Add the part of a change that lies in the protected directions to a weight."""
-        turned = self._layers[name].turned
-        matrix = change.T if turned else change.flatten(1)
-        if name not in self._factors:
-            directions, importance = (part.to(matrix) for part in self.subspaces[name])
-            thin, flat = directions * importance, directions.T.contiguous()
-            # one square product is cheaper than two thin ones from half of the width on
-            self._factors[name] = (thin @ flat,) if 2 * len(importance) > len(directions) else (thin, flat)
-        *first, last = self._factors[name]
-        for factor in first:
-            matrix = matrix @ factor
-        if turned or weight.is_contiguous():  # without a tensor as large as the weight
-            (weight.T if turned else weight.view(len(weight), -1)).addmm_(matrix, last)
-        else:
-            weight.add_((matrix @ last).view(change.shape))
+    @full_precision  # which asks the first tensor for its device, and every kind of device if there is none
+    def _add_protected(self, _: Tensor, names: list[str], weights: list[Tensor], changes: list[Tensor]) -> None:
+        """Add the part of every change that lies in the protected directions to its weight."""
+        for name, weight, change in zip(names, weights, changes, strict=True):
+            *first, last = self._factors.get(name) or self._factored(name, change)
+            turned = self._layers[name].turned
+            matrix = change.T if turned else change if change.ndim == 2 else change.flatten(1)
+            for factor in first:
+                matrix = matrix @ factor
+            if weight.ndim == 2:  # without a tensor as large as the weight
+                (weight.T if turned else weight).addmm_(matrix, last)
+            elif weight.is_contiguous():
+                weight.view(len(weight), -1).addmm_(matrix, last)
+            else:
+                weight.add_((matrix @ last).view(change.shape))
+
+    def _factored(self, name: str, change: Tensor) -> tuple[Tensor, ...]:
+        """What a change is multiplied by, one after another."""
+        directions, importance = (part.to(change) for part in self.subspaces[name])
+        thin, flat = directions * importance, directions.T.contiguous()
+        # one square product is cheaper than two thin ones from half of the width on
+        self._factors[name] = (thin @ flat,) if 2 * len(importance) > len(directions) else (thin, flat)
+        return self._factors[name]
 
 
 def _matrices(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, _Layer]:
