@@ -39,6 +39,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.weight_spectrum
 	$(BIN)/python -m tests.benchmarks.neural_collapse
 	$(BIN)/python -m tests.benchmarks.continual
+	$(BIN)/python -m tests.benchmarks.projection
 	$(BIN)/python -m tests.benchmarks.compiled
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.false_alarms
 

@@ -16,6 +16,7 @@ from tests.benchmarks import (
     losses,
     monitor_overhead,
     neural_collapse,
+    projection,
     vicreg_covariance,
     weight_spectrum,
 )
@@ -97,6 +98,7 @@ BENCHMARKS = {
     "losses": lambda monkeypatch: losses.compare(losses.PAIRS, rounds=1),
     "monitor_overhead": _monitor_overhead,
     "neural_collapse": _neural_collapse,
+    "projection": lambda monkeypatch: projection.main([(1, 8, 4, 2)], floats=2**9, blocks=3),
     "vicreg_covariance": _vicreg_covariance,
     "weight_spectrum": _weight_spectrum,
 }
