@@ -121,6 +121,25 @@ def test_old_outputs_stay_in_layers_of_every_kind(kind):
     assert (matrix.norm() > 0.1) == (rank < width)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_no_step_has_moved_stays_as_it_is_and_autocast_changes_nothing(kind):
+    layer, shape = copy.deepcopy(KINDS[kind][0]), KINDS[kind][1]
+    torch.manual_seed(0)
+    gpm = GPM(threshold=0.9)
+    gpm.start(layer)
+    gpm.learn(layer, [torch.randn(shape)])
+    start = copies(gpm)
+    gpm.project_(gpm.parameters, copies(gpm))
+    assert all(torch.equal(p, start[name]) for name, p in gpm.parameters.items())
+    moved, found = {name: torch.randn_like(p) for name, p in start.items()}, []
+    for autocast in (False, True):
+        now = {name: part.clone(memory_format=torch.preserve_format) for name, part in moved.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            gpm.project_(now, copy.deepcopy(start))
+        found.append(now)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_what_cannot_be_projected_is_frozen_and_what_lies_outside_is_free():
     net = nn.Sequential(
         nn.Conv2d(4, 4, 1, groups=2), nn.GroupNorm(1, 4), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2)
