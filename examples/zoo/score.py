@@ -3,6 +3,7 @@
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,7 +137,8 @@ class Recorder(Judge):
 
 def replay(run: Run, judge: Judge) -> Iterator[tuple[int, Judgement | None]]:
     """What another judge says of the same points, with the steps; ``None`` where a fit began anew."""
-    planned = len({turn[0] for turn in run.turns if turn is not None})
+    seen = {(turn[0], point.family) for turn in run.turns if turn is not None for point in turn[2]}
+    planned = Counter(family for _, family in seen)
     for turn in run.turns:
         if turn is None:
             judge.reset()

@@ -2,7 +2,7 @@
 
 from lightning_collapse.rules.activations import ActivationOutliers, Headroom
 from lightning_collapse.rules.attention import AttentionEntropyCollapse, AttentionOverload
-from lightning_collapse.rules.base import ALL, HEALTHY, RULES, TRAINING, DetectorRule, Rule, register_rule
+from lightning_collapse.rules.base import ALL, HEALTHY, RULES, DetectorRule, Rule, register_rule
 from lightning_collapse.rules.burst import Burst
 from lightning_collapse.rules.codebook import CodebookCollapse
 from lightning_collapse.rules.collapse import CompleteCollapse, DimensionalCollapse
@@ -10,6 +10,7 @@ from lightning_collapse.rules.coverage import Coverage
 from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.explosion import LossExplosion
 from lightning_collapse.rules.forgetting import CatastrophicForgetting
+from lightning_collapse.rules.history import TRAINING
 from lightning_collapse.rules.judge import Judge, Judgement
 from lightning_collapse.rules.latents import PointCollapse, PosteriorCollapse
 from lightning_collapse.rules.layer_collapse import LayerCollapse

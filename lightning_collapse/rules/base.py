@@ -13,8 +13,6 @@ from lightning_collapse.utilities.points import Flag, Point
 
 ALL = "all"
 """What stands for the layer in curves that sum up all layers of a family."""
-TRAINING = "training"
-"""Family of readings of the training as a whole, which rules of every family can read, see :attr:`Rule.of_training`."""
 HEALTHY = 0.5
 """Below this severity a layer is healthy again; between it and 1 nothing changes."""
 UNDECIDED = 0.75

@@ -12,6 +12,8 @@ from lightning_collapse.rules.task import Task
 from lightning_collapse.rules.trend import Trend
 from lightning_collapse.utilities.points import Point
 
+TRAINING = "training"
+"""Family of readings of the training as a whole, which rules of every family can read, see :attr:`Rule.of_training`."""
 LAST = 5
 """Points that the present level of a curve is the median of."""
 
@@ -117,11 +119,15 @@ class History:
                     point.step, point.value
                 )
 
-    def of(self, layer: str, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Curve]:
-        """Curves of a layer by family and measure, if there are any; a curve without a layer belongs to every layer."""
+    def of(self, layer: str, names: Iterable[tuple[str, str]], reader: str = "") -> dict[tuple[str, str], Curve]:
+        """Curves of a layer by family and measure, if there are any; a curve without a layer belongs to every layer.
+
+        Of the training there may be curves for the rules of one family, the ``reader``.
+        """
         found: dict[tuple[str, str], Curve] = {}
         for family, measure in names:
-            curve = self._curves.get((family, layer, measure)) or self._curves.get((family, "", measure))
+            place = reader if family == TRAINING else layer
+            curve = self._curves.get((family, place, measure)) or self._curves.get((family, "", measure))
             if curve is not None:
                 found[family, measure] = curve
         return found

@@ -6,10 +6,10 @@ from functools import partial
 from math import isfinite
 from typing import Any
 
-from lightning_collapse.rules.base import RULES, TRAINING, Rule
+from lightning_collapse.rules.base import RULES, Rule
 from lightning_collapse.rules.coverage import Coverage
 from lightning_collapse.rules.detector import Detector
-from lightning_collapse.rules.history import Curve, Evidence, History
+from lightning_collapse.rules.history import TRAINING, Curve, Evidence, History
 from lightning_collapse.rules.streak import Change, Streak
 from lightning_collapse.rules.task import TASKS, Task
 from lightning_collapse.rules.verdict import Verdict
@@ -88,7 +88,7 @@ class Judge:
         calibration: How many first points make the baseline, likewise.
 
     Attributes:
-        planned: How many points the run will have, where that is known, for the budget of detectors.
+        planned: How many points the run will have, or each family of curves, where that is known.
         verdicts: Every verdict so far, in order.
         notices: Everything found so far that is no failure, each kind and layer once.
         coverage: What was judged so far, and what not.
@@ -106,7 +106,7 @@ class Judge:
         self.rules = rules
         self.patience = patience
         self.calibration = calibration
-        self.planned: int | None
+        self.planned: int | Mapping[str, int] | None
         self.verdicts: list[Verdict] = []
         self.notices: list[Verdict] = []
         self.coverage = Coverage()
@@ -149,7 +149,8 @@ class Judge:
         """Judge the points of one step.
 
         Args:
-            points: Of one step, of any families; those of the family ``"training"`` are handed to every rule.
+            points: Of one step, of any families; those of the family ``"training"`` are handed to every rule, or to the
+                rules of one family alone if that stands in the place of the layer.
             task: What the network is trained for.
         """
         families, training = _by_family(points)
@@ -183,7 +184,7 @@ class Judge:
             if not rule.applies_to(layer, turn.task) or (rule.needs_full_baseline and not self._is_full(rule, place)):
                 continue
             history = self._history_for(rule, layer)
-            evidence = Evidence(layer, points, baseline, history, turn.task, detectors, self.planned)
+            evidence = Evidence(layer, points, baseline, history, turn.task, detectors, self._planned_for(rule))
             severity = rule.weigh(evidence)
             expected = rule.excuse(evidence)
             streak = self._streaks.setdefault(place, Streak())
@@ -209,16 +210,19 @@ class Judge:
                 verdict = Verdict(rule.kind, where, since, turn.step, words, severity, advice, says=says)
                 (turn.notices if is_notice else turn.triggered).append(verdict)
 
+    def _planned_for(self, rule: Rule) -> int | None:
+        return self.planned.get(rule.family) if isinstance(self.planned, Mapping) else self.planned
+
     def _history_for(self, rule: Rule, layer: str) -> dict[str, Curve]:
         """Histories of a layer, by the names that the rule has for them."""
-        found = self._history.of(layer, rule.followed)
+        found = self._history.of(layer, rule.followed, rule.family)
         return {name: found[key] for name, key in zip(rule.follows, rule.followed, strict=True) if key in found}
 
     def _update_detectors(self, rule: Rule, layer: str, points: Points, step: int) -> dict[str, Detector]:
         """The detectors of a layer, which have seen this point."""
         place = (rule.kind, layer)
         if place not in self._detectors:
-            self._detectors[place] = dict(rule.detectors(layer, self.planned))
+            self._detectors[place] = dict(rule.detectors(layer, self._planned_for(rule)))
         for name, detector in self._detectors[place].items():
             if name in points:
                 detector.update(step, points[name].value)
@@ -287,7 +291,7 @@ class Judge:
         self.planned, self._detectors = state_dict["planned"], {}
         for entry in state_dict["detectors"]:
             rule = RULES.get(entry["kind"])  # of a user, it may be gone, or have other detectors now
-            detectors = dict(rule.detectors(entry["layer"], self.planned)) if rule is not None else {}
+            detectors = {} if rule is None else dict(rule.detectors(entry["layer"], self._planned_for(rule)))
             self._detectors[entry["kind"], entry["layer"]] = detectors
             for name in detectors.keys() & entry["states"].keys():
                 detectors[name].load_state_dict(entry["states"][name])
@@ -309,24 +313,25 @@ class _Turn:
 
 
 def _readable_layers(
-    rule: Rule, families: Mapping[str, Mapping[str, Points]], training: Points
+    rule: Rule, families: Mapping[str, Mapping[str, Points]], training: Mapping[str, Points]
 ) -> dict[str, dict[str, Point]]:
     """Points of the layers that the rule can judge, with those of other families that it reads."""
     others = [(name, *name.rpartition("/")[::2]) for name in rule.optional if "/" in name]
+    told = {**training.get("", {}), **training.get(rule.family, {})}
     layers = {}
     for layer, points in families[rule.family].items():
         if rule.readable(points):
             beside = {name: families.get(family, {}).get(layer, {}).get(measure) for name, family, measure in others}
-            layers[layer] = {**training, **points, **{name: point for name, point in beside.items() if point}}
+            layers[layer] = {**told, **points, **{name: point for name, point in beside.items() if point}}
     return layers
 
 
-def _by_family(points: Sequence[Point]) -> tuple[dict[str, dict[str, dict[str, Point]]], dict[str, Point]]:
-    """Points by family, layer and measure, and those of the training as a whole by measure."""
+def _by_family(points: Sequence[Point]) -> tuple[dict[str, dict[str, dict[str, Point]]], dict[str, dict[str, Point]]]:
+    """Points by family, layer and measure, and those of the training by what they are for and by measure."""
     families: dict[str, dict[str, dict[str, Point]]] = {}
     for point in points:
         families.setdefault(point.family, {}).setdefault(point.layer, {})[point.measure] = point
-    return families, families.pop(TRAINING, {}).get("", {})
+    return families, families.pop(TRAINING, {})
 
 
 def _all_readable(rules: Sequence[Rule], families: Mapping[str, Mapping[str, Points]], task: Task) -> bool:

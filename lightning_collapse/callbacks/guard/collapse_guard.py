@@ -279,7 +279,7 @@ class CollapseGuard(Callback):
                 self._read_outcome(trainer, pl_module, "step")
             with self._containment("asking whether training is finite", "every row that is not counts as a failure"):
                 health = self._health.points(trainer, pl_module, points)
-        self.judge.planned = self.judge.planned or planned_points(trainer)
+        self.judge.planned = self.judge.planned or planned_points(trainer) or None
         judgement = self._with_outcome(self.judge.update([*points, *health], self.task))
         if not judgement.judged:
             return

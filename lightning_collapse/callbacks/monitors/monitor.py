@@ -110,6 +110,11 @@ class Monitor(Callback, ABC):
         """Last parts of the names of the curves it draws."""
         return [curve.name for curve in self.declares if curve.family in ("", self.family)]
 
+    @property
+    def families(self) -> set[str]:
+        """First parts of the names of the curves it draws."""
+        return {curve.family or self.family for curve in self.declares} | {self.family}
+
     @abstractmethod
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch. The only place that may raise."""
@@ -155,6 +160,10 @@ class Monitor(Callback, ABC):
     def cadence(self, trainer: Trainer) -> int:
         """Optimizer steps between two points; 0 for never."""
         return trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
+
+    def usual_cadence(self, trainer: Trainer) -> int:
+        """What :meth:`cadence` is for most of the run, where it is another one at the beginning."""
+        return self.cadence(trainer)
 
     def between(self, trainer: Trainer) -> int:
         """Training batches from one point to the next."""

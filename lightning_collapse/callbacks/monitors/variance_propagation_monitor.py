@@ -115,8 +115,12 @@ class VariancePropagationMonitor(LayerMonitor[VarianceHooks]):
 
     @override
     def cadence(self, trainer: Trainer) -> int:
-        every = super().cadence(trainer)
+        every = self.usual_cadence(trainer)
         return 1 if every and logging_step(trainer) < self.first_steps else every
+
+    @override
+    def usual_cadence(self, trainer: Trainer) -> int:
+        return super().cadence(trainer)
 
     @override
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[Name, Tensor]:

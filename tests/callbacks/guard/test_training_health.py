@@ -4,7 +4,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_collapse import CollapseGuard, CollapseMonitor, Rollback
+from lightning_collapse import CollapseGuard, CollapseMonitor, Rollback, VariancePropagationMonitor
+from lightning_collapse.callbacks import Monitor
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.points import Point
 from tests.toys import ManualToy, PointKeeper, Toy, batches, fit
@@ -106,6 +107,31 @@ def test_all_points_of_a_step_are_judged_with_the_loss(place):
     callbacks.insert(place, Dormant())
     fit(Toy(), callbacks, batches(6))
     curves = {tuple(entry["curve"]): entry["state"] for entry in guard.state_dict()["judge"]["history"]}
-    loss = curves["training", "", "loss"]
+    loss = curves["training", "collapse", "loss"]
     assert loss["steps"] == list(range(6))
     assert len(set(loss["values"])) == 6
+
+
+class Frequent(Monitor):
+    """Draws a curve that no rule reads."""
+
+    def start(self, trainer, pl_module):
+        pass
+
+    def points(self, step, numbers):
+        return [Point("frequent", "z", "zero", step, 0.0)]
+
+
+def test_how_often_others_are_read_changes_nothing_of_what_a_rule_knows():
+    known = []
+    for others in ([], [Frequent(every_n_steps=1)], [VariancePropagationMonitor(every_n_steps=4)]):
+        torch.manual_seed(0)
+        guard = CollapseGuard(action="log")
+        fit(Toy(), [CollapseMonitor(["encoder"], every_n_steps=4), *others, guard], batches(16))
+        state = guard.state_dict()["judge"]
+        loss = {tuple(entry["curve"]): entry["state"] for entry in state["history"]}["training", "collapse", "loss"]
+        known.append((loss["steps"], loss["values"], state["planned"]["collapse"]))
+    assert known[0][0] == [0, 3, 7, 11, 15]
+    for other in known[1:]:
+        assert other[::2] == known[0][::2]
+        assert other[1] == pytest.approx(known[0][1], rel=1e-12)
