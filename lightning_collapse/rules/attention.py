@@ -66,12 +66,12 @@ class AttentionOverload(Rule):
     """Most heads of a layer look at all keys alike, after they did not.
 
     Nine in ten heads are above the overload line of :class:`~lightning_collapse.AttentionEntropyMonitor`, and fewer
-    than a quarter of them were at some time before: every freshly initialized head starts overloaded, which says
-    nothing, so a layer that never left its beginning is not reported. Nor is one that oscillates near the
-    threshold: the entropy must be twice as near to its largest value as it was at its lowest, for five points; the
-    severity is low, and it comes and goes. Heads that count look at all keys alike, too: as long as the loss has kept
-    nine tenths of what it gained it is a notice. The term is Jha and Reagen's (2025, arXiv 2501.03489); the numbers
-    are ours.
+    than a quarter of them were at some time before, for most of five points: every freshly initialized head starts
+    overloaded, which says nothing, so a layer that never left its beginning for longer than that is not reported. Nor
+    is one that oscillates near the threshold: the entropy must be twice as near to its largest value as it was at its
+    lowest, for five points; the severity is low, and it comes and goes. Heads that count look at all keys alike, too:
+    as long as the loss has kept nine tenths of what it gained it is a notice. The term is Jha and Reagen's (2025, arXiv
+    2501.03489); the numbers are ours.
 
     Example:
         >>> values = {"overloaded_share": 1.0, "entropy_mean": 0.99}
@@ -85,7 +85,7 @@ class AttentionOverload(Rule):
     says = "Most attention heads look at all keys alike in `{layer}`."
     family = "attention"
     measures = ("overloaded_share", "entropy_mean")
-    follows = (LOSS,)
+    follows = (LOSS, "overloaded_share")
     higher_is_worse = ("overloaded_share", "entropy_mean")
     calibration = inf
     patience = 5
@@ -105,6 +105,13 @@ class AttentionOverload(Rule):
             return 0.0
         gain = (1 - baseline["entropy_mean"]) / max(1 - points["entropy_mean"].value, 1e-300)
         return min(points["overloaded_share"].value / self.heads, gain / self.gain)
+
+    def weigh(self, evidence: Evidence) -> float:
+        """The severity, of a layer that was away for as long as it takes to tell that it is back."""
+        curve = evidence.history.get("overloaded_share")
+        if curve is None or curve.lowest >= self.left:
+            return 0.0
+        return self.severity(evidence.points, evidence.baseline)
 
     def excuse(self, evidence: Evidence) -> str:
         """That the loss has come to no harm."""

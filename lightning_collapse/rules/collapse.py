@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import LOSS, RECALL, begins, falls, learns, learns_in_turn, may_begin
+from lightning_collapse.rules.progress import LOSS, RECALL, begins, falls, learns, learns_in_turn, may_begin, thrives
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
 SHARE, DEEP, SHARE_OF_BASELINE = 0.01, 0.1, 0.25
 """All there is to a spread is lost below the first; below the second, if it is this share of the baseline."""
 SHARE_FROM_BIRTH = 0.001
-"""The first, of a layer that was below the second at the beginning, while the network learns."""
+"""The first, of a layer that was below the second at the beginning, while the network learns or once it has learned."""
 LENGTHS = 0.25
 """Lengths that vary by more tell rows apart."""
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
@@ -52,9 +52,10 @@ class CompleteCollapse(Rule):
     tenth is not enough, nor is anything above a thousandth where rows were within a tenth of each other at the
     beginning: healthy layers fall as low for a while, and codebooks begin with one code. It learns while the loss
     falls, and a joint embedding, whose loss falls as it collapses, while one view finds the other better and
-    better. Nor is anything said of the last layers of a classifier or a language model that has not begun to learn
-    more than frequencies, nor of an autoencoder that has one code, or one mean of all inputs, for seven tenths of
-    the run or 64 points: healthy ones lie on such a plateau, and leave it all at once.
+    better. Where rows were that near from birth, as patches of one gray are, it is enough that the loss has halved
+    and keeps that. Nor is anything said of the last layers of a classifier or a language model that has not begun
+    to learn more than frequencies, nor of an autoencoder that has one code, or one mean of all inputs, for seven
+    tenths of the run or 64 points: healthy ones lie on such a plateau, and leave it all at once.
 
     Ranks cannot see this: they do not change when a representation shrinks. Rows that point one way are equal to
     every loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the
@@ -108,11 +109,11 @@ class CompleteCollapse(Rule):
             return severity
         sees_lengths = learns_in_turn(evidence) or evidence.task.name == "reconstruction"
         cone = sees_lengths and points["feature_std"].value > evidence.baseline["feature_std"]
-        if not (cone or learns(evidence)):
-            return severity
         names = ("relative_spread",) if cone or on_a_ray(points) else ("relative_spread", "direction_spread")
-        spreads = [points[name].value for name in names if name in points]
         narrow = min(evidence.baseline[name] for name in names if name in evidence.baseline) < DEEP
+        if not (cone or learns(evidence) or (narrow and thrives(evidence))):
+            return severity
+        spreads = [points[name].value for name in names if name in points]
         line = SHARE_FROM_BIRTH if narrow else SHARE
         total = max(_shrunk(points, evidence.baseline), *(line / max(spread, 1e-300) for spread in spreads))
         return severity if total >= 1 else min(severity, UNDECIDED)
@@ -146,7 +147,8 @@ class DimensionalCollapse(Rule):
     two views are seen a fall is left to :class:`PartialCollapse`, since healthy joint embeddings fall as low and
     recover. Nor is anything said of a classifier or a language model while its loss falls: it learns the loudest
     difference first, and the others after it; nor of its last layers on its first plateau, see
-    :class:`CompleteCollapse`. Or all rows lie on a ray: one direction by the lines of
+    :class:`CompleteCollapse`; nor of what held one direction from birth, as patches of one number do, while the loss
+    falls, or once it has halved and keeps that. Or all rows lie on a ray: one direction by the lines of
     :class:`CompleteCollapse`, and lengths that vary by more than a quarter. Layers where noise itself reads a handful
     are not judged: there is too little to lose. Nor are the outputs that the loss compares with targets, nor what holds
     little by design, such as the embedding of a time.
@@ -186,8 +188,8 @@ class DimensionalCollapse(Rule):
         if may_begin(evidence) or begins(evidence) or (learns_in_turn(evidence) and falls(evidence)):
             return min(self.severity(evidence.points, evidence.baseline), UNDECIDED)
         few, lost = self._few(evidence.points, evidence.baseline), self._lost(evidence.points, evidence.baseline)
-        if evidence.baseline[self.measures[0]] <= RANK_LINES[0] and learns(evidence):
-            few = min(few, UNDECIDED)  # as narrow from birth, and learning
+        if evidence.baseline[self.measures[0]] <= RANK_LINES[0] and (learns(evidence) or thrives(evidence)):
+            few = min(few, UNDECIDED)  # as narrow from birth, as patches of one gray are, and no harm to learning
         return max(few, min(lost, UNDECIDED) if RECALL in evidence.history else lost)
 
     def _few(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:

@@ -6,8 +6,8 @@ LOSS, RECALL = "training/loss", "views/recall_at_1"
 """The curves of the loss and of the recall between two views, which a rule must follow."""
 SURE, PROGRESS = 8, 0.05
 """Points from which on the loss tells whether the network learns, and by how much it falls then."""
-RETREAT = 0.1
-"""What share of all it has gained a loss must lose for harm."""
+RETREAT, HALF = 0.1, 0.5
+"""What share of all it has gained a loss must lose for harm, and of its first value for a network that has learned."""
 IN_TURN = ("classification", "multi-label", "language model")
 """Tasks in which healthy networks learn one direction after the other; so do unknown ones whose outputs follow labels,
 such as detection."""
@@ -80,6 +80,17 @@ def may_come_alive(evidence: Evidence, curve: str, line: float) -> bool:
 
 def _has_time(evidence: Evidence, curve: str, less: int = 0) -> bool:
     return evidence.history[curve].count < min(SHARE * (evidence.planned or MANY), MANY) - less
+
+
+def has_halved(evidence: Evidence) -> bool:
+    """Whether the loss has lost half of its first value, which frequencies alone hardly give; no if it is not known."""
+    loss = evidence.history.get(LOSS)
+    return loss is not None and loss.first - loss.level >= HALF * abs(loss.first)
+
+
+def thrives(evidence: Evidence) -> bool:
+    """Whether the loss has halved and keeps what it gained, falling or not: what it had from birth does no harm."""
+    return has_halved(evidence) and not is_harmed(evidence)
 
 
 def is_harmed(evidence: Evidence) -> bool:

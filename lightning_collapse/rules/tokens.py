@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from lightning_collapse.rules.base import Rule, register_rule
 from lightning_collapse.rules.collapse import SHARE, spread_gone
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import LOSS, SURE, UNHARMED, falls, is_harmed
+from lightning_collapse.rules.progress import LOSS, SURE, UNHARMED, falls, has_halved, is_harmed
 from lightning_collapse.utilities.points import Point
 
 
@@ -40,7 +40,6 @@ class TokenCollapse(Rule):
     follows = (LOSS,)
     lower_is_worse = ("relative_residual",)
     higher_is_worse = ("token_cosine",)
-    gain = 0.5
     advice = "Let the stream pass every attention by a skip, norm before it, and return with `Rollback()`."
     paper = "Dong et al., 2021, arXiv 2103.03404; Lu, 2026, arXiv 2605.06169"
 
@@ -59,8 +58,7 @@ class TokenCollapse(Rule):
         loss = evidence.history.get(LOSS)
         if loss is None or is_harmed(evidence):
             return ""
-        halved = loss.first - loss.level >= self.gain * abs(loss.first)
-        return UNHARMED if loss.count < SURE or halved or falls(evidence) else ""
+        return UNHARMED if loss.count < SURE or has_halved(evidence) or falls(evidence) else ""
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Both readings, and the baseline."""

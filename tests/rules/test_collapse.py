@@ -92,6 +92,29 @@ def test_what_was_narrow_from_birth_is_let_be_while_it_learns():
     assert narrow(HUNDREDTH, FLAT) == [SURE - 1]
 
 
+@pytest.mark.parametrize("kind", ["complete_collapse", "dimensional_collapse"])
+@pytest.mark.parametrize("task", [ANY, Task("classification"), Task("regression"), SELF], ids=str)
+def test_what_was_narrow_from_birth_is_let_be_once_the_loss_has_halved_and_keeps_that(kind, task):
+    """As the embedding of patches of one gray, in a network that has learned what there is."""
+    narrow = {**HEALTHY, "relative_spread": HUNDREDTH, "eigenvalue_effective_rank": 1.0, "effective_rank": 1.0}
+    if kind == "dimensional_collapse":
+        narrow["relative_spread"] = 0.6
+
+    def found(loss, beginning=narrow):
+        judge = Judge([kind])
+        for step in range(60):
+            readings = beginning if step < BEGINNING else narrow
+            points = [Point("collapse", "z", name, step, of, 64, 60.0) for name, of in readings.items()]
+            judge.update([*points, Point("training", "", "loss", step, loss(step))], task)
+        return len(judge.verdicts)
+
+    learned = lambda step: 0.8 ** min(step, 10)  # noqa: E731
+    assert found(learned) == (task == SELF)  # whose loss falls as it collapses
+    assert found(lambda step: max(learned(step), 0.6))  # as far as frequencies of labels go
+    assert found(lambda step: learned(step) if step < 40 else 0.9)  # it has lost what it had gained
+    assert found(learned, HEALTHY)  # it was wide
+
+
 @pytest.mark.parametrize(
     "ranks",
     [

@@ -165,6 +165,7 @@ def test_a_guard_tells_the_loss() -> None:
         [attention(0.99, 0, 1)] * 3 + [attention(0.3, collapsed=0.25)] * 5,
         [attention(0.99, 0, 1)] * 3 + [attention(0.9, 0, 0.5)] * 3 + [attention(0.97, 0, 0.9)] * 6,
         [attention(0.99, 0, 1)] * 3 + [attention(0.94)] * 3 + [attention(0.96, 0, 1)] * 6,  # about the line
+        [attention(0.99, 0, 1)] * 3 + [attention(0.9)] * 2 + [attention(0.98, 0, 1)] * 9,  # away for two batches
         [attention(0.99, 0, 1)] * 3 + [attention(0.6)] * 3 + [attention(0.98, 0, 1)] * 4 + [attention(0.6)] * 3,
     ],
 )
