@@ -5,8 +5,12 @@ from collections.abc import Mapping
 from lightning_collapse.rules.base import Rule, register_rule
 from lightning_collapse.rules.collapse import SHARE, spread_gone
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import LOSS, SURE, UNHARMED, falls, has_halved, is_harmed
+from lightning_collapse.rules.progress import LOSS, RECALL, SURE, UNHARMED, falls, has_halved, is_harmed, learns
 from lightning_collapse.utilities.points import Point
+
+LEARNS = (
+    "one view finds the other better and better, or too few points tell, and as long as that is so this is no failure"
+)
 
 
 @register_rule
@@ -19,7 +23,8 @@ class TokenCollapse(Rule):
 
     This is where a deep post-norm stack may begin, where features of language models lie in a narrow cone, and where
     the last blocks of a classifier end, whose tokens need to tell one thing. All of these learn: as long as the loss
-    has kept nine tenths of what it gained, and falls or has halved, or before the eighth point, it is a notice. Without
+    has kept nine tenths of what it gained, and falls or has halved, or before the eighth point, it is a notice; of a
+    joint embedding, whose loss falls as it collapses, as long as one view finds the other better and better. Without
     a skip around attention tokens are one from the first step, and all that is learned is how often each target comes;
     under mean mode screaming the loss returns to where it began. Blocks that receive one vector before the first of
     them, from the first points on, are not to blame: their sequences are such by design. What attention does to causal
@@ -37,7 +42,7 @@ class TokenCollapse(Rule):
     family = "tokens"
     measures = ("relative_residual", "token_cosine")
     optional = ("received",)
-    follows = (LOSS,)
+    follows = (LOSS, RECALL)
     lower_is_worse = ("relative_residual",)
     higher_is_worse = ("token_cosine",)
     advice = "Let the stream pass every attention by a skip, norm before it, and return with `Rollback()`."
@@ -54,8 +59,10 @@ class TokenCollapse(Rule):
         return max(gone, SHARE / max(angle, 1e-300))
 
     def excuse(self, evidence: Evidence) -> str:
-        """That the loss has come to no harm, and further than to what needs no tokens."""
+        """That the loss has come to no harm, and further than to what needs no tokens; or that views are found."""
         loss = evidence.history.get(LOSS)
+        if evidence.task.name == "self-supervised" and learns(evidence):
+            return LEARNS
         if loss is None or is_harmed(evidence):
             return ""
         return UNHARMED if loss.count < SURE or has_halved(evidence) or falls(evidence) else ""

@@ -2,18 +2,22 @@
 
 import pytest
 
-from lightning_collapse.rules import TRAINING, Judge
+from lightning_collapse.rules import TRAINING, Judge, Task
 from lightning_collapse.utilities.points import Point
 
+UNKNOWN = Task()
 
-def judged(residuals, losses, cosine=None, null=0.98, received=None):
+
+def judged(residuals, losses, cosine=None, null=0.98, received=None, recall=None, task=UNKNOWN):
     judge = Judge(["token_collapse"])
     for step, (residual, loss) in enumerate(zip(residuals, losses, strict=True)):
         values = {"relative_residual": residual, "token_cosine": 1 - residual**2 if cosine is None else cosine}
         if received is not None:
             values["received"] = received[step]
         points = [Point("tokens", "blocks.5", name, step, v, n=32, null=null) for name, v in values.items()]
-        judge.update([*points, Point(TRAINING, "", "loss", step, loss)])
+        if recall is not None:
+            points.append(Point("views", "blocks.5", "recall_at_1", step, recall[step], n=32, null=1 / 32))
+        judge.update([*points, Point(TRAINING, "", "loss", step, loss)], task)
     return [(v.kind, v.layer) for v in judge.verdicts], len(judge.notices)
 
 
@@ -57,3 +61,12 @@ def test_blocks_that_receive_one_vector_from_the_first_points_on_are_not_to_blam
     assert judged([1e-4] * 20, FLAT, received=[0.0] * 20) == ([], 0)
     assert judged([1e-4] * 20, FLAT, received=[0.07] * 20)[0] == COLLAPSE
     assert judged([0.9] * 12 + [1e-4] * 8, FLAT, received=[0.9] * 12 + [0.0] * 8)[0] == COLLAPSE
+
+
+def test_a_joint_embedding_has_eight_points_and_then_its_recall_to_show_that_it_learns():
+    embeds, rising = Task("self-supervised"), [0.05 + 0.04 * step for step in range(20)]
+    narrow, short = [0.4, *[0.07] * 19], [0.4, *[0.07] * 5, *[0.4] * 14]
+    assert judged(short, FALLING, task=embeds) == ([], 1)  # as a text tower of CLIP on its first plateau
+    assert judged(narrow, FALLING, task=embeds)[0] == COLLAPSE  # its loss falls as it collapses
+    assert judged(narrow, FALLING, task=embeds, recall=rising) == ([], 1)
+    assert judged(narrow, FALLING, task=embeds, recall=[0.05] * 20)[0] == COLLAPSE
