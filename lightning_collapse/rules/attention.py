@@ -11,6 +11,9 @@ from lightning_collapse.rules.progress import LOSS, UNHARMED, is_harmed
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Point
 
+BRIEF = "it was otherwise for a few batches only, and this is no failure"
+"""What excuses a layer that returns to where it had hardly left."""
+
 
 @register_rule
 class AttentionEntropyCollapse(Rule):
@@ -66,12 +69,12 @@ class AttentionOverload(Rule):
     """Most heads of a layer look at all keys alike, after they did not.
 
     Nine in ten heads are above the overload line of :class:`~lightning_collapse.AttentionEntropyMonitor`, and fewer
-    than a quarter of them were at some time before, for most of five points: every freshly initialized head starts
-    overloaded, which says nothing, so a layer that never left its beginning for longer than that is not reported. Nor
-    is one that oscillates near the threshold: the entropy must be twice as near to its largest value as it was at its
-    lowest, for five points; the severity is low, and it comes and goes. Heads that count look at all keys alike, too:
-    as long as the loss has kept nine tenths of what it gained it is a notice. The term is Jha and Reagen's (2025, arXiv
-    2501.03489); the numbers are ours.
+    than a quarter of them were at some time before: every freshly initialized head starts overloaded, which says
+    nothing, so a layer that never left its beginning is not reported, and one that did so for fewer than three of five
+    points is a notice. Nor is one reported that oscillates near the threshold: the entropy must be twice as near to its
+    largest value as it was at its lowest, for five points; the severity is low, and it comes and goes. Heads that count
+    look at all keys alike, too: as long as the loss has kept nine tenths of what it gained it is a notice. The term is
+    Jha and Reagen's (2025, arXiv 2501.03489); the numbers are ours.
 
     Example:
         >>> values = {"overloaded_share": 1.0, "entropy_mean": 0.99}
@@ -106,16 +109,11 @@ class AttentionOverload(Rule):
         gain = (1 - baseline["entropy_mean"]) / max(1 - points["entropy_mean"].value, 1e-300)
         return min(points["overloaded_share"].value / self.heads, gain / self.gain)
 
-    def weigh(self, evidence: Evidence) -> float:
-        """The severity, of a layer that was away for as long as it takes to tell that it is back."""
-        curve = evidence.history.get("overloaded_share")
-        if curve is None or curve.lowest >= self.left:
-            return 0.0
-        return self.severity(evidence.points, evidence.baseline)
-
     def excuse(self, evidence: Evidence) -> str:
-        """That the loss has come to no harm."""
-        return "" if is_harmed(evidence) else UNHARMED
+        """That the loss has come to no harm, or that the layer was away for fewer points than it takes to be back."""
+        share = evidence.history.get("overloaded_share")
+        brief = share is not None and share.lowest >= self.left
+        return (BRIEF if brief else "") if is_harmed(evidence) else UNHARMED
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Overloaded heads and the entropy, now and at its lowest."""

@@ -165,13 +165,19 @@ def test_a_guard_tells_the_loss() -> None:
         [attention(0.99, 0, 1)] * 3 + [attention(0.3, collapsed=0.25)] * 5,
         [attention(0.99, 0, 1)] * 3 + [attention(0.9, 0, 0.5)] * 3 + [attention(0.97, 0, 0.9)] * 6,
         [attention(0.99, 0, 1)] * 3 + [attention(0.94)] * 3 + [attention(0.96, 0, 1)] * 6,  # about the line
-        [attention(0.99, 0, 1)] * 3 + [attention(0.9)] * 2 + [attention(0.98, 0, 1)] * 9,  # away for two batches
         [attention(0.99, 0, 1)] * 3 + [attention(0.6)] * 3 + [attention(0.98, 0, 1)] * 4 + [attention(0.6)] * 3,
     ],
 )
 def test_what_attention_does_in_healthy_runs_gets_no_verdict(script: Script) -> None:
     judge, _ = attend(script)
     assert judge.verdicts == judge.notices == []
+
+
+@pytest.mark.parametrize(("away", "kept"), [(2, 0), (3, 1)])
+def test_overload_after_a_few_other_batches_is_a_notice(away: int, kept: int) -> None:
+    judge, _ = attend([attention(0.99, 0, 1)] * 6 + [attention(0.9)] * away + [attention(0.98, 0, 1)] * 12)
+    assert len(judge.verdicts) == kept
+    assert len(judge.notices) == 1 - kept
 
 
 def test_a_rule_of_ones_own_is_judged_too() -> None:
