@@ -119,6 +119,9 @@ class KFACEWC(Penalty):
         self._everything: Parameters = {}
         self._left_out: list[str] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_everything": {}}  # the parameters of a running fit
+
     @override
     def start(self, parameters: Parameters) -> None:
         check_unsharded(self, parameters)

@@ -81,6 +81,9 @@ class RankOneEWC(Penalty):
         self._offsets: list[Tensor] = []  # how far the latest anchor is from each, along its direction
         self._everything: Parameters = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_everything": {}}  # the parameters of a running fit
+
     @override
     def start(self, parameters: Parameters) -> None:
         parameters = self.state.place(parameters, follow=("anchor",))

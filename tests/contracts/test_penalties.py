@@ -1,6 +1,8 @@
 """One battery over every registered penalty: against a reference with all anchors, then in real fits by both doors."""
 
 import io
+import pickle
+from copy import deepcopy
 from functools import cache, partial
 
 import pytest
@@ -289,6 +291,56 @@ def test_grown_and_removed_parameters(name):
 def test_weight_is_checked(name, weight):
     with pytest.raises(ValueError, match="`weight`"):
         PENALTIES[name](weight)
+
+
+def parts_of(value):
+    """Everything that hangs on an object."""
+    yield value
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    for part in (*held, *getattr(value, "__dict__", {}).values()):
+        yield from parts_of(part)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_copy_in_mid_fit_has_what_was_learned_and_nothing_of_the_fit(door):
+    class Copying(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx != 3:
+                return
+            for make in (deepcopy, lambda part: pickle.loads(pickle.dumps(part))):
+                copies = make(callbacks) if callbacks else list(make(pl_module).weight_penalties.values())
+                for penalty, copy in zip(penalties, copies, strict=True):
+                    torch.testing.assert_close(copy.state_dict(), penalty.state_dict(), rtol=0, atol=0)
+                    assert not [part for part in parts_of(copy) if isinstance(part, nn.Module | nn.Parameter)]
+                    copy.on_exception(trainer, pl_module, KeyError())  # takes off hooks, of its own alone
+
+    torch.manual_seed(0)
+    model = Classifier() if door == "callback" else Everything()
+    callbacks = all_penalties() if door == "callback" else []
+    penalties = callbacks or list(model.weight_penalties.values())
+    fit_tasks(model, [*callbacks, Copying()])
+    assert torch.equal(flat(model), together())
+
+
+class Everything(ContinualMixin, Classifier):
+    """With all penalties at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.set_penalties({penalty.name: penalty for penalty in all_penalties()})
+
+
+def all_penalties():
+    return [WeightPenalty(build_toy(name), name=name) for name in sorted(PENALTIES)]
+
+
+@cache
+def together():
+    """Weights after two tasks with all penalties."""
+    torch.manual_seed(0)
+    model = Classifier()
+    fit_tasks(model, all_penalties())
+    return flat(model)
 
 
 @every_penalty

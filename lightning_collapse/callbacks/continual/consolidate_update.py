@@ -65,6 +65,10 @@ class ConsolidateUpdate(TaskAware):
         self._before: dict[str, Tensor] = {}
         self._past: dict[str, Tensor] = {}
 
+    @override
+    def _without_fit(self) -> dict[str, Any]:
+        return super()._without_fit() | {"_matrices": {}}
+
     @property
     @override
     def state_key(self) -> str:

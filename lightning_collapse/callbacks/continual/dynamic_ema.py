@@ -72,6 +72,10 @@ class DynamicEMA(TaskAware):
         return {name: kept[0].clone() for name, kept in self._kept.items()}
 
     @override
+    def _without_fit(self) -> dict[str, Any]:
+        return super()._without_fit() | {"_named": {}, "_aside": {}}
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         refuse_sharded(trainer, pl_module, "DynamicEMA", "takes norms of whole tensors")

@@ -24,7 +24,7 @@ class TaskAware(Callback, ABC):
     The end of a fit comes after ``on_train_end`` of every callback and of the module, where averages of weights take
     their place; optimizers that train other weights than they hand over, such as schedule-free ones, are in eval mode
     meanwhile. If the weights that the fit leaves are others still, there is a warning. What :meth:`end_task` raises is
-    a warning, too.
+    a warning, too. A copy or a pickle that is made during a fit has what was learned, and nothing of the fit.
 
     Attributes:
         task_index: Index of the running task, from 0.
@@ -51,6 +51,13 @@ class TaskAware(Callback, ABC):
         self._started = False
         self._learned: dict[str, int] | None = None  # checksums of the weights when the latest task ended
         self._unwrap: Callable[[], None] = _nothing
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | self._without_fit()
+
+    def _without_fit(self) -> dict[str, Any]:
+        """What is of a running fit alone, its module and its hooks, as it is where none runs."""
+        return {"_learned": None, "_unwrap": _nothing}
 
     @abstractmethod
     def end_task(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -90,6 +90,9 @@ class TaskBoundary(Callback):
         self._containment = Containment(type(self).__name__)
         self._unwrap: Callable[[], None] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_unwrap": None}  # which holds on to the module of a running fit
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         follows = hasattr(trainer.datamodule, "task_index")

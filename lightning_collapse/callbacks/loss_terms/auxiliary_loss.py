@@ -128,6 +128,9 @@ class AuxiliaryLoss(Callback, ABC):
                 offer_terms(trainer, self._curves)
         self._curves = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_detachers": [], "_curves": {}}  # which hold on to the module of a running fit
+
     @property
     @override
     def state_key(self) -> str:

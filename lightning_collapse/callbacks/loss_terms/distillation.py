@@ -130,6 +130,9 @@ class Distillation(AuxiliaryLoss, TaskAware):
         self._calls: list[Call] = []
         self._no_rows: Tensor | None = None  # set by the first step that went well
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | self._without_fit()
+
     @override
     def hook(self, trainer: Trainer, pl_module: LightningModule) -> list[Callable[[], None]]:
         name, layer = self._layer(pl_module)

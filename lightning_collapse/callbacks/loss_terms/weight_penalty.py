@@ -110,12 +110,6 @@ class WeightPenalty(TaskAware):
         self.loader = loader
         self._warned = False
         self._detachers: list[Callable[[], None]] = []
-        self._forget()
-
-    def _forget(self) -> None:
-        for detach in self._detachers:
-            detach()
-        self._detachers = []
         self._tried = False
         self._evaluated: dict[int, bool] = {}  # of optimizers within a step, whether its gradient was seen
         self._parameters: dict[str, nn.Parameter] = {}
@@ -123,6 +117,17 @@ class WeightPenalty(TaskAware):
         self._owned: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._squares: dict[str, list[Tensor]] = {"task": [], "penalty": []}
         self._value: Tensor | None = None
+
+    @override
+    def _without_fit(self) -> dict[str, Any]:
+        tables: dict[str, Any] = {name: {} for name in ("_evaluated", "_parameters", "_owned")}
+        own = {"_detachers": [], "_tried": False, "_ids": [], "_squares": {"task": [], "penalty": []}, "_value": None}
+        return super()._without_fit() | tables | own
+
+    def _forget(self) -> None:
+        for detach in self._detachers:
+            detach()
+        vars(self).update(WeightPenalty._without_fit(self))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

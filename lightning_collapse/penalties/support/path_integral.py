@@ -36,6 +36,9 @@ class PathPenalty(QuadraticPenalty):
         self._doubtful = False  # whether the optimizer decides within its step, on the device, if it makes one
         self._buffers: dict[tuple[str, ...], _Step] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_pending": None, "_buffers": {}}  # which hold on to the parameters of a running fit
+
     @override
     def start(self, parameters: Parameters) -> None:
         self._pending = None
