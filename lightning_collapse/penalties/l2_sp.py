@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from typing_extensions import override
 
 from lightning_collapse.penalties.base import Parameters
 from lightning_collapse.penalties.support.quadratic import QuadraticPenalty
-from lightning_collapse.penalties.support.shards import copy_of
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.private_torch import foreach
 from lightning_collapse.utilities.registry import register_penalty
@@ -25,8 +25,8 @@ class L2SP(QuadraticPenalty):
     .. math:: \frac{\alpha}{2} \|\theta_S - \theta_S^0\|^2 + \frac{\beta}{2} \|\theta_{\bar S}\|^2
 
     with :math:`\theta_S^0` the weights at the very first start and :math:`\theta_{\bar S}` those that are new: named
-    as such, or first seen at a later start, or what a parameter has grown by. It acts from the first step. Turn the
-    weight decay of the optimizer off.
+    as such, or first seen at a later start, or what a parameter has grown by. It acts from the first step, and a frozen
+    one is not copied before it is trained. Turn the weight decay of the optimizer off.
 
     Args:
         weight: α. The paper chooses it by cross-validation.
@@ -61,6 +61,7 @@ class L2SP(QuadraticPenalty):
             raise ValueError(f"`new_weight` must be finite and not negative, got {new_weight}.")
         self.new_weight = new_weight
         self.new = new
+        self._waiting: dict[str, tuple[int, ...]] = {}  # frozen since the very first start, and their shapes then
 
     @property
     @override
@@ -69,17 +70,44 @@ class L2SP(QuadraticPenalty):
 
     @override
     def start(self, parameters: Parameters) -> None:
-        first = not self.state["pretrained"]
+        first = not (self.state["pretrained"] or self._waiting)
         if first:
             self._check(parameters)
         parameters = self.state.place(parameters)  # zero where it has grown: not pretrained, and pulled to zero
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self._waiting = shapes if first else {n: shape for n, shape in self._waiting.items() if n in parameters}
+        self._take_anchors(parameters)
+
+    @override
+    def add_gradients(self, parameters: Parameters, scale: Tensor | None = None) -> None:
+        self._take_anchors(parameters)  # of those that were frozen until now
+        super().add_gradients(parameters, scale)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"waiting": {name: list(shape) for name, shape in self._waiting.items()}}
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # version 0.1.0 has none, since it copied what is frozen
+        self._waiting = {name: tuple(shape) for name, shape in state_dict.get("waiting", {}).items()}
+
+    @override
+    @torch.no_grad()
+    def _take_anchors(self, parameters: Parameters) -> None:
         anchors, pretrained = self.state["anchor"], self.state["pretrained"]
-        for name, parameter in parameters.items():
-            if name not in pretrained:
-                old = first and not any(fnmatchcase(name, pattern) for pattern in self.new)
-                here = copy_of(parameter)
-                anchors[name] = here if old else torch.zeros_like(here)
-                pretrained[name] = torch.full_like(here, float(old))
+        super()._take_anchors(parameters)
+        for name in [name for name in anchors if name not in pretrained]:
+            here, layout, old = anchors[name], self.state.layouts[name], self._waiting.pop(name, None)
+            if any(fnmatchcase(name, pattern) for pattern in self.new):
+                old = None
+            pretrained[name] = torch.full_like(here, float(old is not None))
+            if old is not None and old != layout.shape:  # it has grown while it was frozen
+                whole = here.new_zeros(layout.shape)
+                whole[tuple(slice(size) for size in old)] = 1
+                pretrained[name] = layout.own(whole)
+            anchors[name] = here.masked_fill_(pretrained[name] == 0, 0.0)
 
     @override
     def consolidate(self, model: nn.Module, loader: Loader | None = None) -> None:

@@ -266,6 +266,30 @@ def test_l2_sp_moves_the_old_toward_the_start_and_the_new_toward_zero():
         L2SP(new=["nose"]).start({"old": old})
 
 
+def test_l2_sp_copies_no_weight_before_it_is_trained_and_knows_it_for_pretrained_then():
+    base, adapter = nn.Parameter(torch.tensor([2.0, 5.0]), requires_grad=False), nn.Parameter(torch.zeros(1))
+    first, penalty = L2SP(weight=0.5, new_weight=0.25), L2SP(weight=0.5, new_weight=0.25)
+    first.start({"base": base, "adapter": adapter})
+    assert first.state["anchor"].keys() == first.state["pretrained"].keys() == {"adapter"}
+    penalty.load_state_dict(first.state_dict())
+    grown = nn.Parameter(torch.tensor([2.0, 5.0, 7.0]), requires_grad=False)  # by one entry
+    parameters = {"base": grown, "adapter": adapter}
+    penalty.start(parameters)
+    assert penalty.value(parameters) == 0
+    grown.requires_grad_()
+    penalty.add_gradients(parameters)
+    assert grown.grad.tolist() == [0.0, 0.0, 0.25 * 7]
+    with torch.no_grad():
+        grown += 2
+    grown.grad = None
+    penalty.add_gradients(parameters)
+    assert grown.grad.tolist() == [0.5 * 2, 0.5 * 2, 0.25 * 9]
+    later = {**parameters, "late": nn.Parameter(torch.ones(1))}
+    penalty.start(later)
+    penalty.add_gradients(later)
+    assert later["late"].grad.item() == 0.25
+
+
 def test_path_integral_is_the_drop_of_the_loss():
     a = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
     theta = torch.ones(4, dtype=torch.float64, requires_grad=True)
