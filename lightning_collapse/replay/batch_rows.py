@@ -40,6 +40,11 @@ def leaves(nest: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
             yield from leaves(part, f"{path}[{key!r}]")
 
 
+def row_forms(nest: Any) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of a row of each tensor, by where it is."""
+    return {path: (tensor.shape[1:], tensor.dtype) for path, tensor in leaves(nest)}
+
+
 def map_rows(function: Callable[[Tensor], Tensor], nest: Any) -> Any:
     """A nest of what a function returns for each tensor."""
     return apply_to_collection(nest, Tensor, function)

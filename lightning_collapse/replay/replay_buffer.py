@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_collapse.replay.batch_rows import as_nest, count_rows, leaves, map_rows
+from lightning_collapse.replay.batch_rows import as_nest, count_rows, leaves, map_rows, row_forms
+from lightning_collapse.replay.host_places import ClassShares, place_largest
 from lightning_collapse.replay.selection import beyond_quota, herding_order
 from lightning_collapse.utilities.arguments import require_one_of, require_whole
 from lightning_collapse.utilities.distributed import from_all_processes, process_rank, world_size
@@ -38,7 +39,9 @@ class ReplayBuffer:
     Args:
         size: How many rows, of all processes together after :meth:`synchronize`; until then each may hold as many.
         policy: Which rows stay.
-        storage: ``"host"``, or ``"device"`` for where the batches are, where it makes nothing wait.
+        storage: ``"host"``, or ``"device"`` for where the batches are, where it makes nothing wait. Rows that a
+            :class:`~lightning_collapse.Replay` keeps there have been through ``on_before_batch_transfer``, so hand them
+            on as :meth:`loader`, by which callbacks know.
         seed: Of its random numbers.
 
     Raises:
@@ -63,11 +66,13 @@ class ReplayBuffer:
         self.seen = 0
         self._passes = 0  # over all rows, each in an order of its own
         self._generator: torch.Generator | None = None
+        self._form: dict[str, Any] = {}
         self._rows: Any = None  # a nest of tensors of `size + 1` rows; what is not kept is written to the last
         self._labels = torch.zeros(0, dtype=torch.long)
         self._keys = torch.zeros(0)
         self._used = 0  # no row lies beyond
         self._least = NONE  # a key of other processes below which nothing can stay
+        self._shares: ClassShares | None = None  # what is known of the rows of classes, until they change otherwise
 
     @property
     def needs_labels(self) -> bool:
@@ -104,8 +109,8 @@ class ReplayBuffer:
             state = self.state_dict()  # loaded on another
             self._make_room(rows, where)
             self._write(state["keys"], state["labels"], state["rows"])
-        known, given = ({path: (t.shape[1:], t.dtype) for path, t in leaves(nest)} for nest in (self._rows, rows))
-        for path in known.keys() | given.keys():
+        known, given = self._form, row_forms(rows)
+        for path in () if known == given else sorted(known.keys() | given.keys()):
             if known.get(path) != given.get(path):
                 raise ValueError(
                     f"`{path}` has rows {_described(given.get(path))}, and the buffer holds"
@@ -140,14 +145,15 @@ class ReplayBuffer:
         """
         require_whole(0, n=n)
         valid = self._valid()
-        count = int(valid.sum()) if valid.device.type == "cpu" else self._used
-        if not (n := min(n, count)):
+        if valid.device.type == "cpu":
+            there = valid.nonzero().squeeze(1)
+            chosen = torch.randperm(len(there), generator=self._random())[:n]
+            return self._at(there[chosen]) if len(chosen) else None
+        if not (n := min(n, self._used)):
             return None
         scores = torch.rand(self._used, generator=self._random(), dtype=torch.float64).to(valid.device)
         places = scores.masked_fill(~valid, -1.0).topk(n).indices
-        if valid.device.type != "cpu":
-            places = places[torch.arange(n, device=valid.device) % valid.sum()]
-        return self._at(places)
+        return self._at(places[torch.arange(n, device=valid.device) % valid.sum()])
 
     def loader(self, batch_size: int, shuffle: bool = True) -> ReplayLoader:
         """Passes over all rows, as batches; each of this buffer in another order, and no row is drawn otherwise."""
@@ -238,34 +244,53 @@ class ReplayBuffer:
 
     def _insert(self, rows: Any, labels: Tensor, keys: Tensor) -> None:
         """Write the rows whose keys are large enough over those with the smallest."""
-        home, store = self._keys.device, self._labels.device
-        keys, labels = keys.to(home, self._keys.dtype), labels.to(store)
-        keys = keys.masked_fill(keys < self._least, NONE)
-        self._used = used = min(self.size, self._used + len(keys))
+        keys = keys.to(self._keys.device, self._keys.dtype)
+        if self.needs_labels and self.storage == "device":
+            self._insert_without_wait(rows, labels.to(self._labels.device), keys)
+            return
+        keys = keys if self._least == NONE else keys.masked_fill(keys < self._least, NONE)
+        kept, new = self._keys[: self.size].numpy(), keys.numpy()
+        if not (count := int((new > NONE).sum())):
+            return
         if self.needs_labels:
-            every = torch.cat([self._keys[:used], keys])
-            beyond = beyond_quota(every, torch.cat([self._labels[:used], labels]), self.size)
-            every = every.masked_fill(beyond, NONE)
-            self._keys[:used], keys = every[:used], every[used:]
+            if self._shares is None:
+                self._shares = ClassShares(kept, self._labels[: self.size].numpy(), self.size)
+            placed = self._shares.place(kept, new, labels.cpu().numpy())
+        else:
+            placed = place_largest(kept[: min(self.size, self._used + count)], new)
+        kept[placed.gone] = NONE
+        if not len(placed.rows):
+            return
+        kept[placed.places] = new[placed.rows]
+        self._used = max(self._used, int(placed.places.max()) + 1)
+        self._copy(rows, labels, torch.from_numpy(placed.rows), torch.from_numpy(placed.places))
+
+    def _insert_without_wait(self, rows: Any, labels: Tensor, keys: Tensor) -> None:
+        """The same where no host knows which rows stay: what does not goes to the last place."""
+        self._used = used = min(self.size, self._used + len(keys))
+        every = torch.cat([self._keys[:used], keys])
+        every = every.masked_fill(beyond_quota(every, torch.cat([self._labels[:used], labels]), self.size), NONE)
+        self._keys[:used], keys = every[:used], every[used:]
         weakest = self._keys[:used].topk(min(len(keys), used), largest=False).indices.sort().values
         pool = torch.cat([self._keys[weakest], keys])
-        stays = torch.zeros(len(pool), dtype=torch.bool, device=home)
+        stays = torch.zeros(len(pool), dtype=torch.bool, device=keys.device)
         stays[pool.argsort(descending=True, stable=True)[: len(weakest)]] = True
         olds, news = stays[: len(weakest)], stays[len(weakest) :]
-        # places of old rows that go, one for each new row that stays; what does not stay goes to the last place
+        # places of old rows that go, one for each new row that stays
         free = weakest[olds.int().argsort(stable=True)]
         places = torch.where(news, free[(news.cumsum(0) - 1).clamp(0, max(len(free) - 1, 0))], self.size)
-        if home.type == "cpu":  # where the host knows which rows stay, no others are copied
-            stay = news.nonzero().squeeze(1)
-            places, keys = places[stay], keys[stay]
-            rows = map_rows(lambda t: t.index_select(0, stay.to(t.device, non_blocking=True)), rows)
-            labels = labels.index_select(0, stay.to(store, non_blocking=True))
         self._keys.index_copy_(0, places, keys)
         self._keys[self.size] = NONE
+        self._copy(rows, labels, None, places)
+
+    def _copy(self, rows: Any, labels: Tensor, which: Tensor | None, places: Tensor) -> None:
+        """Write rows, all or some, to places."""
+        store = self._labels.device
         places = places.to(store, non_blocking=True)
-        self._labels.index_copy_(0, places, labels)
-        for (_, kept), (_, new) in zip(leaves(self._rows), leaves(rows), strict=True):
-            kept.index_copy_(0, places, new.to(store))
+        held, offered = ([tensor for _, tensor in leaves(nest)] for nest in (self._rows, rows))
+        for kept, new in zip([self._labels, *held], [labels, *offered], strict=True):
+            some = new if which is None else new.index_select(0, which.to(new.device, non_blocking=True))
+            kept.index_copy_(0, places, some.to(store))
 
     def _new_keys(self, labels: Tensor, features: Tensor | None) -> Tensor:
         count = len(labels)
@@ -311,6 +336,7 @@ class ReplayBuffer:
                 f" {memory / 1e9:.4g} GB. Choose a smaller `size`, or store images as `uint8`."
             )
         room = self.size + 1
+        self._shares, self._form = None, row_forms(rows)
         self._rows = map_rows(lambda t: torch.zeros((room, *t.shape[1:]), dtype=t.dtype, device=where), rows)
         self._labels = torch.full((room,), -1, device=where)
         home = where if self.needs_labels else torch.device("cpu")
@@ -318,7 +344,7 @@ class ReplayBuffer:
 
     def _write(self, keys: Tensor, labels: Tensor, rows: Any) -> None:
         """Hold these rows alone, in this order."""
-        self._used = len(keys)
+        self._used, self._shares = len(keys), None
         self._keys.fill_(NONE)
         self._keys[: self._used], self._labels[: self._used] = keys, labels
         for (_, kept), (_, row) in zip(leaves(self._rows), leaves(rows), strict=True):

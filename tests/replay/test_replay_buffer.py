@@ -103,6 +103,40 @@ def test_within_a_class_every_row_is_kept_alike() -> None:
         assert of_class.sum() == pytest.approx(3)
 
 
+def rows_of(buffer: ReplayBuffer) -> list[int]:
+    return sorted(row for batch in buffer.loader(100) for row in batch[0].tolist())
+
+
+@pytest.mark.parametrize("policy", ["reservoir", "class_balanced", "ring", "class_ring"])
+def test_a_batch_at_a_time_those_stay_whose_keys_are_the_largest_of_all(policy: Any) -> None:
+    """Whatever comes: no row, classes beyond the places, classes that come back; and what a loaded one goes on with."""
+    for seed in range(12):
+        draw = torch.Generator().manual_seed(seed)
+        size = int(torch.randint(1, 12, (), generator=draw))
+        buffers = [ReplayBuffer(size, policy=policy, storage=storage, seed=seed) for storage in ("host", "device")]
+        keys, labels = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.long)
+        random = torch.Generator().manual_seed(seed)
+        for step in range(9):
+            n, classes = (int(torch.randint(high, (), generator=draw)) for high in (9, 20))
+            y = 3 * torch.randint(classes + 1, (n,), generator=draw) - 20
+            first = len(keys)
+            new = torch.arange(first, first + n, dtype=torch.float64)
+            if policy in ("reservoir", "class_balanced"):
+                new = torch.rand(n, generator=random, dtype=torch.float64)
+            keys, labels = torch.cat([keys, new]), torch.cat([labels, y])
+            if policy in ("class_balanced", "class_ring"):
+                keys = keys.masked_fill(beyond_quota(keys, labels, size), -torch.inf)
+            best = keys.argsort(descending=True)[:size]
+            wanted = sorted(best[keys[best] > -torch.inf].tolist())
+            for buffer in buffers:
+                buffer.add((torch.arange(first, first + n), y))
+                assert rows_of(buffer) == wanted
+            if step == 4:
+                loaded = ReplayBuffer(size, policy=policy, seed=7)
+                loaded.load_state_dict(buffers[0].state_dict())
+                buffers.append(loaded)
+
+
 def test_quotas_by_counting() -> None:
     keys = torch.rand(30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     keys[::7] = -torch.inf
