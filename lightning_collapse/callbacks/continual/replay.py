@@ -52,6 +52,8 @@ class Replay(StepsAcrossTasks):
         labels: Returns the classes of these rows from the batch; where they usually are by default.
         combine: Returns the batch to train on from the batch and what is rehearsed, which has the form of what was
             kept; by default the tensors of both, one behind the other.
+        name: Tells several of one trainer apart, which Lightning requires of those whose buffers are alike in policy
+            and size: in their state, and in their curves, which are ``replay/{name}/rows`` then.
 
     Raises:
         ValueError: If an argument is none of these.
@@ -80,23 +82,30 @@ class Replay(StepsAcrossTasks):
         rows: Callable[[Any], Any] | None = None,
         labels: Callable[[Any], Tensor] | None = None,
         combine: Callable[[Any, Any], Any] = concatenate,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(buffer, ReplayBuffer):
             raise ValueError(f"`buffer` must be a `ReplayBuffer`, got {buffer!r:.80}.")
         if batch_size is not None:
             require_whole(0, batch_size=batch_size)
-        for name, function in (("rows", rows), ("labels", labels), ("combine", combine)):
-            if not (callable(function) or (function is None and name != "combine")):
-                raise ValueError(f"`{name}` must be a function, got {function!r:.80}.")
+        for argument, function in (("rows", rows), ("labels", labels), ("combine", combine)):
+            if not (callable(function) or (function is None and argument != "combine")):
+                raise ValueError(f"`{argument}` must be a function, got {function!r:.80}.")
         self.buffer, self.batch_size, self.from_start = buffer, batch_size, from_start
-        self.rows, self.labels, self.combine = rows, labels, combine
+        if not (name is None or (isinstance(name, str) and name)):
+            raise ValueError(f"`name` must be a string that is not empty, got {name!r:.80}.")
+        self.rows, self.labels, self.combine, self.name = rows, labels, combine, name
         self.rows_of_batch = 0
         self._streams = buffer.policy != "herding"
         self._tried = False
         self._pending: tuple[Any, Tensor | None] | None = None  # kept when the step on it is over
         self._in_step = False
         self._unwrap_hook: Callable[[], None] = _nothing
+
+    @override
+    def _without_fit(self) -> dict[str, Any]:
+        return super()._without_fit() | {"_unwrap_hook": _nothing}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,7 +145,8 @@ class Replay(StepsAcrossTasks):
         if counts:
             readings |= {"classes": len(counts), "largest_share": max(counts) / sum(counts)}
         step = self._steps.step(trainer)
-        publish(trainer, pl_module, [Point("replay", "", name, step, value) for name, value in readings.items()])
+        points = [Point("replay", self.name or "", name, step, value) for name, value in readings.items()]
+        publish(trainer, pl_module, points)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -153,7 +163,8 @@ class Replay(StepsAcrossTasks):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(policy=self.buffer.policy, size=self.buffer.size)
+        named = {} if self.name is None else {"name": self.name}  # as in older checkpoints where it has none
+        return self._generate_state_key(policy=self.buffer.policy, size=self.buffer.size, **named)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
+from lightning_collapse.replay.replay_buffer import ReplayLoader
 from lightning_collapse.utilities.loaders import Loader, batches_of, rewound
 from lightning_collapse.utilities.trainer import batches_of_epoch, to_device
 
@@ -18,7 +19,8 @@ from lightning_collapse.utilities.trainer import batches_of_epoch, to_device
 class TaskBatches:
     """Batches as a training step would get them, as often as they are iterated over.
 
-    Without a loader those of the training, as many as an epoch has. What a ``DistributedSampler`` repeats, so that all
+    Without a loader those of the training, as many as an epoch has. Rows that a replay buffer holds as they were behind
+    the hooks before the transfer do not go through these again. What a ``DistributedSampler`` repeats, so that all
     processes get equally many samples, is left out; samplers of other kinds are taken as they are.
 
     Args:
@@ -39,9 +41,10 @@ class TaskBatches:
             limit = batches_of_epoch(self.trainer)
         else:
             loader = batches_of(self.loader)
+        prepared = isinstance(loader, ReplayLoader) and loader.buffer.storage == "device"
         with rewound(loader):
             for batch in islice(loader, limit):
-                yield to_device(self.trainer, batch)
+                yield to_device(self.trainer, batch, prepared)
 
 
 def check_training_data(trainer: Trainer, who: str) -> None:

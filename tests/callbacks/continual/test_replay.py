@@ -355,6 +355,28 @@ def test_batches_that_tune_a_model_are_neither_kept_nor_made_longer(storage: Any
     assert replay.buffer.seen == len(replay.buffer) == 72
 
 
+@pytest.mark.parametrize("storage", ["host", "device"])
+@pytest.mark.parametrize("made", [False, True])
+def test_rows_that_are_read_again_go_through_the_hook_once(storage: Any, made: bool) -> None:
+    """Those that tune, and those that a penalty learns from."""
+    seen: list[Tensor] = []
+
+    class Normalizing(Net):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] + 100, batch[1]]
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach())
+            return super().forward(x)
+
+    replay = Replay(ReplayBuffer(100, storage=storage), batch_size=0)
+    rows: Any = (lambda: replay.buffer.loader(9)) if made else replay.buffer.loader(9)
+    penalty = WeightPenalty(EWC(weight=1.0), loader=rows)
+    fit(Normalizing(), replay, FPF(rows, iterations=5, fraction=0.1), penalty)
+    assert len(seen) > 5 + 5 + 4
+    assert all((x.mean() - 100).abs() < 50 for x in seen)
+
+
 @pytest.mark.parametrize("boundary", [False, True])
 def test_a_module_remembers_weights_as_callbacks_leave_them(boundary: bool) -> None:
     def train(model: Any, make: Any) -> Any:
@@ -468,6 +490,7 @@ def test_arguments() -> None:
         ({"buffer": buffer, "batch_size": -1}, "`batch_size` must be an integer of at least 0, got -1"),
         ({"buffer": buffer, "rows": 3}, "`rows` must be a function, got 3"),
         ({"buffer": buffer, "combine": None}, "`combine` must be a function, got None"),
+        ({"buffer": buffer, "name": ""}, "`name` must be a string that is not empty, got ''"),
     ):
         with pytest.raises(ValueError, match=match):
             Replay(**arguments)  # type: ignore[arg-type]
@@ -554,6 +577,29 @@ def test_tasks_that_are_cut_off_go_on_with_their_rows(tmp_path: Any) -> None:
     resumed = run(tmp_path, 3)
     assert same(whole, resumed)
     assert resumed.seen == [16, 16, 16, 16, 8]
+
+
+def test_several_that_have_names_keep_rows_curves_and_states_apart(tmp_path: Any) -> None:
+    """Of two streams, say; without names Lightning refuses them."""
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `Replay`"):
+        Trainer(**QUIET, callbacks=[Replay(ReplayBuffer(9)), Replay(ReplayBuffer(9))])
+
+    def make() -> list[Replay]:
+        parts = {name: lambda batch, i=i: [part[i::2] for part in batch] for i, name in enumerate(("even", "odd"))}
+        return [Replay(ReplayBuffer(9), batch_size=2, rows=rows, name=name) for name, rows in parts.items()]
+
+    points, replays, model, others = PointKeeper(), make(), Net(), make()
+    for index in range(2):
+        trainer = fit(model, *replays, points, data=loader(index))
+    assert model.seen[5:] == [12, 12, 12, 12, 8]
+    assert {point.key for point in points.points} >= {"replay/even/rows", "replay/odd/rows"}
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    states = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]
+    for other in others:
+        other.load_state_dict(states[other.state_key])
+    for replay, other in zip(replays, others, strict=True):
+        assert torch.equal(every_row(replay.buffer), every_row(other.buffer))
+    assert not torch.equal(*(every_row(replay.buffer) for replay in replays))
 
 
 def test_a_task_of_other_rows_is_refused_at_its_first_batch() -> None:
