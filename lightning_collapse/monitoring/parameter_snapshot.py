@@ -27,8 +27,15 @@ class ParameterSnapshot:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None) -> None:
-        self._copies = {name: t.detach().clone() for name, t in tensors.items() if not why_no_number(t)}
-        for name, copy in self._copies.items():
+        self._copies: dict[str, Tensor] = {}
+        self.add(tensors, saved)
+
+    def add(self, tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None = None) -> None:
+        """Copy further tensors, or take those that were saved for the copies."""
+        for name, tensor in tensors.items():
+            if why_no_number(tensor):
+                continue
+            copy = self._copies[name] = tensor.detach().clone()
             value = (saved or {}).get(name)
             if value is not None and value.shape == copy.shape:
                 local(copy).copy_(Layout.of(copy).cut(value.to(copy.device)))

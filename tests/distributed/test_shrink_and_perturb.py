@@ -24,6 +24,14 @@ class Sharded(Toy):
         return self.head(self.encoder(batch))
 
 
+class Gathering(Toy):
+    """All processes must take its step."""
+
+    def training_step(self, batch, batch_idx):
+        dist.barrier()
+        return super().training_step(batch, batch_idx)
+
+
 def _fit(rank, model, callback, strategy):
     options = {**QUIET, "devices": 2, "strategy": strategy, "logger": False, "use_distributed_sampler": False}
     Trainer(**options, callbacks=[callback]).fit(model, batches(seed=rank))
@@ -39,24 +47,25 @@ def _tune(rank):
     """Unequal shares of a batch on two processes move weights as the whole batch on one would."""
     data = torch.randn(12, 16, generator=torch.Generator().manual_seed(3))
     torch.manual_seed(0)
-    model = Toy()
-    fpf = FPF([data[:3] if rank == 0 else data[3:]], fraction=1.0, iterations=4, lr=0.5)
-    expected = Toy()
+    model, expected = Gathering(), Gathering()
+    fpf = FPF(list, fraction=1.0, iterations=4, lr=0.5)
     expected.load_state_dict(model.state_dict())
     _fit(rank, expected, DynamicEMA(), DDPStrategy(process_group_backend="gloo"))
     assert _same_everywhere(expected)
     model.load_state_dict(expected.state_dict())
     model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.0)
-    _fit(rank, model, fpf, DDPStrategy(process_group_backend="gloo"))
-    for _ in range(4):
-        gradients = torch.autograd.grad(expected.training_step(data, 0), list(expected.parameters()))
-        for weight, gradient in zip(expected.parameters(), gradients, strict=True):
-            weight.data -= 0.5 * gradient
-    for weight, value in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(weight, value)
-    assert _same_everywhere(model)
+    for shares in ([data[:3], data[3:]], [None, data]):  # and none at all on the first
+        fpf.data = [] if shares[rank] is None else [shares[rank]]
+        _fit(rank, model, fpf, DDPStrategy(process_group_backend="gloo"))
+        for _ in range(4):
+            gradients = torch.autograd.grad(expected.training_step(data, 0), list(expected.parameters()))
+            for weight, gradient in zip(expected.parameters(), gradients, strict=True):
+                weight.data -= 0.5 * gradient
+        for weight, value in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(weight, value)
+        assert _same_everywhere(model)
     before = [p.detach().clone() for p in model.parameters()]
-    fpf.data = [] if rank else [data]  # of one process alone: both go without
+    fpf.data = []  # of none
     _fit(rank, model, fpf, DDPStrategy(process_group_backend="gloo"))
     assert all(map(torch.equal, before, model.parameters()))
 

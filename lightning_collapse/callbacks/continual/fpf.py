@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -45,8 +47,10 @@ class FPF(TaskAware):
 
     The training does not notice: optimizers, schedules, counters, gradients, modes, ``requires_grad``, random states
     and metrics are as they were, nothing is logged, and what callbacks add to a loss is not added here. Gradients are
-    means over the samples of all processes. Kept, and in the state, is one copy of parameters and buffers. Put it
-    before callbacks that measure or remember a task when that ends.
+    means over the samples of all processes. One that has none takes its steps on a batch of another, for the sums
+    within a step and for running statistics; it counts for nothing. Kept, and in the state, is one copy of buffers and
+    of parameters that are trained; frozen ones are neither copied nor ranked. Put it before callbacks that measure or
+    remember a task when that ends.
 
     Args:
         data: Batches as ``training_step`` takes them, or a function that returns them, such as a method of a replay
@@ -96,9 +100,14 @@ class FPF(TaskAware):
         self.tuned: list[str] = []
         self._tensors: dict[str, Tensor] = {}
         self._groups: dict[str, list[str]] = {}
+        self._frozen: dict[str, Tensor] = {}
         self._snapshot: ParameterSnapshot | None = None
         self._restored: dict[str, Tensor] | None = None
         self._tunings = 0
+
+    @override
+    def _without_fit(self) -> dict[str, Any]:
+        return super()._without_fit() | {"_tensors": {}, "_frozen": {}}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,11 +120,12 @@ class FPF(TaskAware):
                 " batch, with `automatic_optimization = True`."
             )
         refuse_sharded(trainer, pl_module, "FPF", "tunes whole parameters")
-        self._tensors, self._groups = {}, {}
+        self._tensors, self._groups, self._frozen = {}, {}, {}
         for name, tensor, suffix in state_of(pl_module):
-            self._tensors[name] = tensor
-            owner = clean_name(name).rpartition(".")[0] or "model"
-            self._groups.setdefault(owner + suffix, []).append(name)
+            if suffix or tensor.requires_grad:
+                self._follow(name, tensor, suffix)
+            else:  # beside adapters a whole model, which stays where it is
+                self._frozen[name] = tensor
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,7 +136,17 @@ class FPF(TaskAware):
                 f"`FPF(times={self.times})` tunes at equal intervals of a fit, and this one has"
                 f" {'no length that is known' if steps is None else f'{steps} steps'}. Set `max_steps`, or `times=1`."
             )
-        self._snapshot = ParameterSnapshot(self._tensors, self._restored if self._trained else None)
+        if not self._trained:
+            self._restored = None
+        self._snapshot = ParameterSnapshot(self._tensors, self._restored)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        late = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
+        for name in late:
+            assert self._snapshot is not None
+            self._follow(name, parameter := self._frozen.pop(name))
+            self._snapshot.add({name: parameter}, self._restored)
         self._restored = None
 
     @override
@@ -148,7 +168,7 @@ class FPF(TaskAware):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._tensors = {}
+        self._tensors, self._frozen = {}, {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -160,6 +180,11 @@ class FPF(TaskAware):
         super().load_state_dict(state_dict)
         self.tuned, self._tunings = state_dict["tuned"], state_dict["tunings"]
         self._restored = state_dict["snapshot"]
+
+    def _follow(self, name: str, tensor: Tensor, suffix: str = "") -> None:
+        self._tensors[name] = tensor
+        owner = clean_name(name).rpartition(".")[0] or "model"
+        self._groups.setdefault(owner + suffix, []).append(name)
 
     def _tune(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rank modules and tune the first of them; weights come back if that fails. Collective."""
@@ -194,9 +219,14 @@ class FPF(TaskAware):
     def _descend(self, trainer: Trainer, pl_module: LightningModule, weights: list[nn.Parameter]) -> None:
         sizes = [weight.numel() for weight in weights]
         with closing(self._batches(trainer)) as batches:
+            batch = _on_all(batches.__next__)
+            lent = _first_of_another(batch, pl_module.device)
             for index in range(self.iterations):
-                batch = _on_all(batches.__next__)
-                rows, gradient = _on_all(partial(_gradient, trainer, pl_module, batch, index, weights))
+                batch = _on_all(batches.__next__) if index else batch
+                here = lent if batch is None else batch
+                rows, gradient = _on_all(partial(_gradient, trainer, pl_module, here, index, weights))
+                if batch is None:
+                    rows, gradient = 0, torch.zeros_like(gradient)
                 total = all_reduce_sum(torch.cat([gradient * rows, gradient.new_tensor([rows])]))
                 mean = total[:-1] / total[-1]  # of no number where there were no samples
                 parts = torch.split(torch.where(mean.sum().isfinite(), mean, 0.0), sizes)
@@ -204,13 +234,18 @@ class FPF(TaskAware):
                     weight.data.sub_((self.lr * part.view_as(weight)).to(weight.dtype))
 
     def _batches(self, trainer: Trainer) -> Generator[Any, None, None]:
-        found = True
+        """Those with rows, again and again; ``None`` for ever where there is none."""
+        passes, found = 0, True
         while found:
-            found = False
+            passes, found = passes + 1, False
             for batch in TaskBatches(trainer, self.data):
-                found = True
-                yield batch
-        raise RuntimeError("`data` holds no batch: fill the buffer before the task ends")
+                if batch_size(batch):
+                    found = True
+                    yield batch
+        if passes > 1:
+            raise RuntimeError("`data` holds no batch any more")
+        while True:
+            yield None
 
 
 def _on_all(function: Callable[[], T]) -> T:
@@ -223,6 +258,23 @@ def _on_all(function: Callable[[], T]) -> T:
     if problems := [problem for problem in from_all_processes(problem) if problem]:
         raise RuntimeError(problems[0])
     return cast(T, result)
+
+
+def _first_of_another(batch: Any, device: torch.device) -> Any:
+    """The batch of the first process that has one, on those that have none; collective.
+
+    Raises:
+        RuntimeError: On every process, if none has one.
+    """
+    there = from_all_processes(batch is not None)
+    if all(there):
+        return None
+    if not any(there):
+        raise RuntimeError("`data` holds no batch: fill the buffer before the task ends")
+    first = there.index(True)
+    packed = _on_all(lambda: pickle.dumps(move_data_to_device(batch, "cpu")) if process_rank() == first else b"")
+    lent = from_all_processes(packed)[first]
+    return None if batch is not None else move_data_to_device(pickle.loads(lent), device)
 
 
 def _gradient(

@@ -63,6 +63,22 @@ def test_statistics_of_a_normalization_that_is_not_tuned_stay():
     assert model.body[1].training == plain.body[1].training
 
 
+def test_what_is_frozen_is_not_copied_before_it_is_trained():
+    class Unfreezes(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.body[0].requires_grad_(True)
+
+    model, fpf = steady(), FPF(BUFFER, fraction=1.0, iterations=1)
+    model.body[0].requires_grad_(False)
+    fit(model, fpf)
+    assert not [name for name in fpf.state_dict()["snapshot"] if name.startswith("body.0")]
+    assert sorted(fpf.tuned) == ["body.1", "body.1.buffers", "head"]
+    fit(model, fpf, Unfreezes(), max_epochs=2)
+    assert "body.0" in fpf.tuned
+    assert {"body.0.weight", "body.0.bias"} < fpf.state_dict()["snapshot"].keys()
+
+
 class Busy(Learner):
     """Logs, keeps a list, and has a schedule."""
 
