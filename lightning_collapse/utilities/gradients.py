@@ -34,7 +34,13 @@ def gradients_of(parameters: Sequence[Tensor], sparse: bool = True) -> Gradients
     found, processes = Gradients([], [], []), world_size()
     for i, parameter in enumerate(parameters):
         gradient = parameter.grad  # asked once: of a model with thousands of parameters the asking shows
-        if gradient is not None and (sparse or not gradient.is_sparse):
+        if gradient is None:
+            continue
+        if _is_plain(gradient):
+            found.indices.append(i)
+            found.shares.append(1 / processes)
+            found.tensors.append(gradient)
+        elif sparse or not gradient.is_sparse:
             found.indices.append(i)
             found.shares.append(shards_of(gradient) / processes)
             found.tensors.append(local_part(gradient.detach()))
@@ -94,22 +100,33 @@ def _hook(tensor: Any, take: Callable[[Tensor], None]) -> None:
 
 
 @torch.no_grad()
-def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Squared Euclidean norms, shape ``(len(tensors),)``, ``float64`` where ``device`` has it."""
-    wide = torch.float32 if device.type == "mps" else torch.float64
+def norms_of(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Euclidean norms, shape ``(len(tensors),)``, ``float64`` where one of the tensors is and ``float32`` otherwise."""
     if not tensors:
-        return torch.zeros(0, dtype=wide, device=device)
+        return torch.zeros(0, device=device)
     single = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    norms = foreach.norm(list(tensors), 2, dtype=single)
+    norms = foreach.norm(tensors if isinstance(tensors, list) else list(tensors), 2, dtype=single)
     if any(norm.device != device for norm in norms):
         norms = [norm.to(device) for norm in norms]
-    return torch.stack(list(norms)).to(wide).square()
+    return torch.stack(list(norms))
+
+
+def squared_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Squared Euclidean norms, shape ``(len(tensors),)``, ``float64`` where ``device`` has it."""
+    return norms_of(tensors, device).to(torch.float32 if device.type == "mps" else torch.float64).square()
 
 
 def local_part(gradient: Any) -> Tensor:
     """This process's part of a tensor: of a sparse one its values, of a complex one its real and imaginary parts."""
     part = local(gradient)
     return as_real(part.coalesce().values() if part.is_sparse else part)
+
+
+def _is_plain(gradient: Any) -> bool:
+    """Whether nothing is to be taken off a gradient, as of nearly all: what is asked of each of thousands shows."""
+    if type(gradient) is not Tensor or gradient.layout is not torch.strided:
+        return False
+    return not (gradient.requires_grad or gradient.is_complex())
 
 
 def shards_of(tensor: Any) -> int:

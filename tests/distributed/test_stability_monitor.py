@@ -73,9 +73,9 @@ class Hurt(StabilityMonitor):
         self._fail("read")
         return super().read(trainer, pl_module)
 
-    def _squares(self, trainer, pl_module, optimizer):
+    def _norms(self, pl_module, optimizer):
         self._fail("gradients")
-        return super()._squares(trainer, pl_module, optimizer)
+        return super()._norms(pl_module, optimizer)
 
     def act(self, trainer, optimizer, flag):
         self._fail("action")

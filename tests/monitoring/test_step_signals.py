@@ -102,3 +102,35 @@ def test_state_goes_on():
     second.load_state_dict(first.state_dict())
     feed(second, losses[120:])
     torch.testing.assert_close(second.pop()[1], whole.pop()[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [math.nan, 50.0])
+def test_steps_judged_together_are_what_they_are_one_by_one(bad):
+    losses, norms = noise(400), noise(400, seed=1)
+    losses[[150, 230]] = bad
+    losses[160:171] = 30  # a level that is accepted in the middle of eight steps
+    norms[300:] *= 5
+    parts = torch.tensor(norms)[:, None] * torch.tensor([0.6, 0.0, 0.8])
+    one, together = StepSignals(torch.device("cpu")), StepSignals(torch.device("cpu"))
+    for step, loss in enumerate(torch.tensor(losses)):
+        squares = parts[step].square()
+        one.update(step, loss, squares.sum().sqrt(), squares=squares)
+        if step % 97:
+            together.note(step, loss, parts[step])
+        else:
+            together.update(step, loss, squares.sum().sqrt(), squares=squares)
+        if step in (161, 239, 399):
+            torch.testing.assert_close(together.pop_squares(), one.pop_squares(), equal_nan=True)
+            (steps, rows), (expected, wanted) = together.pop(), one.pop()
+            assert steps == expected
+            assert wanted[:, 4].any()
+            torch.testing.assert_close(rows, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_what_is_kept_between_two_points_has_a_bound():
+    signals = StepSignals(torch.device("cpu"))
+    for step, loss in enumerate(torch.tensor(noise(4200))):
+        signals.note(step, loss, torch.ones(2))
+    steps, rows = signals.pop()
+    assert steps == list(range(4200 - 4096, 4200))
+    assert rows.shape == (4096, 8)

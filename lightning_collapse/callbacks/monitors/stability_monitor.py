@@ -19,7 +19,7 @@ from lightning_collapse.rules.step_stream import Step, StepStream
 from lightning_collapse.spectral.deterministic import nan_median
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_reduce_sum, world_size
-from lightning_collapse.utilities.gradients import gradients_of, places_of, squared_norms
+from lightning_collapse.utilities.gradients import gradients_of, norms_of, places_of
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.trainer import (
@@ -153,7 +153,7 @@ class StabilityMonitor(Monitor):
         self._losses: list[Tensor] = []
         self._parameters: list[nn.Parameter] = []
         self._owners: list[str] = []  # of the parameters, the modules
-        self._places: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._places: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = {}
         self._of_optimizer: dict[int, list[int]] = {}
         self._steps: list[list[int]] = []
         self._surges: list[dict[str, float]] = []
@@ -226,7 +226,13 @@ class StabilityMonitor(Monitor):
         self._stepped = self._batch
         own = None
         try:  # at every step, where a context costs as much as what is inside
-            own = self._loss(trainer, pl_module), self._squares(trainer, pl_module, optimizer)
+            loss, (norms, shares) = self._loss(trainer, pl_module), self._norms(pl_module, optimizer)
+            if world_size() == 1 and not self.on_flag and loss_scale(trainer, optimizer) is None:
+                if self._has_learned(loss):  # nobody asks at once: steps are judged together
+                    self._signals[index].skips = self.skips
+                    self._signals[index].note(logging_step(trainer), loss, norms, loss_scale(trainer) is not None)
+                return
+            own = loss, norms.to(accumulation_dtype(self._device)).square() * shares
         except Exception as error:
             self._give_up(error)
         try:  # whatever has failed here: the other processes wait
@@ -268,8 +274,8 @@ class StabilityMonitor(Monitor):
         unknown: Tensor | None = None,
     ) -> None:
         """Read one step of an optimizer."""
-        if loss is None and all(parameter.grad is None for parameter in self._parameters):
-            return  # a training step that returned nothing
+        if not self._has_learned(loss):
+            return
         squares = unscaled_squares(trainer, optimizer, squares)
         signals, norm = self._signals[index], squares.sum().sqrt()
         signals.skips = self.skips
@@ -282,24 +288,39 @@ class StabilityMonitor(Monitor):
         losses, self._losses = self._losses, []
         if not losses:
             return None
+        if not pl_module.automatic_optimization:  # it is the user's, who may write into it
+            return losses[0].clone() if len(losses) == 1 else torch.stack(losses).mean()
         mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        return mean * trainer.accumulate_grad_batches if pl_module.automatic_optimization else mean
+        return mean if trainer.accumulate_grad_batches == 1 else mean * trainer.accumulate_grad_batches
 
-    def _squares(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> Tensor:
-        """Squared norms of this process's parts of the gradients, a number for every parameter of the module."""
+    def _has_learned(self, loss: Tensor | None) -> bool:
+        """Whether there is anything to read: not if a training step returned nothing."""
+        return loss is not None or any(parameter.grad is not None for parameter in self._parameters)
+
+    @torch.no_grad()
+    def _norms(self, pl_module: LightningModule, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
+        """Norms of this process's parts of the gradients, a number for every parameter, and what their squares count.
+
+        Without a gradient it is 0.
+        """
         mine = self._of_optimizer.get(id(optimizer))
         if mine is None or sum(len(group["params"]) for group in optimizer.param_groups) != len(mine):
-            mine = self._of_optimizer[id(optimizer)] = places_of(optimizer, self._parameters)
+            known, mine = mine, places_of(optimizer, self._parameters)
+            self._of_optimizer[id(optimizer)] = mine
+            if mine != known:
+                self._places.clear()
         found = gradients_of([self._parameters[i] for i in mine])
-        squares = squared_norms(found.tensors, pl_module.device)
-        key = tuple(mine[i] for i in found.indices)
+        norms = norms_of(found.tensors, pl_module.device)
+        key = (id(optimizer), *found.indices)
         if key not in self._places:
             if len(self._places) > MOST_PLACES:
                 self._places.clear()
-            where = torch.tensor(key, device=squares.device, dtype=torch.long)
-            self._places[key] = where, torch.tensor(found.shares, device=squares.device, dtype=squares.dtype)
-        where, shares = self._places[key]
-        return squares.new_zeros(len(self._parameters)).index_copy(0, where, squares * shares)
+            where = torch.tensor([mine[i] for i in found.indices], device=norms.device, dtype=torch.long)
+            counts = torch.tensor(found.shares, device=norms.device, dtype=accumulation_dtype(norms.device))
+            shares = counts.new_zeros(len(self._parameters)).index_copy(0, where, counts)
+            self._places[key] = (None if len(where) == len(shares) else where), shares
+        places, shares = self._places[key]
+        return norms if places is None else norms.new_zeros(len(shares)).index_copy(0, places, norms), shares
 
     @override
     @torch.no_grad()
