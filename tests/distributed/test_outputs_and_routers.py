@@ -68,6 +68,40 @@ def _halves(module, args, output):
     return output.view(-1, 2, 2)
 
 
+def _failing(rank, read):
+    """On the second process it raises from the third call on: as one that reads what a batch may lack."""
+    calls = []
+
+    def fails(*args):
+        calls.append(args)
+        if rank and len(calls) > 2:
+            raise ValueError("on one process")
+        return read(*args)
+
+    return fails
+
+
+def _check_failing_readers(rank):
+    def route(module, args, scores):
+        return scores, scores.topk(2, dim=-1).indices
+
+    monitors = [
+        RouterMonitor(["gate"], read=_failing(rank, route), every_n_steps=2, batches=1),
+        LatentMonitor(["gate"], read=_failing(rank, lambda scores: scores.chunk(2, dim=1)), every_n_steps=2),
+        StateMonitor(["gate"], read=_failing(rank, _halves), every_n_steps=2),
+        OutputMonitor(every_n_steps=2, advantages=_failing(rank, lambda batch: batch[: SIZES[rank], 0])),
+    ]
+    _, keeper = _fit(rank, monitors)
+    value = torch.full((), float(rank))
+    torch.distributed.all_reduce(value)  # whoever had waited for the other would take this for the answer
+    assert value == 1
+    points = _everyone(repr(keeper.points))
+    assert points[0] == points[1]
+    found = {point.key: point.value for point in keeper.points if point.step == 3}
+    assert [found[f"{family}/gate/n"] for family in ("router", "latent", "state")] == [SIZES[0]] * 3
+    assert found["output/head/n"] == sum(SIZES)  # of its advantages alone it knows nothing
+
+
 def _check(rank):
     outputs = OutputMonitor(every_n_steps=2, labels="actions", advantages="gains", lens=["experts.0"])
     latents = LatentMonitor(["gate"], read=lambda scores: scores.chunk(2, dim=1), every_n_steps=2)
@@ -102,6 +136,7 @@ def _check(rank):
             assert found[f"router/gate/{name}"] == pytest.approx(expected[name].item(), rel=1e-6)
     plain, _ = _fit(rank, [])
     assert all(torch.equal(value, weights(watched)[name]) for name, value in weights(plain).items())
+    _check_failing_readers(rank)
     _check_metrics(rank)
 
 
