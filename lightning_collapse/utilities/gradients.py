@@ -32,13 +32,16 @@ class Gradients(NamedTuple):
 def gradients_of(parameters: Sequence[Tensor], sparse: bool = True) -> Gradients:
     """Gradients of parameters, as they are now, without graph; sparse ones by their values, or not at all."""
     found, processes = Gradients([], [], []), world_size()
+    whole, strided = 1 / processes, torch.strided
     for i, parameter in enumerate(parameters):
         gradient = parameter.grad  # asked once: of a model with thousands of parameters the asking shows
         if gradient is None:
             continue
-        if _is_plain(gradient):
+        # nothing is to be taken off nearly all of them, and what is asked of each shows too
+        plain = type(gradient) is Tensor and gradient.layout is strided
+        if plain and not (gradient.requires_grad or gradient.is_complex()):
             found.indices.append(i)
-            found.shares.append(1 / processes)
+            found.shares.append(whole)
             found.tensors.append(gradient)
         elif sparse or not gradient.is_sparse:
             found.indices.append(i)
@@ -120,13 +123,6 @@ def local_part(gradient: Any) -> Tensor:
     """This process's part of a tensor: of a sparse one its values, of a complex one its real and imaginary parts."""
     part = local(gradient)
     return as_real(part.coalesce().values() if part.is_sparse else part)
-
-
-def _is_plain(gradient: Any) -> bool:
-    """Whether nothing is to be taken off a gradient, as of nearly all: what is asked of each of thousands shows."""
-    if type(gradient) is not Tensor or gradient.layout is not torch.strided:
-        return False
-    return not (gradient.requires_grad or gradient.is_complex())
 
 
 def shards_of(tensor: Any) -> int:
