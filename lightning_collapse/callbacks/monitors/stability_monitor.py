@@ -213,7 +213,8 @@ class StabilityMonitor(Monitor):
         if not self._signals or self._left < 0:  # a trainer that makes no points
             return
         loss, scale = loss.detach(), loss_scale(trainer)
-        loss = loss.mean() if loss.ndim else loss
+        # a copy: it waits for others, and its memory may be the user's, or a CUDA graph's, which the next step writes to
+        loss = loss.mean() if loss.ndim else loss.clone()
         self._losses.append(loss if scale is None else loss / scale.to(loss))
 
     @override
@@ -288,10 +289,9 @@ class StabilityMonitor(Monitor):
         losses, self._losses = self._losses, []
         if not losses:
             return None
-        if not pl_module.automatic_optimization:  # it is the user's, who may write into it
-            return losses[0].clone() if len(losses) == 1 else torch.stack(losses).mean()
         mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        return mean if trainer.accumulate_grad_batches == 1 else mean * trainer.accumulate_grad_batches
+        scaled = pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1
+        return mean * trainer.accumulate_grad_batches if scaled else mean
 
     def _has_learned(self, loss: Tensor | None) -> bool:
         """Whether there is anything to read: not if a training step returned nothing."""
