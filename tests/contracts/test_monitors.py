@@ -8,6 +8,7 @@ import pickle
 import pkgutil
 import weakref
 from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
@@ -107,6 +108,12 @@ def run(*callbacks, data=None, **kwargs):
     return model, trainer
 
 
+@cache
+def unwatched():
+    """The model after a fit that nobody has watched, and the random state."""
+    return run()[0], torch.random.get_rng_state()
+
+
 @each
 def test_it_is_exported(name):
     assert name in callbacks.__all__
@@ -156,7 +163,7 @@ def test_a_bad_cadence_is_refused(name, bad):
 @each
 @quiet
 def test_nothing_of_the_training_changes(name):
-    (plain, _), state = run(), torch.random.get_rng_state()
+    plain, state = unwatched()
     (watched, _), again = run(make(name)), torch.random.get_rng_state()
     assert torch.equal(state, again)
     assert weights(plain).keys() == weights(watched).keys()
@@ -173,7 +180,7 @@ def test_what_fails_is_said_once_and_training_goes_on(name, method):
     def broken(*args, **kwargs):
         raise ValueError("boom")
 
-    plain, _ = run()
+    plain, _ = unwatched()
     monitor = make(name)
     setattr(monitor, method, broken)
     with pytest.warns(UserWarning, match=rf"`{name}`: .* failed with ValueError\('boom'\).*Training goes on") as said:

@@ -213,7 +213,7 @@ class StabilityMonitor(Monitor):
         if not self._signals or self._left < 0:  # a trainer that makes no points
             return
         loss, scale = loss.detach(), loss_scale(trainer)
-        # a copy: it waits for others, and its memory may be the user's, or a CUDA graph's, which the next step writes to
+        # a copy: it waits, and its memory may be the user's, or a CUDA graph's, which the next step writes to
         loss = loss.mean() if loss.ndim else loss.clone()
         self._losses.append(loss if scale is None else loss / scale.to(loss))
 

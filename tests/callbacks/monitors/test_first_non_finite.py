@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import cache
 
 import pytest
 import torch
@@ -201,11 +202,16 @@ def test_the_index_counts_calls_in_the_order_in_which_they_end():
     assert [p.value for p in keeper.curve("nonfinite/all/first_call")] == [-1, -1, -1, 2, 2, 2, 2]
 
 
+@cache
+def unwatched(fault):
+    """The module after a fit that nobody has watched, and the random state."""
+    return run(fault, watched=False)[0], torch.random.get_rng_state()
+
+
 @pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_nothing_of_the_training_changes(fault, replay):
-    plain, _ = run(fault, watched=False)
-    state = torch.random.get_rng_state()
+    plain, state = unwatched(fault)
     for every in (1, 4):
         watched, _ = run(fault, every, replay)
         assert torch.equal(state, torch.random.get_rng_state())
