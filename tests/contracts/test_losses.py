@@ -286,8 +286,8 @@ def rank_after_training(loss: nn.Module | None, weight: float) -> float:
         torch.manual_seed(0)
         rows, encoder = torch.randn(128, 16), nn.Linear(16, 8)
         noise = torch.full((16,), 0.3).index_fill(0, torch.tensor([0]), 0.0)
-        optimizer = torch.optim.Adam(encoder.parameters(), lr=0.02)
-        for _ in range(300):
+        optimizer = torch.optim.Adam(encoder.parameters(), lr=0.05)
+        for _ in range(120):
             first, second = (encoder(rows + noise * torch.randn(128, 16)) for _ in range(2))
             total = (first - second).square().mean()
             if loss is not None and loss.views == 2:
