@@ -84,6 +84,8 @@ class TokenGroups(NamedTuple):
 
     def largest(self, values: Tensor) -> Tensor:
         """Maxima over sequences of ``(B, T)``, cleared and not negative: ``(S,)``."""
+        if not values.shape[1]:
+            return values.new_zeros(self.documents * len(values))
         if self.place is None:
             return values.amax(dim=1)
         zeros = values.new_zeros(self.documents * len(values))

@@ -107,6 +107,9 @@ class AttentionHooks:
         # torch 2.5 does not call it compiling when it traces a function through with tensors that hold nothing
         if not known or self._layer is None or is_to_be_ignored() or any(map(is_fake, args)):
             return
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if not all(x.numel() for x in tensors[:2]):  # of no sequences, as where no token was routed here
+            return
         with torch.no_grad():
             captured = self._read(self._layer, func, args, kwargs)
             if captured is not None:

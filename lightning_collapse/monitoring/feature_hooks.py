@@ -14,6 +14,7 @@ from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.features import as_row_mask, as_rows, evenly, find_features, is_tokens, token_at
 from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import Tap, is_to_be_ignored
+from lightning_collapse.utilities.told_once import NAMED
 
 
 class Captured(NamedTuple):
@@ -100,6 +101,7 @@ class FeatureHooks(HookOwner):
         self.halved: Collection[str] | None = None
         self.left_out: dict[str, str] = {}
         self.doubted = False
+        self._doubts: dict[str, str] = {}
         self._calls: dict[str, list[_Call]] = {tap.name: [] for tap in taps}
         self._hooks = [hook for tap in taps if (hook := self._hook(tap)) is not None]
 
@@ -157,8 +159,7 @@ class FeatureHooks(HookOwner):
             return self._read_sequences(hook, features)
         else:
             if hook.axis.is_doubtful(features) and not self.doubted:
-                self.doubted = True
-                self._warn(hook, features)
+                self._doubt(hook, features)
             rows, mask = as_rows(features, hook.axis, self.positions), as_row_mask(features, self.mask, hook.axis)
         if rows is None or not rows.shape[1]:
             raise NoFeaturesError(f"no features in {_describe(value)}")
@@ -174,7 +175,7 @@ class FeatureHooks(HookOwner):
         """
         earlier = len(self._calls[hook.name])
         rows = None if earlier > 1 or features.is_nested else as_rows(features.detach(), hook.axis)
-        if rows is None or len(rows) % len(features):
+        if rows is None or not len(features) or len(rows) % len(features):
             return ()
         if len(rows) > len(features):
             shape = (len(features), -1, rows.shape[1])
@@ -201,13 +202,19 @@ class FeatureHooks(HookOwner):
         self.left_out[name] = str(error)
         self.containment.catch(f"reading layer `{name}`", "what fails is left out", error)
 
-    def _warn(self, hook: TapHook, maps: Tensor) -> None:
+    def _doubt(self, hook: TapHook, maps: Tensor) -> None:
+        """Warn once of all layers in doubt, when one of them is again: after its first batch it may be left out."""
+        again = hook.name in self._doubts
         read = "(N, C, *)" if hook.axis.is_first(maps) else "(N, *, C)"
-        rank_zero_warn(
-            f"`{self.containment.owner}`: nothing in layer `{hook.name}` tells which axis of its output"
-            f" {tuple(maps.shape)} holds the channels; it is read as {read}. If that is wrong, watch a layer that ends"
-            " in a convolution, a norm or a linear map."
-        )
+        self._doubts[hook.name] = f"`{hook.name}` {tuple(maps.shape)} read as {read}"
+        if again:
+            self.doubted = True
+            more = f" and {len(self._doubts) - NAMED} more" if len(self._doubts) > NAMED else ""
+            rank_zero_warn(
+                f"`{self.containment.owner}`: nothing tells which axis of these outputs holds the channels:"
+                f" {', '.join(list(self._doubts.values())[:NAMED])}{more}. If that is wrong, watch layers that end in a"
+                " convolution, a norm or a linear map."
+            )
 
 
 class NoFeaturesError(TypeError):

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lightning_collapse.utilities.made_by import layout_of
 from lightning_collapse.utilities.module_tree import innermost, weighted_layers
 from lightning_collapse.utilities.modules import is_channels_first
 
@@ -25,7 +26,8 @@ class ChannelAxis:
     The last layer inside that has a width (``Linear``, a convolution, a norm) knows how many channels there are: the
     axis of that size is theirs. Where both or none have it, convolutions, batch norms and pooling put channels first;
     where both have the size that a ``Linear`` or ``LayerNorm`` says, channels come first if it holds convolutions too.
-    Without any such layer (an activation on its own) square maps tell, and else channels are taken to come first.
+    Without any such layer (an activation on its own) the operation that made the maps tells, by their autograd graph;
+    without a graph square maps do, and else channels are taken to come first.
 
     Args:
         module: The layer.
@@ -61,7 +63,8 @@ class ChannelAxis:
             return self._conventional
         if self._first or of_first:
             return self._first or self._convolves
-        return not _looks_last(maps)
+        self._learn(maps)
+        return not _looks_last(maps) if self._known is None else self._known
 
     def of_parts(self, maps: Tensor) -> ChannelAxis:
         """The axis of what was cut out of these maps, and has other sizes: it is where theirs is.
@@ -80,7 +83,15 @@ class ChannelAxis:
         """Whether :meth:`is_first` had to guess: no layer tells, and the maps are not square."""
         if maps.is_nested or maps.ndim < 4 or self._first or self._width in (maps.shape[1], maps.shape[-1]):
             return False
+        self._learn(maps)
+        if self._known is not None:
+            return False
         return len(set(maps.shape[2:])) > 1
+
+    def _learn(self, maps: Tensor) -> None:
+        """Ask the graph where the channels are; once it has told, that holds."""
+        if self._known is None and (layout := layout_of(maps)) is not None:
+            self._known = layout == "first"
 
 
 def ends_in_maps(root: nn.Module) -> bool:

@@ -218,3 +218,4 @@ def test_clones_up_to_scale_and_offset() -> None:
     assert ((unit.T @ unit).fill_diagonal_(0).amax(dim=0) > 0.95).all()  # which is not what is meant
     assert cloned_fraction(sigmoids).item() == 0
     assert cloned_fraction(units[:2]).isnan()
+    assert cloned_fraction(units[:0]).isnan()

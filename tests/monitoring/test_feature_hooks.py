@@ -386,9 +386,22 @@ def test_maps_of_an_unknown_layer_are_doubted_once(shape: tuple[int, ...]) -> No
     taps = FeatureHooks([Tap("layer", layer), Tap("known", known)])
     taps.armed = True
     known(torch.ones(shape))
-    with pytest.warns(UserWarning, match=r"nothing in layer `layer` tells .* read as \(N, C, \*\)") as told:
+    with pytest.warns(UserWarning, match=r"nothing tells which axis .* `layer` .* read as \(N, C, \*\)") as told:
         _ = [layer(torch.ones(shape)) for _ in range(2)]
     assert len(told) == 1
     found = taps.pop()
     assert found["known"].rows.shape == (2, 16)
     assert found["layer"].rows.shape == (4, shape[1])
+
+
+def test_all_layers_in_doubt_are_one_warning() -> None:
+    layers = [nn.ReLU() for _ in range(10)]
+    taps = FeatureHooks([Tap(f"layers.{i}", layer) for i, layer in enumerate(layers)])
+    taps.armed = True
+    x = torch.ones(2, 7, 5, 16)
+    for layer in layers:  # of the first batch, which may show that they are no layers to look at
+        layer(x)
+    with pytest.warns(UserWarning, match=r"`layers.7` \(2, 7, 5, 16\) read as .* and 2 more\. ") as told:
+        _ = [layer(x) for layer in layers]
+    assert len(told) == 1
+    taps.remove()

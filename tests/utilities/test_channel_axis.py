@@ -133,3 +133,27 @@ def test_sequences(layer: nn.Module, shape: tuple[int, ...], first: bool) -> Non
 )
 def test_doubt(layer: nn.Module, shape: Any, doubtful: bool) -> None:
     assert ChannelAxis(layer).is_doubtful(torch.randn(shape)) is doubtful
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU(inplace=True), nn.SiLU(), nn.Hardswish(), nn.LeakyReLU()])
+@pytest.mark.parametrize("cast", [False, True])
+def test_an_activation_alone_is_told_by_what_made_its_input(act: nn.Module, cast: bool) -> None:
+    cases = [
+        (nn.Linear(6, 16), (2, 8, 8, 6), False),
+        (nn.Linear(6, 8), (2, 8, 8, 6), False),
+        (nn.LayerNorm(5), (2, 7, 6, 5), False),
+        (nn.Conv2d(6, 5, 1), (2, 6, 7, 4), True),
+        (nn.Sequential(nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5)), (2, 6, 7, 4), True),
+    ]
+    for layer, shape, first in cases:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            maps = act(layer(torch.randn(shape)))
+        axis = ChannelAxis(nn.GELU())
+        assert axis.is_first(maps) is first
+        assert not axis.is_doubtful(maps)
+        assert axis.is_first(maps.detach()) is first  # what was told once holds
+    for turned in (
+        act(nn.Conv2d(6, 5, 1)(torch.randn(2, 6, 7, 4)).permute(0, 2, 3, 1)),
+        act(nn.Linear(6, 5)(torch.randn(2, 7, 4, 6)).permute(0, 3, 1, 2)),
+    ):
+        assert ChannelAxis(nn.GELU()).is_doubtful(turned)

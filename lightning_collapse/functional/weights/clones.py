@@ -41,6 +41,8 @@ def cloned_fraction(features: Tensor, mask: Tensor | None = None, threshold: flo
     """
     if not 0 <= threshold < 1:
         raise ValueError(f"`threshold` must be at least 0 and below 1, got {threshold}.")
+    if not len(features):
+        return features.new_full((), torch.nan)
     rows, _, weight = finite_rows(features, mask, accumulation_dtype(features.device))
     count = weight.sum()
     rows = (rows - weight @ rows / count) * weight.unsqueeze(1)
