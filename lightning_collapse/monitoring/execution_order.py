@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
+from lightning_collapse.monitoring.call_record import storage_of
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.distributed import from_first_process
 from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
@@ -19,6 +21,10 @@ from lightning_collapse.utilities.modules import (
     is_to_be_ignored,
     weighted_layers,
 )
+from lightning_collapse.utilities.private_torch import tree_leaves
+
+_PLAIN = (Tensor, int, float, str, type(None), torch.dtype, torch.device)
+"""What holds no tensor that is not seen; an object of another class may."""
 
 
 class ExecutionOrder(HookOwner):
@@ -26,8 +32,9 @@ class ExecutionOrder(HookOwner):
 
     Forward pre-hooks note the name of every module that is called, whether gradients pass through it, and the shapes of
     its inputs; no tensor is read. A module that only receives vectors straight from the batch, while later ones receive
-    maps or sequences, embeds a condition (a time step, a class) and is left out. Compiled models are not listened to:
-    hooks that come and go would cost compilations.
+    maps or sequences, embeds a condition (a time step, a class) and is left out; so is what receives at most parameters
+    or buffers of the model while others receive data: it makes a table of positions, the same for every sample.
+    Compiled models are not listened to: hooks that come and go would cost compilations.
 
     Args:
         root: The model, before its first batch.
@@ -55,6 +62,8 @@ class ExecutionOrder(HookOwner):
         self._vectors: list[str] = []
         self._maps: list[str] = []
         self._raw_maps: list[str] = []
+        self._root, self._own, self._tables = root, set[int](), list[str]()
+        self._fed = False  # whether data has come to what is no table
         self.not_called: set[str] = set()
         self._layers = {clean_name(name) for name, _ in weighted_layers(root)}
         self._hooks: list[_NameHook] = []
@@ -71,7 +80,9 @@ class ExecutionOrder(HookOwner):
         """
         self.remove()
         self.not_called = self._layers - self._carries.keys() if self._carries else set()
-        order = tuple(name for name in self._carries if not self._is_condition(name))
+        tables = tuple(f"{table}." for table in self._tables) if self._fed else ()
+        order = tuple(n for n in self._carries if not f"{n}.".startswith(tables) and not self._is_condition(n))
+        self._own.clear()
         found = from_first_process(Execution(order, tuple(name for name in order if not self._carries[name])))
         return found if found.order else None
 
@@ -87,6 +98,8 @@ class ExecutionOrder(HookOwner):
         again = in_backward()
         if name in self._carries if again else self.armed and not is_to_be_ignored():
             with self._contained("the order of modules", "default layers follow that of registration", self.remove):
+                if name not in self._carries:
+                    self._note_table(name, module, tree_leaves(inputs))
                 self._note(name, module, [value for value in inputs if isinstance(value, Tensor)])
 
     def _note(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
@@ -104,6 +117,20 @@ class ExecutionOrder(HookOwner):
                 self._raw_maps.append(name)
         elif not graph:
             self._vectors.append(name)
+
+    def _note_table(self, name: str, module: nn.Module, inputs: Sequence[Any]) -> None:
+        """Tell what receives nothing but tensors of the model's own from what data comes to.
+
+        Of what receives no tensor at all only single layers count: a generator may draw its noise inside.
+        """
+        self._own = self._own or {storage_of(x) for x in (*self._root.parameters(), *self._root.buffers())} - {0}
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        strangers = [tensor for tensor in tensors if storage_of(tensor) not in self._own]
+        is_plain = not strangers and all(isinstance(value, _PLAIN) for value in inputs)
+        if is_plain and (tensors or next(module.children(), None) is None):
+            self._tables.append(name)
+        elif not f"{name}.".startswith(tuple(f"{table}." for table in self._tables)):
+            self._fed |= any(not tensor.requires_grad for tensor in strangers)
 
     def _is_condition(self, name: str) -> bool:
         around = next((vector for vector in self._vectors if f"{name}.".startswith(f"{vector}.")), None)

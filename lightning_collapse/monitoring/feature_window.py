@@ -103,7 +103,7 @@ class FeatureWindow:
         codebooks: Codebooks | None = None,
     ) -> None:
         let_hooks_be_seen(root)
-        self.taps = list(taps)
+        self.taps = self._listening = list(taps)
         self.rows = rows
         self.max_overhead = max_overhead
         self.max_dim = max_dim
@@ -149,10 +149,11 @@ class FeatureWindow:
         """
         if self._flops is not None:
             self._flops.total = 0  # the sanity check has run through the model too
-        if self._chosen != self.taps:
+        if self._chosen != self._listening:
             self.hooks.remove()
             doubted = self.hooks.doubted
-            self.taps, self.hooks = self._chosen, self._make_hooks(self._chosen, self.limit)
+            self.taps = self._listening = self._chosen
+            self.hooks = self._make_hooks(self.taps, self.limit)
             self.hooks.doubted = doubted
         if self.wants(batches_left):
             self._requested = True

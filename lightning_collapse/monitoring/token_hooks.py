@@ -243,7 +243,8 @@ class TokenHooks(HookOwner):
             return
         try:
             groups, means, squares = known
-            gradient = self._turned(self._writers[hook.name].block, gradient)
+            gradient = self._turned(self._writers[hook.name].block, gradient) if gradient.ndim == 3 else gradient
+            gradient = gradient.flatten(1, -2)
             gradient = groups.clear(gradient.to(means.dtype))
             energy = (torch.linalg.vector_norm(gradient, dim=-1).square() * squares).sum(
                 dtype=accumulation_dtype(gradient.device)

@@ -88,13 +88,24 @@ def _class(module: nn.Module) -> str:
 def _writers(block: nn.Module) -> Iterator[Named]:
     """The last map to the stream's width in every attention, and in what is outside of them."""
     layers = [named for named in layers_of("", block) if is_linear(named[1]) or _is_whole(named[1])]
-    width = _inputs(layers[0][1]) if layers else 0
+    attentions = find_projections(block)
+    # an MLP that makes position biases may be registered first
+    width = _stream_width(attentions) or (_inputs(layers[0][1]) if layers else 0)
     rest = layers
-    for attention in find_projections(block):
+    for attention in attentions:
         inside, own = _part_of(block, layers, attention, width)
         rest = [named for named in rest if named not in inside]
         yield from own[-1:]
     yield from [named for named in rest if _outputs(named[1]) == width][-1:]
+
+
+def _stream_width(attentions: Sequence[AttentionProjections]) -> int:
+    """What the queries of the first attention are made of, if a layer makes them; 0 if that is not known."""
+    if not attentions:
+        return 0
+    module = attentions[0].module
+    maker = module.get_submodule(attentions[0].query) if attentions[0].query else module
+    return _inputs(maker)
 
 
 def _part_of(

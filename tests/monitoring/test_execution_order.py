@@ -110,3 +110,60 @@ def test_conditions_are_left_out_and_waveforms_are_not() -> None:
     assert found.order[0] == "extractor"
     assert found.order[-1] == "encoder"
     assert "label" not in found.order
+
+
+class Places(nn.Module):
+    """What makes positions out of a table, of numbers alone, and out of data."""
+
+    def __init__(self, fed: bool = True) -> None:
+        super().__init__()
+        self.fed = fed
+        self.register_buffer("table", torch.randn(1, 5, 2))
+        self.query = nn.Parameter(torch.randn(1, 5, 4))
+        self.bias, self.grow = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4)), Grow()
+        self.draw, self.mix, self.embed, self.norm = Draw(), Mix(), nn.Linear(3, 4), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bias(self.table)
+        if self.fed:
+            h = self.mix(self.query, [self.norm(self.embed(x))]) + self.grow(5, (1, 2)) + h + self.draw(5)
+        return h.sum()
+
+
+class Grow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 1, 4))
+
+    def forward(self, length: int, size: tuple[int, int]) -> Tensor:
+        return self.weight.expand(1, length, 4)
+
+
+class Draw(nn.Module):
+    """A generator, which draws its own noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+
+    def forward(self, length: int) -> Tensor:
+        return self.map(torch.randn(1, length, 4))
+
+
+class Mix(nn.Module):
+    """Learned queries beside features that come in a list."""
+
+    def forward(self, query: Tensor, features: list[Tensor]) -> Tensor:
+        return query + features[0]
+
+
+@pytest.mark.parametrize("fed", [True, False])
+def test_what_makes_positions_of_the_models_own_tensors_is_left_out_where_data_comes_in(fed: bool) -> None:
+    model = Places(fed)
+    order = ExecutionOrder(model)
+    order.armed = True
+    model(torch.randn(2, 5, 3))
+    found = order.pop()
+    assert found is not None
+    tables = ("bias", "bias.0", "bias.1", "bias.2")
+    assert found.order == (("embed", "norm", "mix", "draw", "draw.map") if fed else tables)

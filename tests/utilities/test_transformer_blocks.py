@@ -103,3 +103,16 @@ def test_an_attention_alone_is_a_block_and_without_any_there_is_none():
     [alone] = transformer_blocks(part(mix=nn.MultiheadAttention(8, 2, batch_first=True), head=linear(8, 2)))
     assert (alone.name, alone.writers) == ("mix", ())
     assert transformer_blocks(nn.Sequential(linear(4, 4), linear(4, 4), linear(4, 4))) == []
+
+
+def test_what_makes_biases_of_positions_writes_nothing():
+    """Registered before the projections, from coordinates to one number for each head, as in Swin v2."""
+
+    def swin():
+        biases = nn.Sequential(linear(2, 16), nn.ReLU(), linear(16, 2))
+        attn = part(cpb_mlp=biases, qkv=linear(8, 24), proj=linear(8, 8))
+        return Block(attn=attn, mlp=part(fc1=linear(8, 32), fc2=linear(32, 8)))
+
+    blocks = nn.ModuleList(swin() for _ in range(2))
+    [first, _] = transformer_blocks(part(layers=blocks))
+    assert [writer.name for writer in first.writers] == ["layers.0.attn.proj", "layers.0.mlp.fc2"]

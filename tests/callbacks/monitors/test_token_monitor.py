@@ -258,3 +258,27 @@ def test_the_guard_judges_by_it_without_being_asked():
     guard = CollapseGuard()
     fit(Net(), [TokenMonitor(every_n_steps=1), guard], data(5, 4, 3))
     assert guard.judge.coverage.judged == {"blocks.0", "blocks.1"}
+
+
+def test_writers_of_maps_have_the_gradients_of_their_tokens():
+    """The stream as ``(N, H, W, C)``, as in Swin, reads what the same tokens in a row do."""
+
+    class Plain(Block):
+        def forward(self, x):
+            return x + self.down(self.up(x).relu())
+
+    class Maps(Net):
+        def training_step(self, batch, batch_idx):
+            maps = batch["x"] if self.flat else batch["x"].unflatten(1, (2, 3))
+            return (self.blocks[1](self.blocks[0](maps)) - 1).square().sum()
+
+    found = []
+    for flat in (True, False):
+        keeper, model = PointKeeper(), Maps()  # of the same seed
+        model.flat, model.blocks = flat, nn.ModuleList([Plain(), Plain()])
+        x = torch.randn(4, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
+        monitor = TokenMonitor(layers=["blocks.0", "blocks.1"], every_n_steps=1)
+        fit(model, [monitor, keeper], DataLoader([{"x": x}], batch_size=None))
+        found.append({(p.layer, p.measure): p.value for p in keeper.points if "gradient" in p.measure})
+    assert found[0]
+    assert found[0] == pytest.approx(found[1])
