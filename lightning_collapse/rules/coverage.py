@@ -1,6 +1,7 @@
 """Coverage: which layers were judged, at how many points, and why others were not."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from lightning_collapse.rules.base import ALL, Rule
@@ -13,7 +14,7 @@ NO_LAYERS = ("continual", "scalars", "outcome", "regularizer", "penalty")
 NAMED = 4
 """How many failures, and layers that were not judged, one line names."""
 UNREAD = {
-    Flag.NOT_CALLED: "it did not run",
+    Flag.NOT_CALLED: "it did not run, or returned no rows",
     Flag.FEW_ROWS: "it has too few rows",
     Flag.SOLVER: "no solver converged",
     Flag.CONSTANT: "all of its rows are equal",
@@ -45,6 +46,7 @@ class Coverage:
     def clear(self) -> None:
         """Forget everything: a new run begins."""
         self.points = 0
+        self._first: set[str] | None = None
         self.judged: set[str] = set()
         self.left_out: dict[str, str] = {}
 
@@ -52,23 +54,28 @@ class Coverage:
         self, rules: Sequence[Rule], families: Mapping[str, Mapping[str, Mapping[str, Point]]], task: Task
     ) -> None:
         """Take note of the points of one step, by family, layer and measure, and of the rules that read them."""
-        seen: dict[str, Mapping[str, Point]] = {}
+        seen: dict[str, None] = {}
         judged: set[str] = set()
         any_judged = False
-        for rule in [rule for rule in rules if rule.kind != "non_finite"] or rules:
+        asked = [rule for rule in rules if rule.kind != "non_finite"] or rules
+        for rule in asked:
             layers = families[rule.family]
             names = [name for name, points in layers.items() if rule.applies_to(name, task) and rule.readable(points)]
             any_judged = any_judged or bool(names)
             if rule.family not in NO_LAYERS:
                 # a rule about what sums up all layers is about each of them
                 judged |= set(layers if ALL in names else names)
-                seen |= layers
+                seen |= dict.fromkeys(layers)
         self.points += any_judged
         self.judged |= judged
-        others = {name: points for name, points in seen.items() if name not in self.judged and name not in ("", ALL)}
         self.judged -= {"", ALL}
-        self.left_out |= {name: _why(name, points, task) for name, points in others.items()}
-        self.left_out = {name: why for name, why in self.left_out.items() if name not in self.judged}
+        others = [name for name in seen if name not in self.judged and name not in ("", ALL)]
+        families_of = {name: [(rule, families[rule.family].get(name, {})) for rule in asked] for name in others}
+        self.left_out |= {name: _why(name, read, task) for name, read in families_of.items()}
+        # what has points at the first step alone was a default layer until it was known what runs
+        gone = set[str]() if self._first is None else self._first - seen.keys()
+        self._first = set(seen) if self._first is None else self._first & gone
+        self.left_out = {name: why for name, why in self.left_out.items() if why and name not in self.judged | gone}
 
     def in_words(self, verdicts: Sequence[Verdict]) -> str:
         """One line: how many failures there were, where they were looked for, and where not.
@@ -102,14 +109,20 @@ class Coverage:
         self.points, self.judged = int(state["points"]), set(state["judged"])
 
 
-def _why(layer: str, points: Mapping[str, Point], task: Task) -> str:
-    """Why nothing was said of a layer."""
+def _why(layer: str, read: Sequence[tuple[Rule, Mapping[str, Point]]], task: Task) -> str:
+    """Why nothing was said of a layer; empty where rules are not about its curves, as of what writes to a stream."""
     if layer in task.reasons or layer in task.conditioning:
         return task.reasons.get(layer, "it holds few directions by design")
     if layer in task.outputs:
         return "the loss compares its outputs with targets"
-    flags = [UNREAD[point.flag] for point in points.values() if point.flag in UNREAD]
-    return flags[0] if flags else "no rule could read its points"
+    flags = [UNREAD[point.flag] for _, points in read for point in points.values() if point.flag in UNREAD]
+    if flags:
+        return flags[0]
+    drawn = [
+        (name, points[name]) for rule, points in read if points.keys() >= {*rule.measures} for name in rule.measures
+    ]
+    blank = [f"`{name}` is no number" for name, point in drawn if not isfinite(point.value)]
+    return blank[0] if blank else "no rule is about it" if drawn else ""
 
 
 def counted(number: int, noun: str) -> str:

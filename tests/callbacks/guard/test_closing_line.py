@@ -3,7 +3,7 @@
 import pytest
 from lightning.pytorch import Callback
 
-from lightning_collapse import CollapseGuard, CollapseMonitor, GradientMonitor
+from lightning_collapse import CollapseGuard, CollapseMonitor, GradientMonitor, TokenMonitor
 from lightning_collapse.reporting import publish
 from lightning_collapse.rules import Task
 from lightning_collapse.utilities.points import Flag, Point
@@ -58,7 +58,7 @@ def test_layers_that_were_not_judged_are_named_with_the_reason(caplog):
     assert line == (
         "`CollapseGuard`: no failure found in 1 layer over 6 points; 4 layers not judged:"
         " `head` (the loss compares its outputs with targets), `time` (it receives one number per sample),"
-        " `gate` (it holds few directions by design), `idle` (it did not run)."
+        " `gate` (it holds few directions by design), `idle` (it did not run, or returned no rows)."
     )
 
 
@@ -96,3 +96,23 @@ def test_a_dry_run_says_nothing(caplog):
     assert not closing(caplog, [CollapseMonitor(every_n_steps=1)], "CollapseMonitor", fast_dev_run=True)
     guard = [CollapseMonitor(every_n_steps=1), CollapseGuard()]
     assert not [line for line in closing(caplog, guard, fast_dev_run=True) if "found" in line or "judged:" in line]
+
+
+@pytest.mark.filterwarnings("ignore:.*no attention")
+def test_curves_that_no_rule_reads_are_no_layers_left_out(caplog):
+    class Writers(Callback):
+        """A layer that is drawn beside those that are judged, and one whose reading is no number."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            points = [Point("tokens", "proj", "relative_residual", batch_idx, 0.5, 64)]
+            points += [Point("collapse", "odd", name, batch_idx, float("nan"), 64) for name in HEALTHY]
+            points += [Point("collapse", "early", name, 0, float("nan"), 64) for name in HEALTHY if not batch_idx]
+            publish(
+                trainer,
+                pl_module,
+                [*points, *(Point("collapse", "a", k, batch_idx, v, 64) for k, v in HEALTHY.items())],
+            )
+
+    [line] = closing(caplog, [Claims(), CollapseGuard(), TokenMonitor(every_n_steps=2), Writers()])
+    assert "1 layer not judged: `odd` (`" in line
+    assert line.endswith("` is no number).")
