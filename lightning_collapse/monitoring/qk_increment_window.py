@@ -73,7 +73,7 @@ class QKIncrementWindow:
             return None
         if query.weight.dtype.itemsize < 4:
             reason = "differences of weights in half precision are rounding"
-            self._warn(f"no increments of the query and key weights of `{name}` are drawn: {reason}.")
+            self._warn(f"no increments of query and key weights are drawn: {reason}.")
             return None
         if query.rows.shape[1] != key.rows.shape[1]:  # keys come from features of another width
             return None

@@ -31,6 +31,7 @@ from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.loaders import Loader
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import register_curve
+from lightning_collapse.utilities.told_once import kind_of
 from lightning_collapse.utilities.trainer import is_due
 
 GAP_MEASURES = ("min_accuracy", "worst_case_accuracy")
@@ -319,8 +320,8 @@ class ContinualMetrics(StepsAcrossTasks):
         require_available(trainer, late, "a task ends, and so does the fit", type(self).__name__)
 
     def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+        if (kind := kind_of(message)) not in self._warned:
+            self._warned.add(kind)
             rank_zero_warn(f"`ContinualMetrics`: {message}")
 
 

@@ -147,7 +147,7 @@ class ActivationMonitor(LayerMonitor[ActivationHooks]):
         if flag == Flag.NOT_CALLED:
             own = {curve.name: nan for curve in self.declares if curve.name != "headroom_bits"}
             if self._hooks is None or name not in self._hooks.left_out:
-                self.warn_once(f"`{name}` did not run before a point; its curves read NaN there.")
+                self.warn_of_layer(name)
         own |= {"n": float(n), "flag": float(flag)}
         nulls = outlier_nulls(n, self._widths.get(name, 0))
         return [

@@ -101,6 +101,6 @@ class AttentionMonitor(Monitor):
     def say_if_not_called(self, point: Point) -> None:
         """Say once of a layer that nothing of it was captured, if its point has that flag."""
         if point.flag == Flag.NOT_CALLED:
-            self.warn_once(
-                f"the attention of `{point.layer}` was not captured before every point; its curves read NaN there."
+            self.warn_of_layer(
+                point.layer, "the attention of {} was not captured before every point; the curves read NaN there."
             )

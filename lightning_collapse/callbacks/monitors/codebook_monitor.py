@@ -207,7 +207,7 @@ class CodebookMonitor(HookedMonitor[CodebookHooks]):
                 self.warn_once(f"indices of `{layer}` were not 0 to {codes - 1}, its codes; they are left out.")
             if not n:
                 flag = Flag.NOT_CALLED
-                self.warn_once(f"the codebook `{layer}` was not used before every point; its curves read NaN there.")
+                self.warn_of_layer(layer, "the codebook {} was not used before every point; its curves read NaN there.")
             nulls = {"usage": usage_null(n, codes), "perplexity": assignment_null(n, codes), "dead": 0.0}
             found |= {"perplexity_null": nulls["perplexity"], "n": float(n), "flag": float(flag)}
             points += [

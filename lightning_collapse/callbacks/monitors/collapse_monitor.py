@@ -326,11 +326,7 @@ class CollapseMonitor(Monitor):
             found = layer_points(family, tap.name, step, layer, self._measures, of_layer)
             points += found
             if found[0].flag == Flag.NOT_CALLED:
-                self.warn_of_layer(
-                    tap.name,
-                    f"layer `{tap.name}` did not run before every point; its curves read NaN there. If it is one that"
-                    " never runs choose other `layers`.",
-                )
+                self.warn_of_layer(tap.name)
             if (assigned := of_layer.get(_ASSIGNED)) is not None and layer is not None:
                 n, flag = found[0].n, found[0].flag
                 expected = assignment_null(n, layer.width)

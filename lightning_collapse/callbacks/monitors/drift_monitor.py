@@ -325,7 +325,7 @@ class DriftMonitor(Monitor):
         nulls = {} if "w1" not in own or reference is None else reference.nulls(n, self._before.get(name, 0))
         flag = _flag(n, int(own.get("seen", 0)), "constant" in own)
         if flag == Flag.NOT_CALLED:
-            self.warn_of_layer(name, f"layer `{name}` did not run before a point. Choose other `layers`.")
+            self.warn_of_layer(name)
         values |= {"n": float(n), "flag": float(flag)}
         never = _NEVER[self.compared_with] | (set() if reference and reference.overlaps else {"overlap"})
         return [

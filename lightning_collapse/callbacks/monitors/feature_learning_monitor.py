@@ -41,6 +41,7 @@ from lightning_collapse.utilities.weight_matrices import weight_matrices, whole
 SAMPLES, MAX_SAMPLES, MAX_DEFAULT_LAYERS = 64, 256, 6
 STEPS_PER_POINT = 250
 """Times the share of the batch that the probe is: a point costs up to two and a half times as much as a step."""
+_NO_TENSOR = "{} did not run on the probe, or returned no tensor: only the weights are read."
 _OF_HEAD = ("beta_ratio", "mean_norm")
 _RICH, _LOTTERY = "Liu et al. 2024, arXiv 2310.08513", "Yang 2026, arXiv 2605.24057 (on the sphere: ours)"
 
@@ -207,7 +208,7 @@ class FeatureLearningMonitor(Monitor):
         self._kept = move_data_to_device(from_first_process(move_data_to_device(kept, "cpu")), self._module.device)
         for name in self._weights:
             if self._call is not None and name not in probed:
-                self.warn_once(f"`{name}` did not run on the probe, or returned no tensor: only its weight is read.")
+                self.warn_of_layer(name, _NO_TENSOR)
         size = sum(x.numel() * x.element_size() for x in tensors_of([self._kept, probe])) / 2**20
         rank_zero_info(
             f"`FeatureLearningMonitor` keeps {size:.1f} MiB of the beginning, in checkpoints too, and reads"

@@ -157,7 +157,7 @@ class GeometryPhaseMonitor(Monitor):
         n, seen = (int(numbers.get((tap.name, key), 0)) for key in ("n", "seen"))
         flag = flag_of(n, seen, numbers.get((tap.name, "top"), nan), False)
         if flag == Flag.NOT_CALLED:
-            self.warn_of_layer(tap.name, f"layer `{tap.name}` did not run before a point. Choose another `layer`.")
+            self.warn_of_layer(tap.name, "{} did not run before a point. Choose another `layer`.")
         width = self.window.plans[tap.name].width if tap.name in self.window.plans else 0
         lost = flag in (Flag.NOT_CALLED, Flag.FEW_ROWS)
         values = {m.curve: nan if lost else numbers[tap.name, m.curve] for m in _measures()}

@@ -217,7 +217,7 @@ class GradientMonitor(Monitor):
         flag = Flag.OK if isfinite(square) else Flag.NONFINITE
         if not count:
             flag = Flag.NOT_CALLED
-            self.warn_once(f"there was no gradient of `{name}` at a point; its curve reads NaN there.")
+            self.warn_of_layer(name, "there was no gradient of {} at a point; the curves read NaN there.")
         norm = nan if flag else sqrt(square)
         values = {"norm": norm, "flag": float(flag)}
         return [Point(self.family, name, key, step, value, flag=flag) for key, value in values.items()]

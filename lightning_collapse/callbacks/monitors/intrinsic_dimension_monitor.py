@@ -144,11 +144,7 @@ class IntrinsicDimensionMonitor(Monitor):
                 Point(self.family, tap.name, key, step, value, int(own["n"]), flag=flag) for key, value in own.items()
             ]
             if flag == Flag.NOT_CALLED:
-                self.warn_of_layer(
-                    tap.name,
-                    f"layer `{tap.name}` did not run before every point; its curves read NaN there. If it is one that"
-                    " never runs choose other `layers`.",
-                )
+                self.warn_of_layer(tap.name)
         return points
 
 

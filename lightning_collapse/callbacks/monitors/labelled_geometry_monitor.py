@@ -166,7 +166,7 @@ class LabelledGeometryMonitor(Monitor):
         taps, plans = ((), {}) if self.window is None else (self.window.taps, self.window.plans)
         for tap in taps:
             if tap.name not in plans:
-                self.warn_of_layer(tap.name, f"layer `{tap.name}` did not run before a point. Choose other `layers`.")
+                self.warn_of_layer(tap.name)
         for name, plan in plans.items():
             for labels, rows in self._windows(name).items():
                 found = label_readings(rows.pop(plan.rows))
@@ -196,7 +196,7 @@ class LabelledGeometryMonitor(Monitor):
         if not n:
             flag = Flag.FEW_ROWS if found["labelled"] else Flag.NOT_CALLED
             missing = "no two rows of one label" if found["labelled"] else "no labelled rows"
-            self.warn_of_layer(layer, f"`{layer}` had {missing} before a point; its curves read NaN there.")
+            self.warn_of_layer(layer, f"{{}} had {missing} before a point; the curves read NaN there.")
         if n <= width + 1:
             found["vci"] = nan  # 0 of any rows, as if they had collapsed
         if n <= width + classes + 1:
@@ -239,9 +239,11 @@ class LabelledGeometryMonitor(Monitor):
             return None
         returned, rest = divmod(captured.returned, len(captured.calls))
         if rest or not labels.numel() or returned % labels.numel():
-            self.warn_once(
-                f"`{name}` returned {captured.returned} rows for {labels.numel()} labels; such batches are left out."
-                " Pass `labels=` a function that returns one for every row, or for every sample."
+            self.warn_of_layer(
+                name,
+                f"{{}} returned rows that the labels do not fit, {captured.returned} for {labels.numel()}; such batches"
+                " are left out."
+                " Pass `labels=` a function that returns one for every row, or for every sample.",
             )
             return None
         labels = labels.flatten().to(captured.rows.device).long().repeat_interleave(returned // labels.numel())

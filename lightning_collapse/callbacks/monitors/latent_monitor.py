@@ -183,7 +183,7 @@ class LatentMonitor(HookedMonitor[LatentHooks]):
                 self._searches = False
                 self._hooks.keep(self._hooks.found)
             for name in self._hooks.missing(names):
-                self.warn_once(f"the latent `{name}` did not run before every point; it has no curves there.")
+                self.warn_of_layer(name, "the latent {} did not run before every point; there are no curves there.")
             for name in sorted(self._hooks.learned_priors):
                 self.warn_once(
                     f"the latent of `{name}` is compared with a prior that is learned; it is left out. {_TELL}"

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_collapse.callbacks.monitors.closing_line import say_unjudged
 from lightning_collapse.callbacks.monitors.point_publication import publish_together
+from lightning_collapse.callbacks.monitors.silent_layers import NOT_RUN, say_silent
 from lightning_collapse.monitoring.feature_window import FeatureWindow
 from lightning_collapse.monitoring.to_host import to_host
 from lightning_collapse.reporting import HEALTH, log_text, publish, try_again
@@ -23,6 +24,7 @@ from lightning_collapse.utilities.hooks import HookOwner
 from lightning_collapse.utilities.modules import Tap, classification_head, clean_name, find_taps, is_compiled
 from lightning_collapse.utilities.points import Point
 from lightning_collapse.utilities.registry import CURVES, Curve, register_monitor
+from lightning_collapse.utilities.told_once import kind_of
 from lightning_collapse.utilities.trainer import batches_until, is_due, is_resumed, lighten_results, logging_step
 
 Detail = Literal["high", "low"]
@@ -101,6 +103,7 @@ class Monitor(Callback, ABC):
         self._due = self._publishes = False
         self._points = 0
         self._warned: set[str] = set()
+        self._silent: dict[str, tuple[str, list[str]]] = {}
         self._restored: dict[str, Any] = {}
         self._state_key, self._given = "", False
         self._paused: list[HookOwner] = []
@@ -294,6 +297,7 @@ class Monitor(Callback, ABC):
     def publish(self, trainer: Trainer, pl_module: LightningModule, points: Sequence[Point]) -> None:
         """Hand points on; see :func:`~lightning_collapse.reporting.publish`."""
         publish(trainer, pl_module, self.in_detail(points))
+        say_silent(trainer, [self])
 
     def choose_taps(self, layers: Sequence[str] | None, default: Sequence[Tap], root: nn.Module) -> list[Tap]:
         """Taps by the names or patterns that the argument ``layers`` holds, or the default ones without any.
@@ -341,15 +345,20 @@ class Monitor(Callback, ABC):
             )
 
     def warn_once(self, message: str) -> None:
-        """Say something once per callback, on the first process."""
-        if message not in self._warned:
-            self._warned.add(message)
+        """Say something once per callback, on the first process; what differs in numbers alone is no news."""
+        if (kind := kind_of(message)) not in self._warned:
+            self._warned.add(kind)
             rank_zero_warn(f"`{type(self).__name__}`: {message}")
 
-    def warn_of_layer(self, layer: str, message: str) -> None:
-        """Say something once about a layer of which nothing came, unless a hook has said already why."""
+    def warn_of_layer(self, layer: str, text: str = NOT_RUN) -> None:
+        """Have one warning say of layers, ``{}``, that nothing came of them, unless a hook has said already why."""
         if self.window is None or layer not in self.window.hooks.left_out:
-            self.warn_once(message)
+            self._silent.setdefault(kind_of(text), (text, []))[1].append(layer)
+
+    def pop_silent(self) -> dict[str, tuple[str, list[str]]]:
+        """What :meth:`warn_of_layer` was told since the last time: a text and its layers, by kind."""
+        silent, self._silent = self._silent, {}
+        return silent
 
     def _explain_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log which layer is meant by a curve whose name not every logger could have shown as it is."""

@@ -275,7 +275,7 @@ class NeuralCollapseMonitor(Monitor):
                 missing = (
                     "no two rows of one label" if labelled else f"no labelled rows of classes 0 to {self._shape[0] - 1}"
                 )
-                self.warn_of_layer(layer, f"`{layer}` received {missing} before a point; its curves read NaN there.")
+                self.warn_of_layer(layer, f"{{}} received {missing} before a point; its curves read NaN there.")
             found = {name: value if name in ("n", "classes") else nan for name, value in found.items()}
         found["flag"] = float(flag)
         nulls = collapse_nulls(n, int(found["classes"]), self._shape[1])

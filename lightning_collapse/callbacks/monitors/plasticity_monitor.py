@@ -237,7 +237,7 @@ class PlasticityMonitor(Monitor):
             n, seen = (int(numbers.get((tap.name, key), 0)) for key in ("n", "seen"))
             flag = Flag.NOT_CALLED if not seen else Flag.FEW_ROWS if n < 2 else Flag.NONFINITE if n < seen else Flag.OK
             if flag == Flag.NOT_CALLED:
-                self.warn_of_layer(tap.name, f"`{tap.name}` did not run before a point; its curves read NaN there.")
+                self.warn_of_layer(tap.name)
             elif flag == Flag.OK and self.window is not None and self.window.plans[tap.name].width > self.max_dim:
                 flag = Flag.SKETCHED
             own["flag"] = float(flag)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_collapse.callbacks.monitors.silent_layers import say_silent
 from lightning_collapse.monitoring.to_host import Number, to_host
 from lightning_collapse.reporting import publish
 from lightning_collapse.utilities.distributed import all_reduce_max, world_size
@@ -65,6 +66,7 @@ def publish_together(monitors: Sequence[Monitor], trainer: Trainer, pl_module: L
         with monitor.contained("drawing", "the picture is left out"):
             monitor.draw(trainer, step)
         monitor._points += 1
+    say_silent(trainer, monitors)
 
 
 def _arrived(readings: Mapping[Key, Tensor], monitors: Collection[Monitor]) -> dict[Key, Number]:

@@ -182,7 +182,7 @@ class RegressionCollapseMonitor(Monitor):
         if flag == Flag.NOT_CALLED:
             self.warn_of_layer(
                 self._name,
-                f"there were no rows of `{self._name}` with targets before a point; its curves read NaN there.",
+                "there were no rows of {} with targets before a point; its curves read NaN there.",
             )
         points = [
             Point(self.family, self._name, key, step, found.get(key, nan), int(found.get(behind, 0)), flag=flag)

@@ -276,7 +276,7 @@ class RouterMonitor(HookedMonitor[RouterHooks]):
             flag = Flag.NONFINITE
         elif not n:
             flag = Flag.NOT_CALLED
-            self.warn_once(f"the router `{layer}` did not run before every point; its curves read NaN there.")
+            self.warn_of_layer(layer, "the router {} did not run before every point; the curves read NaN there.")
         of = (float(n), experts, k)
         nulls = {"load_cv2": load_cv2_null(*of), "dead": dead_experts_null(*of), "balance_loss": 1.0} if n else {}
         nulls |= {"effective_experts": effective_experts_null(*of), "max_load": max_load_null(*of)} if n else {}

@@ -192,7 +192,7 @@ class StateMonitor(HookedMonitor[StateHooks]):
             flag = Flag.NOT_CALLED if not seen else Flag.NONFINITE if n < seen else Flag.OK
             if name not in names:
                 if not self._hooks.has_failed(name):
-                    self.warn_once(f"the layer `{name}` did not run before every point. {_POINT_AT}")
+                    self.warn_of_layer(name, f"{{}} did not run before every point. {_POINT_AT}")
                 continue
             if found.get("conditioning", 0.0) > UNRELIABLE:
                 flag = max(flag, Flag.UNCONVERGED)

@@ -22,6 +22,7 @@ from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
 from lightning_collapse.utilities.transformer_blocks import make_block, transformer_blocks
 
+_NO_TOKENS = "{} did not run on tokens (N, L, D) before a point; the curves read NaN there."
 _DONG, _LU = "Dong et al., ICML 2021, arXiv 2103.03404", "Lu 2026, arXiv 2605.06169"
 
 
@@ -167,7 +168,7 @@ class TokenMonitor(HookedMonitor[TokenHooks]):
         if not own["seen"]:
             flag = Flag.NOT_CALLED
             if self._hooks is None or name not in self._hooks.left_out:
-                self.warn_once(f"`{name}` did not run on tokens (N, L, D) before a point; its curves read NaN there.")
+                self.warn_of_layer(name, _NO_TOKENS)
         elif own["lost"]:
             flag = Flag.NONFINITE
         share = sqrt(n / own["tokens"]) if n else nan

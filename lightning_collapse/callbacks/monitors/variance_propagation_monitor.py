@@ -144,7 +144,7 @@ class VariancePropagationMonitor(LayerMonitor[VarianceHooks]):
         for name, ahead, behind in zip(ran, [nan, *forward], [*backward, nan], strict=False):
             points += self._points_of(name, step, {"forward_ratio": ahead, "backward_ratio": behind}, numbers)
         for name in (tap.name for tap in self._next if tap in self._taps and tap.name not in places):
-            self.warn_once(f"`{name}` did not run before a point; it has no curve there.")
+            self.warn_of_layer(name)
             points += [Point(self.family, name, "flag", step, float(Flag.NOT_CALLED), flag=Flag.NOT_CALLED)]
         for measure, values in (("forward_product", forward), ("backward_product", backward)):
             if values and all(map(isfinite, values)):

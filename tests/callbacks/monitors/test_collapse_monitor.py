@@ -310,7 +310,7 @@ def test_layer_that_never_runs_is_flagged_with_one_warning():
             self.idle = nn.Linear(3, 3)
 
     keeper = PointKeeper()
-    with pytest.warns(UserWarning, match="layer `idle` did not run before every point") as caught:
+    with pytest.warns(UserWarning, match="`idle` did not run before every point") as caught:
         fit(Idle(), [monitor(layers=["encoder", "idle"]), keeper])
     assert len([w for w in caught if "did not run" in str(w.message)]) == 1
     assert [point.flag for point in keeper.curve("collapse/idle/effective_rank")] == [Flag.NOT_CALLED] * 4
@@ -324,7 +324,7 @@ def test_layer_that_runs_later():
             return self.head(features).pow(2).mean() if batch_idx > 2 else features.pow(2).mean()
 
     keeper = PointKeeper()
-    with pytest.warns(UserWarning, match="layer `head` did not run"):
+    with pytest.warns(UserWarning, match="`head` did not run"):
         fit(Late(), [monitor(layers=["head"]), keeper])
     flags = [point.flag for point in keeper.curve("collapse/head/effective_rank")]
     assert flags == [Flag.NOT_CALLED, Flag.NOT_CALLED, Flag.OK, Flag.OK]

@@ -122,7 +122,7 @@ def test_a_layer_that_never_runs_and_bad_numbers_read_nan() -> None:
     model = Language()
     model.unused = nn.Linear(3, 3)
     keeper = PointKeeper()
-    with pytest.warns(UserWarning, match="layer `unused` did not run before a point. Choose another `layer`"):
+    with pytest.warns(UserWarning, match="`unused` did not run before a point. Choose another `layer`"):
         watch(model, sequences(4), keeper, GeometryPhaseMonitor("unused", every_n_steps=2))
     assert {point.flag for point in keeper.points} == {Flag.NOT_CALLED}
     assert keeper.points[0].value != keeper.points[0].value

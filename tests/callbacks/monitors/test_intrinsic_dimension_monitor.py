@@ -121,7 +121,7 @@ def test_rows_that_cannot_be_used() -> None:
         model.encoder[0].weight.zero_()
     monitor = IntrinsicDimensionMonitor(["unused", "encoder.0", "encoder.0:input", "encoder.2"], 4, rows=128)
     model.training_step = lambda batch, batch_idx: model.head(model.encoder(batch)).nan_to_num().sum() * 0
-    with pytest.warns(UserWarning, match="layer `unused` did not run before every point"):
+    with pytest.warns(UserWarning, match="`unused` did not run before every point"):
         fit(model, [monitor, keeper], loader)
     flags = {name: named(keeper, name)["flag"].flag for name in ("unused", "encoder.0", "encoder.0.input")}
     assert flags == {"unused": Flag.NOT_CALLED, "encoder.0": Flag.CONSTANT, "encoder.0.input": Flag.NONFINITE}

@@ -203,7 +203,7 @@ def test_bad_constant_and_silent_layers_are_flagged():
 
     model = Odd()
     nn.init.zeros_(model.layers[2].weight)
-    with pytest.warns(UserWarning, match="`layers.3` did not run before a point"):
+    with pytest.warns(UserWarning, match="`layers.3` did not run before every point"):
         keeper = run(model, layers=("layers.[0-3]",))
     flags = {p.layer: p.value for p in keeper.points if p.measure == "flag" and p.step == 0}
     expected = [Flag.OK, Flag.NONFINITE, Flag.CONSTANT, Flag.NOT_CALLED]
