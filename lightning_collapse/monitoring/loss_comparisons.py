@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_collapse.monitoring.autograd_graph import VIEWS, AutogradGraph, Below, Node, children, kind
-from lightning_collapse.monitoring.call_record import Seen
+from lightning_collapse.monitoring.graph_values import PARTS, takes_features, value_of
 from lightning_collapse.monitoring.value_comparison import Sample, sample_of
 
 CLASSES = ("NllLoss", "NllLoss2D", "MultiMarginLoss", "MultiMargin", "CtcLoss")
@@ -19,7 +19,8 @@ _PROBABILITIES = ("LogSoftmax", "Softmax", "Sigmoid", "LogSigmoid", "Log", "LogS
 _PICKS = ("Gather", "Index", "IndexSelect", "Take")
 _ERRORS = ("Pow", "Abs", "Mul", "LinalgVectorNorm", "Norm")
 _PAIRS = ("Mul", "Mm", "Bmm", "Dot", "Mv", "Cdist", "PairwiseDistance", *NUMBERS)
-_SAVED = ("target", "targets", "other", "self")
+_MIXES = ("Mm", "Bmm", "Dot", "Mv", "Cdist")
+_MOVES = ("Index", "IndexSelect", "Gather", "Roll", "Flip")
 
 
 @dataclass
@@ -64,6 +65,8 @@ def comparisons(graph: AutogradGraph) -> list[Comparison]:
         name = kind(node)
         if name in (*CLASSES, *NUMBERS, *YES_OR_NO):
             found += _of_loss(graph, node, name)
+        elif name == "Xlogy" and node.next_functions[0][0] is None:  # counts, and the logarithm of their rate
+            found.append(Comparison(node, "numbers", graph.below(graph.data(node)), graph.saved(node).get("self")))
         elif name in _PICKS:
             found += [Comparison(node, "pick", graph.below(graph.data(node)), index) for index in _index(graph, node)]
         elif name in _ERRORS or name in _PAIRS:
@@ -109,51 +112,55 @@ def is_log_probability(node: Node) -> bool:
 
 
 def _error(graph: AutogradGraph, node: Node) -> list[Comparison]:
-    """Of ``(prediction - target) ** 2`` and such: the difference is saved, and the prediction was recorded."""
-    inner = children(node)
+    """Of ``(prediction - target) ** 2`` and such: the difference is saved, and the prediction was recorded.
+
+    It may be divided by a scale that has a gradient, as in the density of a distribution.
+    """
+    sides = [child for child, _ in node.next_functions]
+    if kind(node) == "Mul" and (len(sides) < 2 or sides[0] != sides[1]):
+        return []  # a term times its weight
+    inner, keeper = children(node), node
     while len(inner) == 1 and kind(inner[0]) in (*VIEWS, "Add", "Clamp", "Mul") and len(children(inner[0])) == 1:
         inner = children(inner[0])  # such as the constant that keeps a norm from zero
+    if inner and kind(inner[0]) == "Div" and all(child == inner[0] for child in inner):
+        keeper, inner = inner[0], children(inner[0])[:1]
     difference = inner[0] if inner else None
     if difference is None or any(child != difference for child in inner) or kind(difference) != "Sub":
         return []
     sides = [child for child, _ in difference.next_functions]
     if None not in sides:
         return _pair(graph, node, sides) if sides[0] != sides[1] else []
-    saved = graph.saved(node).get("self")
-    prediction = next((side for side in sides if side is not None), None)
-    if saved is None or prediction is None:
+    saved = graph.saved(keeper).get("self")
+    edge = next((edge for edge in difference.next_functions if edge[0] is not None), None)
+    if saved is None or edge is None:
         return []
-    sign = 1 if sides[0] is None else -1
-    below, seen = graph.below([prediction]), _value_of(graph, prediction)
-    sample = _sum(seen, saved, sign) if seen is not None else None
-    return [Comparison(difference, "numbers", below, None, sample)]
+    seen = value_of(graph, *edge)
+    sample = None if seen is None else _sum(seen, saved, 1 if sides[0] is None else -1)
+    return [Comparison(difference, "numbers", graph.below([edge[0]]), None, sample)]
 
 
-def _value_of(graph: AutogradGraph, node: Node) -> Seen | None:
-    """What a module returned that is the value of a node, but for its shape."""
-    while True:
-        for call in graph.record.calls:
-            for output in call.outputs:
-                if output.node is not None and output.node == node:
-                    return output
-        inner = children(node)
-        if kind(node) not in VIEWS or len(inner) != 1:
-            return None
-        node = inner[0]
-
-
-def _sum(seen: Seen, difference: Tensor, sign: int) -> Sample | None:
-    if seen.values is None or seen.numel != difference.numel():
-        return None
+def _sum(prediction: Sample, difference: Tensor, sign: int) -> Sample | None:
     error = sample_of(difference)
     if error is None:
         return None
-    n = min(seen.values.numel(), error.values.numel())
-    prediction = seen.values.flatten()[:n].cpu().double()
-    values = prediction + sign * error.values.flatten()[:n]
+    if prediction.numel != difference.numel():
+        return _sum_of_rows(prediction, error, sign)
+    n = min(prediction.values.numel(), error.values.numel())
+    values = prediction.values.flatten()[:n] + sign * error.values.flatten()[:n]
     width = difference.numel() // max(len(difference), 1) if difference.ndim else 1
     values = values[: n // width * width].view(-1, *difference.shape[1:]) if difference.ndim else values
     return Sample(tuple(difference.shape), values, False)
+
+
+def _sum_of_rows(prediction: Sample, error: Sample, sign: int) -> Sample | None:
+    """Where predictions of several components, or of fewer dimensions, are stretched over what is compared."""
+    rows = min(len(prediction.values), len(error.values)) if prediction.shape and error.shape else 0
+    if not rows or prediction.shape[0] != error.shape[0] or len(prediction.shape) != len(error.shape):
+        return None
+    pairs = zip(prediction.shape[1:], error.shape[1:], strict=True)
+    if any(own not in (1, whole) for own, whole in pairs):
+        return None
+    return Sample(error.shape, prediction.values[:rows] + sign * error.values[:rows], False)
 
 
 def _product(graph: AutogradGraph, node: Node, name: str) -> list[Comparison]:
@@ -172,6 +179,8 @@ def _product(graph: AutogradGraph, node: Node, name: str) -> list[Comparison]:
         source = children(source)[0]
     of_probabilities = kind(source) in _PROBABILITIES or is_log_probability(source)
     sort, classes = "probabilities" if of_probabilities else "weight", 0
+    if any(_is_exponential(parent, varying) for parent in graph.parents.get(node, ())):
+        sort = "numbers"
     if of_probabilities:
         result = graph.saved(source).get("result")
         dim = getattr(source, "_saved_dim", None)
@@ -180,12 +189,38 @@ def _product(graph: AutogradGraph, node: Node, name: str) -> list[Comparison]:
     return [Comparison(node, sort, graph.below([varying]), constant, classes=classes)]
 
 
+def _is_exponential(node: Node, scores: Node) -> bool:
+    """Whether a product is subtracted from the exponential of its scores, as counts of Poisson are."""
+    others = [child for child in children(node) if kind(child) == "Exp"] if kind(node) == "Sub" else []
+    return any(scores in children(other) for other in others)
+
+
 def _pair(graph: AutogradGraph, node: Node, sides: list[Node]) -> list[Comparison]:
-    """Both sides are what modules returned, with weights behind them."""
+    """Both sides are what modules returned, with weights behind them, of two samples, views or networks."""
     parts = [graph.below([side]) for side in sides[:2]]
-    if not all(part.ends and part.modules for part in parts):
+    if not all(part.ends and part.modules for part in parts) or _are_of_one_pass(graph, node, sides, parts):
         return []
     return [Comparison(node, "pair", graph.below(sides[:2]))]
+
+
+def _are_of_one_pass(graph: AutogradGraph, node: Node, sides: list[Node], parts: list[Below]) -> bool:
+    """Whether two outputs for one and the same row are combined: parameters of a density, or a layer of a flow.
+
+    They are of heads on the same features, or one was computed of the other, and nothing has divided or moved rows.
+    """
+    if kind(node) in _MIXES or kind(node).endswith("Backward"):
+        return False
+    shapes = [side._input_metadata[0].shape for side in sides[:2]]
+    if len(shapes[0]) != len(shapes[1]) or not len(shapes[0]) or shapes[0][0] != shapes[1][0]:
+        return False
+    between = [inner for part in parts for inner in part.between]
+    if any(kind(inner) in _MOVES or (kind(inner) in PARTS and not takes_features(inner)) for inner in between):
+        return False
+    features = [{child for end in part.ends for child in (end, *graph.data(end))} for part in parts]
+    if not features[0].isdisjoint(features[1]):
+        return True
+    upstream = [graph.weights_below(part.ends) for part in parts]
+    return any(part.ends.keys() <= above for part, above in zip(parts, reversed(upstream), strict=True))
 
 
 def _index(graph: AutogradGraph, node: Node) -> list[Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_collapse.monitoring.autograd_graph import AutogradGraph, kind
@@ -20,8 +21,9 @@ from lightning_collapse.monitoring.loss_comparisons import Comparison, compariso
 from lightning_collapse.monitoring.loss_task import decide
 from lightning_collapse.monitoring.loss_use import ROLES, Evidence, LossUse
 from lightning_collapse.monitoring.softmax_heads import softmax_heads
-from lightning_collapse.monitoring.value_comparison import Sample, correlation, relation, sample_of
+from lightning_collapse.monitoring.value_comparison import Sample, correlation, narrowed, relation, sample_of
 from lightning_collapse.utilities.private_torch import table_rows
+from lightning_collapse.utilities.targets import targets_of
 
 _ROLE_OF = {"classes": "target", "numbers": "target", "yes or no": "target", "probabilities": "target"}
 _ALIKE = 0.3
@@ -91,6 +93,35 @@ def read_loss(loss: Tensor, batch: Any, record: CallRecord) -> LossUse:
     return replace(use, heads=(*softmax_heads(graph, use.compared), *routers))
 
 
+def target_of_loss(use: LossUse | None, batch: Any, head: str) -> Tensor | None:
+    """The tensor of a batch that the outputs of a head are compared with as numbers.
+
+    Where the loss does not tell, it is where :func:`~lightning_collapse.utilities.targets.targets_of` looks, or if the
+    model receives that one, the only tensor of numbers that it does not receive.
+
+    Args:
+        use: What the first loss uses, if it was read.
+        batch: The batch.
+        head: Name of the layer; of several tensors that of its own outputs is meant, and then the usual one.
+
+    Example:
+        >>> use = LossUse(roles={"0": "input", "1": "input", "2": "target"}, numbers={"2": ("head",)})
+        >>> batch = (torch.tensor([0, 1]), torch.zeros(2, 3), torch.tensor([5.0, 6.0]))
+        >>> target_of_loss(use, batch, "head"), target_of_loss(None, batch, "head").shape
+        (tensor([5., 6.]), torch.Size([2, 3]))
+    """
+    usual = targets_of(batch)
+    if use is None:
+        return usual
+    tensors = dict(tensors_of(batch))
+    place = next((name for name, tensor in tensors.items() if tensor is usual), "")
+    compared = [name for name in use.numbers if name in tensors]
+    compared = [name for name in compared if head in use.numbers[name]] or compared
+    if not compared and use.roles.get(place) == "input" and use.task in ("", "regression"):
+        compared = [name for name, x in tensors.items() if x.is_floating_point() and use.roles.get(name) != "input"]
+    return tensors[compared[0]] if len(compared) == 1 and place not in compared else usual
+
+
 def _match(graph: AutogradGraph, batch: dict[str, Tensor], found: list[Comparison]) -> Evidence:
     storages: dict[int, list[str]] = {}
     for name, tensor in batch.items():
@@ -125,7 +156,9 @@ def _by_values(one: Comparison, samples: dict[str, Sample | None]) -> dict[str, 
     rows = one.rows() if one.sort != "pair" else None
     if rows is None:
         return {}
-    hows = {name: relation(rows, given) for name, given in samples.items() if given is not None}
+    ways = [rows, *([narrow] if (narrow := narrowed(rows)) is not None else [])]
+    known = {name: given for name, given in samples.items() if given is not None}
+    hows = {name: next(filter(None, (relation(way, given) for way in ways)), "") for name, given in known.items()}
     exact = {"weight": ["the same values"], "pick": ["the same values", "shifted"]}.get(one.sort, [])
     return {name: how for name, how in hows.items() if how and (not exact or how in exact)}
 
@@ -142,10 +175,26 @@ def _raw(calls: Sequence[Call]) -> list[Seen]:
 
 
 def _likeness(given: Sample, received: list[Sample]) -> str:
-    if any(relation(sample, given) for sample in received if sample.integer == given.integer):
+    hows = {relation(sample, given) for sample in received if sample.integer == given.integer} - {""}
+    if "the same values" in hows or (hows and (given.integer or _has_features(given))):
         return "input"
-    alike = not given.integer and any(abs(correlation(one, given)) > _ALIKE for one in received)
-    return "noised input" if alike else ""
+    alike = [one for one in received if _may_be_noised(given, one)]
+    return "noised input" if any(abs(correlation(one, given)) > _ALIKE for one in alike) else ""
+
+
+def _has_features(sample: Sample) -> bool:
+    """Whether rows hold several numbers: of single ones, targets may have the order of what predicts them."""
+    return sample.numel > torch.Size(sample.shape[:1]).numel()
+
+
+def _may_be_noised(clean: Sample, received: Sample) -> bool:
+    """Whether one may be the other but for noise: targets correlate with what predicts them, too.
+
+    Such as classes, a single number, and the regions of an image.
+    """
+    if clean.integer or received.integer or not _has_features(clean):
+        return False
+    return received.is_binary or not clean.is_binary
 
 
 def _fed(

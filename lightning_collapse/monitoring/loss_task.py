@@ -35,7 +35,7 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
     graph, found = evidence.graph, evidence.found
     actions, chosen = _picks(evidence)
     targets = [one for one in found if one.given and one.sort in TARGETS] + chosen
-    blank = LossUse(roles=roles, nodes=nodes, conditioning=conditioning)
+    blank = LossUse(roles=roles, nodes=nodes, conditioning=conditioning, numbers=_numbers(evidence))
     if actions and not [one for one in targets if one.sort == "classes"]:
         by = next((f"`{name}` of the batch" for one in actions for name in one.given), "what the step has drawn")
         why = f"its loss, which chooses outputs by {by} ({actions[0].name})"
@@ -70,6 +70,17 @@ def decide(evidence: Evidence, said: Said, conditioning: dict[str, str]) -> Loss
         why = f"its loss, which compares outputs with noise that was added to the inputs ({noise[0].name})"
         return _with_layers(replace(blank, task="denoising", why=why), evidence, noise, {})
     return replace(blank, why=_why_not(graph))
+
+
+def _numbers(evidence: Evidence) -> dict[str, tuple[str, ...]]:
+    """What is compared with whole tensors of the batch, by their places."""
+    found: dict[str, tuple[str, ...]] = {}
+    for one in evidence.found:
+        rows = one.rows() if one.sort == "numbers" and one.given else None
+        for name in one.given if rows is not None else ():
+            if rows is not None and evidence.batch[name].shape[:1] == rows.shape[:1]:
+                found[name] = (*found.get(name, ()), *one.below.modules)
+    return found
 
 
 def _picks(evidence: Evidence) -> tuple[list[Comparison], list[Comparison]]:
@@ -146,6 +157,8 @@ def _name(evidence: Evidence, one: Comparison) -> str:
         return "classification"
     if any(_is_own(evidence, one, name) for name in names):
         return "reconstruction"
+    if one.sort == "probabilities" and not one.classes and _are_counts(one):
+        return "regression"
     if one.sort == "probabilities":
         return "classification" if one.classes else "multi-label"
     if one.sort == "numbers":
@@ -189,6 +202,12 @@ def _outputs(evidence: Evidence, one: Comparison) -> int:
         return widths[0]
     rows = one.constant if one.constant is not None else None
     return 0 if rows is None else rows.shape[-1] if rows.ndim > 1 else 1
+
+
+def _are_counts(one: Comparison) -> bool:
+    """Whether what probabilities are multiplied by is above 1, as no label is."""
+    rows = one.rows()
+    return rows is not None and bool((rows.values > 1).any())
 
 
 def _exclusive(evidence: Evidence, one: Comparison) -> bool:

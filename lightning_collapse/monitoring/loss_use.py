@@ -32,6 +32,7 @@ class LossUse:
         conditioning: Layers whose input holds little by design, with the reason.
         embeddings: Names of the modules whose outputs are compared with each other, or with those of another pass.
         heads: Layers of whose outputs the loss takes a softmax that no target is compared with.
+        numbers: Tensors of the batch that outputs are compared with as numbers, whole, and the modules these are of.
     """
 
     task: str = ""
@@ -44,6 +45,7 @@ class LossUse:
     conditioning: Mapping[str, str] = field(default_factory=dict)
     embeddings: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    numbers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass

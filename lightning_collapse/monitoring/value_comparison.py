@@ -28,6 +28,11 @@ class Sample:
         """How many numbers the whole tensor holds."""
         return torch.Size(self.shape).numel()
 
+    @property
+    def is_binary(self) -> bool:
+        """Whether there are two numbers in it at most."""
+        return bool(((self.values == self.values.amin()) | (self.values == self.values.amax())).all())
+
 
 def sample_of(tensor: Tensor | None, shape: tuple[int, ...] | None = None) -> Sample | None:
     """Bring the first rows of a tensor to the host, which waits for the device; ``None`` where that is not possible."""
@@ -56,7 +61,17 @@ def relation(made: Sample, given: Sample) -> str:
         return "the same values"
     if given.integer:
         return _one_hot(made, given) or _shifted(made, given) or _permuted(made, given)
-    return _in_order(made, given) or _thresholded(made, given) or _softmax(made, given)
+    return _in_order(made, given) or _scaled(made, given) or _thresholded(made, given) or _softmax(made, given)
+
+
+def narrowed(made: Sample) -> Sample | None:
+    """Of targets that were stretched over several components the first; ``None`` of others."""
+    values, shape = made.values, list(made.shape)
+    for dim in range(values.ndim - 1, 0, -1):
+        first = values.narrow(dim, 0, min(1, values.shape[dim]))
+        if values.shape[dim] > 1 and torch.allclose(values, first.expand_as(values), rtol=1e-4, atol=1e-4):
+            values, shape[dim] = first, 1
+    return None if shape == list(made.shape) else Sample(tuple(shape), values, made.integer)
 
 
 def is_masked_part(made: Sample, given: Sample) -> bool:
@@ -181,6 +196,20 @@ def _in_order(made: Sample, given: Sample) -> str:
         return ""
     same = torch.equal(one.argsort(dim=0, stable=True), other.argsort(dim=0, stable=True))
     return "rescaled" if same else ""
+
+
+def _scaled(made: Sample, given: Sample) -> str:
+    """Every row has a scale and a place of its own, as a series that its past has standardized."""
+    n = min(len(made.values), len(given.values), _ORDERED) if made.values.ndim > 1 and given.values.ndim > 1 else 0
+    if made.shape[:1] != given.shape[:1] or made.numel != given.numel or n < LEAST:
+        return ""
+    pairs = torch.stack([sample.values[:n].reshape(n, -1) for sample in (made, given)])
+    pairs = pairs - pairs.mean(dim=2, keepdim=True)
+    lengths = pairs.norm(dim=2)
+    if pairs.shape[2] < LEAST or not bool((lengths > 0).all()):
+        return ""
+    cosines = (pairs[0] * pairs[1]).sum(dim=1) / lengths.prod(dim=0)
+    return "rescaled" if bool((cosines > 1 - 1e-4).all()) else ""
 
 
 def _thresholded(made: Sample, given: Sample) -> str:

@@ -57,6 +57,7 @@ class Net(nn.Module):
         self.per_pixel = nn.Conv2d(8, C, 1)
         self.criterion = nn.CrossEntropyLoss()
         self.residual, self.similarity = Residual(), Similarity()
+        self.line = nn.Linear(1, 16)
 
     def features(self, x: Tensor) -> Tensor:
         """Of the body."""

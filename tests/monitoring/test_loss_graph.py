@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_collapse import CollapseGuard
 from lightning_collapse.monitoring import CallRecord, read_loss
+from tests.monitoring import density_cases  # noqa: F401
 from tests.monitoring.loss_cases import ROWS, C, Net, X, Y
 from tests.toys import Claims, fit
 
