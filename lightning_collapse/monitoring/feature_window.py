@@ -166,6 +166,11 @@ class FeatureWindow:
             self._scope.request(*(one for one in (self.hooks, self._order, self.codebooks) if one is not None))
             self._beside = beside
 
+    def lay_beside(self, beside: Tensor) -> None:
+        """Have something else beside the rows of the batch that is listened to, see :meth:`before_batch`."""
+        if self._requested:
+            self._beside = beside
+
     def after_batch(self, batches_left: int, between: int) -> None:
         """Take in what was captured.
 

@@ -13,10 +13,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_collapse.callbacks.loss_reader import LossReader, reader_of
 from lightning_collapse.callbacks.monitors.monitor import Detail, Monitor, Name
 from lightning_collapse.functional.intrinsic_dimension import two_nn_of_distances
 from lightning_collapse.functional.regression_collapse import regression_collapse
 from lightning_collapse.monitoring.feature_window import FeatureWindow
+from lightning_collapse.monitoring.loss_graph import target_of_loss
+from lightning_collapse.monitoring.loss_use import LossUse
 from lightning_collapse.spectral.neighbors import nearest_distances
 from lightning_collapse.spectral.precision import accumulation_dtype
 from lightning_collapse.utilities.distributed import all_gather_rows
@@ -24,7 +27,7 @@ from lightning_collapse.utilities.execution import Execution
 from lightning_collapse.utilities.modules import Tap, classification_head
 from lightning_collapse.utilities.points import Flag, Point
 from lightning_collapse.utilities.registry import Curve
-from lightning_collapse.utilities.targets import TARGET_KEYS, target_rows, targets_of
+from lightning_collapse.utilities.targets import TARGET_KEYS, target_rows
 from lightning_collapse.utilities.weight_matrices import weight_matrices
 
 _NRC = ("0", "Andriopoulos et al. 2024, arXiv 2409.04180")
@@ -53,8 +56,9 @@ class RegressionCollapseMonitor(Monitor):
     Args:
         head: Name of the layer that returns the predictions; ``None`` is the last Linear layer that
             the first batch runs.
-        targets: From a batch to its targets, ``(N, n)`` or ``(N,)``, as the loss sees them. ``None`` takes the second
-            element of ``(x, y)``, or what a mapping has under ``targets``, ``target``, ``labels``, ``label`` or ``y``.
+        targets: From a batch to its targets, ``(N, n)`` or ``(N,)``, as the loss sees them. ``None`` takes what the
+            first loss compares the head with. Where that cannot be read it is the second element of ``(x, y)``, or what
+            a mapping has under ``targets``, ``target``, ``labels``, ``label`` or ``y``.
         every_n_steps: Optimizer steps between two points. ``None`` follows ``Trainer(log_every_n_steps)``.
         rows: Rows per point, over all processes. The cost of a point grows with its square.
         detail: ``"low"`` keeps ``n``, ``flag`` and ``nonfinite_fraction`` from loggers; rules read them all the same.
@@ -110,6 +114,9 @@ class RegressionCollapseMonitor(Monitor):
         self.rows = rows
         self._name = ""
         self._weight: Callable[[], Tensor] | None = None
+        self._reader: LossReader | None = None
+        self._use: LossUse | None = None
+        self._batch: Any = None
 
     @override
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,6 +128,8 @@ class RegressionCollapseMonitor(Monitor):
                 " Name the one Linear layer that returns the predictions."
             )
         self._name, self._weight = tap.name.removesuffix(".input"), matrices[0].read
+        self._reader = reader_of(pl_module, self.contained) if self.targets is None else None
+        self._use = None
         self.window = FeatureWindow(
             pl_module,
             [tap],
@@ -134,17 +143,36 @@ class RegressionCollapseMonitor(Monitor):
 
     @override
     def stop(self) -> None:
-        self._weight = None
+        if self._reader is not None:
+            self._reader.remove()
+        self._weight = self._reader = self._batch = None
 
     @override
     def before_batch(self, trainer: Trainer, batch: Any, batches_left: int) -> None:
+        if self._reader is not None:
+            self._reader.before_batch(batch)
+            self._batch = batch
         if self.window is not None and self.window.wants(batches_left):
             # now, since a step may change its batch in place
             self.window.before_batch(batch, batches_left, self._targets_of(batch))
 
     @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._reader is None:
+            return
+        self._reader.before_backward(loss)
+        self._use, self._reader = self._reader.use, None
+        found = self._targets_of(self._batch)
+        if found is not None and self.window is not None:
+            self.window.lay_beside(found)
+
+    @override
     def after_batch(self, trainer: Trainer, pl_module: LightningModule, batches_left: int) -> None:
         super().after_batch(trainer, pl_module, batches_left)
+        self._batch = None
+        if self._reader is not None:
+            self._reader.after_batch()
+            self._reader = self._reader if self._reader.waits else None
         if self.window is not None and self.window.unpaired is not None:
             rows, targets = self.window.unpaired
             self.warn_once(
@@ -202,12 +230,14 @@ class RegressionCollapseMonitor(Monitor):
 
     def _targets_of(self, batch: Any) -> Tensor | None:
         try:
-            found = targets_of(batch) if self.targets is None else self.targets(batch)
+            found = target_of_loss(self._use, batch, self._name) if self.targets is None else self.targets(batch)
             if isinstance(found, Tensor):
                 return target_rows(found).clone()
             problem = f"returned {type(found).__name__}"
         except Exception as error:  # a function of the user's must not end the run
             problem = f"raised {error!r:.200}"
+        if self._reader is not None:
+            return None  # its first loss will tell
         if self.targets is None:
             keys = ", ".join(TARGET_KEYS)
             problem = (

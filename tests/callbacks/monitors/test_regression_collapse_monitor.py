@@ -176,11 +176,48 @@ def test_targets_of_mappings_and_of_a_function(key: str) -> None:
     assert named(keeper)["nrc3"].value == pytest.approx(expected.nrc3.item(), rel=1e-5)
 
 
+class Tabular(Regressor):
+    """Receives categories, numbers and targets, in this order."""
+
+    def __init__(self, step) -> None:
+        super().__init__(lr=0.0)
+        self.table, self.step = nn.Embedding(2, 16), step
+
+    def features(self, batch):
+        return self.body(batch[1]) + self.table(batch[0])
+
+    def training_step(self, batch, batch_idx):
+        return self.step(self.head(self.features(batch)), batch[2])
+
+
+def pinball(predictions, y):
+    error = y - predictions
+    return torch.maximum(0.9 * error, -0.1 * error).mean()
+
+
+@pytest.mark.parametrize("step", [nn.functional.mse_loss, pinball])
+@pytest.mark.parametrize("every", [1, 10])
+def test_targets_are_those_of_the_first_loss(step, every: int) -> None:
+    x, y = diabetes()
+    rows = DataLoader([((x[i : i + 34, 0] > 0).long(), x[i : i + 34], y[i : i + 34]) for i in range(0, 340, 34)], None)
+    model, keeper = Tabular(step), PointKeeper()
+    fit(model, [RegressionCollapseMonitor(every_n_steps=every, rows=34 * every), keeper], rows)
+    last = slice(340 - 34 * every, 340)
+    features = model.features(((x[last, 0] > 0).long(), x[last]))
+    expected = regression_collapse(features, y[last], model.head.weight)
+    assert named(keeper, 9)["nrc3"].value == pytest.approx(expected.nrc3.item(), rel=1e-5)
+    assert {point.flag for point in keeper.points} == {Flag.OK}
+    assert not any(point.value != point.value for point in keeper.points)
+
+
 @pytest.mark.filterwarnings("ignore:.*there were no rows of `head` with targets")
 @pytest.mark.filterwarnings("ignore:.*the fit ended before the first point")
 def test_targets_that_are_not_found_are_said_at_the_first_batch() -> None:
-    model, keeper = Mapped(), PointKeeper()
-    model.key = "progression"
+    class Untold(Mapped):
+        def training_step(self, batch, batch_idx):
+            return pinball(self.head(self.body(batch["x"])), batch["progression"])
+
+    model, keeper = Untold(), PointKeeper()
     with pytest.warns(UserWarning, match="found no targets in a batch of type dict: .*Pass `targets=` a function"):
         fit(model, [RegressionCollapseMonitor(every_n_steps=100), keeper], mapped("progression"))
     with pytest.warns(UserWarning, match=r"`targets` raised KeyError\('price'\) for a batch of type dict"):
