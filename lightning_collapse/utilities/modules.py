@@ -126,7 +126,8 @@ def default_taps(root: nn.Module, order: Execution | Sequence[str] | None = None
     - what embeds time or another condition is none;
     - of more than eleven blocks lists with less than a twentieth of the weights are thinned to their last, then the
       longest runs of siblings, evenly and with their first and last;
-    - the output of a last Linear that widens its input fourfold (a vocabulary) is left out: it has no rank of its own.
+    - the output of a last Linear that widens its input fourfold (a vocabulary) is left out: it has no rank of its own;
+    - of a model without any such layer (a factorization of users and items) embeddings are the blocks.
 
     Args:
         root: The model.
@@ -140,7 +141,7 @@ def default_taps(root: nn.Module, order: Execution | Sequence[str] | None = None
         ['0', '2', '2.input']
     """
     run = Run(root, order)
-    blocks = [named for block in _root_blocks(root, run) for named in run.called(*block)]
+    blocks = [named for block in _root_blocks(root, run) for named in run.called(*block)] or _tables(root, run)
     last = _head(root, run, blocks)
     blocks = sorted((b for b in blocks if b != last or not _widens(b[1])), key=lambda named: run.start(named[0]))
     trained = _thin([named for named in blocks if run.is_trained(named[0])], MAX_DEFAULT_LAYERS - 1, run.tree)
@@ -346,6 +347,12 @@ def _look_into(name: str, module: nn.Module, run: Run) -> list[Named]:
         stem = i < first and tree.size(kid) <= small
         found += [(key, kid)] if kid in alike else [_unwrap(key, kid)] if stem else _blocks(key, kid, run)
     return found
+
+
+def _tables(root: nn.Module, run: Run) -> list[Named]:
+    """Embeddings of vectors; not those of single numbers, such as biases."""
+    tables = [pair for pair in root.named_modules() if pair[0] and isinstance(pair[1], nn.Embedding | nn.EmbeddingBag)]
+    return [pair for name, table in tables if table.embedding_dim > 1 for pair in run.called(name, table)]
 
 
 def _unwrap(name: str, module: nn.Module) -> Named:

@@ -222,7 +222,7 @@ DEFAULTS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         ["0", "1", "2"],
     ),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2)), ["0", "2", "2.input"]),
-    "no weights": (lambda: Lit(act=nn.ReLU(), norm=nn.LayerNorm(3), emb=nn.Embedding(3, 3)), []),
+    "no layers": (lambda: Lit(act=nn.ReLU(), norm=nn.LayerNorm(3), emb=nn.Embedding(3, 1)), []),
 }
 
 
@@ -303,6 +303,12 @@ def test_deep_models_have_a_dozen_taps_from_the_first_block_to_the_last(model: s
 def test_a_model_that_is_one_layer() -> None:
     layer = Linear(3, 4)
     assert default_taps(layer) == [Tap("input", layer, "input")]
+
+
+def test_embeddings_are_watched_where_there_is_nothing_else() -> None:
+    tables = {"user": nn.Embedding(9, 4), "item": nn.EmbeddingBag(9, 4), "bias": nn.Embedding(9, 1)}
+    assert names(nn.ModuleDict(tables)) == ["user", "item"]
+    assert names(nn.ModuleDict({**tables, "head": nn.Linear(4, 2)})) == ["head", "head.input"]
 
 
 def test_compiled_models_have_the_same_taps() -> None:

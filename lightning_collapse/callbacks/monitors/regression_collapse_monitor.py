@@ -158,7 +158,7 @@ class RegressionCollapseMonitor(Monitor):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._reader is None:
+        if self._reader is None or self._batch is None:
             return
         self._reader.before_backward(loss)
         self._use, self._reader = self._reader.use, None
