@@ -14,6 +14,8 @@ from lightning_collapse.utilities.points import Point
 
 FIRST = 64
 """Points whose median is the beginning."""
+GONE, EXPLORED, ENOUGH = 0.01, 0.1, 16
+"""Shares of log V below which a policy explores no more, and above which it did at its first point; points to tell."""
 
 
 class Fall(Detector):
@@ -79,6 +81,9 @@ class OutputEntropyCollapse(Rule):
     fall as slow as the run, of a hundredth in 1,000 points, the detector takes for the way of the curve. That rewards
     run dry as the entropy does is the finding of Cui et al. (2025, arXiv 2505.22617); the numbers are ours.
 
+    Of a policy that explored at its first point, and for most of the first points has less than a hundredth of log V,
+    it is a notice from the 16th on: no detector can have seen the fall, and what is solved so early may be sure.
+
     Example:
         >>> from lightning_collapse.rules import Judge
         >>> judge = Judge(["output_entropy_collapse"])
@@ -94,6 +99,7 @@ class OutputEntropyCollapse(Rule):
     says = "The policy `{layer}` is sure of its choice nearly everywhere and explores no more."
     family = "output"
     measures = ("entropy",)
+    follows = ("entropy",)
     lower_is_worse = ("entropy",)
     calibration = FIRST
     unasked = ("reinforcement",)
@@ -115,10 +121,27 @@ class OutputEntropyCollapse(Rule):
 
     def weigh(self, evidence: Evidence) -> float:
         """A tenth of the beginning over the entropy, once the detector has rung."""
-        fall = evidence.detectors["entropy"]
-        if not isinstance(fall, Fall) or fall.onset is None:
+        fall, entropy = evidence.detectors["entropy"], evidence.points["entropy"]
+        if not isinstance(fall, Fall):
             return 0.0
-        return self.share * fall.beginning / max(evidence.points["entropy"].value, 1e-300)
+        if fall.onset is None:
+            return GONE * entropy.null / max(entropy.value, 1e-300) if self._began_so(fall, evidence) else 0.0
+        return self.share * fall.beginning / max(entropy.value, 1e-300)
+
+    def excuse(self, evidence: Evidence) -> str:
+        """That it fell before anything could see it."""
+        fall = evidence.detectors["entropy"]
+        early = isinstance(fall, Fall) and fall.onset is None and self._began_so(fall, evidence)
+        return (
+            "it was so before a fall could be seen: no failure if its rewards say that all is solved" if early else ""
+        )
+
+    @staticmethod
+    def _began_so(fall: Fall, evidence: Evidence) -> bool:
+        """Whether the entropy was gone for most of the first points, and there at the very first."""
+        curve, most = evidence.history.get("entropy"), evidence.points["entropy"].null
+        explored = curve is not None and curve.count >= ENOUGH and curve.first > EXPLORED * most
+        return explored and fall.beginning < GONE * most
 
     def onset(self, evidence: Evidence, since: int) -> int:
         """The step of the detector."""

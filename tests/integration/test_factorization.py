@@ -1,4 +1,4 @@
-"""Models of embeddings alone: a factorization of users and items whose users all end with one list, and healthy ones."""
+"""Models of embeddings alone: a factorization whose users all end with one list, and a healthy one."""
 
 import pytest
 import torch

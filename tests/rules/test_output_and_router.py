@@ -47,6 +47,20 @@ def test_a_fall_that_stays_above_a_tenth_is_none_however_sure():
     assert not judged(noisy(lambda t: 1.0 if t < 70 else 0.2, 100, spread=0.01)).verdicts
 
 
+@pytest.mark.parametrize(("points", "first"), [(38, 1), (300, 20)])
+def test_what_was_gone_before_a_fall_could_be_seen_is_a_notice(points, first):
+    def told(level):
+        judge = Judge(["output_entropy_collapse"])
+        judge.planned = points
+        for step in range(points):
+            judge.update([Point("output", "policy", "entropy", step, level(step), n=512, null=math.log(4))], RL)
+        return len(judge.verdicts), len(judge.notices)
+
+    assert told(lambda t: 1.3 if t < first else 1e-4) == (0, 1)
+    assert told(lambda t: 1.3 if t < first else 0.02) == (0, 0)  # still explores
+    assert told(lambda t: 1e-4) == (0, 0)  # never did
+
+
 def test_a_log_partition_that_drifts_is_healthy_and_one_that_drifts_ever_faster_a_notice():
     for faster, expected in ((0.0, []), (0.1, ["head"])):
         judge = Judge(["log_partition_growth"])
