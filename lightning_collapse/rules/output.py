@@ -39,6 +39,7 @@ class Fall(Detector):
         super().__init__(planned, side="fall", transform="log")
         self.onset: int | None = None
         self._first: list[float] = []
+        self._when: list[int] = []
 
     @property
     def beginning(self) -> float:
@@ -49,10 +50,15 @@ class Fall(Detector):
         """Take another point in."""
         if isfinite(value) and len(self._first) < FIRST:
             self._first.append(float(value))
+            self._when.append(step)
         statistic = super().update(step, value)
         if statistic >= 1 and self.onset is None:
             self.onset = step if self.since is None else self.since
         return statistic
+
+    def below(self, level: float) -> int | None:
+        """The step of the first of these points that is below a level."""
+        return next((step for step, value in zip(self._when, self._first, strict=False) if value < level), None)
 
     def restart(self) -> None:
         """Forget that it has rung, with the same beginning."""
@@ -61,12 +67,18 @@ class Fall(Detector):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        return {"detector": super().state_dict(), "first": list(self._first), "onset": self.onset}
+        return {
+            "detector": super().state_dict(),
+            "first": list(self._first),
+            "when": list(self._when),
+            "onset": self.onset,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state."""
         super().load_state_dict(state_dict["detector"])
         self._first, self.onset = list(state_dict["first"]), state_dict["onset"]
+        self._when = list(state_dict.get("when", ()))
 
 
 @register_rule
@@ -144,9 +156,12 @@ class OutputEntropyCollapse(Rule):
         return explored and fall.beginning < GONE * most
 
     def onset(self, evidence: Evidence, since: int) -> int:
-        """The step of the detector."""
+        """The step of the detector; else of the first point at which the entropy was gone."""
         fall = evidence.detectors["entropy"]
-        return fall.onset if isinstance(fall, Fall) and fall.onset is not None else since
+        found = fall.onset if isinstance(fall, Fall) else None
+        if found is None and isinstance(fall, Fall):
+            found = fall.below(GONE * evidence.points["entropy"].null)
+        return since if found is None else found
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """The entropy."""
