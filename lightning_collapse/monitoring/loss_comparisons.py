@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_collapse.monitoring.autograd_graph import VIEWS, AutogradGraph, Below, Node, children, kind
 from lightning_collapse.monitoring.graph_values import PARTS, takes_features, value_of
 from lightning_collapse.monitoring.value_comparison import Sample, sample_of
+from lightning_collapse.utilities.private_torch import shape_of
 
 CLASSES = ("NllLoss", "NllLoss2D", "MultiMarginLoss", "MultiMargin", "CtcLoss")
 NUMBERS = ("MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss")
@@ -210,7 +211,7 @@ def _are_of_one_pass(graph: AutogradGraph, node: Node, sides: list[Node], parts:
     """
     if kind(node) in _MIXES or kind(node).endswith("Backward"):
         return False
-    shapes = [side._input_metadata[0].shape for side in sides[:2]]
+    shapes = [shape_of(side) for side in sides[:2]]
     if len(shapes[0]) != len(shapes[1]) or not len(shapes[0]) or shapes[0][0] != shapes[1][0]:
         return False
     between = [inner for part in parts for inner in part.between]

@@ -1,6 +1,7 @@
 """Private API of torch: the one file that knows it. What torch changes there is mended here."""
 
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -161,3 +162,50 @@ def dimensions_of(node: Any) -> int:
         return int(variable.ndim)
     metadata = getattr(node, "_input_metadata", ())
     return len(metadata[0].shape) if metadata else 2
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """The shape of the first value of a node of the autograd graph; none where torch does not say."""
+    metadata = getattr(node, "_input_metadata", ())
+    return tuple(metadata[0].shape) if metadata else ()
+
+
+class TakenPart(NamedTuple):
+    """What part of a tensor a slice, a selection or a split takes, of each of its outputs.
+
+    Attributes:
+        dim: Along which dimension.
+        sizes: The shape of the whole, empty where torch does not say.
+        places: Which of its places, in order.
+        is_one: Whether the dimension is gone.
+    """
+
+    dim: int
+    sizes: tuple[int, ...]
+    places: range
+    is_one: bool
+
+
+def taken_part(node: Any, output: int = 0) -> TakenPart:
+    """Of a node ``Slice``, ``Select``, ``Split``, ``SplitWithSizes`` or ``Unbind``."""
+    sizes = tuple(getattr(node, "_saved_self_sym_sizes", ()))
+    dimensions = len(sizes) or len(shape_of(node)) + 1
+    dim = _signed(node._saved_dim) % max(dimensions, 1)
+    if not sizes:  # unbound
+        return TakenPart(dim, sizes, range(output, output + 1), True)
+    places = range(sizes[dim])
+    if hasattr(node, "_saved_index"):
+        index = _signed(node._saved_index) % max(len(places), 1)
+        return TakenPart(dim, sizes, range(index, index + 1), True)
+    if hasattr(node, "_saved_start"):
+        return TakenPart(dim, sizes, places[node._saved_start : node._saved_end : node._saved_step], False)
+    if hasattr(node, "_saved_split_size"):
+        start = output * node._saved_split_size
+        return TakenPart(dim, sizes, places[start : start + node._saved_split_size], False)
+    ends = list(accumulate(node._saved_split_sizes))
+    return TakenPart(dim, sizes, places[ends[output] - node._saved_split_sizes[output] : ends[output]], False)
+
+
+def _signed(number: int) -> int:
+    """Of a number that is kept without its sign."""
+    return number - 2**64 if number >= 2**63 else number
