@@ -284,11 +284,11 @@ def rank_after_training(loss: nn.Module | None, weight: float) -> float:
     """Effective rank, of 8 at most, of linear features that are to agree on views which share one coordinate of 16."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        rows, encoder = torch.randn(128, 16), nn.Linear(16, 8)
+        rows, encoder = torch.randn(64, 16), nn.Linear(16, 8)
         noise = torch.full((16,), 0.3).index_fill(0, torch.tensor([0]), 0.0)
         optimizer = torch.optim.Adam(encoder.parameters(), lr=0.05)
         for _ in range(120):
-            first, second = (encoder(rows + noise * torch.randn(128, 16)) for _ in range(2))
+            first, second = (encoder(rows + noise * torch.randn(64, 16)) for _ in range(2))
             total = (first - second).square().mean()
             if loss is not None and loss.views == 2:
                 total = total + weight * loss(first, second)

@@ -200,7 +200,7 @@ def test_runs_that_stay_at_worse_values_are_never_less_severe(rule):
     """Both begin alike, and then stay where they are, the loss as it may."""
     random_, severities = random.Random(0), set()
     first = int(rule.calibration) if rule.calibration not in (None, inf) else 3
-    for _ in range(100):
+    for _ in range(50):
         start, values = draw(rule, random_), draw(rule, random_)
         losses = [random_.choice([1.0, 0.9]) ** step for step in range(first + 18)]
         n, null = random_.choice([40, 1000]), random_.choice([3.0, 30.0])
