@@ -8,7 +8,7 @@ from math import inf, isinf
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -73,6 +73,11 @@ def batches_of_epoch(trainer: Trainer) -> int | None:
         return int(number)
     read: int = _epoch_loop(trainer).batch_progress.current.ready
     return read or None
+
+
+def without_module(callback: Callback) -> dict[str, Any]:
+    """Attributes of a callback but for ``log`` and ``log_dict``, which are its module's: a copy would hold all of that."""
+    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
 
 
 def planned_steps(trainer: Trainer) -> int | None:

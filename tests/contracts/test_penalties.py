@@ -4,6 +4,7 @@ import io
 import pickle
 from copy import deepcopy
 from functools import cache, partial
+from inspect import ismethod
 
 import pytest
 import torch
@@ -294,8 +295,10 @@ def test_weight_is_checked(name, weight):
 
 
 def parts_of(value):
-    """Everything that hangs on an object."""
+    """Everything that hangs on an object, the owners of its methods too."""
     yield value
+    if ismethod(value):
+        yield value.__self__
     held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
     for part in (*held, *getattr(value, "__dict__", {}).values()):
         yield from parts_of(part)

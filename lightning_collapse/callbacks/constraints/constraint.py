@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_collapse.utilities.containment import Containment
+from lightning_collapse.utilities.trainer import without_module
 
 
 class Constraint(Callback):
@@ -102,4 +103,4 @@ class Constraint(Callback):
         self._removers, self._weights = [], {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_removers": [], "_weights": {}}  # of a copy: neither hooks nor the model
+        return {**without_module(self), "_removers": [], "_weights": {}}  # of a copy: neither hooks nor the model

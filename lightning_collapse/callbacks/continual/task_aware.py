@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.copies import checksum
 from lightning_collapse.utilities.optimizers import evaluation_weights, keeps_own_weights
+from lightning_collapse.utilities.trainer import without_module
 from lightning_collapse.utilities.training_step import wrap_method
 
 
@@ -53,7 +54,7 @@ class TaskAware(Callback, ABC):
         self._unwrap: Callable[[], None] = _nothing
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | self._without_fit()
+        return without_module(self) | self._without_fit()
 
     def _without_fit(self) -> dict[str, Any]:
         """What is of a running fit alone, its module and its hooks, as it is where none runs."""

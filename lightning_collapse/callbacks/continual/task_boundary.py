@@ -14,7 +14,7 @@ from lightning_collapse.callbacks.continual.task_aware import TaskAware, after_h
 from lightning_collapse.callbacks.loss_terms.weight_penalty import weight_penalties
 from lightning_collapse.utilities.arguments import require_whole
 from lightning_collapse.utilities.containment import Containment
-from lightning_collapse.utilities.trainer import is_due
+from lightning_collapse.utilities.trainer import is_due, without_module
 
 
 class TaskBoundary(Callback):
@@ -91,7 +91,7 @@ class TaskBoundary(Callback):
         self._unwrap: Callable[[], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_unwrap": None}  # which holds on to the module of a running fit
+        return without_module(self) | {"_unwrap": None}  # which holds on to the module of a running fit
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

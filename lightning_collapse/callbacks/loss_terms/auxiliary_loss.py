@@ -25,7 +25,7 @@ from lightning_collapse.reporting.loss_term_curves import (
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.features import as_rows
 from lightning_collapse.utilities.modules import find_modules, let_hooks_be_seen
-from lightning_collapse.utilities.trainer import logging_step
+from lightning_collapse.utilities.trainer import logging_step, without_module
 from lightning_collapse.utilities.training_step import wrap_training_step
 
 
@@ -129,7 +129,7 @@ class AuxiliaryLoss(Callback, ABC):
         self._curves = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_detachers": [], "_curves": {}}  # which hold on to the module of a running fit
+        return without_module(self) | {"_detachers": [], "_curves": {}}  # which hold on to the module of a running fit
 
     @property
     @override
