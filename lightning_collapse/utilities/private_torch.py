@@ -198,7 +198,8 @@ def taken_part(node: Any, output: int = 0) -> TakenPart:
         index = _signed(node._saved_index) % max(len(places), 1)
         return TakenPart(dim, sizes, range(index, index + 1), True)
     if hasattr(node, "_saved_start"):
-        return TakenPart(dim, sizes, places[node._saved_start : node._saved_end : node._saved_step], False)
+        start, end = _signed(node._saved_start), _signed(node._saved_end)
+        return TakenPart(dim, sizes, places[start : end : node._saved_step], False)
     if hasattr(node, "_saved_split_size"):
         start = output * node._saved_split_size
         return TakenPart(dim, sizes, places[start : start + node._saved_split_size], False)

@@ -76,7 +76,7 @@ def batches_of_epoch(trainer: Trainer) -> int | None:
 
 
 def without_module(callback: Callback) -> dict[str, Any]:
-    """Attributes of a callback but for ``log`` and ``log_dict``, which are its module's: a copy would hold all of that."""
+    """Attributes of a callback but for ``log`` and ``log_dict``: these are its module's, and a copy would hold it."""
     return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
 
 

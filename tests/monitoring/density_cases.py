@@ -44,6 +44,12 @@ def _(net: Net, batch: Any) -> Tensor:
     return -Normal(mean, F.softplus(scale)).log_prob(batch["y"]).mean()
 
 
+@row("parts that are counted from the end", VECTORS, "regression", C, HEAD, IS_TARGET)
+def _(net: Net, batch: Any) -> Tensor:
+    scores = _scores(net, batch)
+    return ((scores[:, :-2] - batch["y"]) ** 2 + (scores[:, -2:] - batch["y"]) ** 2).mean()
+
+
 @row("normal density, written by hand", VECTORS, "regression", C, HEAD, IS_TARGET)
 def _(net: Net, batch: Any) -> Tensor:
     mean, log_variance = _scores(net, batch).split([2, 2], dim=1)
