@@ -147,7 +147,8 @@ class FPF(TaskAware):
             assert self._snapshot is not None
             self._follow(name, parameter := self._frozen.pop(name))
             self._snapshot.add({name: parameter}, self._restored)
-        self._restored = None
+        if self._restored:  # of what is frozen again at first in a resumed fit it waits
+            self._restored = {name: self._restored[name] for name in self._frozen.keys() & self._restored.keys()}
 
     @override
     def on_train_batch_end(
@@ -214,7 +215,7 @@ class FPF(TaskAware):
         for (module, name), value in zip(buffers, values, strict=True):
             getattr(module, name).data.copy_(value)
         self.tuned = top
-        self._snapshot = ParameterSnapshot(self._tensors)
+        self._snapshot, self._restored = ParameterSnapshot(self._tensors), None
 
     def _descend(self, trainer: Trainer, pl_module: LightningModule, weights: list[nn.Parameter]) -> None:
         sizes = [weight.numel() for weight in weights]

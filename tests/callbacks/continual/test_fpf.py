@@ -79,6 +79,26 @@ def test_what_is_frozen_is_not_copied_before_it_is_trained():
     assert {"body.0.weight", "body.0.bias"} < fpf.state_dict()["snapshot"].keys()
 
 
+def test_what_a_resumed_fit_unfreezes_in_its_first_batch_is_compared_with_the_checkpoint(tmp_path):
+    class Unfreezes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):  # behind that of FPF
+            pl_module.body[0].requires_grad_(True)
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+            self.snapshot = fpf.state_dict()["snapshot"]
+
+    found = {}
+    for start in (None, tmp_path / "0.ckpt"):
+        model, fpf, callback = steady(), FPF(BUFFER, iterations=1), Unfreezes()
+        model.body[0].requires_grad_(False)
+        fit(model, fpf, callback, max_epochs=2, ckpt_path=start)
+        found[start] = callback.snapshot
+    whole, resumed = found.values()
+    assert "body.0.weight" in whole
+    assert same(whole, resumed)
+
+
 class Busy(Learner):
     """Logs, keeps a list, and has a schedule."""
 
