@@ -174,7 +174,7 @@ def storage_of(tensor: Tensor) -> int:
     """The address of a tensor's storage, 0 where it has none of its own."""
     try:
         return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse, nested, fake
+    except (RuntimeError, NotImplementedError, ValueError):  # sparse, nested, fake, or not made yet (lazy layers)
         return 0
 
 

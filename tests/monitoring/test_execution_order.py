@@ -46,6 +46,15 @@ def test_order_and_what_is_beside(mode: str) -> None:
     assert not hooks_on(model)
 
 
+def test_layers_that_are_made_by_the_first_batch() -> None:
+    model = Net()
+    model.head, model.encoder = nn.LazyLinear(4), nn.LazyLinear(4)
+    order = ExecutionOrder(model)
+    order.armed = True
+    model(torch.randn(2, 4))
+    assert order.pop() == Execution(("encoder", "teacher", "head"), ("teacher",))
+
+
 def test_nothing_ran() -> None:
     model = Net()
     order = ExecutionOrder(model)
