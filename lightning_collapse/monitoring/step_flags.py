@@ -74,8 +74,8 @@ class StepFlags:
         if len(self._losses) >= _FOLD:
             self._fold()
         value = loss.detach()
-        if value.ndim or value.untyped_storage().nbytes() > value.element_size():
-            value = value.sum()  # of a vector; and a view would keep what it is a view of
+        # a copy: a view keeps what it is a view of, and the memory may be a CUDA graph's, which the next step writes to
+        value = value.sum() if value.ndim else value.clone()
         self.latest = value
         self._steps.append(step)
         self._losses.append(value)
