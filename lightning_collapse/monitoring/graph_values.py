@@ -51,6 +51,7 @@ def takes_features(node: Node) -> bool:
 def _sample(seen: Seen) -> Sample | None:
     if seen.values is None or seen.values.is_complex():
         return None
+    # waits for the device, in the first step alone
     return Sample(seen.shape, seen.values.cpu().double(), not seen.values.is_floating_point())
 
 

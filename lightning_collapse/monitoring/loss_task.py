@@ -207,7 +207,7 @@ def _outputs(evidence: Evidence, one: Comparison) -> int:
 def _are_counts(one: Comparison) -> bool:
     """Whether what probabilities are multiplied by is above 1, as no label is."""
     rows = one.rows()
-    return rows is not None and bool((rows.values > 1).any())
+    return rows is not None and bool((rows.values > 1).any())  # a sample is on the host
 
 
 def _exclusive(evidence: Evidence, one: Comparison) -> bool:

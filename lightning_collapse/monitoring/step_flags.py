@@ -24,7 +24,7 @@ small network, and what the backward pass makes reaches every weight before it."
 class StepFlags:
     """Keeps what the latest steps say of themselves, and of those before how many and which were first not finite.
 
-    A loss costs an append, a batch a look at its extremes, the sums of eight gradients; every 64th loss folds them
+    A loss costs a copy, a batch a look at its extremes, the sums of eight gradients; every 64th loss folds them
     into a few numbers on the device. A place is the number of a loss since the last :meth:`clear`, infinite for none.
 
     Args:

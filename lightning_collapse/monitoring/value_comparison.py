@@ -17,7 +17,7 @@ IGNORED = -100
 
 @dataclass
 class Sample:
-    """The first rows of a tensor on the host, and its whole shape."""
+    """The first rows of a tensor on the host, so that nothing asked of them waits for a device, and its whole shape."""
 
     shape: tuple[int, ...]
     values: Tensor

@@ -255,6 +255,7 @@ class ReplayBuffer:
         if self.needs_labels:
             if self._shares is None:
                 self._shares = ClassShares(kept, self._labels[: self.size].numpy(), self.size)
+            # waits for the device, as copying rows to the host does; with `storage="device"` nothing of this runs
             placed = self._shares.place(kept, new, labels.cpu().numpy())
         else:
             placed = place_largest(kept[: min(self.size, self._used + count)], new)

@@ -124,7 +124,7 @@ class ConsolidateUpdate(TaskAware):
             raise ValueError("its change is not finite")
         # what is taken away, so that what is not stays bit by bit
         matrix.add_((new - change).view_as(matrix))
-        row = new.reshape(1, -1).cpu()  # likewise
+        row = new.reshape(1, -1).cpu()  # waits too, once per task and matrix
         self._past[name] = row if past is None else torch.cat([past, row])
 
     def _choose(self, pl_module: LightningModule) -> dict[str, Tensor]:

@@ -130,6 +130,7 @@ def test_how_often_others_are_read_changes_nothing_of_what_a_rule_knows():
         fit(Toy(), [CollapseMonitor(["encoder"], every_n_steps=4), *others, guard], batches(16))
         state = guard.state_dict()["judge"]
         loss = {tuple(entry["curve"]): entry["state"] for entry in state["history"]}["training", "collapse", "loss"]
+        assert state["planned"].get("propagation", 5) == state["planned"]["collapse"] == 5
         known.append((loss["steps"], loss["values"], state["planned"]["collapse"]))
     assert known[0][0] == [0, 3, 7, 11, 15]
     for other in known[1:]:

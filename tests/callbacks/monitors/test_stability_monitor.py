@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_collapse import CollapseGuard, StabilityMonitor
+from lightning_collapse import CollapseGuard, FirstNonFinite, StabilityMonitor
 from tests.toys import QUIET, PointKeeper, Toy
 
 
@@ -257,3 +257,24 @@ def test_nothing_is_kept_where_no_point_comes(manual):
     trainer = Trainer(**{**QUIET, "logger": False, "log_every_n_steps": 0}, callbacks=[monitor, look])
     trainer.fit(Steps(manual), DataLoader(batches, batch_size=None))
     assert look.alive[0] == look.alive[1]
+
+
+class Overwrite(Callback):
+    """Writes into the memory of a loss that is done with, as the next replay of a CUDA graph does."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.loss = loss.detach()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.loss.fill_(math.nan)
+
+
+def test_a_loss_is_known_after_its_memory_was_written_to():
+    found = []
+    for others in ([], [Overwrite()]):
+        keeper = PointKeeper()
+        watchers = [StabilityMonitor(every_n_steps=4), FirstNonFinite(every_n_steps=4), keeper, *others]
+        data = DataLoader([tuple(map(float, row)) for row in steps(8)], batch_size=None)
+        Trainer(**QUIET, logger=False, callbacks=watchers).fit(Planted(), data)
+        found.append([(point.key, point.step, str(point.value)) for point in keeper.points])
+    assert found[0] == found[1] != []
