@@ -32,6 +32,7 @@ KINDS = frozenset(
         "plasticity_loss",
         "point_collapse",
         "posterior_collapse",
+        "prediction_collapse",
         "prototype_collapse",
         "regression_over_compression",
         "router_collapse",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_collapse.functional.output_entropy import OutputRows, output_rows
 from lightning_collapse.monitoring.graph_call import GraphCall
+from lightning_collapse.monitoring.output_usage import usage_sums
 from lightning_collapse.utilities.containment import Containment
 from lightning_collapse.utilities.features import find_features
 from lightning_collapse.utilities.hooks import HookOwner, ModuleHook
@@ -25,6 +26,7 @@ class Outputs(NamedTuple):
         counted: Which rows count, boolean ``(n,)``: neither padding nor without a target.
         vocabulary: Number of outputs.
         sequences: Shape of the logits without their last dimension, if that is ``(N, L)``, of each call.
+        usage: See :func:`~lightning_collapse.monitoring.output_usage.usage_sums`.
         unpaired: Number of targets, if it is not that of the rows.
     """
 
@@ -32,6 +34,7 @@ class Outputs(NamedTuple):
     counted: Tensor
     vocabulary: int
     sequences: tuple[tuple[int, int], ...]
+    usage: Tensor
     unpaired: int = 0
 
 
@@ -85,7 +88,8 @@ class OutputHooks(HookOwner):
         rows = OutputRows(*(torch.cat(column) for column in zip(*(each.rows for each in read), strict=True)))
         sequences = tuple(shape for each in read for shape in each.sequences)
         unpaired = max(each.unpaired for each in read)
-        return Outputs(rows, torch.cat([each.counted for each in read]), read[0].vocabulary, sequences, unpaired)
+        usage = torch.stack([each.usage for each in read]).sum(dim=0)
+        return Outputs(rows, torch.cat([each.counted for each in read]), read[0].vocabulary, sequences, usage, unpaired)
 
     def remove(self) -> None:
         """Stop listening; may be called twice."""
@@ -123,7 +127,8 @@ class OutputHooks(HookOwner):
             counted = counted & self.mask.to(logits.device).bool()
         sequences = ((shape[0], shape[1]),) if len(shape) == 2 else ()
         flat = OutputRows(*(field.flatten() for field in rows))
-        return Outputs(flat, counted.flatten(), logits.shape[-1], sequences, unpaired)
+        usage = usage_sums(logits, paired, counted)
+        return Outputs(flat, counted.flatten(), logits.shape[-1], sequences, usage, unpaired)
 
 
 class _Hook(ModuleHook):

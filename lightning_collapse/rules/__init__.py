@@ -18,7 +18,7 @@ from lightning_collapse.rules.level_shift import LevelShift
 from lightning_collapse.rules.neural_collapse import MinorityCollapse, NeuralCollapseReached
 from lightning_collapse.rules.non_finite import NonFinite, NonFiniteOrigin
 from lightning_collapse.rules.outcome import MODES, OUTCOME, Outcome, OutcomeDrop
-from lightning_collapse.rules.output import LogPartitionGrowth, OutputEntropyCollapse
+from lightning_collapse.rules.output import LogPartitionGrowth, OutputEntropyCollapse, PredictionCollapse
 from lightning_collapse.rules.partial import PartialCollapse, PrototypeCollapse
 from lightning_collapse.rules.plasticity import PlasticityLoss
 from lightning_collapse.rules.regression import RegressionOverCompression
@@ -72,6 +72,7 @@ __all__ = [
     "PlasticityLoss",
     "PointCollapse",
     "PosteriorCollapse",
+    "PredictionCollapse",
     "PrototypeCollapse",
     "RegressionOverCompression",
     "RouterCollapse",

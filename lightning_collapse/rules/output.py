@@ -1,14 +1,15 @@
-"""Output failures: a policy that explores no more, and a log-partition of logits that grows faster and faster."""
+"""Output failures: one class for all, a policy that explores no more, logits whose log-partition grows ever faster."""
 
 from collections.abc import Mapping
 from math import isfinite
 from statistics import median
 from typing import Any
 
-from lightning_collapse.rules.base import DetectorRule, Rule, register_rule
+from lightning_collapse.rules.base import UNDECIDED, DetectorRule, Rule, register_rule
 from lightning_collapse.rules.detector import Detector
 from lightning_collapse.rules.growth import Growth
 from lightning_collapse.rules.history import Evidence
+from lightning_collapse.rules.progress import SURE
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Point
 
@@ -174,6 +175,68 @@ class OutputEntropyCollapse(Rule):
         began = fall.beginning if isinstance(fall, Fall) else 0.0
         words = self.evidence(evidence.points, evidence.baseline)
         return f"{words}, where the median of the first {FIRST} points is {began:.2g}"
+
+
+@register_rule
+class PredictionCollapse(Rule):
+    """Nearly all rows are predicted to be of one class, though their labels are of several.
+
+    The perplexity of the mean prediction is above one by a tenth of what it is for the labels of the same rows, or
+    less, in the median of five points and in each of three, from the eighth on, and does not rise. Where cross-entropy
+    trains the head the two are equal, however little it has learned and however rare a class is: at a minimum the
+    gradient of a bias is the mean prediction less the frequency. What trains on its own predictions, their confidence
+    or their entropy has another minimum, one class for all, and its loss falls towards it. It takes labels in
+    the batch, and of several classes; where the loss is not seen to compare the outputs with classes nothing is said.
+    That pseudo-labels end there is known from Tanaka et al. (2018, arXiv 1803.11364) and Arazo et al. (2019, arXiv
+    1908.02983), who hold the mean prediction to the prior; the numbers are ours.
+
+    Example:
+        >>> from lightning_collapse.rules import Judge, Task
+        >>> judge, task = Judge(["prediction_collapse"]), Task("classification", outputs=frozenset(["head"]))
+        >>> for step in range(20):
+        ...     usage = 9.0 if step < 12 else 1.05
+        ...     _ = judge.update([Point("output", "head", "usage", step, usage, n=128, null=9.8)], task)
+        >>> [verdict.name for verdict in judge.verdicts]
+        ['prediction collapse in `head`']
+    """
+
+    kind = "prediction_collapse"
+    says = "Nearly all inputs are given one and the same class by `{layer}`, whatever their labels."
+    family = "output"
+    measures = ("usage",)
+    follows = ("usage",)
+    lower_is_worse = ("usage",)
+    patience = 3
+    share, several = 0.1, 1.5
+    advice = (
+        "Return with `Rollback()`, then keep labelled samples in every batch, hold the mean prediction to the prior, or"
+        " take fewer and surer pseudo-labels."
+    )
+    paper = "Arazo et al., 2019, arXiv 1908.02983"
+
+    def applies_to(self, layer: str, task: Task) -> bool:
+        """Heads that the loss compares with classes, or with labels that the step has made."""
+        return layer in task.outputs and task.name in ("", "classification", "language model")
+
+    def severity(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
+        """Nothing is told by one point."""
+        return 0.0
+
+    def weigh(self, evidence: Evidence) -> float:
+        """A tenth of what the labels use over what the predictions do, counted from one; undecided while it rises."""
+        curve, used = evidence.history.get("usage"), evidence.points["usage"]
+        if curve is None or curve.count < SURE or not used.null > self.several:
+            return 0.0
+        severity = self.share * (used.null - 1) / max(curve.level - 1, used.value - 1, 1e-300)
+        return min(severity, UNDECIDED) if curve.direction() == "rising" else severity
+
+    def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
+        """Both perplexities, and the beginning."""
+        used = points["usage"]
+        return (
+            f"over {used.n} rows the mean prediction uses {used.value:.2f} classes, where the labels use"
+            f" {used.null:.2f} and the run began with {baseline['usage']:.2f}"
+        )
 
 
 @register_rule

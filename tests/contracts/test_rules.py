@@ -35,6 +35,13 @@ def judge_of(rule):
     return judge
 
 
+def task_of(rule):
+    """One that it judges layers of: unknown, or with outputs that are compared with classes."""
+    plain = Task()
+    known = any(rule.applies_to(layer, plain) for layer in (ALL, "z"))
+    return plain if known else Task("classification", outputs=frozenset(["y", "z"]))
+
+
 def read(rule):
     return [*rule.measures, *rule.optional]
 
@@ -128,10 +135,10 @@ def test_no_module_is_named_where_none_stands_out(kind):
 def test_points_that_are_no_numbers_change_nothing_and_raise_nothing(rule):
     judge, random_ = judge_of(rule), random.Random(0)
     for step in range(24):
-        judge.update(make_points(rule, draw(rule, random_), step))
+        judge.update(make_points(rule, draw(rule, random_), step), task_of(rule))
     before = judge.state_dict()
     for step in range(24, 28):
-        judgement = judge.update(make_points(rule, dict.fromkeys(names(rule), nan), step, n=0, null=nan))
+        judgement = judge.update(make_points(rule, dict.fromkeys(names(rule), nan), step, n=0, null=nan), task_of(rule))
         assert judgement.judged == (rule.kind,)
         assert judgement.new == judgement.recovered == judgement.notices == ()
         assert not judgement.healthy or rule.informative
@@ -148,7 +155,7 @@ def test_no_reading_raises(rule, value, flag):
     for own in (1.0, *[value] * 8, 1.0):
         for null in (nan, 0.0, 30.0):
             # a warning fails
-            judge.update(make_points(rule, dict.fromkeys(names(rule), own), step, null=null, flag=flag))
+            judge.update(make_points(rule, dict.fromkeys(names(rule), own), step, null=null, flag=flag), task_of(rule))
             step += 1
 
 
@@ -158,7 +165,7 @@ def test_no_beginning_raises(rule, value):
     judge = judge_of(rule)
     for step in range(40):
         own = dict.fromkeys(names(rule), value if step < 20 else 1.0)
-        judge.update(make_points(rule, own, step, null=(30.0, nan)[step % 2]))
+        judge.update(make_points(rule, own, step, null=(30.0, nan)[step % 2]), task_of(rule))
 
 
 def of_own(rule, name):
@@ -213,7 +220,7 @@ def test_runs_that_stay_at_worse_values_are_never_less_severe(rule):
                 for step, loss in enumerate(losses):
                     readings = {**(start if step < first else {**values, name: value})}
                     readings |= {key: loss for key in readings if key == f"{TRAINING}/loss"}
-                    judgement = judge.update(make_points(rule, readings, step, n, null))
+                    judgement = judge.update(make_points(rule, readings, step, n, null), task_of(rule))
                 found.append(judgement.severities[judgement_place(judgement)])
             assert not found[0] > found[1] * (1 + 1e-12), (name, start, values)
             severities |= set(found)
@@ -237,7 +244,7 @@ def test_a_restored_judge_goes_on_as_if_uninterrupted(rule):
     script += [{**draw(rule, random_), **random_.choice(sick)} for _ in range(12)]
 
     def run(judge, steps):
-        return [judge.update(make_points(rule, script[step], step)) for step in steps]
+        return [judge.update(make_points(rule, script[step], step), task_of(rule)) for step in steps]
 
     whole = run(judge_of(rule), range(len(script)))
     for cut in (1, 3, 21, 30):
@@ -263,7 +270,7 @@ def evidence_of(rule, script, null=30.0):
     curves = history.of(layer, rule.followed)
     named = {name: curves[key] for name, key in zip(rule.follows, rule.followed, strict=True)}
     baseline = {name: script[0][name] for name in read(rule)}
-    return Evidence(layer, by_name(rule, points), baseline, named, Task(), detectors)
+    return Evidence(layer, by_name(rule, points), baseline, named, task_of(rule), detectors)
 
 
 @rules

@@ -96,6 +96,41 @@ def test_it_judges_agents_and_what_it_is_asked_about(task, rules, armed):
     assert bool(judged(curve, task, rules).verdicts) is armed
 
 
+HEAD = Task("classification", outputs=frozenset(["head"]))
+
+
+def predicted(usage, labels=9.5, task=HEAD, points=40):
+    judge = Judge(["prediction_collapse"])
+    for step in range(points):
+        judge.update([Point("output", "head", "usage", step, usage(step), n=128, null=labels)], task)
+    return judge.verdicts
+
+
+@pytest.mark.parametrize(
+    ("usage", "given"),
+    [
+        (lambda t: 9.0, {}),
+        (lambda t: min(1 + 0.3 * t, 9.0), {}),  # begins with one class, and leaves it
+        (lambda t: 1.0 if t % 10 < 2 else 9.0, {}),  # two batches in ten are of one class
+        (lambda t: 1.0, {"labels": 1.3}),  # and so are the labels
+        (lambda t: 1.0, {"labels": math.nan}),
+        (lambda t: 1.0, {"task": Task("classification", outputs=frozenset(["other"]))}),
+        (lambda t: 1.0, {"task": Task("self-supervised", outputs=frozenset(["head"]))}),
+        (lambda t: 1.0, {"points": 7}),
+        (lambda t: 2.0, {}),
+    ],
+)
+def test_predictions_of_several_classes_or_of_what_has_but_one_are_no_failure(usage, given):
+    assert not predicted(usage, **given)
+
+
+def test_one_class_for_all_is_said_since_its_beginning_and_severity_counts_from_one():
+    for task in (HEAD, Task(outputs=frozenset(["head"])), Task("language model", outputs=frozenset(["head"]))):
+        [verdict] = predicted(lambda t: 9.0 if t < 20 else 1.1, task=task)
+        assert 20 <= verdict.since <= 22 <= verdict.step <= 26
+        assert verdict.severity == pytest.approx(0.1 * 8.5 / 0.1)
+
+
 def test_no_other_rule_waits_to_be_asked():
     assert [kind for kind, rule in RULES.items() if rule.unasked] == ["output_entropy_collapse"]
 

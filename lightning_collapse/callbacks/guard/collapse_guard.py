@@ -92,9 +92,9 @@ class CollapseGuard(Callback):
             ``layer_collapse``, ``log_partition_growth``, ``loss_explosion``, ``loss_spike``, ``minority_collapse``,
             ``neural_collapse_reached``, ``non_finite``, ``non_finite_origin``, ``non_finite_step``, ``outcome_drop``,
             ``output_entropy_collapse``, ``partial_collapse``, ``plasticity_loss``, ``point_collapse``,
-            ``posterior_collapse``, ``prototype_collapse``, ``regression_over_compression``, ``router_collapse``,
-            ``skipped_steps``, ``state_collapse``, ``token_collapse`` and your own; ``None`` for all that monitors draw
-            the curves of.
+            ``posterior_collapse``, ``prediction_collapse``, ``prototype_collapse``, ``regression_over_compression``,
+            ``router_collapse``, ``skipped_steps``, ``state_collapse``, ``token_collapse`` and your own; ``None`` for
+            all that monitors draw the curves of.
         task: What the network is trained for; ``None`` to infer it.
         outcome: Name of the logged metric that counts in the end, such as ``"val_acc"``; ``None`` to watch none.
         mode: ``"max"`` if a higher ``outcome`` is better, ``"min"`` if a lower one is.

@@ -18,6 +18,7 @@ from lightning_collapse.functional.output_entropy import BINS, output_readings, 
 from lightning_collapse.monitoring.execution_order import ExecutionOrder
 from lightning_collapse.monitoring.logit_lens import LogitLens, final_norm
 from lightning_collapse.monitoring.output_hooks import OutputHooks, Outputs
+from lightning_collapse.monitoring.output_usage import GROUPS, usages
 from lightning_collapse.monitoring.policy_covariance import advantages_of_rows, policy_sums
 from lightning_collapse.monitoring.step_scope import StepScope
 from lightning_collapse.reporting import log_histogram
@@ -40,6 +41,7 @@ AGREES = 1e-2
 """How far, relative to one plus the log-partition, the lens of what the final norm receives may be off."""
 _SUMS = 8 + BINS
 _CUI = "Cui et al. 2025, arXiv 2505.22617"
+_PRIOR = "Arazo et al. 2019, arXiv 1908.02983"
 _DRIFT = "Wortsman et al. 2023, arXiv 2309.14322"
 Reader = Callable[[Any], Tensor]
 
@@ -95,6 +97,7 @@ class OutputMonitor(Monitor):
         Curve("log_z", "log-partition of the logits, mean over rows", "any number", "far from 0", _DRIFT),
         Curve("log_z_rms", "root mean square of the log-partition over rows", "0 to infinity", "growing", _DRIFT),
         Curve("max_logit", "the largest logit of any row", "any number", "grows without end", _DRIFT),
+        Curve("usage", "outputs that the mean prediction uses", "1 to V, at most 256", "near 1", _PRIOR),
         Curve("length", "rows that count, per sequence that has any", "0 to infinity", "does not tell"),
         Curve("n", "rows behind the point, over all processes", "0 to infinity", "few: a rough reading"),
         Curve("flag", "logits", "0 to 7", "above 0: why to doubt the point"),
@@ -237,8 +240,8 @@ class OutputMonitor(Monitor):
         total = all_reduce_sum(pieces)
         highest = all_reduce_max(torch.cat([peaks, gap.to(peaks)]))
         layer = self._hooks.head.name
-        own, *others = torch.split(total, [_SUMS + 1, *[_SUMS] * len(names)])
-        readings = {(layer, "sums"): own, (layer, "peaks"): highest}
+        own, usage, *others = torch.split(total, [_SUMS + 1, 2 * GROUPS, *[_SUMS] * len(names)])
+        readings = {(layer, "sums"): own, (layer, "peaks"): highest, (layer, "usage"): usages(usage.view(2, -1))}
         readings |= {(name, "lens"): sums for name, sums in zip(names, others, strict=True)}
         if self.advantages is not None:
             readings[layer, "policy"] = policy_sums(outputs, self._read_advantages(outputs), device).to(dtype)
@@ -266,10 +269,11 @@ class OutputMonitor(Monitor):
         self._trend.update(step, found["entropy"])
         values = {name: found[name] for name in ("entropy", "entropy_fraction", "log_z", "log_z_rms")}
         values["max_logit"] = largest if n else nan
+        values["usage"], labels, _ = numbers[layer, "usage"]
         values |= {"length": n / sequences} if sequences else {}
         values |= {"entropy_half_life": -log(2) / self._trend.slope} if self._trend.direction() == "falling" else {}
         values |= {"n": float(n), "flag": float(flag)}
-        nulls = {"entropy": width, "entropy_fraction": 1.0, "log_z": width} if n else {}
+        nulls = {"entropy": width, "entropy_fraction": 1.0, "log_z": width, "usage": labels} if n else {}
         errors = {"entropy": found["error"], "entropy_fraction": found["error"] / width if width else nan}
         points = [
             Point(self.family, layer, name, step, value, n, nulls.get(name, nan), flag, errors.get(name, nan))
@@ -307,7 +311,8 @@ class OutputMonitor(Monitor):
         """Sums and extremes of this process: with the number of sequences, and that of outputs."""
         dtype = accumulation_dtype(device)
         if outputs is None:
-            return torch.zeros(_SUMS + 1, dtype=dtype, device=device), torch.tensor([-inf, 0.0], device=device)
+            nothing = torch.zeros(_SUMS + 1 + 2 * GROUPS, dtype=dtype, device=device)
+            return nothing, torch.tensor([-inf, 0.0], device=device)
         if outputs.unpaired:
             self.warn_once(
                 f"the head returned {len(outputs.counted)} rows and there are {outputs.unpaired} labels; all rows"
@@ -322,7 +327,7 @@ class OutputMonitor(Monitor):
         counted = outputs.counted & outputs.rows.entropy.isfinite()
         largest = outputs.rows.max_logit.where(counted, -inf).amax() if len(counted) else torch.tensor(-inf)
         peaks = torch.stack([largest.to(device, torch.float32), torch.tensor(float(outputs.vocabulary), device=device)])
-        return torch.cat([sums, sequences]), peaks
+        return torch.cat([sums, sequences, outputs.usage.flatten().to(device, dtype)]), peaks
 
     def _gap(self, outputs: Outputs | None, last: Any) -> Tensor:
         """How far the lens of what the final norm receives is from what the head returned, the largest of all rows."""

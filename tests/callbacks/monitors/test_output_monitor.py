@@ -329,3 +329,34 @@ def test_the_half_life_is_that_of_the_curve():
         monitor._trend.update(step, 2.0 * 0.5 ** (step / 150))
     assert monitor._trend.direction() == "falling"
     assert -math.log(2) / monitor._trend.slope == pytest.approx(150, rel=1e-6)
+
+
+class SelfTraining(LightningModule):
+    """Learns from labels, and then from what it predicts most."""
+
+    def __init__(self, alone):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        self.alone = alone
+
+    def training_step(self, batch, batch_idx):
+        x, labels = batch
+        logits = self.net(x)
+        own = logits.detach().mean(0).argmax().expand(len(x))
+        return cross_entropy(logits, own if self.alone and batch_idx >= 20 else labels)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_one_class_for_all_is_said_where_labels_are_of_several(alone):
+    torch.manual_seed(0)
+    labels = torch.arange(60 * 32) % 4
+    data = TensorDataset(3 * torch.eye(8)[labels] + 0.1 * torch.randn(len(labels), 8), labels)
+    watcher, keeper = CollapseGuard(action="log"), PointKeeper()
+    fit(SelfTraining(alone), [OutputMonitor(every_n_steps=1), watcher, keeper], DataLoader(data, batch_size=32))
+    assert [point.null for point in keeper.curve("output/net.2/usage")] == pytest.approx([4] * 60)
+    assert keeper.curve("output/net.2/usage")[-1].value == pytest.approx(1 if alone else 4, rel=0.05)
+    assert [verdict.kind for verdict in watcher.verdicts] == (["prediction_collapse"] if alone else [])
+    assert not alone or 20 <= watcher.verdicts[0].since <= watcher.verdicts[0].step <= 45
