@@ -121,6 +121,8 @@ def _check(rank):
         assert found["output/head/n"] == sum(SIZES)
         assert found["output/head/entropy"] == pytest.approx(rows.entropy.mean().item(), rel=1e-6)
         assert found["output/head/max_logit"] == pytest.approx(logits.max().item(), rel=1e-6)
+        mean = logits.double().softmax(dim=1).mean(dim=0)
+        assert found["output/head/usage"] == pytest.approx(torch.special.entr(mean).sum().exp().item(), rel=1e-6)
         assert found["lens/norm.input/entropy"] == pytest.approx(found["output/head/entropy"], rel=1e-5)
         covariance = advantage_covariance(rows.log_prob, gains)
         assert found["policy/head/covariance"] == pytest.approx(covariance.mean().item(), rel=1e-4, abs=1e-7)
