@@ -19,8 +19,8 @@ YES_OR_NO = ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "SoftMarginLo
 _PROBABILITIES = ("LogSoftmax", "Softmax", "Sigmoid", "LogSigmoid", "Log", "LogSigmoidForward")
 _PICKS = ("Gather", "Index", "IndexSelect", "Take")
 _ERRORS = ("Pow", "Abs", "Mul", "LinalgVectorNorm", "Norm")
-_PAIRS = ("Mul", "Mm", "Bmm", "Dot", "Mv", "Cdist", "PairwiseDistance", *NUMBERS)
-_MIXES = ("Mm", "Bmm", "Dot", "Mv", "Cdist")
+_PAIRS = ("Mul", "Mm", "Bmm", "Dot", "Mv", "Cdist", "EuclideanDist", "PairwiseDistance", *NUMBERS)
+_MIXES = ("Mm", "Bmm", "Dot", "Mv", "Cdist", "EuclideanDist")
 _MOVES = ("Index", "IndexSelect", "Gather", "Roll", "Flip")
 
 

@@ -136,6 +136,10 @@ class Rule(ABC):
         """Why it is no failure, for a rule that needs more to tell than :meth:`expected` gets; empty if it is one."""
         return self.expected(evidence.layer, evidence.points, evidence.baseline, evidence.task)
 
+    def advise(self, evidence: Evidence) -> str:
+        """What addresses it in this run: :attr:`advice`, where a rule knows nothing better."""
+        return self.advice
+
     def applies_to(self, layer: str, task: Task) -> bool:
         """Whether it is about this layer: every one, but not what sums up all of them."""
         return layer != ALL

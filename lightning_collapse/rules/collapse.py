@@ -4,7 +4,17 @@ from collections.abc import Mapping
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import LOSS, RECALL, begins, falls, learns, learns_in_turn, may_begin, thrives
+from lightning_collapse.rules.progress import (
+    LOSS,
+    PROGRESS,
+    RECALL,
+    begins,
+    falls_slowly,
+    learns,
+    learns_in_turn,
+    may_begin,
+    thrives,
+)
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Flag, Point
 
@@ -12,6 +22,13 @@ SHARE, DEEP, SHARE_OF_BASELINE = 0.01, 0.1, 0.25
 """All there is to a spread is lost below the first; below the second, if it is this share of the baseline."""
 SHARE_FROM_BIRTH = 0.001
 """The first, of a layer that was below the second at the beginning, while the network learns or once it has learned."""
+BORN_SO = (
+    "It was so at the first point: look at the initialization, and add normalization or skip connections;"
+    " `VariancePropagationMonitor()` shows where the signal is lost."
+)
+DIVERGES = (
+    "The loss is worse than that of the untrained network: return with `Rollback()`, which lowers the learning rate."
+)
 LENGTHS = 0.25
 """Lengths that vary by more tell rows apart."""
 RANK_LINES, LEAST_NULL, NEARER = (1.25, 2.0), 6.0, 3.0
@@ -46,16 +63,16 @@ def on_a_ray(points: Mapping[str, Point]) -> bool:
 class CompleteCollapse(Rule):
     """All rows are equal, or as good as.
 
-    Their spread is a hundredth of the features' root mean square; or it is a tenth of it, and a quarter of what it
-    was at the beginning of the run, or the square of that where it was narrow then. Or the standard deviation of
-    the features is a hundredth of that at the beginning. Before the eighth point, and while the network learns, a
-    tenth is not enough, nor is anything above a thousandth where rows were within a tenth of each other at the
-    beginning: healthy layers fall as low for a while, and codebooks begin with one code. It learns while the loss
-    falls, and a joint embedding, whose loss falls as it collapses, while one view finds the other better and
-    better. Where rows were that near from birth, as patches of one gray are, it is enough that the loss has halved
-    and keeps that. Nor is anything said of the last layers of a classifier or a language model that has not begun
-    to learn more than frequencies, nor of an autoencoder that has one code, or one mean of all inputs, for seven
-    tenths of the run or 64 points: healthy ones lie on such a plateau, and leave it all at once.
+    Their spread is a hundredth of the features' root mean square; or it is a tenth of it, and a quarter of what it was
+    at the beginning of the run, or the square of that where it was narrow then. Or the standard deviation of the
+    features is a hundredth of that at the beginning. Before the eighth point, of a joint embedding the sixteenth,
+    and while the network learns, a tenth is not enough, nor is anything above a thousandth where rows were within a
+    tenth of each other at the beginning: healthy layers fall as low for a while, and codebooks begin with one code.
+    It learns while the loss falls, and a joint embedding, whose loss falls as it collapses, while one view finds
+    the other better and better. Where rows were that near from birth, as patches of one gray are, it is enough that
+    the loss has halved and keeps that. Nor is anything said of the last layers of a classifier or a language model
+    that has not begun to learn more than frequencies, nor of an autoencoder that has one code, or one mean of all
+    inputs, for seven tenths of the run or 64 points: healthy ones lie on such a plateau, and leave it all at once.
 
     Ranks cannot see this: they do not change when a representation shrinks. Rows that point one way are equal to
     every loss of the cosine, such as those of BYOL and SimSiam: the same lines hold for the spread of the
@@ -118,6 +135,13 @@ class CompleteCollapse(Rule):
         total = max(_shrunk(points, evidence.baseline), *(line / max(spread, 1e-300) for spread in spreads))
         return severity if total >= 1 else min(severity, UNDECIDED)
 
+    def advise(self, evidence: Evidence) -> str:
+        """What to do of a layer that was so from birth, or of a training that diverges; else its own advice."""
+        spreads = [
+            evidence.baseline[name] for name in ("relative_spread", "direction_spread") if name in evidence.baseline
+        ]
+        return _advice(evidence, min(spreads) < DEEP) or self.advice
+
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """All shares, and the baseline."""
         std, spread = (points[name] for name in self.measures)
@@ -143,15 +167,15 @@ class DimensionalCollapse(Rule):
     Both effective ranks are near one, and three times as near as at the beginning of the run, or as good as one; or the
     one of eigenvalues is a tenth of what it was at the beginning and the one of singular values three tenths. Both,
     since either alone misleads: the one of eigenvalues is near one wherever one direction is loud (a healthy binary
-    classifier) and falls at the start of healthy runs, the one of singular values is lifted by rounding noise. Where
-    two views are seen a fall is left to :class:`PartialCollapse`, since healthy joint embeddings fall as low and
-    recover. Nor is anything said of a classifier or a language model while its loss falls: it learns the loudest
-    difference first, and the others after it; nor of its last layers on its first plateau, see
-    :class:`CompleteCollapse`; nor of what held one direction from birth, as patches of one number do, while the loss
-    falls, or once it has halved and keeps that. Or all rows lie on a ray: one direction by the lines of
-    :class:`CompleteCollapse`, and lengths that vary by more than a quarter. Layers where noise itself reads a handful
-    are not judged: there is too little to lose. Nor are the outputs that the loss compares with targets, nor what holds
-    little by design, such as the embedding of a time.
+    classifier) and falls at the start of healthy runs, the one of singular values is lifted by rounding noise.
+    Where two views are seen a fall is left to :class:`PartialCollapse`, since healthy joint embeddings fall as low
+    and recover. Nor is anything said of a classifier or a language model while its loss falls, however slowly: it
+    learns the loudest difference first, and the others after it; nor of its last layers on its first plateau, see
+    :class:`CompleteCollapse`, and nothing of a fall to few directions in any layer; nor of what held one direction
+    from birth, as patches of one number do, while the loss falls, or once it has halved and keeps that. Or all rows
+    lie on a ray: one direction by the lines of :class:`CompleteCollapse`, and lengths that vary by more than a
+    quarter. Layers where noise itself reads a handful are not judged: there is too little to lose. Nor are the
+    outputs that the loss compares with targets, nor what holds little by design, such as the embedding of a time.
 
     Example:
         >>> points = {
@@ -185,12 +209,13 @@ class DimensionalCollapse(Rule):
 
     def weigh(self, evidence: Evidence) -> float:
         """The severity; a fall is left to :class:`PartialCollapse` where there are views, and birth is no failure."""
-        if may_begin(evidence) or begins(evidence) or (learns_in_turn(evidence) and falls(evidence)):
+        if may_begin(evidence) or begins(evidence) or (learns_in_turn(evidence) and falls_slowly(evidence)):
             return min(self.severity(evidence.points, evidence.baseline), UNDECIDED)
         few, lost = self._few(evidence.points, evidence.baseline), self._lost(evidence.points, evidence.baseline)
         if evidence.baseline[self.measures[0]] <= RANK_LINES[0] and (learns(evidence) or thrives(evidence)):
             few = min(few, UNDECIDED)  # as narrow from birth, as patches of one gray are, and no harm to learning
-        return max(few, min(lost, UNDECIDED) if RECALL in evidence.history else lost)
+        left = RECALL in evidence.history or may_begin(evidence, anywhere=True)
+        return max(few, min(lost, UNDECIDED) if left else lost)
 
     def _few(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:
         """How near both ranks are to one, or the rows to a ray."""
@@ -215,6 +240,10 @@ class DimensionalCollapse(Rule):
             for share, name, rank in zip(self.shares, self.measures, ranks, strict=True)
         )
 
+    def advise(self, evidence: Evidence) -> str:
+        """What to do of a layer that was so from birth, or of a training that diverges; else its own advice."""
+        return _advice(evidence, evidence.baseline[self.measures[0]] <= RANK_LINES[0]) or self.advice
+
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Both ranks, the null and the baseline; and the directions."""
         rank, wide = (points[name] for name in self.measures)
@@ -235,6 +264,15 @@ class DimensionalCollapse(Rule):
         if layer not in task.last or not task.directions or rank < (1 + task.directions) / 2 - 0.01:
             return ""
         return f"{task.name} ends in {task.directions} direction(s) there, and this is no failure"
+
+
+def _advice(evidence: Evidence, from_birth: bool) -> str:
+    """What no loss on the features mends: a network that begins so, and one whose loss is worse than untrained."""
+    loss = evidence.history.get(LOSS)
+    if from_birth:
+        return BORN_SO
+    worse = loss is not None and loss.level > loss.first + PROGRESS * abs(loss.first)
+    return DIVERGES if worse and evidence.task.name not in ("", "self-supervised") else ""
 
 
 def _shrunk(points: Mapping[str, Point], baseline: Mapping[str, float]) -> float:

@@ -204,7 +204,7 @@ class Judge:
                 where = rule.where(layer, layers, baselines)
                 words = rule.tell(evidence) + (f"; {expected}" if expected else "")
                 is_notice = rule.informative or bool(expected)
-                advice = "" if is_notice else rule.advice
+                advice = "" if is_notice else rule.advise(evidence)
                 since = rule.onset(evidence, since)
                 says = rule.sentence(where)
                 verdict = Verdict(rule.kind, where, since, turn.step, words, severity, advice, says=says)

@@ -8,9 +8,9 @@ from lightning_collapse.rules.progress import LOSS, RECALL, UNHARMED, is_harmed,
 from lightning_collapse.rules.task import Task
 from lightning_collapse.utilities.points import Point
 
-POINTS, SHARE, MANY, FEW = 16, 0.7, 64, 6
+POINTS, SHARE, MANY = 16, 0.7, 64
 """Before this share of the planned points, at least 16 and at most 64, nothing is said of a joint embedding; before the
-sixth point nothing of prototypes, before the sixteenth nothing of codes."""
+sixteenth point nothing of prototypes and codes."""
 RANK, UNUSED = "eigenvalue_effective_rank", "unused_codes"
 """The second tells a codebook from a softmax."""
 
@@ -104,16 +104,17 @@ class PrototypeCollapse(Rule):
     """Nearly all rows choose the same few prototypes, clusters, codes or experts.
 
     The perplexity of the choices is above one by a tenth of what it would be if all were equally likely, over as many
-    rows, or less, and does not rise. Where a target is compared with the softmax it says nothing, and is not drawn.
-    Fewer than four outputs in use by chance are too few to tell. One expert may be enough: where features are not
-    compared with each other, it is a notice as long as the loss has kept nine tenths of what it gained.
+    rows, or less, and does not rise, from the sixteenth point on. Where a target is compared with the softmax it
+    says nothing, and is not drawn. Fewer than four outputs in use by chance are too few to tell. One expert may be
+    enough: where features are not compared with each other, it is a notice as long as the loss has kept nine tenths
+    of what it gained.
 
-    Of a codebook it is a quarter, and a failure whatever the loss: what does not choose different codes cannot be
-    told apart behind them. But most begin with a few, until unused ones are moved or drawn along: nothing is said
-    before the sixteenth point, nor, for seven tenths of the run or 64 points, of one that has never used a quarter.
-    That prototypes die without centering or equal partition is the finding of Caron et al. (2021, arXiv 2104.14294;
-    2020, arXiv 2006.09882), that experts do of Shazeer et al. (2017, arXiv 1701.06538), that codes do of Lancucki
-    et al. (2020, arXiv 2005.08520); the numbers are ours.
+    Of a codebook it is a quarter, and a failure whatever the loss: what does not choose different codes cannot be told
+    apart behind them. But most begin with a few, until unused ones are moved or drawn along: nothing is said, for
+    seven tenths of the run or 64 points, of one that has never used a quarter. That prototypes die without
+    centering or equal partition is the finding of Caron et al. (2021, arXiv 2104.14294; 2020, arXiv 2006.09882),
+    that experts do of Shazeer et al. (2017, arXiv 1701.06538), that codes do of Lancucki et al. (2020, arXiv
+    2005.08520); the numbers are ours.
 
     Example:
         >>> from lightning_collapse.rules import Judge
@@ -151,8 +152,8 @@ class PrototypeCollapse(Rule):
         [name] = self.measures
         curve: Curve | None = evidence.history.get(name)
         null = evidence.points[name].null
-        share, few = (self.code_share, POINTS) if UNUSED in evidence.points else (self.share, FEW)
-        if curve is None or curve.count < few or not null > self.least_null:
+        share = self.code_share if UNUSED in evidence.points else self.share
+        if curve is None or curve.count < POINTS or not null > self.least_null:
             return 0.0
         severity = share * (null - 1) / max(curve.level - 1, 1e-300)
         waits = UNUSED in evidence.points and may_come_alive(evidence, name, share * null)

@@ -4,8 +4,9 @@ from lightning_collapse.rules.history import Evidence
 
 LOSS, RECALL = "training/loss", "views/recall_at_1"
 """The curves of the loss and of the recall between two views, which a rule must follow."""
-SURE, PROGRESS = 8, 0.05
-"""Points from which on the loss tells whether the network learns, and by how much it falls then."""
+SURE, EMBEDDED, PROGRESS = 8, 16, 0.05
+"""Points from which on the loss tells whether the network learns, those of a joint embedding, and by how much it falls
+then."""
 RETREAT, HALF = 0.1, 0.5
 """What share of all it has gained a loss must lose for harm, and of its first value for a network that has learned."""
 IN_TURN = ("classification", "multi-label", "language model")
@@ -27,9 +28,10 @@ def learns(evidence: Evidence) -> bool:
     one.
     """
     loss, recall = (evidence.history.get(name) for name in (LOSS, RECALL))
-    if loss is None or loss.count < SURE:
+    embeds = evidence.task.name == "self-supervised"
+    if loss is None or loss.count < (EMBEDDED if embeds else SURE):
         return loss is not None
-    if evidence.task.name == "self-supervised":
+    if embeds:
         return recall is not None and recall.direction() == "rising"
     return loss.drop > PROGRESS
 
@@ -38,6 +40,12 @@ def falls(evidence: Evidence) -> bool:
     """Whether the loss is below its beginning and still falls; too few points are no excuse here."""
     loss = evidence.history.get(LOSS)
     return loss is not None and loss.level < loss.first and loss.drop > PROGRESS
+
+
+def falls_slowly(evidence: Evidence) -> bool:
+    """Whether the loss is below its beginning and falls by more than its noise, be it by a few percent."""
+    loss = evidence.history.get(LOSS)
+    return loss is not None and loss.level < loss.first and (loss.drop > PROGRESS or loss.direction() == "falling")
 
 
 def begins(evidence: Evidence) -> bool:
@@ -54,15 +62,17 @@ def learns_in_turn(evidence: Evidence) -> bool:
     return task.name in IN_TURN or (not task.name and bool(task.outputs))
 
 
-def may_begin(evidence: Evidence) -> bool:
+def may_begin(evidence: Evidence, anywhere: bool = False) -> bool:
     """Whether this may be the plateau on which such a network first knows no more than how frequent labels are.
 
     Its last features are as good as equal then, for dozens of points, and healthy transformers leave it all at once. So
-    do autoencoders that begin with one code, or with one mean of all that they reconstruct, in any layer. It is none
-    after seven tenths of the planned points, nor after the 64th, nor if the loss has risen again.
+    do autoencoders that begin with one code, or with one mean of all that they reconstruct, in any layer. Once the loss
+    has fallen, few directions may be left ``anywhere`` on it, those of how frequent labels are. It is none after seven
+    tenths of the planned points, nor after the 64th, nor if the loss has risen again.
     """
-    ends = learns_in_turn(evidence) and evidence.layer in evidence.task.last
     loss = evidence.history.get(LOSS)
+    gained = anywhere and loss is not None and loss.level < loss.first - PROGRESS * abs(loss.first)
+    ends = learns_in_turn(evidence) and (gained or evidence.layer in evidence.task.last)
     if loss is None or not (ends or evidence.task.name == "reconstruction") or not _has_time(evidence, LOSS):
         return False
     return loss.level <= loss.lowest + max(RETREAT * (loss.first - loss.lowest), PROGRESS * abs(loss.first))

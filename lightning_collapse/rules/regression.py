@@ -5,7 +5,7 @@ from math import log, nan, sqrt
 
 from lightning_collapse.rules.base import UNDECIDED, Rule, register_rule
 from lightning_collapse.rules.history import Evidence
-from lightning_collapse.rules.progress import SURE
+from lightning_collapse.rules.progress import LOSS, SURE, UNHARMED, is_harmed
 from lightning_collapse.utilities.points import Point
 
 
@@ -19,7 +19,8 @@ class RegressionOverCompression(Rule):
     Neural collapse as such, which leaves as many dimensions as there are targets, is no failure here. Not judged are
     points whose targets repeat: either the window is longer than an epoch, so that the nearest neighbor of a sample is
     its own copy of some steps ago and the estimate far too low, or the targets are too discrete to have a dimension.
-    Nothing is said before the eighth point.
+    Nothing is said before the eighth point. Noise in the targets has dimensions of its own, which no feature can have:
+    as long as the loss has kept nine tenths of what it gained it is a notice.
 
     Example:
         >>> values = {"intrinsic_dimension": 1.0, "target_dimension": 3.0}
@@ -39,7 +40,7 @@ class RegressionOverCompression(Rule):
     least = 0.1
     distinct = 0.9
     tasks = ("regression",)
-    follows = ("intrinsic_dimension",)
+    follows = ("intrinsic_dimension", LOSS)
     advice = "Lower the weight decay, or add `Regularizer(EffectiveRankHinge(), layer=...)` to the layer."
     paper = "2025, arXiv 2510.01105"
 
@@ -60,6 +61,10 @@ class RegressionOverCompression(Rule):
         """The severity; undecided before the eighth point, since fresh networks have a few dimensions only."""
         severity, curve = self.severity(evidence.points, evidence.baseline), evidence.history.get("intrinsic_dimension")
         return min(severity, UNDECIDED) if curve is None or curve.count < SURE else severity
+
+    def excuse(self, evidence: Evidence) -> str:
+        """That the loss has come to no harm."""
+        return "" if is_harmed(evidence) else UNHARMED
 
     def evidence(self, points: Mapping[str, Point], baseline: Mapping[str, float]) -> str:
         """Both dimensions, and the features' baseline."""

@@ -336,6 +336,12 @@ def _(net: Net, batch: Any) -> Tensor:
 PAIRED, FED = {"x": X, "y": X.roll(1, 1)}, {"x": "input", "y": "input"}
 
 
+@row("distances of two views, by products", [X, X + 0.1], "self-supervised", 0, set(), {"0": "input", "1": "input"})
+def _(net: Net, batch: Any) -> Tensor:
+    first, second = (net.features(x) for x in batch)
+    return torch.cdist(first, second, compute_mode="use_mm_for_euclid_dist").diag().square().mean()
+
+
 @row("pairs of towers that end in a sum", PAIRED, "self-supervised", 0, set(), FED)
 def _(net: Net, batch: Any) -> Tensor:
     images, texts = (F.normalize(net.residual(part), dim=1) for part in batch.values())

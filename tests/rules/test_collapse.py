@@ -4,7 +4,8 @@ import pytest
 
 from lightning_collapse.rules import RULES, Judge, Task
 from lightning_collapse.rules.collapse import DEEP, SHARE
-from lightning_collapse.rules.progress import SURE
+from lightning_collapse.rules.history import Curve, Evidence
+from lightning_collapse.rules.progress import EMBEDDED, LOSS, SURE
 from lightning_collapse.utilities.points import Point
 from tests.toys import HEALTHY
 
@@ -39,7 +40,7 @@ def test_a_tenth_is_a_failure_unless_the_loss_falls(name):
     assert sinces(run({name: TENTH})) == [BEGINNING]
     assert sinces(run({name: TENTH}, FALLING, kept=kept)) == []
     assert not kept[-1].healthy  # nor is it well
-    assert sinces(run({name: TENTH}, FALLING, SELF)) == [SURE - 1]  # its loss falls as it collapses
+    assert sinces(run({name: TENTH}, FALLING, SELF, n=EMBEDDED + 3)) == [EMBEDDED - 1]  # its loss falls as it collapses
     assert sinces(run({name: TENTH}, lambda step: -FALLING(-step))) == []  # a loss below zero
 
 
@@ -189,3 +190,40 @@ def test_severities_of_the_two_lines_are_ordered():
     found = [judgements[-1].severities["complete_collapse", "z"] for judgements in kept]
     assert found == sorted(found)
     assert found[1] < 1 <= found[2]
+
+
+@pytest.mark.parametrize("layer", ["head", "block"])
+def test_a_plateau_of_a_language_model_may_leave_few_directions_anywhere(layer):
+    """It knows how frequent tokens are, and no more yet; a loss that has got worse is no plateau."""
+    task, fallen = Task("language model", last=frozenset(["head"])), {"eigenvalue_effective_rank", "effective_rank"}
+
+    def found(loss, planned=100):
+        judge = Judge(["dimensional_collapse"])
+        judge.planned = planned
+        for step in range(60):
+            share = 1.0 if step < BEGINNING else 0.08
+            points = [Point("collapse", layer, name, step, share * 40, 64, 60.0) for name in fallen]
+            judge.update([*points, Point("training", "", "loss", step, loss(step))], task)
+        return sinces(judge)
+
+    def plateau(step):
+        return max(4.0 - 0.2 * step, 3.0)
+
+    assert found(plateau) == []
+    assert found(plateau, planned=40) == [27]  # most of the run is over
+    assert found(lambda step: plateau(step) + 2 * (step > 20))
+
+
+def test_advice_is_of_what_the_run_shows():
+    rule, task = RULES["complete_collapse"], Task("classification")
+
+    def advised(loss, task=task, baseline=HEALTHY):
+        curve = Curve()
+        for step in range(20):
+            curve.update(step, loss(step))
+        return rule.advise(Evidence("z", {}, baseline, {LOSS: curve}, task))
+
+    assert advised(FLAT) == advised(FALLING) == rule.advice
+    assert "Rollback" in advised(lambda step: 1.0 + step)  # it diverges
+    assert advised(lambda step: 1.0 + step, Task()) == rule.advice  # a loss that is not known may rise
+    assert "initialization" in advised(FLAT, baseline={**HEALTHY, "relative_spread": 1e-3})

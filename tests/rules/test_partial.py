@@ -5,7 +5,7 @@ from math import nan
 import pytest
 
 from lightning_collapse.rules import RULES, Judge, Task
-from lightning_collapse.rules.partial import FEW, MANY, POINTS, SHARE
+from lightning_collapse.rules.partial import MANY, POINTS, SHARE
 from lightning_collapse.utilities.points import Point
 
 PARTIAL, PROTOTYPES = RULES["partial_collapse"], RULES["prototype_collapse"]
@@ -156,30 +156,30 @@ def choose(perplexities, null, loss=None, task=SELF):
 
 def test_one_expert_may_be_enough_while_the_loss_comes_to_no_harm():
     regression = Task("regression")
-    judge = choose([1.0] * 16, 31.0, lambda step: 0.9**step, regression)
+    judge = choose([1.0] * 24, 31.0, lambda step: 0.9**step, regression)
     assert judge.verdicts == []
-    assert [(notice.kind, notice.since) for notice in judge.notices] == [("prototype_collapse", FEW - 1)]
-    harmed = choose([1.0] * 24, 31.0, lambda step: 0.9**step if step < 12 else 1.0, regression)
-    assert [verdict.since for verdict in harmed.verdicts] == [14]
-    assert choose([1.0] * 16, 31.0, None, regression).verdicts
-    assert choose([1.0] * 16, 31.0, lambda step: 0.9**step).verdicts  # features that are compared with each other
+    assert [(notice.kind, notice.since) for notice in judge.notices] == [("prototype_collapse", POINTS - 1)]
+    harmed = choose([1.0] * 32, 31.0, lambda step: 0.9**step if step < 20 else 1.0, regression)
+    assert [verdict.since for verdict in harmed.verdicts] == [22]
+    assert choose([1.0] * 24, 31.0, None, regression).verdicts
+    assert choose([1.0] * 24, 31.0, lambda step: 0.9**step).verdicts  # features that are compared with each other
 
 
-def test_one_prototype_for_all_is_a_failure_from_the_sixth_point_on():
-    [verdict] = choose([1.0] * 12, 31.0).verdicts
-    assert (verdict.kind, verdict.layer, verdict.since) == ("prototype_collapse", "prototypes", FEW - 1)
-    assert verdict.step == FEW - 1 + PROTOTYPES.patience - 1
+def test_one_prototype_for_all_is_a_failure_from_the_sixteenth_point_on():
+    [verdict] = choose([1.0] * 24, 31.0).verdicts
+    assert (verdict.kind, verdict.layer, verdict.since) == ("prototype_collapse", "prototypes", POINTS - 1)
+    assert verdict.step == POINTS - 1 + PROTOTYPES.patience - 1
     assert "over 64 rows the perplexity of the choices is 1.0, where equally likely ones read 31.0" in verdict.evidence
 
 
 @pytest.mark.parametrize(
     ("perplexities", "null"),
     [
-        ([9.0] * 12, 36.0),
-        ([1.1 * 1.05**step for step in range(12)], 31.0),  # they come into use
-        ([1.0] * 12, PROTOTYPES.least_null),  # a router of few experts
-        ([1.0] * (FEW - 1) + [20.0] * 12, 31.0),
-        ([1.0] * 12, nan),
+        ([9.0] * 24, 36.0),
+        ([1.1 * 1.05**step for step in range(24)], 31.0),  # they come into use
+        ([1.0] * 24, PROTOTYPES.least_null),  # a router of few experts
+        ([1.0] * (POINTS - 1) + [20.0] * 12, 31.0),
+        ([1.0] * 24, nan),
     ],
     ids=["nine of 36", "recovering", "few", "late", "no null"],
 )

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 
 from lightning_collapse import CollapseGuard
 from lightning_collapse.reporting import publish
+from lightning_collapse.rules import Judge, Task
 from lightning_collapse.utilities.points import Flag, Point
 from tests.regression import Regressor, loader
 from tests.toys import Claims, PointKeeper, fit
@@ -86,3 +87,16 @@ def test_samples_that_repeat_in_the_window_say_nothing() -> None:
     script = [(6.0, 3.0, 500)] * 8 + [(2.0, 3.0, 500)] * 3
     assert judged(script, distinct=0.8)[0].verdicts == []
     assert judged(script, distinct=0.95)[0].verdicts
+
+
+@pytest.mark.parametrize("loses", [False, True])
+def test_as_long_as_the_loss_keeps_what_it_gained_it_is_a_notice(loses) -> None:
+    """Targets with noise have more dimensions than what can be told of them."""
+    judge = Judge(["regression_over_compression"])
+    for step in range(24):
+        loss = 1.0 if loses and step > 12 else 0.9**step
+        values = {"intrinsic_dimension": 2.6, "target_dimension": 5.6}
+        points = [Point("regression_collapse", "head", name, step, value, 300) for name, value in values.items()]
+        judge.update([*points, Point("training", "", "loss", step, loss)], Task("regression"))
+    assert [notice.kind for notice in judge.notices] == ["regression_over_compression"]
+    assert len(judge.verdicts) == loses
