@@ -278,6 +278,7 @@ class CallFrames(HookOwner):
                 add: Any = tensor.register_hook
                 add(partial(self._gradient, self._number, index))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step may run its backward pass
     @torch.no_grad()
     def _gradient(self, number: int, index: int, gradient: Tensor) -> None:
         frame = self.frame

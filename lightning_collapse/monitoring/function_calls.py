@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_collapse.utilities.private_torch import FUSED_IN_EVAL, innermost_function_mode
+from lightning_collapse.utilities.private_torch import FUSED_IN_EVAL, innermost_function_mode, never_compile
 
 
 class Listener(Protocol):
@@ -87,12 +87,23 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            for listener in self.listeners:
-                try:
-                    listener.note(func, args, kwargs, output)
-                except Exception as error:  # noqa: PERF203  (one must not keep the others from it)
-                    listener.fail(error)
+            _tell(self.listeners, func, args, kwargs, output)
         return output
+
+
+# compiled by itself, for a call between two graphs, it may hand a `torch.dtype` back as a number (torch 2.13)
+never_compile(_Mode.__torch_function__)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # as are listeners
+def _tell(
+    listeners: tuple[Listener, ...], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    for listener in listeners:
+        try:
+            listener.note(func, args, kwargs, output)
+        except Exception as error:  # noqa: PERF203  (one must not keep the others from it)
+            listener.fail(error)
 
 
 def has_fused_layers(root: nn.Module) -> bool:

@@ -99,7 +99,8 @@ def follow_gradient(tensor: Tensor, take: Callable[[Tensor], None]) -> None:
 
 
 def _hook(tensor: Any, take: Callable[[Tensor], None]) -> None:
-    tensor.register_hook(take)
+    uncompiled: Any = torch.compiler.disable(take)  # type: ignore[no-untyped-call]
+    tensor.register_hook(uncompiled)  # the backward pass may be run by a compiled step
 
 
 @torch.no_grad()

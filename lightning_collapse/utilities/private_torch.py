@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves as tree_leaves
 
@@ -40,6 +41,16 @@ def is_inside_transform() -> bool:
 def innermost_function_mode() -> Any:
     """The ``TorchFunctionMode`` that was entered last."""
     return torch.overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
+
+
+def never_compile(function: Any) -> None:
+    """Have a function that code between two compiled graphs calls run as it is written; traces go through as before.
+
+    ``torch.compiler.disable`` would break the graph of whatever traces it.
+    """
+    skip = getattr(eval_frame, "skip_code", None)
+    if skip is not None:
+        skip(function.__code__)
 
 
 def is_fake(value: object) -> bool:

@@ -54,6 +54,7 @@ class SkippableStep:
             handle.remove()
         self._restore()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step may step the optimizer
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._restore()  # what a step that has raised an exception left
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -63,14 +64,19 @@ class SkippableStep:
 
         decided: list[Decision] = []
 
-        def closure_and_decision() -> Any:
-            loss = closure()
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def settle() -> None:
             decided.extend([] if decided else [self.decide()])  # of one step one, however often its closure is run
             self._apply(decided[0])
+
+        def closure_and_decision() -> Any:
+            loss = closure()
+            settle()
             return loss
 
         return (args[:1], {**kwargs, "closure": closure_and_decision})
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._restore()
 

@@ -90,6 +90,7 @@ class Constraint(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step may step the optimizer
     @torch.no_grad()
     def _run(self, act: Callable[[Mapping[str, Tensor]], None], optimizer: Optimizer) -> None:
         """Act on what this optimizer steps. Collective where weights are sharded."""

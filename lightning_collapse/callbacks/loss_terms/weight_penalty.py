@@ -319,6 +319,7 @@ class WeightPenalty(TaskAware):
         self.penalty.add_gradients(owned, scale)
         self._squares["penalty"].append(squared_change(dense_gradients(owned), past, pl_module.device))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _settle(self, optimizer: Optimizer) -> None:
         self._evaluated.pop(id(optimizer), None)
         with self.containment("seeing a step", "its importances and curves may have gaps"):

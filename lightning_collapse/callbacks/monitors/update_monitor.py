@@ -177,6 +177,7 @@ class UpdateMonitor(Monitor):
             return
         reader, self._announced = self._reader, True
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]  # nor is a hook of Lightning's
         def after(*_: Any) -> None:
             with self.contained("reading an update", "points may be missing"):
                 reader.after(optimizer, due, keep)
