@@ -128,13 +128,24 @@ class Failing(torch.autograd.Function):
 
 
 class Hook:
-    """Does something in a forward pass of the layer that it hooks, at one training step."""
+    """Does something in a forward pass of the layer that it hooks, at one training step.
+
+    Watchers run the step too, ahead of it. A model fails whoever runs it, but a user interrupts the training.
+    """
 
     def __init__(self, model: Lit, step: int, kind: str) -> None:
         self.model, self.step, self.kind = model, step, kind
 
     def __call__(self, module: nn.Module, *values: Any) -> Any:
-        return HOOKS[self.kind](values[-1]) if self.model.now == self.step else None
+        due = self.model.now == self.step and (self.kind != "interrupt" or _is_stepping(self.model))
+        return HOOKS[self.kind](values[-1]) if due else None
+
+
+def _is_stepping(model: Lit) -> bool:
+    """Whether Lightning runs a training step now: it counts a batch before the step and after it."""
+    trainer: Any = model._trainer  # copies have none
+    progress = None if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress is not None and progress.started > progress.processed
 
 
 def _raise(error: BaseException) -> Any:

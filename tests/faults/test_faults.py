@@ -100,3 +100,12 @@ def test_a_failure_shrinks_to_what_causes_it(monkeypatch):
     setting = replace(PLAIN, body="gru", accumulate=2, logs=True, watchers=(("First", {}), ("Second", {})))
     found = shrink(run(setting)).setting
     assert (len(found.watchers), found.body, found.accumulate, found.logs) == (1, "mlp", 1, False)
+
+
+def test_an_interrupt_comes_in_the_training_and_not_in_a_pass_of_a_watcher():
+    """Which runs the step that is interrupted, one ahead."""
+    watchers = (("FeatureLearningMonitor", {"every_n_steps": 1}),)
+    trial = run(replace(PLAIN, faults=(("forward_fails", 3, "interrupt"),), watchers=watchers))
+    assert trial.end.startswith("SystemExit")
+    assert trial.points
+    assert not trial.failures
