@@ -314,7 +314,7 @@ class _After(ModuleHook):
 
 
 class _Border(ModuleHook):
-    """On a module that was compiled in place, whose hooks are compiled with it: reads the first tensor it returns."""
+    """On a module that was compiled in place, and whose hooks may be with it: reads the first tensor it returns."""
 
     def __init__(self, frames: CallFrames, name: str, module: nn.Module) -> None:
         self._frames, self._name, self._kind = frames, name, type(module).__name__
@@ -322,9 +322,10 @@ class _Border(ModuleHook):
         super().__init__(module)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
-        if torch.compiler.is_compiling():
+        compiled = torch.compiler.is_compiling()
+        if compiled or self._frames.armed:
             tensors: list[Tensor | None] = [leaf.detach() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-            self._call(tensors[:1])
+            (self._call if compiled else self._receive)(tensors[:1], "")
 
     def _receive(self, tensors: Sequence[Tensor | None], note: str) -> None:
         frames = self._frames

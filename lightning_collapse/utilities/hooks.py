@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_collapse.utilities.private_torch import is_hook_table
+from lightning_collapse.utilities.private_torch import is_hook_table, never_compile
 
 # private in torch 2.5
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -111,6 +111,10 @@ class ModuleHook:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, (nullcontext(), "__exit__")  # takes any three arguments, and returns nothing
+
+
+# a layer that is called between two graphs runs as it is written, and under a transform nothing else would do
+never_compile(ModuleHook.__call__, recursive=True)
 
 
 class HookOwner:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
+from torch._dynamo import eval_frame, types
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves as tree_leaves
 
@@ -43,14 +43,22 @@ def innermost_function_mode() -> Any:
     return torch.overrides._get_current_function_mode()  # type: ignore[no-untyped-call]
 
 
-def never_compile(function: Any) -> None:
+def never_compile(function: Any, recursive: bool = False) -> None:
     """Have a function that code between two compiled graphs calls run as it is written; traces go through as before.
 
-    ``torch.compiler.disable`` would break the graph of whatever traces it.
+    ``torch.compiler.disable`` would break the graph of whatever traces it, and costs every call a microsecond.
+
+    Args:
+        function: Of Python.
+        recursive: Whether that holds of what it calls, too; not before torch 2.7.
     """
-    skip = getattr(eval_frame, "skip_code", None)
-    if skip is not None:
-        skip(function.__code__)
+    strategies: Any = types
+    if hasattr(strategies, "FrameExecStrategy") and hasattr(eval_frame, "set_code_exec_strategy"):
+        skip = strategies.FrameAction.SKIP
+        strategy = strategies.FrameExecStrategy(skip, skip if recursive else strategies.FrameAction.DEFAULT)
+        eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    elif hasattr(eval_frame, "skip_code"):
+        eval_frame.skip_code(function.__code__)
 
 
 def is_fake(value: object) -> bool:

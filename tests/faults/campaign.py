@@ -17,7 +17,9 @@ from tests.faults.setting import draw
 from tests.faults.trial import Trial, run
 
 SECONDS = 60
-"""Of the processor, for a trial; most take less than one, compiled ones a few."""
+"""Of the processor, for a trial; most take less than one."""
+COMPILED = 240
+"""For one that compiles: every step anew until the compiler gives up, and every hook with it."""
 
 
 class Hung(BaseException):
@@ -39,9 +41,10 @@ def one(seed: int, control: bool = False) -> Trial:
         raise Hung
 
     setting = draw(seed)
+    seconds = COMPILED if setting.compiled else SECONDS
     for kind, number in ((signal.ITIMER_PROF, signal.SIGPROF), (signal.ITIMER_REAL, signal.SIGALRM)):
         signal.signal(number, hang)
-        signal.setitimer(kind, SECONDS if kind == signal.ITIMER_PROF else 10 * SECONDS)
+        signal.setitimer(kind, seconds if kind == signal.ITIMER_PROF else 10 * seconds)
     try:
         return run(setting, (lambda setting, watch: fit(setting, False)) if control else fit)
     except (Hung, Exception) as error:

@@ -6,8 +6,10 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_collapse import RouterMonitor
+from lightning_collapse.monitoring.feature_hooks import FeatureHooks
 from lightning_collapse.monitoring.function_calls import FUNCTION_CALLS
 from lightning_collapse.utilities.gradients import follow_gradient
+from lightning_collapse.utilities.modules import Tap
 from lightning_collapse.utilities.skippable_step import SkippableStep
 from tests.toys import PointKeeper, batches, fit, weights
 
@@ -115,3 +117,42 @@ def test_neither_gradients_nor_updates_are_read_by_compiled_code():
     torch.compile(step, backend="eager")(torch.ones(3, 4))
     skippable.remove()
     assert compiled == [False, False]
+
+
+class Scaled(nn.Module):
+    """A layer by whose gain its output is multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.gain = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.layer(x) * self.gain
+
+
+def test_a_transform_of_compiled_layers_goes_on_with_hooks_in_them():
+    """It has nothing compiled anew, but for what else it calls."""
+    model, x = Scaled(), torch.ones(3, 4)
+    expected = torch.func.jacrev(model)(x)
+    hooks = FeatureHooks([Tap("layer", model.layer), Tap("", model)])
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    assert torch.equal(torch.func.jacrev(compiled)(x), expected)
+    hooks.remove()
+
+
+def test_hooks_beside_compiled_code_make_no_graph_of_their_own():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    layer = nn.Linear(4, 4)
+    layer.compile(backend=backend)
+    hooks = FeatureHooks([Tap("layer", layer)])
+    hooks.armed = True
+    layer(torch.ones(3, 4))
+    assert hooks.pop()["layer"].rows.shape == (3, 4)
+    assert len(graphs) == 1
+    hooks.remove()
