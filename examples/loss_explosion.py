@@ -310,6 +310,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two short runs: to see that it works")
     if parser.parse_args().quick:
-        main(steps=40, seeds=1, courses=QUICK)
+        main(steps=20, seeds=1, courses=QUICK)
     else:
         main()

@@ -9,12 +9,23 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from lightning.pytorch.strategies import DDPStrategy
 
 
 def spawn(check: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
     """Run ``check(rank, *args)``, a function of a module, in processes of its own; raises what one of them raises."""
-    multiprocessing.set_forkserver_preload(["lightning_collapse", "lightning.pytorch", "torch.distributed"])
+    _import_once()
     mp.start_processes(check, args, nprocs, start_method="forkserver")
+
+
+def forkserver_ddp() -> DDPStrategy:
+    """``ddp_spawn``, launcher, pickling and pipe alike, but its processes need not import everything again."""
+    _import_once()
+    return DDPStrategy(start_method="forkserver", process_group_backend="gloo")
+
+
+def _import_once() -> None:
+    multiprocessing.set_forkserver_preload(["lightning_collapse", "lightning.pytorch", "torch.distributed"])
 
 
 def on_two_processes(check: Callable[..., None], *arguments: Any) -> None:

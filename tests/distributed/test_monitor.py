@@ -13,7 +13,7 @@ from lightning_collapse.functional import direction_spread, effective_rank, feat
 from lightning_collapse.spectral import singular_values
 from lightning_collapse.utilities.features import evenly
 from lightning_collapse.utilities.trainer import save_checkpoint
-from tests.distributed.launch import on_two_processes
+from tests.distributed.launch import forkserver_ddp, on_two_processes
 from tests.toys import QUIET, MemoryLogger, PointKeeper, Toy, batches, weights
 
 MEASURES = ["effective_rank", "eigenvalue_effective_rank", "feature_std", "relative_spread", "direction_spread"]
@@ -134,7 +134,7 @@ class Wide(Toy):
 
 @pytest.mark.filterwarnings("ignore")
 def test_many_curves_do_not_block_spawned_processes():
-    trainer = Trainer(**{**QUIET, "devices": 2, "strategy": "ddp_spawn", "logger": False})
+    trainer = Trainer(**{**QUIET, "devices": 2, "strategy": forkserver_ddp(), "logger": False})
     trainer.callbacks.append(SpectralAlignmentMonitor(every_n_steps=2))
     trainer.fit(Wide(), batches(4))
     assert trainer.callback_metrics["spectral_alignment/all/spectral_norm"] > 0
@@ -160,7 +160,7 @@ class Unwritable(Callback):
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_happens_on_one_process_only_does_not_block_the_others():
-    trainer = Trainer(**{**QUIET, "devices": 2, "strategy": "ddp_spawn", "logger": False, "precision": "bf16-true"})
+    trainer = Trainer(**{**QUIET, "devices": 2, "strategy": forkserver_ddp(), "logger": False, "precision": "bf16-true"})
     trainer.callbacks += [CollapseMonitor(["head"], every_n_steps=2, rows=2), Unwritable()]
     trainer.fit(OneSided(), batches(4))
     assert trainer.callback_metrics["collapse/head/n"] > 0
