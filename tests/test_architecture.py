@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -35,8 +36,13 @@ ALLOWED = {"torch", "lightning", "lightning_utilities", "torchmetrics", "numpy",
 ALLOWED |= {"fsspec", "PIL"}  # what Lightning and TensorBoard themselves write files and pictures with
 
 
+@cache
+def nodes(path):
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
         elif isinstance(node, ast.Import):
@@ -76,18 +82,17 @@ KNOWN = {
 """Names with an underscore that are others', and why they may stand anywhere."""
 
 
-def _own_names():
-    for path in ROOT.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                yield node.name
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                yield node.id
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                yield node.attr
-
-
-OWN = set(_own_names())
+@cache
+def own_names():
+    found = set()
+    for node in (node for path in ROOT.rglob("*.py") for node in nodes(path)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -95,13 +100,14 @@ def test_two_files_know_private_api(path):
     if str(path.relative_to(ROOT)) in PRIVATE:
         return
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Attribute):
             found.add(node.attr)
         elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lightning_collapse"):
             found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)} - {"__future__"}
     private = {name for name in found if name.startswith("_") and not name.startswith("__")}
-    assert private <= OWN | KNOWN.keys(), f"{path} uses {private - OWN - KNOWN.keys()}"
+    unknown = private - own_names() - KNOWN.keys()
+    assert not unknown, f"{path} uses {unknown}"
 
 
 @pytest.mark.parametrize("package", ["", *sorted(LEVEL)])

@@ -160,7 +160,8 @@ class Unwritable(Callback):
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_happens_on_one_process_only_does_not_block_the_others():
-    trainer = Trainer(**{**QUIET, "devices": 2, "strategy": forkserver_ddp(), "logger": False, "precision": "bf16-true"})
+    options = {**QUIET, "devices": 2, "strategy": forkserver_ddp(), "logger": False}
+    trainer = Trainer(**options, precision="bf16-true")
     trainer.callbacks += [CollapseMonitor(["head"], every_n_steps=2, rows=2), Unwritable()]
     trainer.fit(OneSided(), batches(4))
     assert trainer.callback_metrics["collapse/head/n"] > 0
