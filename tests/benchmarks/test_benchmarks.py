@@ -40,7 +40,7 @@ def _every_step(monkeypatch):
 def _attention_entropy(monkeypatch):
     monkeypatch.setattr(attention_entropy, "ROUNDS", {64: 2})
     attention_entropy.against_fused_attention(64, "causal")
-    attention_entropy.share_of_training(20)
+    attention_entropy.share_of_training(16)
 
 
 def _neural_collapse(monkeypatch):

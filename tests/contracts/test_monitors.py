@@ -109,9 +109,9 @@ def run(*callbacks, data=None, **kwargs):
 
 
 @cache
-def unwatched():
-    """The model after a fit that nobody has watched, and the random state."""
-    return run()[0], torch.random.get_rng_state()
+def unwatched(count=8):
+    """The model after a fit of so many batches that nobody has watched, and the random state."""
+    return run(data=batches()[:count])[0], torch.random.get_rng_state()
 
 
 @each
@@ -180,11 +180,11 @@ def test_what_fails_is_said_once_and_training_goes_on(name, method):
     def broken(*args, **kwargs):
         raise ValueError("boom")
 
-    plain, _ = unwatched()
+    plain, _ = unwatched(4)  # three points, so that it fails more than once
     monitor = make(name)
     setattr(monitor, method, broken)
     with pytest.warns(UserWarning, match=rf"`{name}`: .* failed with ValueError\('boom'\).*Training goes on") as said:
-        watched, trainer = run(monitor)
+        watched, trainer = run(monitor, data=batches()[:4])
     assert trainer.state.finished
     assert sum("boom" in str(w.message) for w in said) == 1
     assert all(torch.equal(value, weights(watched)[key]) for key, value in weights(plain).items())
@@ -329,7 +329,7 @@ def test_it_travels_before_and_after_a_fit(name):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*in the middle of an epoch")
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(name, tmp_path):
     # the loader of a half-done epoch starts anew: every batch is the same
-    data = batches(1) * 8
+    data = batches(1) * 6
 
     def part(keeper, **kwargs):
         torch.manual_seed(0)

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+from functools import cache
 from math import inf, isnan, nan
 
 import pytest
@@ -69,17 +70,24 @@ def by_name(rule, points):
     return {(p.measure if p.family in families else f"{p.family}/{p.measure}"): p for p in points}
 
 
+@cache
+def share(rule, name):
+    """Whether it declares a range of 0 to 1."""
+    curve = CURVES.get(name if "/" in name else f"{rule.family}/{name}") or MEASURES[name]
+    return re.match(r"0 to 1\b", curve.range) is not None
+
+
+def draw_one(rule, name, random_):
+    """A reading in the range that it declares, at times at an end; an estimate of zero is none."""
+    if name.startswith(f"{TRAINING}/"):
+        return random_.uniform(0.1, 3) if name.endswith("/loss") else float(random_.random() < 0.5)
+    top = 1.0 if share(rule, name) else random_.choice([1.0, 3.0, 40.0])
+    return random_.choice([1e-4, top]) if random_.random() < 0.1 else random_.uniform(0.001, top)
+
+
 def draw(rule, random_):
-    """Readings of one point in the range that each declares, some at its ends; an estimate of zero is none."""
-    readings = {}
-    for name in names(rule):
-        if name.startswith(f"{TRAINING}/"):
-            readings[name] = random_.uniform(0.1, 3) if name.endswith("/loss") else float(random_.random() < 0.5)
-            continue
-        curve = CURVES.get(name if "/" in name else f"{rule.family}/{name}") or MEASURES[name]
-        top = 1.0 if re.match(r"0 to 1\b", curve.range) else random_.choice([1.0, 3.0, 40.0])
-        readings[name] = random_.choice([1e-4, top]) if random_.random() < 0.1 else random_.uniform(0.001, top)
-    return readings
+    """Readings of one point."""
+    return {name: draw_one(rule, name, random_) for name in names(rule)}
 
 
 @rules
@@ -180,16 +188,16 @@ def test_severity_is_monotone_in_what_it_reads(rule):
     assert {*rule.lower_is_worse, *rule.higher_is_worse} <= {*read(rule), *rule.of_training}
     random_, severities = random.Random(0), set()
     for _ in range(4000):
-        baseline = {name: value for name, value in draw(rule, random_).items() if name in read(rule)}
+        baseline = {name: draw_one(rule, name, random_) for name in read(rule)}
         n, null = random_.choice([40, 1000]), random_.choice([nan, 3.0, 30.0])
-        values = draw(rule, random_)
+        points = by_name(rule, make_points(rule, draw(rule, random_), n=n, null=null))
         for directed in (*rule.lower_is_worse, *rule.higher_is_worse):
-            name = of_own(rule, directed)
+            point, other = points[directed], draw_one(rule, of_own(rule, directed), random_)
             found = [
-                rule.severity(by_name(rule, make_points(rule, {**values, name: v}, n=n, null=null)), baseline)
-                for v in worse_last(rule, directed, values[name], draw(rule, random_)[name])
+                rule.severity({**points, directed: point._replace(value=value)}, baseline)
+                for value in worse_last(rule, directed, point.value, other)
             ]
-            assert not found[0] > found[1] * (1 + 1e-12), (name, values, baseline)
+            assert not found[0] > found[1] * (1 + 1e-12), (directed, points, baseline)
             severities |= {value for value in found if not isnan(value)}
     if severities == {0.0}:  # nothing is told by one point
         assert rule.kind in WITH_HISTORY
@@ -213,7 +221,7 @@ def test_runs_that_stay_at_worse_values_are_never_less_severe(rule):
         n, null = random_.choice([40, 1000]), random_.choice([3.0, 30.0])
         for directed in (*rule.lower_is_worse, *rule.higher_is_worse):
             name, found = of_own(rule, directed), []
-            for value in worse_last(rule, directed, values[name], draw(rule, random_)[name]):
+            for value in worse_last(rule, directed, values[name], draw_one(rule, name, random_)):
                 judge = judge_of(rule)
                 if rule.detectors("z", None) or rule.detectors(ALL, None):
                     judge.planned = None  # in long runs they are not armed yet: they tell changes, and not levels
