@@ -148,6 +148,10 @@ class Rule(ABC):
         """:attr:`says` of a layer, or of :data:`ALL` where none of them stands out."""
         return self.says.replace("{layer}", layer)
 
+    def describe(self, evidence: Evidence, layer: str) -> str:
+        """What is wrong in this run, in one plain sentence: :meth:`sentence`, where a rule has but one to say."""
+        return self.sentence(layer)
+
     def worst_layer(
         self, layers: Mapping[str, Mapping[str, Point]], baselines: Mapping[str, Mapping[str, float]]
     ) -> str:

@@ -135,6 +135,13 @@ class CompleteCollapse(Rule):
         total = max(_shrunk(points, evidence.baseline), *(line / max(spread, 1e-300) for spread in spreads))
         return severity if total >= 1 else min(severity, UNDECIDED)
 
+    def describe(self, evidence: Evidence, layer: str) -> str:
+        """Whether rows are equal, or point one way and differ in their lengths."""
+        points, baseline = evidence.points, evidence.baseline
+        equal = spread_gone(points["relative_spread"].value, baseline["relative_spread"])
+        one_way = max(equal, _shrunk(points, baseline)) < 1 <= directions_gone(points, baseline)
+        return f"All inputs point nearly one way in `{layer}`." if one_way else self.sentence(layer)
+
     def advise(self, evidence: Evidence) -> str:
         """What to do of a layer that was so from birth, or of a training that diverges; else its own advice."""
         spreads = [

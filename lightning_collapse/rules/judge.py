@@ -206,7 +206,7 @@ class Judge:
                 is_notice = rule.informative or bool(expected)
                 advice = "" if is_notice else rule.advise(evidence)
                 since = rule.onset(evidence, since)
-                says = rule.sentence(where)
+                says = rule.describe(evidence, where)
                 verdict = Verdict(rule.kind, where, since, turn.step, words, severity, advice, says=says)
                 (turn.notices if is_notice else turn.triggered).append(verdict)
 

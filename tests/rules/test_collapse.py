@@ -227,3 +227,12 @@ def test_advice_is_of_what_the_run_shows():
     assert "Rollback" in advised(lambda step: 1.0 + step)  # it diverges
     assert advised(lambda step: 1.0 + step, Task()) == rule.advice  # a loss that is not known may rise
     assert "initialization" in advised(FLAT, baseline={**HEALTHY, "relative_spread": 1e-3})
+
+
+def test_rows_that_point_one_way_are_not_said_to_lie_on_one_point():
+    says = {
+        name: [verdict.says for verdict in run({name: HUNDREDTH, **beside}).verdicts]
+        for name, beside in (("relative_spread", {"direction_spread": HUNDREDTH}), ("direction_spread", {}))
+    }
+    assert says["relative_spread"] == ["All inputs are mapped to nearly one point in `z`."]
+    assert says["direction_spread"] == ["All inputs point nearly one way in `z`."]
