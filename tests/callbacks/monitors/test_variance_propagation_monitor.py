@@ -212,15 +212,21 @@ def test_bad_constant_and_silent_layers_are_flagged():
     assert last["forward_ratio"].n == 63
 
 
-def test_of_compiled_code_values_alone_are_read():
+@pytest.mark.parametrize("inside", [False, True])
+def test_of_layers_inside_compiled_code_values_alone_are_read(inside):
     torch.manual_seed(0)
     model = Deep()
-    expected = ratios(run(deepcopy(model), layers=("layers.[01]",)), "forward_ratio")
-    for layer in model.layers[:2]:
-        layer.compile(backend="eager")
+    plain = run(deepcopy(model), layers=("layers.[01]",))
+    if inside:
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        for layer in model.layers[:2]:
+            layer.compile(backend="eager")
     keeper = run(model, layers=("layers.[01]",))
-    assert ratios(keeper, "forward_ratio") == pytest.approx(expected, rel=1e-5)
-    assert ratios(keeper, "backward_ratio") == []
+    assert ratios(keeper, "forward_ratio") == pytest.approx(ratios(plain, "forward_ratio"), rel=1e-5)
+    expected = [] if inside else ratios(plain, "backward_ratio")
+    assert ratios(keeper, "backward_ratio") == pytest.approx(expected, rel=1e-5)
+    assert ratios(plain, "backward_ratio")
     torch.compiler.reset()
 
 
