@@ -11,8 +11,8 @@ from lightning_collapse.utilities.features import evenly
 
 GROUPS = 256
 """Outputs that are told apart; of more, those whose numbers differ by a multiple of this are one."""
-ROWS = 1024
-"""Of a call that are read, spread over all."""
+ROWS, NUMBERS = 1024, 2**24
+"""Rows of a call that are read, spread over all, and logits, but 64 rows at least: of these there is a copy."""
 
 
 def usage_sums(logits: Tensor, targets: Tensor | None, counted: Tensor) -> Tensor:
@@ -30,7 +30,8 @@ def usage_sums(logits: Tensor, targets: Tensor | None, counted: Tensor) -> Tenso
         >>> predicted[:3].tolist(), labelled[:3].tolist()
         ([2.0, 0.0, 0.0], [1.0, 1.0, 0.0])
     """
-    places = evenly(torch.arange(counted.numel(), device=logits.device), ROWS)
+    limit = min(ROWS, max(NUMBERS // max(logits.shape[-1], 1), 64))
+    places = evenly(torch.arange(counted.numel(), device=logits.device), limit)
     index: tuple[Tensor, ...] = ()
     for length in reversed(counted.shape):  # flattened, transposed logits would be copied as a whole
         places, index = places // length, (places % length, *index)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_collapse.monitoring.output_usage import GROUPS, ROWS, usage_sums, usages
+from lightning_collapse.monitoring.output_usage import GROUPS, NUMBERS, ROWS, usage_sums, usages
 
 
 def reference(logits, labels, counted):
@@ -51,3 +51,5 @@ def test_what_is_read_of_a_large_batch_is_spread_over_it():
     counted = torch.ones(len(half), dtype=torch.bool)
     used, label_usage, labelled = usages(usage_sums(half, half.argmax(1), counted)).tolist()
     assert (used, label_usage, labelled) == (pytest.approx(2, rel=1e-4), pytest.approx(2, rel=1e-4), ROWS)
+    wide, labels = torch.zeros(100, 1).expand(100, NUMBERS // 70), torch.zeros(100, dtype=torch.long)
+    assert usage_sums(wide, labels, counted[:100])[1].sum() == 70  # a vocabulary is not copied for all rows
