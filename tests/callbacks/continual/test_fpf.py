@@ -45,7 +45,7 @@ def test_the_most_sensitive_are_tuned_as_a_loop_would_and_all_else_stays():
                 weight -= 0.1 * gradient
     for name, value in model.state_dict().items():
         if name.startswith(("head.", "body.1.running")):
-            torch.testing.assert_close(value.double(), plain.state_dict()[name])
+            torch.testing.assert_close(value, plain.state_dict()[name].float())  # by the rounding of the first
             assert not torch.equal(value, expected[name])
         elif name != "body.1.num_batches_tracked":
             assert torch.equal(value, expected[name]), name
