@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from lightning_collapse import AttentionEntropyMonitor, CollapseMonitor, PlasticityMonitor, SpectralAlignmentMonitor
 from lightning_collapse.monitoring import graph_call
 from lightning_collapse.monitoring.feature_hooks import Captured, FeatureHooks
 from lightning_collapse.monitoring.graph_call import GraphCall, pack, unpack
 from lightning_collapse.utilities.modules import Tap
-from tests.toys import Toy, batches, fit, weights
+from tests.toys import QUIET, PointKeeper, Toy, batches, fit, weights
 
 BACKENDS = [
     ("eager", False),
@@ -317,3 +319,63 @@ def test_monitors_leave_a_compiled_model_its_graphs_and_read_the_same(place: str
         for key, value in row.items():
             assert found[step][key] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), key
     assert any(key.startswith("attention/attend/") for row in found.values() for key in row)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) + x
+
+
+class Validated(LightningModule):
+    """Compiled, and keeps what it returns in validation."""
+
+    def __init__(self, in_place: bool, rows: list[Tensor]) -> None:
+        super().__init__()
+        self.encoder: Any = Encoder()
+        self.in_place, self.rows, self.graphs = in_place, rows, Graphs()
+        self.seen: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        if self.in_place:
+            self.encoder.compile(backend=self.graphs)
+        else:
+            self.encoder = torch.compile(self.encoder, backend=self.graphs)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.rows, batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.rows[:1], batch_size=None)  # type: ignore[arg-type]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.encoder(batch).square().mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.seen.append(self.encoder(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_validations_of_compiled_transformers_round_as_without_monitors(in_place: bool) -> None:
+    """In evaluation mode torch takes another way through them as soon as anybody listens."""
+    rows = [torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+    def run(*callbacks: Any) -> Validated:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = Validated(in_place, rows)
+        options = {**QUIET, "max_epochs": 2, "val_check_interval": 2, "limit_val_batches": 1, "logger": False}
+        Trainer(**options, callbacks=list(callbacks)).fit(model)
+        return model
+
+    keeper = PointKeeper()
+    plain, watched = run(), run(CollapseMonitor(layers=["*linear1"], every_n_steps=1), keeper)
+    assert watched.graphs.count == plain.graphs.count > 0
+    assert all(torch.equal(one, other) for one, other in zip(plain.seen, watched.seen, strict=True))
+    assert [point.step for point in keeper.points if point.measure == "n"] == list(range(8))

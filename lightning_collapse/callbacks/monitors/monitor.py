@@ -17,6 +17,7 @@ from lightning_collapse.callbacks.monitors.closing_line import say_unjudged
 from lightning_collapse.callbacks.monitors.point_publication import publish_together
 from lightning_collapse.callbacks.monitors.silent_layers import NOT_RUN, say_silent
 from lightning_collapse.monitoring.feature_window import FeatureWindow
+from lightning_collapse.monitoring.function_calls import has_fused_layers
 from lightning_collapse.monitoring.to_host import to_host
 from lightning_collapse.reporting import HEALTH, log_text, publish, try_again
 from lightning_collapse.utilities.containment import Containment
@@ -258,8 +259,8 @@ class Monitor(Callback, ABC):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # hooks keep torch from its fast path through a transformer, which rounds otherwise; compiled code keeps them
-        if not self.hears_validation() and not is_compiled(pl_module):
+        # hooks keep torch from its fast path through a transformer, which rounds otherwise; other graphs keep them
+        if not self.hears_validation() and (not is_compiled(pl_module) or has_fused_layers(pl_module)):
             with self.contained("taking its hooks off for the validation", "they stay"):
                 for owner in self.listeners:
                     owner.pause()
