@@ -156,6 +156,10 @@ def _evaluate(
     if measure.from_gram is not None:
         return measure.from_gram(*grams[measure.spectrum])
     record = records[measure.spectrum]
+    if not _is_ours(measure):  # it may write into what it is given
+        tensors: dict[str, Any] = {name: value.clone() for name, value in _tensors(record).items()}
+        record = replace(record, **tensors)
+        layers = [replace(layer, rows=layer.rows.clone()) for layer in layers] if measure.kind == "rows" else layers
     if measure.kind == "spectrum" or measure.from_spectrum is not None:
         from_spectrum = measure.from_spectrum or measure.of_spectrum
         if len(layers) != record.singular_values.shape[-1]:  # a value per axis must not pass for one per layer
@@ -176,6 +180,10 @@ def _evaluate(
             for layer in layers
         ]
     return torch.stack([_one(measure, call, nothing).to(record.count) for call in calls])
+
+
+def _is_ours(measure: Measure) -> bool:
+    return getattr(measure.fn, "__module__", "").startswith("lightning_collapse.")
 
 
 def _one(measure: Measure, call: Callable[[], Tensor], nothing: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Layers are read together, and none of them can tell."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -85,3 +86,18 @@ def test_a_measure_may_be_written_for_one_spectrum(fn) -> None:
         for found in read(chosen, [measure], spectra=True):
             values = found.singular_values
             assert found.values["top"].item() == pytest.approx((values[0] / values.sum()).item())
+
+
+def overwrites(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    return values.zero_().sum()
+
+
+@pytest.mark.parametrize("kind", ["spectrum", "rows"])
+def test_a_measure_of_a_user_may_write_into_what_it_is_given(kind: Any) -> None:
+    def beside(own: Any) -> list[dict[str, Tensor]]:
+        measures = [MEASURES[name] for name in ("effective_rank", "feature_std", "direction_spread")]
+        found = read([layer(9, 5, 0), layer(8, 4, 1), layer(8, 4, 2)], [Measure("own", own, kind=kind), *measures])
+        return [{name: value for name, value in of.readings().items() if name != "own"} for of in found]
+
+    assert beside(overwrites) == beside(lambda values, mask=None: values.sum())
+    assert all(values["top"] > 0 for values in beside(overwrites))
