@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_collapse.utilities.hooks import RUNNING
 from lightning_collapse.utilities.private_torch import FUSED_IN_EVAL, innermost_function_mode, never_compile
 
 
@@ -86,7 +87,7 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not RUNNING.hook:
             _tell(self.listeners, func, args, kwargs, output)
         return output
 

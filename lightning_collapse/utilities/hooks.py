@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from threading import local
 from typing import Any
 from weakref import ref
 
@@ -17,6 +18,15 @@ from lightning_collapse.utilities.private_torch import is_hook_table, never_comp
 # private in torch 2.5
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _STATE, _COPY = "__getstate__", "__deepcopy__"
+
+
+class _Running(local):
+    """Whether a :class:`ModuleHook` runs in this thread: what it computes is none of the model's calls."""
+
+    hook = False
+
+
+RUNNING = _Running()
 
 
 class OwnedAttribute:
@@ -103,8 +113,16 @@ class ModuleHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
         """Run, but for an export."""
-        if not _is_exporting():
+        if _is_exporting():
+            return
+        if torch.compiler.is_compiling():
             self.run(module, args, value)
+            return
+        was, RUNNING.hook = RUNNING.hook, True
+        try:
+            self.run(module, args, value)
+        finally:
+            RUNNING.hook = was
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHook:
         return ModuleHook(nn.Identity())  # of a module that is gone by now

@@ -2,10 +2,12 @@
 
 import threading
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode, has_torch_function
 
 from lightning_collapse.monitoring.function_calls import FUNCTION_CALLS
+from lightning_collapse.utilities.hooks import ModuleHook
 
 
 class Heard:
@@ -82,3 +84,21 @@ def test_each_thread_has_its_own():
     thread.join()
     FUNCTION_CALLS.remove(heard)
     assert "exp" not in heard.names
+
+
+def test_what_a_hook_of_ours_computes_is_none_of_the_models_calls():
+    heard, layer, x = Heard(), torch.nn.Tanh(), torch.zeros(2)
+    outer = torch.nn.Sequential(layer)
+    hooks = [
+        ModuleHook(layer, function=lambda module, args, output: output.exp()),
+        ModuleHook(outer, before=True, function=lambda module, args, kwargs: layer(args[0]).sin()),  # a hook in a hook
+        ModuleHook(outer, function=lambda module, args, output: 1 / 0),
+    ]
+    FUNCTION_CALLS.add(heard)
+    with pytest.raises(ZeroDivisionError):
+        outer(x)
+    x.tan()
+    FUNCTION_CALLS.remove(heard)
+    for hook in hooks:
+        hook.remove()
+    assert heard.names == ["tanh", "tan"]
