@@ -155,7 +155,7 @@ def _card(board: Board, finding: Finding, most: int) -> str:
         words.append(
             '<p>Only the number of layers was logged; <code>CollapseGuard(action="log")</code> also names them.</p>'
         )
-    if advice := getattr(rule, "advice", ""):
+    if advice := finding.advice or getattr(rule, "advice", ""):
         words.append(f"<p><b>What helps:</b> {prose(advice)}</p>")
     if paper := getattr(rule, "paper", ""):
         words.append(f"<p class=soft>{text(paper)}</p>")

@@ -33,6 +33,7 @@ class Finding:
         also: Where else it shows, and as what, in words.
         says: The failure in one plain sentence; empty where that was not logged.
         outcome: Whether the outcome that the guard watched had moved by then, in words; empty if it watched none.
+        advice: What addresses it in this run; empty where that was not logged.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Finding:
     also: tuple[str, ...] = ()
     says: str = ""
     outcome: str = ""
+    advice: str = ""
 
     def __str__(self) -> str:
         return self.kind.replace("_", " ")
@@ -95,6 +97,7 @@ def find_verdicts(run: Run) -> list[Finding]:
             tuple(verdict.also),
             verdict.says,
             verdict.outcome,
+            verdict.advice,
         )
         for verdict in verdicts
     ]

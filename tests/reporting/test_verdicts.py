@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_collapse import CollapseGuard
-from lightning_collapse.reporting import publish, report, verdict_records
+from lightning_collapse.reporting import log_data, publish, report, verdict_records
 from lightning_collapse.reporting.events import Run, read_runs
 from lightning_collapse.reporting.verdicts import find_verdicts
 from lightning_collapse.rules import Verdict
@@ -65,6 +65,17 @@ def test_a_csv_logger_keeps_them_as_lines_of_json(tmp_path):
     [record] = map(json.loads, next(tmp_path.rglob("verdict_json.jsonl")).read_text().splitlines())
     assert record.pop("schema") == 1
     assert Verdict.from_dict(record) == verdict
+
+
+def test_the_page_advises_what_the_verdict_did(tmp_path):
+    """Which depends on the run, and is not always the rule's own."""
+    logger = TensorBoardLogger(tmp_path)
+    verdict = Verdict("complete_collapse", "z", 3, 4, "it is 0", 2.0, "Look at the initialization.")
+    log_data(logger, "guard/verdict_json", verdict_records([verdict]), 4)
+    logger.log_metrics({"guard/complete_collapse": 1.0}, 4)
+    logger.experiment.close()
+    page = report(tmp_path, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<b>What helps:</b> Look at the initialization.</p>" in page
 
 
 def a_run(*records, words=""):
